@@ -130,7 +130,7 @@ class ModelError(CkptkitError):
 
 
 class LoadError(ModelError):
-    """Raised where reading failed while a model was being loaded, so that a part of the model has new values.
+    """Raised where loading a model failed half way, so that a part of the model has new values.
 
     The reason names the tensors that were replaced before the failure.
 

@@ -181,6 +181,24 @@ def test_tensors_that_cannot_be_compared_are_noted() -> None:
     assert [(f.severity, f.code, f.key) for f in report.findings] == [("note", "load.unproved", "mask")]
 
 
+class Packed(nn.Parameter):
+    """A parameter of a class of its own, as the weights of quantised layers are."""
+
+
+def test_a_kept_parameter_of_any_class_does_not_hinder_others() -> None:
+    """An adapter loads beside weights that only their class can rebuild."""
+    model = nn.Linear(2, 2)
+    model.weight = Packed(torch.full((2, 2), 3.0))
+    model.register_buffer("mask", torch.eye(2).to_sparse())
+    report = load_into(model, {"bias": torch.ones(2)})
+    assert (report.loaded, report.kept) == (("bias",), ("weight", "mask"))
+    assert type(model.weight) is Packed
+    assert model.weight.eq(3).all()
+    load_into(model, {"weight": torch.ones(2, 2)})
+    assert type(model.weight) is Packed
+    assert model.weight.eq(1).all()
+
+
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "not persistent"])
 def test_tensors_on_the_meta_device_are_refused(persistent: bool) -> None:
     """A tensor on the meta device that is not loaded would have no value, so it is refused."""

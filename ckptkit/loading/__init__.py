@@ -176,17 +176,20 @@ def load_into(
 
 
 def _describe(model: Module) -> Checkpoint:
-    """Return the description of a model; a DTensor counts as the whole tensor that it is a part of."""
+    """Return the description of a model.
+
+    A DTensor counts as the whole tensor that it is a part of. No parameter or buffer counts as unreadable, since the
+    model keeps what is not loaded, and nothing has to copy it.
+    """
     base = as_checkpoint(model, "model")
-    if all(info.kind != "subclass" for info in base.values()):
+    if all(info.kind == "dense" for info in base.values()):
         return base
     tensors = named_tensors(model)
-    infos = {
-        key: replace(info, kind="dense", view=View(id(tensors[key]), 0, row_major(info.shape)))
-        if is_dtensor(tensors.get(key))
-        else info
-        for key, info in base.items()
-    }
+    infos = dict(base.items())
+    for key, info in base.items():
+        if info.kind != "dense" and key in tensors:
+            tied = View(id(tensors[key]), 0, row_major(info.shape)) if is_dtensor(tensors[key]) else None
+            infos[key] = replace(info, kind="dense", view=tied)
     description = Description(base.path, base.format, entries=base.entries, versions=base.versions)
     return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description)
 
