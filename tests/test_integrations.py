@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ckptkit.errors import GroupsError
+from ckptkit.errors import ArgumentError
 from ckptkit.integrations.base import ParamGroupsCheck
 
 
@@ -33,5 +33,5 @@ def test_an_absent_library_is_named(
 
 
 def test_an_unknown_on_fault_is_refused() -> None:
-    with pytest.raises(GroupsError, match="on_fault is 'ignore'"):
+    with pytest.raises(ArgumentError, match="on_fault is the string 'ignore'"):
         ParamGroupsCheck(on_fault="ignore")  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterable
 from types import UnionType
 from typing import NoReturn
@@ -19,7 +18,6 @@ __all__ = [
     "refuse",
     "require_choice",
     "require_flags",
-    "require_module",
     "require_number",
     "require_path",
     "require_progress",
@@ -80,13 +78,6 @@ def require_strings(value: object, name: str, takes: str) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in items):
         refuse(value, name, takes)
     return items
-
-
-def require_module(value: object, name: str = "model") -> None:
-    """Raise ``ArgumentError`` unless ``value`` is a ``torch.nn.Module``."""
-    torch = sys.modules.get("torch")  # a module exists only where torch is imported
-    if torch is None or not isinstance(value, torch.nn.Module):
-        refuse(value, name, "a torch.nn.Module")
 
 
 def _shown(value: object) -> str:

@@ -6,12 +6,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from ckptkit.core.arguments import require_choice
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.findings.ignoring import IgnoreLike, parse_ignore
 from ckptkit.core.torch_types import Module, Optimizer
-from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.lock import LockLike, as_lock
 from ckptkit.param_groups.parse import SpecLike, parse_spec
@@ -54,8 +54,7 @@ class ParamGroupsCheck:
 
         Raise ``RuleError`` for an entry of ``ignore`` that is not valid.
         """
-        if self.on_fault not in ("raise", "warn"):
-            raise GroupsError(f"on_fault is {self.on_fault!r}", hint='on_fault must be "raise" or "warn"')
+        require_choice(self.on_fault, get_args(OnFault), "on_fault")
         parse_ignore(self.ignore)
         if isinstance(self.spec, str | os.PathLike):  # read once: the check runs in each epoch
             object.__setattr__(self, "spec", parse_spec(self.spec))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from ckptkit.core.arguments import require_choice
 from ckptkit.core.text import kind_of, listed, plural, printable, quoted
 from ckptkit.core.torch_optim import options_of_kind, scheduled_options
 from ckptkit.errors import PlanError
@@ -55,8 +56,7 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
         >>> [group.names for group in resplit(state, ckptkit.plan_param_groups(model, spec)).groups]
         [('weight',), ('bias',)]
     """
-    if hyper not in get_args(Hyper):
-        raise PlanError(f"hyper is {quoted(str(hyper))}", hint=f"it must be {' or '.join(get_args(Hyper))}")
+    require_choice(hyper, get_args(Hyper), "hyper")
     has_names = any("name" in group.options for group in require_named(state).groups)
     new_groups = _named_groups(groups, with_names=has_names)
     names = [name for group in new_groups for name in group.names]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ckptkit import assert_param_groups, rebind, validate_param_groups
-from ckptkit.errors import GroupsError
+from ckptkit.errors import ArgumentError, GroupsError
 
 # Warnings of Lightning: about a class of torch that it uses, and about data loaders with few workers.
 pytestmark = [
@@ -385,5 +385,5 @@ def test_the_older_package_of_lightning_is_accepted(monkeypatch: pytest.MonkeyPa
 def test_an_unknown_on_fault_is_refused() -> None:
     from ckptkit.integrations.transformers import ParamGroupsCallback
 
-    with pytest.raises(GroupsError, match="on_fault is 'ignore'"):
+    with pytest.raises(ArgumentError, match="on_fault is the string 'ignore'"):
         ParamGroupsCallback(on_fault="ignore")  # type: ignore[arg-type]

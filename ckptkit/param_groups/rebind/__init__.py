@@ -6,9 +6,9 @@ import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, get_args
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import require_choice, require_flags
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import human_bytes, kind_of, listed, plural, quoted
 from ckptkit.core.torch_optim import OptimizerSchema, constructed_state, schema_of
@@ -88,8 +88,7 @@ def rebind(
         True
     """
     require_flags(guess=guess)
-    if on_shape not in ("drop", "pad", "error"):
-        raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape must be "drop", "pad" or "error"')
+    require_choice(on_shape, get_args(OnShape), "on_shape")
     if spec is not None and add_missing is not None:
         raise GroupsError("spec and add_missing both decide the groups of new parameters", hint="pass only one of them")
     work = _Rebind(single_optimizer(optimizer), read_live_model(model), on_shape)
