@@ -1,0 +1,81 @@
+"""The tables of the documentation list everything that the code has, with the arguments that it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+
+import pytest
+
+from ckptkit import preset_names
+from ckptkit.plans.policies import MISMATCH_ACTIONS
+from ckptkit.tensor_ops import registry
+from ckptkit.tensor_ops.operation import Arithmetic, Moving, Operation
+from ckptkit.wrappers.table import WRAPPERS
+from tests.helpers_pages import PAGES
+
+KINDS = {name: kind for kind in registry._KINDS for name in [kind.name]}  # noqa: SLF001 - the page lists all of them
+
+
+def _section(page: str, title: str) -> str:
+    """Return the text below a heading, up to the next one."""
+    text = PAGES[f"docs/{page}.md"]
+    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def _rows(text: str) -> Iterator[list[str]]:
+    """Yield the cells of each row of the tables in a text, without their headings."""
+    for line in re.findall(r"^\| `.*", text, re.MULTILINE):
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("title", ["Exact operations", "Operations that compute"])
+def test_operations_are_listed_with_their_arguments(title: str) -> None:
+    """Each operation is in the table of its kind, with every argument, and with the value of one that may be left out."""
+    rows = {cells[0].strip("`"): cells[1] for cells in _rows(_section("operations", title))}
+    assert set(rows) == {name for name, kind in KINDS.items() if _is_exact(kind) == title.startswith("Exact")}
+    for name, cell in rows.items():
+        shown = dict(re.findall(r"`(\w+)(?:=([^`]+))?`", cell))
+        given = {item.name: item.default for item in fields(KINDS[name])}  # type: ignore[arg-type]
+        assert set(shown) == set(given), name
+        for argument, default in given.items():
+            expected = "" if default is MISSING or default is None else _written(default)
+            assert shown[argument] == expected, f"{name}: {argument}"
+
+
+def _is_exact(kind: type[Operation]) -> bool:
+    return issubclass(kind, Moving) or kind.name == "pad"
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def test_exact_operations_can_be_undone_and_the_others_cannot() -> None:
+    """Every exact operation but slice has an inverse, and no operation that computes has one."""
+    inverted = {name for name, kind in KINDS.items() if kind.inverse is not Operation.inverse}
+    assert inverted == {name for name, kind in KINDS.items() if _is_exact(kind)} - {"slice"}
+    assert not any(issubclass(KINDS[name], Arithmetic) for name in inverted)
+
+
+def test_every_action_for_a_mismatch_is_listed() -> None:
+    """The table has each name that --on-mismatch takes."""
+    listed = {
+        name
+        for cells in _rows(_section("operations", "For shapes that differ"))
+        for name in re.findall(r"`(\w+)`", cells[0])
+    }
+    assert listed | {"error", "skip"} == set(MISMATCH_ACTIONS)
+
+
+def test_every_preset_is_listed() -> None:
+    """The table of presets has each preset, beside its opposite."""
+    pairs = [(cells[0].strip("`"), cells[1].strip("`")) for cells in _rows(_section("rules", "Presets"))]
+    assert sorted(name for pair in pairs for name in pair) == list(preset_names())
+
+
+def test_every_wrapper_is_listed() -> None:
+    """The table of wrappers has the mark of each wrapper that --strip auto removes."""
+    listed = {mark for cells in _rows(_section("rules", "Wrappers")) for mark in re.findall(r"`([\w.]+)\.`", cells[0])}
+    assert listed == {row.mark for row in WRAPPERS}
