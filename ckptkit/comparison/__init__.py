@@ -15,7 +15,7 @@ from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import shell_word
-from ckptkit.core.torch_bridge import ABSENT, CASTABLE
+from ckptkit.core.torch_bridge import ABSENT, CASTABLE, copies_dtype
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, RulesLike
@@ -271,7 +271,7 @@ def _is_copyable(pair: KeyPair) -> bool:
     kinds = {pair.expected.kind, pair.found.kind}
     dtypes = {pair.expected.dtype, pair.found.dtype}
     is_kind_copyable = len(kinds) == 1 or not kinds & {"sparse", "quantized", "meta", "nested"}
-    is_dtype_copyable = len(dtypes) == 1 or dtypes <= CASTABLE
+    is_dtype_copyable = dtypes <= CASTABLE or (len(dtypes) == 1 and copies_dtype(pair.found.dtype))
     return _extra_state_key(pair.key) is not None or (is_kind_copyable and is_dtype_copyable)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
@@ -41,6 +42,7 @@ __all__ = [
     "as_checkpoint",
     "blocks",
     "code_of",
+    "copies_dtype",
     "copy_composite",
     "describe_state_dict",
     "flat_bytes",
@@ -83,6 +85,28 @@ def torch_dtype(code: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise PlanError(f"torch {torch.__version__} has no dtype for {code}", hint="use a newer torch")
     return dtype
+
+
+def copies_dtype(code: str) -> bool:
+    """Return whether torch copies tensors of this dtype: some versions have float4 and cannot copy it.
+
+    torch is asked only where it is imported already, as it is with a live model. Files are compared without torch.
+    """
+    torch = sys.modules.get("torch")
+    dtype = getattr(torch, DTYPES[code].torch_name or "-", None) if code == "F4" else None
+    if torch is None or dtype is None:
+        return True
+    try:
+        _zeros(dtype).copy_(_zeros(dtype))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _zeros(dtype: torch.dtype) -> Tensor:
+    import torch
+
+    return torch.zeros(1, dtype=torch.uint8, device="cpu").view(dtype)
 
 
 def shape_or_none(tensor: Tensor) -> tuple[int, ...] | None:
