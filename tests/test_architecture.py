@@ -174,7 +174,7 @@ def test_nothing_is_called_safe(module: str) -> None:
 
 LIGHT_COMMANDS = {
     "import": "import ckptkit",
-    "import integrations": "import ckptkit.integrations",
+    "import integrations": "import ckptkit.integrations, ckptkit.testing",
     "every public name": "import ckptkit; [getattr(ckptkit, name) for name in ckptkit.__all__]",
     "help": "main(['--help'])",
     "show safetensors": "main(['show', 'fixtures/lenet_10class.safetensors'])",

@@ -17,7 +17,7 @@ _SHOWN = 10
 
 
 def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, found: Checkpoint) -> Page:
-    """Return both sides, a row for each of the ten tensors that differ most, and the count of all that differ."""
+    """Return both sides, a row for each of the ten tensors that differ most, and how many more there are."""
     table = Table(
         ("key", "dtype and shape", "differ", "largest", "at", "expected", "found"),
         tuple(map(_row, differences[:_SHOWN])),
@@ -29,7 +29,6 @@ def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, fou
         Line(("found     ", *describe(CheckpointSummary.of(found)))),
         table,
         *([Line((f"and {plural(more, 'more tensor')}",))] if more > 0 else []),
-        Line((f"{plural(len(differences), 'tensor')} of {len(expected):,} differ in value",)),
     ]
 
 
