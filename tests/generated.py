@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import ckptkit
 from ckptkit.core.findings import Code
+from tests.json_schemas import SCHEMAS
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +32,10 @@ def files() -> dict[Path, str]:
         package / "__init__.pyi": _stub(),
         package / "core" / "findings" / "code_names.py": _code_names(),
         ROOT / "docs" / "codes.md": "\n".join(_codes_page()),
+        **{
+            ROOT / "docs" / "schemas" / f"{name}.schema.json": f"{json.dumps(schema, indent=2)}\n"
+            for name, schema in SCHEMAS.items()
+        },
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from ckptkit.cli import main
+from tests.helpers_schemas import problems_of
 
 __all__ = ["ROOT", "Ran", "run_ckpt"]
 
@@ -24,8 +26,13 @@ class Ran:
 
 
 def run_ckpt(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
-    """Run ``ckpt`` with these arguments; return the exit code and both outputs."""
+    """Run ``ckpt`` with these arguments; return the exit code and both outputs.
+
+    What ``--json`` prints must follow the schema that it names.
+    """
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
+    if "--json" in arguments and code in {0, 1} and captured.out:
+        assert problems_of(json.loads(captured.out)) == []
     return Ran(code, captured.out, captured.err)

@@ -48,7 +48,7 @@ def test_an_emitted_preset_is_the_same_spec(form: str, capsys: pytest.CaptureFix
 def test_the_json_document_of_emit_has_the_spec_and_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "emit", "--preset", "muon", "--set", "first_conv=[]", "--json")
     document = json.loads(ran.out)
-    assert document["schema"] == "ckptkit.groups.emit/1"
+    assert document["schema"] == "ckptkit.groups-emit/1"
     assert parse_spec(document["spec"]) == parse_spec(parse_table(document["text"], "toml"))
 
 

@@ -298,7 +298,7 @@ def spec_page(spec: ParamGroupSpec, *, language: str = "toml", text: str | None 
 def spec_document(spec: ParamGroupSpec, *, language: str = "toml", text: str | None = None) -> dict[str, object]:
     """Return the document of ``ckpt groups emit --json``."""
     return {
-        "schema": "ckptkit.groups.emit/1",
+        "schema": "ckptkit.groups-emit/1",
         "as": language,
         "spec": plain_option(spec.to_dict()),
         "text": _spec_text(spec, language) if text is None else text,
