@@ -213,7 +213,8 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
             matched.append(pair)
             if info.dtype != found_info.dtype:
                 dtype_mismatched.append(pair)
-            if (info.dtype != found_info.dtype or info.kind != found_info.kind) and not _is_copyable(pair):
+            is_plain_copy = (info.dtype, info.kind) == (found_info.dtype, found_info.kind) and info.dtype != "F4"
+            if not is_plain_copy and not _is_copyable(pair):
                 uncopyable.append(pair)
     unexpected = {
         new: info
