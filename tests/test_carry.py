@@ -182,13 +182,28 @@ def test_a_failed_run_carries_nothing(tmp_path: Path) -> None:
 
 
 def test_the_output_can_be_beside_the_input(tmp_path: Path) -> None:
-    """In the directory of the input, the files are there already; one that changes needs force."""
+    """In the directory of the input, the files are there already; one changes only together with the weights."""
     source = model_directory(tmp_path / "in")
     assert "tokenizer.json" in convert(source, source / "copy.safetensors").carried
-    with pytest.raises(OutputError, match="already exists"):
-        convert(source / "model.safetensors", source / "half.safetensors", dtype="bf16")
-    convert(source / "model.safetensors", source / "half.safetensors", dtype="bf16", force=True)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "config.json").symlink_to(source / "config.json")
+    for out in (source / "half.safetensors", tmp_path / "linked" / "model.safetensors"):
+        with pytest.raises(OutputError, match="belongs to an input, whose weights it would no longer describe"):
+            convert(source / "model.safetensors", out, dtype="bf16", force=True)
+        assert not out.exists()
+        assert config_in(source) == CONFIG
+    convert(source / "model.safetensors", source / "model.safetensors", dtype="bf16", force=True)
     assert config_in(source)["dtype"] == "bfloat16"
+
+
+def test_a_dtype_that_a_configuration_cannot_state_is_said(tmp_path: Path) -> None:
+    """A model cannot be made with float8 as its default dtype, so the configuration keeps its own."""
+    source, out = model_directory(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    plan = convert(source, out / "model.safetensors", dtype="f8_e4m3").plan
+    assert plan is not None
+    assert "config.json: dtype was kept: the output has tensors of F8_E4M3" in plan.notes
+    assert config_in(out) == CONFIG
 
 
 def test_links_are_followed_to_regular_files(tmp_path: Path) -> None:

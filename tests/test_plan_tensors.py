@@ -140,7 +140,6 @@ EDITS: dict[str, tuple[Callable[[], Plan], str]] = {
     "an unknown role": (
         lambda: edited(plan_remap(STATE), 0, sources=(Source("donor", "w"),)), "the plan reads donor, source",
     ),
-    "no source": (lambda: edited(plan_remap(STATE), 0, sources=()), "'w' has no source in the plan"),
     "another shape": (lambda: edited(plan_remap(STATE), 0, shape=(3, 2)), "'w' would be [2, 3], and is [3, 2]"),
     "a cast without a name": (lambda: edited(plan_remap(STATE), 0, dtype="F16"), "'w' would be F32, and is F16"),
     "a cast that says copy": (
@@ -186,6 +185,47 @@ def test_an_edited_plan_is_checked(make: Callable[[], Plan], reason: str, tmp_pa
         with pytest.raises(PlanError, match=re.escape(reason)):
             use()
     assert list(tmp_path.iterdir()) == []
+
+
+FIRST = plan_remap(STATE, SPLIT).steps[0]
+IMPOSSIBLE: dict[str, Callable[[], object]] = {
+    "steps=[None]": lambda: replace(plan_remap(STATE), steps=(None,)),  # type: ignore[arg-type]
+    "steps=Step": lambda: replace(plan_remap(STATE), steps=FIRST),  # type: ignore[arg-type]
+    "dropped": lambda: replace(plan_remap(STATE), dropped=("w",)),  # type: ignore[arg-type]
+    "notes": lambda: replace(plan_remap(STATE), notes="a note"),  # type: ignore[arg-type]
+    "metadata": lambda: replace(plan_remap(STATE), metadata={"epoch": 3}),  # type: ignore[dict-item]
+    "versions": lambda: replace(plan_remap(STATE), versions=None),  # type: ignore[arg-type]
+    "edited_role": lambda: replace(plan_remap(STATE), edited_role=None),  # type: ignore[arg-type]
+    "out": lambda: replace(FIRST, out="w"),  # type: ignore[arg-type]
+    "key": lambda: replace(FIRST, out=replace(FIRST.out, key=None)),  # type: ignore[arg-type]
+    "sources": lambda: replace(FIRST, sources="w"),  # type: ignore[arg-type]
+    "no source": lambda: replace(FIRST, sources=()),
+    "a copy of two sources": lambda: replace(FIRST, recipe=None, sources=FIRST.sources * 2),
+    "a source": lambda: replace(FIRST, sources=(Source("source", 3),)),  # type: ignore[arg-type]
+    "equals": lambda: replace(FIRST, equals=("w",)),  # type: ignore[arg-type]
+    "rule": lambda: replace(FIRST, rule=None),  # type: ignore[arg-type]
+    "recipe": lambda: replace(FIRST, recipe="split"),  # type: ignore[arg-type]
+    "a source that is not there": lambda: replace(FIRST, recipe=replace(FIRST.recipe, inputs=(1,))),  # type: ignore[type-var]
+    "a source counted from the end": lambda: replace(FIRST.recipe, inputs=(-1,)),  # type: ignore[type-var]
+    "an output that is not there": lambda: replace(FIRST.recipe, part=2),  # type: ignore[type-var]
+    "an output counted from the end": lambda: replace(FIRST.recipe, part=-1),  # type: ignore[type-var]
+    "no operation": lambda: replace(FIRST.recipe, operations=()),  # type: ignore[type-var]
+}
+
+
+@pytest.mark.parametrize("edit", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_an_edit_that_no_input_could_fit_is_refused_at_once(edit: Callable[[], object]) -> None:
+    """A field of a wrong type or number is an ``ArgumentError`` of the edit itself, not of a later use."""
+    with pytest.raises(ckptkit.ArgumentError):
+        edit()
+
+
+def test_a_plan_without_steps_is_refused() -> None:
+    """There is nothing to read or to write."""
+    plan = replace(plan_remap(STATE), steps=[])  # type: ignore[arg-type]
+    assert plan.steps == ()
+    with pytest.raises(PlanError, match="the plan writes no tensor"):
+        plan.materialize(STATE)
 
 
 def test_an_edit_that_fits_is_executed(tmp_path: Path) -> None:

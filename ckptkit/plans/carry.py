@@ -17,14 +17,15 @@ from ckptkit.core.config_files import read_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile, is_same_file
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.errors import PlanError
+from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats import errors_about
-from ckptkit.formats.atomic import AtomicFile, Target, prepare_target
+from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, real_path
 from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
+from ckptkit.plans.steps import is_float
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES
 
@@ -107,6 +108,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     carried = Carried(directory, tuple(names), contents, tuple(adapted), ())
     if not output.is_directory:
         for name in names:
+            _refuse_false_statement(carried, name, output, sources[role])
             _target(carried, name, os.path.dirname(output.path), force=output.force)
     notes += map(str, adapted)
     notes += _notes_about_code(directory, config)
@@ -151,7 +153,10 @@ def _adapt_dtype(config: dict[str, object], plan: Plan, owner: Checkpoint) -> tu
         stated = [path for path, _, _ in _dtype_fields(config)]
         if not stated:
             return [], []
-        return [], [f"{MODEL_CONFIG}: {stated[0]} was kept: the output has tensors of {', '.join(sorted(after))}"]
+        floats = sorted({step.out.dtype for step in plan.steps if is_float(step.out.dtype)})
+        return [], [
+            f"{MODEL_CONFIG}: {stated[0]} was kept: the output has tensors of {', '.join(floats) or 'no float'}"
+        ]
     name = DTYPES[after.pop()].torch_name
     adapted = []
     for path, section, key in list(_dtype_fields(config)):
@@ -216,6 +221,18 @@ def _target(carried: Carried, name: str, directory: str, *, force: bool) -> Targ
     if name not in carried.contents and is_same_file(os.path.join(carried.directory, name), path):
         return None
     return prepare_target(path, force=force)
+
+
+def _refuse_false_statement(carried: Carried, name: str, output: Output, owner: Checkpoint) -> None:
+    """Raise ``OutputError`` where a file of the input would change, and the weights that it describes would not."""
+    path = os.path.join(os.path.dirname(output.path), name)
+    is_of_input = real_path(path) == real_path(os.path.join(carried.directory, name))
+    if name in carried.contents and is_of_input and not any(is_same_file(file, output.path) for file in owner.files):
+        raise OutputError(
+            "belongs to an input, whose weights it would no longer describe",
+            hint="write the output into another directory",
+            path=path,
+        )
 
 
 def write_carried(carried: Carried, directory: str, *, force: bool) -> None:

@@ -191,8 +191,6 @@ def execute(
         from ckptkit.plans.saved import load_plan
 
         plan = load_plan(plan, sources)
-    if not plan.steps:
-        raise PlanError("the plan writes no tensor", path=output.path)
     edited = (plan.edited_role,) if plan.edited_role and output.format == "torch" and not output.only_tensors else ()
     with (
         output_errors(output.path),

@@ -162,6 +162,8 @@ def opened_inputs(
     ``others`` are roles that the output needs besides those that the steps read. Raises what ``check_steps`` and
     ``opened_roles`` raise, and ``PlanError`` where a quantised weight would be taken for numbers.
     """
+    if not steps:
+        raise PlanError("the plan writes no tensor")
     roles = [source.role for step in steps for source in (*step.sources, *step.equals)]
     with opened_roles([*roles, *others], sources) as inputs:
         checked = check_steps(steps, inputs)

@@ -130,9 +130,7 @@ def _dropped(item: Mapping[str, Any]) -> Dropped:
 def _step(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Step:
     out = TensorInfo(_text(item["key"]), _text(item["dtype"]), tuple(map(_size, item["shape"])))
     sources, equals = (tuple(_source(source, inputs) for source in item[name]) for name in ("sources", "equals"))
-    recipe = None if item["recipe"] is None else _recipe(item["recipe"], len(sources))
-    if not sources:
-        raise ValueError(f"{out.key} has no source")
+    recipe = None if item["recipe"] is None else _recipe(item["recipe"])
     operation = _text(item["operation"])
     is_cast = operation.split(", ")[-1] == "cast"  # the document names the operations in their order
     return Step(out, sources, operation, _text(item["rule"]), recipe, equals, is_cast)
@@ -144,16 +142,11 @@ def _source(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Source
     return source
 
 
-def _recipe(item: Mapping[str, Any], count: int, depth: int = 1) -> Recipe:
+def _recipe(item: Mapping[str, Any], depth: int = 1) -> Recipe:
     if depth > _MAX_DEPTH:
         raise ValueError(f"recipes are nested more than {_MAX_DEPTH} deep")
-    inputs = tuple(part if isinstance(part, int) else _recipe(part, count, depth + 1) for part in item["inputs"])
-    operations = tuple(map(parse_operation, item["operations"]))
-    if not operations or not all(isinstance(part, Recipe) or 0 <= part < count for part in inputs):
-        raise ValueError("a recipe has no operations, or an input that does not exist")
-    if not 0 <= _size(item["part"]) < operations[-1].outputs:
-        raise ValueError("a recipe is for an output that its operations do not make")
-    return Recipe(inputs, operations, item["part"])
+    inputs = tuple(part if isinstance(part, int) else _recipe(part, depth + 1) for part in item["inputs"])
+    return Recipe(inputs, tuple(map(parse_operation, item["operations"])), _size(item["part"]))
 
 
 def _size(value: object) -> int:

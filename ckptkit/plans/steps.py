@@ -127,8 +127,6 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     the tensors.
     """
     out, sources = step.out, step.sources
-    if not sources:
-        raise PlanError(f"{quoted(out.key)} has no source in the plan")
     infos = [_find(source, roles) for source in sources]
     for source in sources:
         if source.key == out.key:

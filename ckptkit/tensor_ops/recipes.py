@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ckptkit.core.arguments import require_number, require_type
+from ckptkit.core.text import plural
 from ckptkit.core.torch_types import Tensor
+from ckptkit.errors import ArgumentError
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape
 from ckptkit.tensor_ops.registry import apply_chain, chain_dtypes, chain_shapes
 
@@ -23,6 +26,27 @@ class Recipe:
     inputs: tuple[int | Recipe, ...]
     operations: tuple[Operation, ...]
     part: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a recipe that could not be evaluated, as an edit or a plan file could make it."""
+        for item in self.inputs:
+            if not isinstance(item, Recipe):
+                require_number(
+                    item, "an input of a recipe", "a Recipe, or the position of a source", at_least=0, whole=True
+                )
+        for operation in self.operations:
+            require_type(operation, Operation, "an operation of a recipe", "an Operation")
+        if not self.operations:
+            raise ArgumentError("a recipe has no operation")
+        outputs = self.operations[-1].outputs
+        require_number(self.part, "part", "the number of an output, from 0", at_least=0, whole=True)
+        if self.part >= outputs:
+            raise ArgumentError(f"part is {self.part}, and the last operation makes {plural(outputs, 'tensor')}")
+
+    @property
+    def end(self) -> int:
+        """The number of sources that the recipe counts from."""
+        return max((item + 1 if isinstance(item, int) else item.end for item in self.inputs), default=0)
 
     @property
     def is_lossy(self) -> bool:

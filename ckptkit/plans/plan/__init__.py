@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import refuse, require_flags, require_type
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result import Result
 from ckptkit.core.text import human_bytes, plural
@@ -45,6 +45,23 @@ class Plan(Result):
     edited_role: str = ""
     kept: tuple[str, ...] = ()
     command: str = field(default="remap", compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
+        for name, kind in (("steps", Step), ("dropped", Dropped), ("notes", str), ("kept", str)):
+            items = getattr(self, name)
+            if not isinstance(items, Sequence) or isinstance(items, str):
+                refuse(items, name, f"a tuple of {kind.__name__}")
+            object.__setattr__(self, name, tuple(items))
+            wrong = next((item for item in items if not isinstance(item, kind)), self)
+            if wrong is not self:
+                refuse(wrong, f"an item of {name}", f"a {kind.__name__}")
+        for name, of in (("metadata", str), ("versions", int)):
+            table = getattr(self, name)
+            if not isinstance(table, Mapping) or not all(isinstance(value, of) for value in table.values()):
+                refuse(table, name, f"a mapping of str to {of.__name__}")
+        for name in ("edited_role", "command"):
+            require_type(getattr(self, name), str, name, "a str")
 
     @property
     def elements(self) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptkit.core.arguments import refuse, require_type
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.text import plural, quoted
+from ckptkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.recipes import Recipe
@@ -19,6 +22,11 @@ class Source:
 
     role: str
     key: str
+
+    def __post_init__(self) -> None:
+        """Refuse a role or a key that is not a str."""
+        for name in ("role", "key"):
+            require_type(getattr(self, name), str, f"the {name} of a source", "a str")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,23 @@ class Step:
     equals: tuple[Source, ...] = ()
     is_cast: bool = False  # whether the last operation is a cast
     tied_to: str | None = None  # a plan file does not record it
+
+    def __post_init__(self) -> None:
+        """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
+        require_type(self.out, TensorInfo, "out", "a TensorInfo")
+        require_type(self.out.key, str, "the key of out", "a str")
+        for name in ("sources", "equals"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or not all(isinstance(source, Source) for source in given):
+                refuse(given, name, "a tuple of Source")
+        for name in ("operation", "rule"):
+            require_type(getattr(self, name), str, name, "a str")
+        if self.recipe is not None and not hasattr(self.recipe, "operations"):
+            refuse(self.recipe, "recipe", "a Recipe, or None")
+        count = len(self.sources)
+        if not count or (count > 1 if self.recipe is None else self.recipe.end > count):
+            needs = "one source" if self.recipe is None else plural(max(self.recipe.end, 1), "source")
+            raise ArgumentError(f"{quoted(self.out.key)} has {plural(count, 'source')}", hint=f"its step needs {needs}")
 
     @property
     def is_copy(self) -> bool:
