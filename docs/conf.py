@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # of the extension below
 
 project = "ckptkit"
 author = "the ckptkit authors"
@@ -13,13 +17,14 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx_click",
+    "command_page",
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"ckptkit {release}"
 html_static_path = ["_static"]
+smartquotes = False  # "--" is an option, and quotes are to be copied
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 

@@ -61,7 +61,7 @@ class Command(click.Command):
         """Write the sections: the options of this command, those for rules, those for outputs."""
         options = self._options()
         left_out = () if self._shows_all else _rarest(options)
-        for title, names in self._sections(options):
+        for title, names in self.sections():
             records = [options[name].get_help_record(ctx) for name in names if name not in left_out]
             if rows := [record for record in records if record is not None]:
                 with formatter.section(title):
@@ -71,7 +71,9 @@ class Command(click.Command):
             with formatter.section("Help"):
                 formatter.write_dl(rows)
 
-    def _sections(self, options: dict[str, click.Option]) -> Iterator[tuple[str, list[str]]]:
+    def sections(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the title of each section of the help page, and the long names of its options in order."""
+        options = self._options()
         shared = [name for names in _SECTIONS.values() for name in names if name not in self.first]
         yield "Options", [name for name in options if name not in shared]
         for title, names in _SECTIONS.items():
