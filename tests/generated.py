@@ -24,6 +24,26 @@ _CODES: dict[str, str] = {
     "ckptkit.checks.codes": "ckpt check",
 }
 
+# The public names by the questions that a user has; the page of the Python API lists them in this order.
+_API: dict[str, str] = {
+    "Open and inspect": "open_checkpoint open_optimizer Checkpoint TensorInfo stats StateDictStats run_checks",
+    "Compare": "diff StateDictDiff suggest_rules Alignment",
+    "Load into a model": "load_into LoadReport",
+    "Convert and merge with one call": "convert merge merge_lora extract_lora Written",
+    "Plan, then write": "plan_remap plan_merge plan_lora plan_extract_lora Plan choose_output Output execute load_plan",
+    "Rules": "load_rules parse_rules preset_rules preset_names Rules",
+    "Param groups": "build_param_groups plan_param_groups validate_param_groups assert_param_groups "
+    "explain_param_group Explanation param_group_preset param_group_preset_names param_group_phases ParamGroupSpec "
+    "lock_param_groups lock_optimizer lock_document parse_lock diff_locks ParamGroupsLock rebind",
+    "Optimizer state": "load_optimizer_state OptimizerLoadReport OptimizerState optimizer_state_diff "
+    "write_optimizer_state",
+    "Before training": "preflight Preflight Report Finding",
+    "Errors": "CkptkitError ArgumentError PathError FormatError ChangedError ModelError LoadError RuleError PlanError "
+    "OutputError GroupsError",
+}
+# The public modules, with the names that the page shows of each.
+_API_MODULES = ("ckptkit.testing", "ckptkit.optimizer_state")
+
 
 def files() -> dict[Path, str]:
     """Return the text of each generated file."""
@@ -32,6 +52,7 @@ def files() -> dict[Path, str]:
         package / "__init__.pyi": _stub(),
         package / "core" / "findings" / "code_names.py": _code_names(),
         ROOT / "docs" / "codes.md": "\n".join(_codes_page()),
+        ROOT / "docs" / "api.md": "\n".join(_api_page()),
         **{
             ROOT / "docs" / "schemas" / f"{name}.schema.json": f"{json.dumps(schema, indent=2)}\n"
             for name, schema in SCHEMAS.items()
@@ -87,6 +108,35 @@ def _codes_page() -> Iterator[str]:
             f"| `{code.name}` | {' or '.join(code.severities)} | {code.meaning} |"
             for code in import_module(module).CODES
         )
+    yield ""
+
+
+_API_PAGE = """\
+# Python API
+
+Everything here is imported from `ckptkit` itself. A path, a `dict` of tensors, a `Module` or an open `Checkpoint`
+can be given wherever a checkpoint is taken; a path or a `dict` wherever rules, a spec or a plan is taken. What a call
+opens, it closes.
+
+Every result prints as in the terminal: `print(result)` is the page, a notebook shows the same page, `repr(result)` is
+one line, and `result.to_dict()` is [the document](schemas.md) of `--json`. A result has no truth value: ask `.ok` or
+`.different`."""
+
+
+def _api_page() -> Iterator[str]:
+    listed = [name for names in _API.values() for name in names.split()]
+    if sorted(listed) != list(ckptkit.__all__):
+        raise ValueError(f"list each public name once in _API: {sorted({*listed} ^ {*ckptkit.__all__})}")
+    yield _API_PAGE
+    for title, names in _API.items():
+        yield from ("", f"## {title}", "", "```{eval-rst}")
+        for name in names.split():
+            yield f".. auto{'class' if isinstance(getattr(ckptkit, name), type) else 'function'}:: ckptkit.{name}"
+        yield "```"
+    for module in _API_MODULES:
+        yield from ("", f"## {module}", "", "```{eval-rst}", f".. automodule:: {module}", "   :no-members:", "")
+        yield from (f".. autofunction:: {module}.{name}" for name in import_module(module).__all__)
+        yield "```"
     yield ""
 
 
