@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import get_or_none
-from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, torch_options
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, adam_tells_its_decay, torch_options
 from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
@@ -87,7 +87,7 @@ def unknown_decay_findings(saved: OptimizerState, schema: OptimizerSchema | None
     The same weight decay has another meaning in each of these classes. A torch that has no such option never says it:
     its own files get no note.
     """
-    if schema is not None and schema.name in {"Adam", "AdamW"} and "decoupled_weight_decay" in torch_options():
+    if schema is not None and schema.name in {"Adam", "AdamW"} and adam_tells_its_decay():
         groups = [group.options for group in saved.groups if group.options]
         if any(options.get("weight_decay") and "decoupled_weight_decay" not in options for options in groups):
             yield codes.DECAY_UNTOLD.finding(

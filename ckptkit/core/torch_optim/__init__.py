@@ -18,6 +18,7 @@ __all__ = [
     "OptimizerSchema",
     "OptionKind",
     "SlotSchema",
+    "adam_tells_its_decay",
     "constructed_state",
     "initial_lr",
     "options_of_kind",
@@ -329,6 +330,14 @@ def constructed_state(schema: OptimizerSchema, options: Mapping[str, Any], param
         return {}
     built = getattr(torch.optim, schema.name)([parameter], **{name: options[name] for name in taken if name in options})
     return dict(built.state.get(parameter, {}))
+
+
+@functools.cache
+def adam_tells_its_decay() -> bool:
+    """Return whether the Adam of this torch writes into its groups whether its weight decay is decoupled."""
+    import torch
+
+    return "decoupled_weight_decay" in _constructor_names(torch.optim.Adam)
 
 
 @functools.cache
