@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import Distribution, PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,24 @@ def test_a_torch_that_cannot_be_imported_is_a_problem() -> None:
     )
     assert (done.returncode, done.stderr) == (1, "")
     assert "problem: torch is installed and cannot be imported" in done.stdout
+
+
+def test_a_checkout_without_an_installation_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an installation no requirement is known: the page says so instead of failing."""
+    found = Distribution.from_name
+
+    def from_name(name: str) -> Distribution:
+        if name == "ckptkit":
+            raise PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(Distribution, "from_name", from_name)
+    ran = run_ckpt(capsys, "doctor")
+    assert (ran.code, "problem: ckptkit is not installed" in ran.out) == (1, True)
+    ran = run_ckpt(capsys, "doctor", "--json")
+    assert (json.loads(ran.out)["ckptkit"], json.loads(ran.out)["packages"]) == (None, [])
 
 
 def test_another_program_of_the_same_name_is_a_problem(

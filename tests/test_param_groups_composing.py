@@ -283,6 +283,33 @@ def test_collisions_name_both_sides(make: Callable[[], ParamGroupSpec], message:
     assert caught.value.hint
 
 
+def test_the_order_of_shared_groups_counts() -> None:
+    """Two specs with the same groups in another order own a parameter by different groups, which is refused."""
+    head, weights, rest = (
+        {"name": "A", "params": "fc.*", "lr": 1.0},
+        {"name": "B", "params": "*.weight"},
+        {"rest": True},
+    )
+    one, other = (
+        parse_spec({"defaults": {"lr": 0.1}, "group": [*groups, rest]}) for groups in ([head, weights], [weights, head])
+    )
+    with pytest.raises(GroupsError, match="groups 'A' and 'B' could own the same parameters"):
+        one.combined_with(other)
+    with pytest.raises(GroupsError, match=r"'fc\.weight' would be owned by group 'A' of one spec and by group 'B'"):
+        one.combined_with(other, Text())
+    without_both = nn.ModuleDict({"x": nn.Linear(2, 2)})
+    assert one.combined_with(other, without_both) == one
+
+
+def test_options_that_are_tensors_are_compared() -> None:
+    """Two tensors of several elements are equal only where they are one object; there is no error of torch."""
+    tensor = torch.ones(2)
+    one = no_decay().with_defaults(foo=tensor)
+    assert one.combined_with(no_decay().with_defaults(foo=tensor)).defaults["foo"] is tensor
+    with pytest.raises(GroupsError, match="of one spec has foo"):
+        one.combined_with(no_decay().with_defaults(foo=torch.ones(2)))
+
+
 def test_only_specs_are_combined() -> None:
     """A table is parsed first."""
     with pytest.raises(ArgumentError, match="other is a dict"):

@@ -18,6 +18,7 @@ import ckptkit
 from ckptkit import (
     CkptkitError,
     GroupsError,
+    Output,
     OutputError,
     PathError,
     PlanError,
@@ -539,3 +540,23 @@ def test_base_shapes_may_be_a_file(tmp_path: Path) -> None:
                 assert param_group_preset("mup", large, lr=0.1, base_shapes=tmp_path / name) == expected
             with pytest.raises(PathError):
                 param_group_preset("mup", large, lr=0.1, base_shapes=tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Output("x.pt", "pickle"),
+        lambda: Output("x", "torch", max_shard_size=10),
+        lambda: Output("x", "safetensors", max_shard_size=0),
+        lambda: Output("x", "safetensors", max_shard_size="2GB"),  # type: ignore[arg-type]
+        lambda: Output("x.pt", "torch", force="yes"),  # type: ignore[arg-type]
+        lambda: Output(None, "torch"),  # type: ignore[arg-type]
+        lambda: choose_output("a\0.pt"),
+        lambda: choose_output("a\ud800.pt"),
+        lambda: choose_output("SHARDS.PT", max_shard_size=10),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_where_it_is_made(make: Callable[[], Output]) -> None:
+    """An unknown format was written as a torch file, and a name that no file can have was an error of Python."""
+    with pytest.raises(CkptkitError):
+        make()

@@ -175,7 +175,11 @@ def test_rows_are_those_of_python(tmp_path: Path, rows: slice) -> None:
         assert torch.equal(checkpoint.read("w", rows=rows), expected)
 
 
-@pytest.mark.parametrize("rows", [slice(None, None, 2), slice(None, None, -1), slice("a"), 3, slice(0, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [slice(None, None, 2), slice(None, None, -1), slice("a"), 3, slice(0, 1, 0), slice(None, None, torch.ones(2))],
+    ids=str,
+)
 def test_rows_that_are_not_adjacent_are_refused(rows: Any) -> None:
     """A step is refused in one sentence, before anything is read."""
     with open_checkpoint(FIXTURES / "lenet_10class.pth") as checkpoint, pytest.raises(CkptkitError, match="rows"):

@@ -60,7 +60,7 @@ def doctor(context: click.Context, *, report_format: ReportFormat) -> None:
         lambda: _page(required, extras, torch, problems),
         lambda: {
             "schema": "ckptkit.doctor/1",
-            "ckptkit": metadata.version("ckptkit"),
+            "ckptkit": _version("ckptkit"),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "torch": torch,
@@ -76,7 +76,12 @@ def _page(
     required: list[_Package], extras: list[tuple[str, list[_Package]]], torch: dict[str, object], problems: list[str]
 ) -> Page:
     rows = [
-        ("ckptkit", metadata.version("ckptkit"), "", os.path.dirname(os.path.dirname(os.path.dirname(__file__)))),
+        (
+            "ckptkit",
+            _version("ckptkit") or "not installed",
+            "",
+            os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+        ),
         ("Python", platform.python_version(), "", sys.executable),
         *((package.name, package.version or "missing", f">= {package.bound}", "") for package in required),
     ]
@@ -108,7 +113,7 @@ def _requirements() -> tuple[list[_Package], list[tuple[str, list[_Package]]]]:
     """Return the packages that ckptkit needs, and those of each extra that a user could want."""
     required: list[_Package] = []
     extras: dict[str, list[_Package]] = {}
-    for text in metadata.requires("ckptkit") or ():
+    for text in (metadata.requires("ckptkit") or ()) if _version("ckptkit") else ():
         match = _REQUIREMENT.match(text)
         if match is None or match["name"] == "ckptkit":
             continue
@@ -145,6 +150,8 @@ def _torch() -> dict[str, object]:
 
 
 def _problems(required: list[_Package], torch: dict[str, object]) -> Iterator[str]:
+    if _version("ckptkit") is None:
+        yield "ckptkit is not installed, so what it needs is not known: pip install -e . in its checkout"
     for package in required:
         if package.problem:
             yield f"{package.name} is {package.problem}: ckptkit needs {package.name}>={package.bound}"

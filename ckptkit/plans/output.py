@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from ckptkit.core.arguments import require_flags, require_path, require_type
+from ckptkit.core.arguments import require_flags, require_number, require_path, require_type
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import PathState
@@ -52,6 +52,22 @@ class Output:
     keep_unknown: bool = False
     before: PathState | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a path, a format or a size that no output can have."""
+        path = _checked_path(self.path)
+        object.__setattr__(self, "path", path)
+        require_flags(force=self.force, only_tensors=self.only_tensors, keep_unknown=self.keep_unknown)
+        require_type(self.format, str, "format", "a str")
+        require_type(self.before, PathState | None, "before", "a PathState, or None")
+        if self.format not in FORMATS:
+            raise OutputError(f"unknown format {quoted(self.format)}", hint=f"one of {', '.join(FORMATS)}", path=path)
+        if self.max_shard_size is not None:
+            require_number(self.max_shard_size, "max_shard_size", "a number of bytes", whole=True)
+            if self.format != "safetensors":
+                raise OutputError("shards are written as safetensors only", hint="leave out --format", path=path)
+            if self.max_shard_size <= 0:
+                raise OutputError(f"a shard of at most {self.max_shard_size} bytes cannot hold a tensor", path=path)
+
     @property
     def is_directory(self) -> bool:
         """Whether the output is a directory of several files."""
@@ -78,31 +94,36 @@ def choose_output(
         >>> choose_output("shards", max_shard_size="2GB").max_shard_size
         2000000000
     """
-    require_path(path, "path")
     require_type(format, str | None, "format", "a str")
-    require_flags(force=force, only_tensors=only_tensors, keep_unknown=keep_unknown)
-    name = os.fspath(path)
-    if not name:
-        raise OutputError("the output has no name", hint="give -o a file name")
+    name = _checked_path(path)
     chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
     if max_shard_size is not None:
-        size = _size(max_shard_size, name)
-        if (format or "safetensors") != "safetensors":
-            raise OutputError("shards are written as safetensors only", hint="leave out --format", path=name)
-        if os.path.splitext(name)[1] in _SUFFIXES:
+        output = Output(name, format or "safetensors", _size(max_shard_size, name), force)
+        if os.path.splitext(name)[1].lower() in _SUFFIXES:
             raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
-        if size <= 0:
-            raise OutputError(f"a shard of at most {size} bytes cannot hold a tensor", path=name)
-        return Output(name, "safetensors", size, force)
-    if chosen == "dcp" and os.path.splitext(name)[1] in _SUFFIXES:
+        return output
+    if chosen == "dcp" and os.path.splitext(name)[1].lower() in _SUFFIXES:
         raise OutputError("a distributed checkpoint is a directory", hint="give -o a name without a suffix", path=name)
     if chosen is None:
         raise OutputError(
             "the suffix does not name a known format", hint=f"use --format {' or '.join(FORMATS)}", path=name
         )
-    if chosen not in FORMATS:
-        raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
     return Output(name, chosen, None, force, only_tensors, keep_unknown)
+
+
+def _checked_path(path: object) -> str:
+    """Return the path of an output as a string; raise ``OutputError`` where no file can have this name."""
+    require_path(path, "path")
+    name = os.fsdecode(path)  # type: ignore[arg-type]
+    if not name:
+        raise OutputError("the output has no name", hint="give -o a file name")
+    try:
+        is_valid = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        is_valid = False
+    if not is_valid:
+        raise OutputError("is not a name that a file can have", hint="give another name", path=name)
+    return name
 
 
 def _size(given: object, path: str) -> int:

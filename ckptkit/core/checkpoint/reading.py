@@ -14,7 +14,7 @@ from ckptkit.core.arguments import refuse, require_type
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES, pack_float4
-from ckptkit.core.text import quoted
+from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ArgumentError
 
@@ -139,9 +139,9 @@ def _range_of(rows: slice, info: TensorInfo) -> tuple[int, int]:
     require_type(rows, slice, "rows", "a slice, such as slice(0, 10)")
     if not info.shape:
         raise ArgumentError(f"{quoted(info.key)} has no dims, so it has no rows", hint="leave out rows")
-    if rows.step not in (None, 1):
+    if rows.step is not None and not (isinstance(rows.step, int) and rows.step == 1):
         raise ArgumentError(
-            f"rows has the step {rows.step!r}, and adjacent rows are read together",
+            f"rows has the step {printable(repr(rows.step))}, and adjacent rows are read together",
             hint="read the rows without a step, and slice the result",
         )
     try:

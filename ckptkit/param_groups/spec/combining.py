@@ -50,7 +50,7 @@ def _single(name: str, first: SpecFields, second: SpecFields) -> Any:
 
 def _options(where: str, method: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     for key in first.keys() & second.keys():
-        if first[key] is not second[key] and first[key] != second[key]:
+        if not _is_same(first[key], second[key]):
             raise GroupsError(
                 f"{where} of one spec has {key} = {first[key]}, and of the other {key} = {second[key]}",
                 hint=f"choose one before: spec.{method}({key}={first[key]})" if method else "give both the same value",
@@ -58,18 +58,35 @@ def _options(where: str, method: str, first: Mapping[str, Any], second: Mapping[
     return {**first, **second}
 
 
+def _is_same(one: object, other: object) -> bool:
+    """Return whether two values are equal; a tensor or an array of several elements equals only itself."""
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):
+        return False
+
+
 def _rules(first: SpecFields, second: SpecFields, model: CheckpointLike | None) -> tuple[GroupRule, ...]:
-    mine, theirs = _owning(first), [rule for rule in _owning(second) if rule not in first.rules]
+    mine = _owning(first)
+    theirs = [rule for rule in _owning(second) if not any(_is_same(rule, other) for other in first.rules)]
     for rule in second.rules:
-        same = next((other for other in first.rules if other.name == rule.name and other != rule), None)
+        same = next((other for other in first.rules if other.name == rule.name and not _is_same(other, rule)), None)
         if same is not None and not (_is_plain_rest(rule) and _is_plain_rest(same)):
             raise GroupsError(
                 f"both specs have a group {quoted(rule.name)}, and they differ", hint="give one another name"
             )
-    if mine and theirs:
-        _refuse_two_owners(first, second, (mine, theirs), model)
+    differing = list(zip(mine, theirs, strict=False))[:1] or _in_another_order(mine, _owning(second))
+    if differing:
+        _refuse_two_owners(first, second, differing[0], model)
     groups = [rule for rule in (*mine, *theirs) if not rule.rest]
     return (*groups, *_rest(first, second))
+
+
+def _in_another_order(mine: Sequence[GroupRule], theirs: Sequence[GroupRule]) -> list[tuple[GroupRule, GroupRule]]:
+    """Return pairs of rules that both specs have, in another order: the first that matches a parameter owns it."""
+    names = [{rule.name for rule in rules} for rules in (mine, theirs)]
+    shared = [[rule for rule in rules if rule.name in names[0] & names[1]] for rules in (mine, theirs)]
+    return [(one, other) for one, other in zip(*shared, strict=True) if one.name != other.name]
 
 
 def _is_plain_rest(rule: GroupRule) -> bool:
@@ -96,19 +113,19 @@ def _rest(first: SpecFields, second: SpecFields) -> Iterator[GroupRule]:
 def _refuse_two_owners(
     first: SpecFields,
     second: SpecFields,
-    owning: tuple[Sequence[GroupRule], Sequence[GroupRule]],
+    differing: tuple[GroupRule, GroupRule],
     model: CheckpointLike | None,
 ) -> None:
     """Raise ``GroupsError`` for a parameter of ``model`` that a group of each spec owns."""
-    mine, theirs = owning
+    mine, theirs = differing
     if model is None:
         raise GroupsError(
-            f"groups {quoted(mine[0].name)} and {quoted(theirs[0].name)} could own the same parameters",
+            f"groups {quoted(mine.name)} and {quoted(theirs.name)} could own the same parameters",
             hint="give the model, with which this is decided: spec.combined_with(other, model)",
         )
     for parameter in parameter_table(model).parameters:
         one, other = _owner(first, parameter), _owner(second, parameter)
-        if one is not None and other is not None and one != other:
+        if one is not None and other is not None and one.name != other.name:
             raise GroupsError(
                 f"{quoted(parameter.name)} would be owned by group {quoted(one.name)} of one spec and by group "
                 f"{quoted(other.name)} of the other",
@@ -124,7 +141,7 @@ def _owner(spec: SpecFields, parameter: ParameterInfo) -> GroupRule | None:
 def _modifiers(first: Sequence[Modifier], second: Sequence[Modifier]) -> tuple[Modifier, ...]:
     combined = list(first)
     for modifier in second:
-        if modifier in combined:
+        if any(_is_same(modifier, other) for other in combined):
             continue
         layered = next((other for other in first if other.layers and modifier.layers), None)
         if layered is not None:
