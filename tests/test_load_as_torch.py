@@ -278,6 +278,21 @@ def test_a_hook_that_holds_the_model_runs_once() -> None:
     assert calls == [False]
 
 
+IN_NOTEBOOK, CALLS = nn.Linear(2, 2), list[bool]()
+
+
+def note_device(*_: object) -> None:
+    CALLS.append(IN_NOTEBOOK.weight.is_meta)
+
+
+def test_a_hook_that_uses_a_model_of_its_file_runs_once() -> None:
+    """As a function in a notebook does, which finds the model among the global names."""
+    CALLS.clear()
+    IN_NOTEBOOK.register_load_state_dict_post_hook(note_device)  # type: ignore[no-untyped-call]
+    load_into(IN_NOTEBOOK, {"weight": torch.ones(2, 2)})
+    assert CALLS == [False]
+
+
 def test_the_modules_with_own_code_are_the_topmost() -> None:
     """BatchNorm's method is not one, since it only adds a counter that files of old torch lack."""
     model = nn.ModuleDict(
@@ -336,3 +351,56 @@ def test_a_cast_that_overflows_is_refused_for_assign_only_where_a_rule_casts() -
         load_into(model, large)
     load_into(model, large, assign=True)
     assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("where", ["a", "b"])
+def test_hooks_see_all_keys_that_are_loaded(where: str) -> None:
+    """A hook of one module gets the keys and values of the others too, and none of them counts as missing."""
+    theirs, ours, seen = Pair(), Pair(), list[object]()
+    state = {key: torch.rand_like(value) for key, value in theirs.state_dict().items()}
+    for model in (theirs, ours):
+        module = getattr(model, where)
+        add_hook(module, lambda *given: seen.append({key: raw(value) for key, value in given[-7].items()}))
+        module.register_load_state_dict_post_hook(lambda _, keys: seen.append(list(keys.missing_keys)))
+    theirs.load_state_dict(state)
+    expected, seen[:] = list(seen), []
+    load_into(ours, state)
+    assert seen[-2:] == expected
+    assert same_state(ours.state_dict(), theirs.state_dict())
+
+
+def test_tensors_of_one_numpy_array_are_one_tensor() -> None:
+    """torch has two storages for them, and one memory: two values are refused, and one changes both."""
+    array = torch.zeros(4).numpy()
+    model = nn.Module()
+    for name in "ab":
+        model.register_buffer(name, torch.from_numpy(array))
+    with pytest.raises(ModelError, match="'a' and 'b' are one tensor of the model"):
+        load_into(model, {"a": torch.ones(4), "b": torch.zeros(4)})
+    report = load_into(model, {"a": torch.ones(4)})
+    assert [(one.code, one.key) for one in report.findings] == [("load.tied", "b")]
+
+
+def test_two_values_for_tied_parameters_are_refused_before_they_are_assigned() -> None:
+    model = Pair()
+    model.b.weight = model.a.weight
+    before = model.a.weight
+    with pytest.raises(ModelError, match="the checkpoint has two values for it") as caught:
+        load_into(model, {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2)}, assign=True)
+    assert not isinstance(caught.value, LoadError)
+    assert model.a.weight is before
+
+
+def test_a_hook_that_casts_what_is_saved_does_not_cast_what_is_loaded() -> None:
+    """The values get the precision of the parameters, as in torch."""
+
+    def halve(_: object, state: dict[str, torch.Tensor], *__: object) -> None:
+        state.update({key: value.half() for key, value in state.items()})
+
+    theirs, ours = nn.Linear(2, 2), nn.Linear(2, 2)
+    state = {"weight": torch.rand(2, 2), "bias": torch.rand(2)}
+    for model in (theirs, ours):
+        model._register_state_dict_hook(halve)
+    theirs.load_state_dict(state)
+    assert load_into(ours, state).coverage == 1.0
+    assert same_state(everything(ours), everything(theirs))

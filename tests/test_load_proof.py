@@ -302,3 +302,31 @@ def test_extra_state_that_is_a_tensor_goes_to_its_module() -> None:
 def test_extra_state_that_is_not_a_tensor_has_one_finding() -> None:
     report = load_into(Scaled({"a": 1}), Scaled({"a": 2}))
     assert [(one.code, one.key) for one in report.findings] == [("load.skipped", "_extra_state")]
+
+
+def fail_late(*_: object) -> None:
+    raise RuntimeError("too late")
+
+
+def test_rollback_restores_the_extra_state() -> None:
+    """A module fails after another one got its extra state."""
+    model = nn.Sequential(Scaled(torch.zeros(3)), nn.Linear(2, 2))
+    model[1].register_load_state_dict_post_hook(fail_late)  # type: ignore[no-untyped-call]
+    with pytest.raises(ModelError, match="too late"):
+        load_into(model, nn.Sequential(Scaled(torch.ones(3)), nn.Linear(2, 2)), rollback=True)
+    assert isinstance(model[0], Scaled)
+    assert torch.equal(model[0].extra, torch.zeros(3))
+
+
+def test_an_extra_state_that_cannot_be_copied_refuses_a_rollback() -> None:
+    """torch copies no tensor that was computed with gradients."""
+
+    class Computed(Scaled):
+        def get_extra_state(self) -> Any:
+            return self.weight.sum(0)
+
+    model = Computed(None)
+    before = raw(model.weight)
+    with pytest.raises(ModelError, match=r"^'_extra_state' cannot be copied, so it could not be restored"):
+        load_into(model, {"weight": torch.ones(2, 2), "_extra_state": torch.ones(2)}, rollback=True)
+    assert raw(model.weight) == before

@@ -434,5 +434,8 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
 
 
 def _storage_id(tensor: Tensor) -> int:
-    # data_ptr() is 0 for every tensor on the meta device, where ties still count.
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch compares storages by this address
+    storage = tensor.untyped_storage()
+    # Two storages can have one memory: those of two torch.from_numpy() of one array.
+    address = storage.data_ptr() if tensor.device.type == "cpu" else 0
+    # On the meta device every address is 0, and ties still count. torch compares storages by _cdata.
+    return address or int(storage._cdata)  # noqa: SLF001

@@ -14,7 +14,7 @@ from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo,
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import kind_of, percent, plural, quoted
-from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.core.torch_bridge import as_checkpoint, code_of
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
 from ckptkit.formats.codes import unread_findings
@@ -23,6 +23,7 @@ from ckptkit.loading import codes
 from ckptkit.loading.decision import (
     Decision,
     decide,
+    followers,
     is_extra_state,
     refuse_meta,
     refuse_overflow,
@@ -97,7 +98,8 @@ def load_into(
     did not change; all parameters and buffers are the same objects in the same memory as before.
 
     Some modules have hooks for loading, or a loading method of their own. ``load_state_dict`` gives them their tensors
-    and those of the modules below, all at once and in memory, as in torch. Their code is first tried on a copy of the
+    and those of the modules below, all at once and in memory, as in torch; of all other tensors that are loaded, it
+    gives those of the model, which have their new values by then. Their code is first tried on a copy of the
     model on the meta device, where such a copy can be made. Afterwards all loaded tensors are compared with the
     checkpoint once more, and all others are compared by SHA-256. Without such code only ckptkit writes, and the
     count that torch has of the changes of each tensor is compared instead.
@@ -170,7 +172,8 @@ def load_into(
             refuse_overflow(loading.producer, steps, donor.path)
         donor.check_unchanged()
         loading.rehearse()
-        before = stack.enter_context(Snapshot(model)) if rollback else loading.watch()
+        extra_states = [step.out.key for step in steps if is_extra_state(step.out.key)]
+        before = stack.enter_context(Snapshot(model, extra_states)) if rollback else loading.watch()
         found = loading.run(before)
     return _report(base, plan, steps, found, donor.warnings)
 
@@ -179,17 +182,16 @@ def _describe(model: Module) -> Checkpoint:
     """Return the description of a model.
 
     A DTensor counts as the whole tensor that it is a part of. No parameter or buffer counts as unreadable, since the
-    model keeps what is not loaded, and nothing has to copy it.
+    model keeps what is not loaded, and nothing has to copy it. The dtype is that of the parameter or buffer, also where
+    a hook casts what ``state_dict()`` returns.
     """
     base = as_checkpoint(model, "model")
-    if all(info.kind == "dense" for info in base.values()):
-        return base
-    tensors = named_tensors(model)
     infos = dict(base.items())
-    for key, info in base.items():
-        if info.kind != "dense" and key in tensors:
-            tied = View(id(tensors[key]), 0, row_major(info.shape)) if is_dtensor(tensors[key]) else None
-            infos[key] = replace(info, kind="dense", view=tied)
+    for key, tensor in named_tensors(model).items():
+        info = base.get(key)
+        if info is not None and (info.kind != "dense" or info.dtype != code_of(tensor.dtype)):
+            tied = View(id(tensor), 0, row_major(info.shape)) if is_dtensor(tensor) else None
+            infos[key] = replace(info, dtype=code_of(tensor.dtype), kind="dense", view=tied)
     description = Description(base.path, base.format, entries=base.entries, versions=base.versions)
     return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description)
 
@@ -223,6 +225,7 @@ class _Loading:
         if assign:
             _refuse_assigned_shards(before, self._loaded)
             refuse_gradients(before, steps)
+            followers(base, producer, steps)  # only to refuse two values for one tensor
             self._runs_code = bool(modules_with_own_code(model))
         else:
             refuse_meta(base, before)
@@ -232,8 +235,8 @@ class _Loading:
     def rehearse(self) -> None:
         """Try the model's own code on a copy of the model. Raises ``ModelError`` where it fails."""
         if self._decision is not None and self._runs_code:
-            handed = {step.out.key: step.out for step in self._decision.handed}
-            rehearse(self._model, handed, module_versions_for(self.producer, self._steps))
+            infos = {step.out.key: step.out for step in self._steps}
+            rehearse(self._model, infos, module_versions_for(self.producer, self._steps))
 
     def watch(self) -> Watch:
         """Return the watch that can tell afterwards what changed, without a copy of the model."""

@@ -21,7 +21,7 @@ from ckptkit.loading.watch import Watch
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
 
-__all__ = ["Copy", "Decision", "decide", "is_extra_state", "local_payload", "refuse_meta", "refuse_overflow", "uncast"]
+__all__ = ["Copy", "Decision", "decide", "followers", "is_extra_state", "local_payload", "refuse_meta", "refuse_overflow", "uncast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Decision:
 def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, steps: Sequence[Step]) -> Decision:
     """Return how each tensor is loaded in place. Raises ``ModelError`` where one cannot be."""
     own_code = modules_with_own_code(model)
-    followers = _followers(base, producer, steps)
+    tied = followers(base, producer, steps)
     moved = _moved_within(base, producer, steps)
     copies: list[Copy] = []
     handed: list[Step] = []
@@ -66,7 +66,7 @@ def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, st
             if tensor is None:
                 _refuse_unloadable(base, producer, step, own_code)
             handed.append(step)
-        elif key not in followers:
+        elif key not in tied:
             target = held_memory(tensor)
             assert target is not None  # noqa: S101 - _is_copied has asked for it
             _refuse_unwritable(key, target)
@@ -157,13 +157,13 @@ def _refuse_unloadable(base: Checkpoint, producer: Producer, step: Step, own_cod
         )
 
 
-def _followers(base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> AbstractSet[str]:
+def followers(base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> AbstractSet[str]:
     """Return the keys that get their value through another key, because the model ties both.
 
     Raises ``ModelError`` where the checkpoint has two values for one tensor of the model.
     """
     by_key = {step.out.key: step for step in steps}
-    followers: set[str] = set()
+    found: set[str] = set()
     for first, *others in tied_keys(base[key] for key in by_key):
         for other in others:
             if not _is_same_value(producer, by_key[first], by_key[other]):
@@ -172,8 +172,8 @@ def _followers(base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> A
                     "and the checkpoint has two values for it",
                     hint="leave one of both out with a rule, or untie them in the model",
                 )
-        followers.update(others)
-    return followers
+        found.update(others)
+    return found
 
 
 def _is_same_value(producer: Producer, first: Step, second: Step) -> bool:

@@ -111,10 +111,12 @@ def _is_certain(error: Exception) -> bool:
 
 
 def _refers_to_a_model(hook: object) -> bool:
-    """Return whether a hook is a function that holds a module or a tensor, which its copy would share."""
+    """Return whether a hook is a function that uses a module or a tensor from outside, which its copy would share."""
     import torch
 
     if not isinstance(hook, types.FunctionType):
         return False
     cells = [cell.cell_contents for cell in hook.__closure__ or () if cell != types.CellType()]
-    return any(isinstance(value, torch.nn.Module | torch.Tensor) for value in (*cells, *(hook.__defaults__ or ())))
+    outside = [hook.__globals__.get(name) for name in hook.__code__.co_names]
+    used = (*cells, *outside, *(hook.__defaults__ or ()))
+    return any(isinstance(value, torch.nn.Module | torch.Tensor) for value in used)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.closing import Closing
-from ckptkit.core.text import human_bytes
+from ckptkit.core.text import first_line, human_bytes, quoted
 from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
@@ -29,15 +31,22 @@ class _Saved:
 
 
 class Snapshot(Watch, Closing):
-    """A copy of every parameter and buffer of a model; close the snapshot, or use it as a context manager.
+    """A copy of every parameter and buffer of a model, and of the extra states at the keys ``extra_states``.
+
+    Close the snapshot, or use it as a context manager.
 
     Up to 256 MB are stored in memory, more in a temporary file without a name. Tensors without plain bytes (sparse,
     quantized, subclasses, on the meta device) are neither compared nor restored.
     """
 
-    def __init__(self, model: Module) -> None:
-        """Copy all tensors of ``model``; raise ``ModelError`` where there is no space for the copy."""
+    def __init__(self, model: Module, extra_states: Iterable[str] = ()) -> None:
+        """Copy all tensors of ``model``; raise ``ModelError`` where there is no space, or a state cannot be copied."""
         super().__init__(model)
+        self._extra_states = [
+            (key, module, _copied_extra_state(key, module))
+            for key in extra_states
+            for module in [model.get_submodule(key.rpartition(".")[0])]
+        ]
         self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (slots, dict(slots))
             for module in model.modules()
@@ -116,6 +125,11 @@ class Snapshot(Watch, Closing):
                     saved.tensor.copy_(value)
             except RuntimeError:
                 failed.append(saved.name)
+        for key, module, state in self._extra_states:
+            try:
+                module.set_extra_state(state)
+            except Exception:  # noqa: BLE001 - the method is code of the user
+                failed.append(key)
         # A tensor can share memory with a tensor that was restored later, so every tensor is checked again.
         return failed + [
             saved.name for saved in self._saved.values() if saved.name not in failed and not self._is_unchanged(saved)
@@ -124,3 +138,13 @@ class Snapshot(Watch, Closing):
     def close(self) -> None:
         """Free the memory or the temporary file."""
         self._file.close()
+
+
+def _copied_extra_state(key: str, module: Module) -> object:
+    try:
+        return copy.deepcopy(module.get_extra_state())
+    except Exception as error:  # the state is made by code of the user
+        raise ModelError(
+            f"{quoted(key)} cannot be copied, so it could not be restored: {first_line(error)}",
+            hint="load without rollback=True",
+        ) from error

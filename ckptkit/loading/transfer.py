@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import read_into
@@ -60,7 +61,7 @@ class Transfer:
             self._replaced[copy.key] = None
         self._partly = tuple(step.out.key for step in decision.handed)
         if decision.runs_code:
-            self._hand_over(decision.handed)
+            self._hand_over({step.out.key for step in decision.handed})
         self._replaced |= dict.fromkeys(self._partly)
         self._partly = ()
         for copy in decision.copies:
@@ -116,13 +117,19 @@ class Transfer:
             partly=self._partly,
         )
 
-    def _hand_over(self, steps: Sequence[Step]) -> None:
-        """Load tensors by ``load_state_dict``, all at once, so that hooks see them together."""
-        values = OrderedDict((step.out.key, self._value(step)) for step in steps)
+    def _hand_over(self, handed: AbstractSet[str]) -> None:
+        """Load tensors by ``load_state_dict``, all at once, so that hooks see them together.
+
+        Every other loaded tensor is given as it is in the model by now, or hooks would see its key as missing.
+        """
+        values = OrderedDict(
+            (step.out.key, self._value(step) if step.out.key in handed else self._watch.tensors[step.out.key].detach())
+            for step in self._steps
+        )
         self._load_state_dict(values)
         after = self._model.state_dict(keep_vars=True)
         for key, value in values.items():
-            if is_extra_state(key):
+            if key not in handed or is_extra_state(key):
                 continue
             found, expected = (held_memory(one.detach()) for one in (after[key], value))
             if found is None or expected is None:

@@ -103,13 +103,13 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
     prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
     if carry:
-        plan = _with_notes(plan, plan_carried(plan, output, sources))
+        plan = _with_notes(plan, plan_carried(plan, output, sources).notes)
     return _with_kept_entries(plan, output, sources, _editor(plan, output, sources))
 
 
-def _with_notes(plan: Plan, carried: Carried) -> Plan:
-    """Return the plan with the notes about carried files; a plan that has them is unchanged."""
-    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *carried.notes))))
+def _with_notes(plan: Plan, notes: Iterable[str]) -> Plan:
+    """Return the plan with further notes; a plan that has them is unchanged."""
+    return replace(plan, notes=(*plan.notes, *(note for note in notes if note not in plan.notes)))
 
 
 def _with_kept_entries(
@@ -132,8 +132,7 @@ def _with_kept_entries(
     dropped = (*(drop for drop in plan.dropped if drop not in kept), *lost)
     kept_keys = {drop.key for drop in kept}.union(plan.kept)
     kept_entries = tuple(entry for entry in entries if entry in kept_keys)
-    notes = tuple(dict.fromkeys((*plan.notes, *editor.notes)))
-    return replace(plan, dropped=dropped, kept=kept_entries, notes=notes)
+    return _with_notes(replace(plan, dropped=dropped, kept=kept_entries), editor.notes)
 
 
 def execute(
@@ -221,7 +220,7 @@ def _execute(
         read_back=None if alone is None else alone.alone,
         carried=carried.names,
         adapted=carried.adapted,
-        plan=_with_kept_entries(_with_notes(plan, carried), output, roles, editor),
+        plan=_with_kept_entries(_with_notes(plan, carried.notes), output, roles, editor),
     )
 
 
