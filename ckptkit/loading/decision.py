@@ -21,7 +21,17 @@ from ckptkit.loading.watch import Watch
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
 
-__all__ = ["Copy", "Decision", "decide", "followers", "is_extra_state", "local_payload", "refuse_meta", "refuse_overflow", "uncast"]
+__all__ = [
+    "Copy",
+    "Decision",
+    "decide",
+    "followers",
+    "is_extra_state",
+    "local_payload",
+    "refuse_meta",
+    "refuse_overflow",
+    "uncast",
+]
 
 
 @dataclass(frozen=True, slots=True)
