@@ -400,7 +400,7 @@ def test_a_hook_that_casts_what_is_saved_does_not_cast_what_is_loaded() -> None:
     theirs, ours = nn.Linear(2, 2), nn.Linear(2, 2)
     state = {"weight": torch.rand(2, 2), "bias": torch.rand(2)}
     for model in (theirs, ours):
-        model._register_state_dict_hook(halve)
+        model._register_state_dict_hook(halve)  # type: ignore[no-untyped-call]
     theirs.load_state_dict(state)
     assert load_into(ours, state).coverage == 1.0
     assert same_state(everything(ours), everything(theirs))
