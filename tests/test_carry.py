@@ -119,6 +119,18 @@ def test_the_quantisation_is_removed_only_with_the_codes(tmp_path: Path, drop: S
     )
 
 
+def test_the_quantisation_is_removed_from_every_section(tmp_path: Path) -> None:
+    """A model of several parts can state the quantisation of one part in the section of that part."""
+    nested = {"dtype": "float32", "quantization_config": {"quant_method": "fp8"}}
+    source, out = model_directory(tmp_path / "in", FP8, {**QUANTISED, "text_config": nested}), tmp_path / "out"
+    out.mkdir()
+    written = convert(source, out / "model.safetensors", drop=["a.*"])
+    assert config_in(out) == {**CONFIG, "text_config": {"dtype": "float32"}}
+    assert [change.statement for change in written.adapted] == [
+        "quantization_config", "text_config.quantization_config",
+    ]  # fmt: skip
+
+
 def test_a_quantisation_without_quantised_weights_is_not_touched(tmp_path: Path) -> None:
     """Plain weights can be quantised when they are loaded; what the input says of that stays."""
     config = {**CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}

@@ -10,7 +10,7 @@ import torch
 
 from ckptkit import open_checkpoint
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Entry, TensorInfo
-from ckptkit.core.dtypes import pack_float4, unpack_float4
+from ckptkit.core.dtypes import torch_shape, torch_view, unpack_float4
 from ckptkit.errors import CkptkitError
 
 ATTRIBUTES = sorted(name for name, value in vars(Checkpoint).items() if isinstance(value, property))
@@ -93,6 +93,8 @@ def test_closing_twice_calls_the_reader_once() -> None:
 def test_float4_geometry_counts_two_elements_a_byte() -> None:
     """torch counts bytes, the safetensors code counts elements; bytes with a gap have no strides in elements."""
     assert unpack_float4((3, 4), (4, 1), 8) == ((3, 8), (8, 1), 16)
-    assert pack_float4((3, 8)) == (3, 4)
+    assert torch_shape("F4", (3, 8)) == (3, 4)
+    assert torch_view("F4", (3, 8), (8, 1), 16) == ((3, 4), (4, 1), 8)
+    assert torch_view("F32", (3, 8), (8, 1), 16) == ((3, 8), (8, 1), 16)
     assert unpack_float4((3, 4), (1, 3), 0) is None
     assert unpack_float4((), (), 0) is None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckptkit import load_into, parse_rules, plan_merge
+from ckptkit import load_into, merge, parse_rules, plan_merge
 from ckptkit.errors import ArgumentError, CkptkitError, ModelError, RuleError
 from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy, pattern_for
 from tests.helpers_cli import run_ckpt
@@ -253,3 +253,12 @@ def test_each_policy_has_its_own_actions(policy: str, action: str, hint: str) ->
     with pytest.raises(ArgumentError, match=f"{policy} is the string '{action}'") as caught:
         plan_merge(BASE, [], **{policy: action})  # type: ignore[arg-type]
     assert hint in str(caught.value.hint)
+
+
+def test_a_pattern_for_keys_of_the_base_is_an_error_of_the_base(tmp_path: Path) -> None:
+    """The error names the file whose keys the pattern should match."""
+    for name in ("base.pt", "donor.pt"):
+        torch.save({"fc.weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(RuleError) as caught:
+        merge(tmp_path / "base.pt", tmp_path / "donor.pt", tmp_path / "out.pt", on_mismatch={"x.*": "skip"})
+    assert caught.value.path == str(tmp_path / "base.pt")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "DType", "dtype_code", "pack_float4", "unpack_float4"]
+__all__ = ["DTYPES", "DType", "dtype_code", "torch_shape", "torch_view", "unpack_float4"]
 
 
 class DType(NamedTuple):
@@ -74,9 +74,18 @@ def dtype_code(name: str) -> str | None:
     return next(found, None)
 
 
-def pack_float4(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that torch gives to float4 elements of this shape: torch counts bytes of two elements."""
-    return (*shape[:-1], shape[-1] // 2)
+def torch_shape(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that torch gives to elements of this dtype; of float4, torch counts bytes of two elements."""
+    return (*shape[:-1], shape[-1] // 2) if code == "F4" else shape
+
+
+def torch_view(
+    code: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return shape, stride and offset as torch counts them, the inverse of ``unpack_float4``."""
+    if code != "F4":
+        return shape, stride, offset
+    return torch_shape(code, shape), (*(step // 2 for step in stride[:-1]), 1), offset // 2
 
 
 def unpack_float4(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.dtypes import pack_float4
+from ckptkit.core.dtypes import torch_shape
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import named_of, torch_dtype
 from ckptkit.core.torch_types import Module, Tensor
@@ -98,7 +98,7 @@ def _twin(model: Module) -> Module | None:
 def _empty(info: TensorInfo) -> Tensor:
     import torch
 
-    shape = pack_float4(info.shape) if info.dtype == "F4" else info.shape
+    shape = torch_shape(info.dtype, info.shape)
     return torch.empty(shape, dtype=torch_dtype(info.dtype), device="meta")
 
 

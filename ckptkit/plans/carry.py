@@ -101,8 +101,10 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         new = dict(config)
         adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
         notes += about_dtype
-        if is_plain and _QUANTIZATION in new:
-            adapted.append(Adapted(MODEL_CONFIG, _QUANTIZATION, new.pop(_QUANTIZATION), None))
+        for path, section in list(_sections(new)) if is_plain else ():
+            if _QUANTIZATION in section:
+                found_statement = section.pop(_QUANTIZATION)
+                adapted.append(Adapted(MODEL_CONFIG, path + _QUANTIZATION, found_statement, None))
         if adapted:
             contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
     carried = Carried(directory, tuple(names), contents, tuple(adapted), ())
@@ -167,13 +169,20 @@ def _adapt_dtype(config: dict[str, object], plan: Plan, owner: Checkpoint) -> tu
     return adapted, []
 
 
-def _dtype_fields(config: dict[str, object], prefix: str = "") -> Iterator[tuple[str, dict[str, object], str]]:
+def _dtype_fields(config: dict[str, object]) -> Iterator[tuple[str, dict[str, object], str]]:
     """Yield the path of each dtype that a configuration states, the section that holds it, and its key there."""
+    for path, section in _sections(config):
+        for key in _DTYPE_FIELDS:
+            if isinstance(section.get(key), str):
+                yield path + key, section, key
+
+
+def _sections(config: dict[str, object], path: str = "") -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield a configuration and its sections, such as ``text_config``, each with its path and a dot behind it."""
+    yield path, config
     for key, value in config.items():
-        if key in _DTYPE_FIELDS and isinstance(value, str):
-            yield prefix + key, config, key
-        elif key.endswith(_SECTION) and key != _QUANTIZATION and isinstance(value, dict):
-            yield from _dtype_fields(value, f"{prefix}{key}.")
+        if key.endswith(_SECTION) and key != _QUANTIZATION and isinstance(value, dict):
+            yield from _sections(value, f"{path}{key}.")
 
 
 def _notes_about_code(directory: str, config: Mapping[str, object]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
@@ -192,11 +193,12 @@ class _Policies:
         """Return a note for each pattern that decides about no key; raise ``RuleError`` unless ``allow_unused``."""
         found = list(dict.fromkeys(key for donor in donors.values() for key in donor))
         owner = " and ".join(f"the {role}" for role in donors)
-        return [
-            *self.on_missing.unused(base, "the base", allow_unused=allow_unused),
-            *self.on_mismatch.unused(base, "the base", allow_unused=allow_unused),
-            *self.on_unexpected.unused(found, owner, allow_unused=allow_unused),
-        ]
+        with default_error_path(base.path):
+            notes = [
+                *self.on_missing.unused(base, "the base", allow_unused=allow_unused),
+                *self.on_mismatch.unused(base, "the base", allow_unused=allow_unused),
+            ]
+        return [*notes, *self.on_unexpected.unused(found, owner, allow_unused=allow_unused)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
-from ckptkit.core.dtypes import DTYPES, pack_float4
+from ckptkit.core.checkpoint import Checkpoint, Payload
+from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import first_line, listed, printable, quoted
 from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
@@ -172,7 +172,10 @@ def verify_torch(
             tensor = _value_at(file, mapping, paths[step.out.key])
             if not isinstance(tensor, torch.Tensor):
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is a {type(tensor).__name__}")
-            if (code_of(tensor.dtype), tuple(tensor.shape)) != (step.out.dtype, _torch_shape(step.out)):
+            if (code_of(tensor.dtype), tuple(tensor.shape)) != (
+                step.out.dtype,
+                torch_shape(step.out.dtype, step.out.shape),
+            ):
                 described = f"{code_of(tensor.dtype)} {list(tensor.shape)}"
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {described}")
             _compare(file, step, producer, TensorPayload(tensor, step.out.nbytes))
@@ -214,12 +217,18 @@ def verify_dcp(path: str, shown: str, steps: Sequence[Step], sources: Mapping[st
             found = described[step.out.key]
             if not isinstance(found, TensorStorageMetadata):
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is not a tensor")
-            if (code_of(found.properties.dtype), tuple(found.size)) != (step.out.dtype, _torch_shape(step.out)):
+            if (code_of(found.properties.dtype), tuple(found.size)) != (
+                step.out.dtype,
+                torch_shape(step.out.dtype, step.out.shape),
+            ):
                 is_now = f"{code_of(found.properties.dtype)} {list(found.size)}"
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {is_now}")
         for batch in _batches(steps):
             tensors = {
-                step.out.key: torch.empty(_torch_shape(step.out), dtype=torch_dtype(step.out.dtype)) for step in batch
+                step.out.key: torch.empty(
+                    torch_shape(step.out.dtype, step.out.shape), dtype=torch_dtype(step.out.dtype)
+                )
+                for step in batch
             }
             try:
                 load_distributed(tensors, checkpoint_id=path, **alone)
@@ -228,10 +237,6 @@ def verify_dcp(path: str, shown: str, steps: Sequence[Step], sources: Mapping[st
             for step in batch:
                 _compare(file, step, producer, TensorPayload(tensors[step.out.key], step.out.nbytes))
     return Verification(reader)
-
-
-def _torch_shape(info: TensorInfo) -> tuple[int, ...]:
-    return pack_float4(info.shape) if info.dtype == "F4" else info.shape
 
 
 def _value_at(file: _File, value: object, path: Iterable[object]) -> object:

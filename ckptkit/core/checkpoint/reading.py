@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ckptkit.core.arguments import refuse, require_type
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
-from ckptkit.core.dtypes import DTYPES, pack_float4
+from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ArgumentError
@@ -35,7 +35,7 @@ def read_tensor(info: TensorInfo, open_payload: Opener, rows: slice | None = Non
 
     dtype = torch_dtype_of(info)
     part, payload = _part(info, open_payload, rows)
-    shape = pack_float4(part.shape) if part.dtype == "F4" else part.shape
+    shape = torch_shape(part.dtype, part.shape)
     if payload is None:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch_bytes(part.nbytes, lambda buffer: read_into(payload, buffer)).view(dtype).reshape(shape)
@@ -91,7 +91,8 @@ def torch_dtype_of(info: TensorInfo) -> torch.dtype:
             f"{quoted(info.key)}: torch stores F4 elements in pairs, and the last size of {list(info.shape)} is odd"
         )
     if not isinstance(dtype, torch.dtype):
-        raise ArgumentError(f"{quoted(info.key)}: this torch has no dtype for {info.dtype}")
+        which = "this torch" if name else "torch"  # another version may have it
+        raise ArgumentError(f"{quoted(info.key)}: {which} has no dtype for {info.dtype}")
     return dtype
 
 

@@ -11,7 +11,7 @@ from ckptkit.core.arguments import refuse, require_strings
 from ckptkit.core.checkpoint.info import TensorInfo, storage_range
 from ckptkit.core.checkpoint.payload import Payload, read_into
 from ckptkit.core.checkpoint.reading import Opener, read_tensor, torch_bytes, torch_dtype_of
-from ckptkit.core.dtypes import DTYPES, dtype_code, pack_float4
+from ckptkit.core.dtypes import DTYPES, dtype_code, torch_view
 from ckptkit.core.text import first_line, printable, quoted
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_types import Tensor
@@ -67,10 +67,8 @@ class _Block:
                 torch_bytes(last - first, lambda buffer: self._fill(buffer, first)).view(torch_dtype_of(info))
             )
         assert info.view is not None  # noqa: S101 - a tensor that overlaps others has a view
-        shape, stride, offset = info.shape, info.view.stride, info.view.offset - first * 8 // DTYPES[info.dtype].bits
-        if info.dtype == "F4":  # torch counts pairs of elements
-            shape, stride, offset = pack_float4(shape), (*(step // 2 for step in stride[:-1]), 1), offset // 2
-        return self.flat.as_strided(shape, stride, offset)
+        offset = info.view.offset - first * 8 // DTYPES[info.dtype].bits
+        return self.flat.as_strided(*torch_view(info.dtype, info.shape, info.view.stride, offset))
 
     def _fill(self, buffer: memoryview, first: int) -> None:
         done = 0

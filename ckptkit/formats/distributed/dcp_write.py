@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, row_major
-from ckptkit.core.dtypes import DTYPES, pack_float4
+from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import PlanError
 from ckptkit.formats.atomic import AtomicFile
@@ -121,7 +121,7 @@ def _description(emit: PickleWriter, info: TensorInfo) -> None:
     emit.constant("properties")
     _properties(emit, info.dtype)
     emit.constant("size")
-    _size(emit, _torch_shape(info))
+    _size(emit, torch_shape(info.dtype, info.shape))
     emit.constant("chunks")
     emit.out += b"]"
     emit.instance(METADATA_MODULE, "ChunkStorageMetadata")
@@ -129,7 +129,7 @@ def _description(emit: PickleWriter, info: TensorInfo) -> None:
     emit.constant("offsets")
     _size(emit, (0,) * len(info.shape))
     emit.constant("sizes")
-    _size(emit, _torch_shape(info))
+    _size(emit, torch_shape(info.dtype, info.shape))
     emit.out += b"ubaub"
 
 
@@ -174,7 +174,3 @@ def _size(emit: PickleWriter, sizes: tuple[int, ...]) -> None:
     emit.name("torch", "Size")
     emit.integers(sizes)
     emit.out += b"\x85R"
-
-
-def _torch_shape(info: TensorInfo) -> tuple[int, ...]:
-    return pack_float4(info.shape) if info.dtype == "F4" else info.shape

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
-from ckptkit.core.dtypes import DTYPES, pack_float4
+from ckptkit.core.dtypes import DTYPES, torch_view
 from ckptkit.core.files import Extent
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
@@ -88,9 +88,8 @@ def _metadata(emit: PickleWriter, versions: Mapping[str, int]) -> None:
 
 def _tensor(emit: PickleWriter, tensor: StoredTensor) -> None:
     info = tensor.info
-    dtype, shape, offset, stride = info.dtype, info.shape, tensor.offset, tensor.stride
-    if dtype == "F4":
-        shape, stride, offset = pack_float4(shape), (*(step // 2 for step in stride[:-1]), 1), offset // 2
+    dtype = info.dtype
+    shape, stride, offset = torch_view(dtype, info.shape, tensor.stride, tensor.offset)
     storage = STORAGE_CLASSES.get(dtype)
     emit.name("torch._utils", "_rebuild_tensor_v2" if storage else "_rebuild_tensor_v3")
     emit.out += b"(("
