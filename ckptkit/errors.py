@@ -49,6 +49,10 @@ class CkptkitError(Exception):
     ``reason`` is one sentence that says why ckptkit refused, ``hint`` says what to do instead, and ``path`` is the
     file, or None. The text of the error is all three on one line.
 
+    Hints name the options of the command line. In Python the argument has the same name: ``--on-missing 'fc.*=keep'``
+    is ``on_missing={"fc.*": "keep"}``. ``--rename``, ``--keep``, ``--drop`` and ``--strip`` are arguments of
+    ``parse_rules``.
+
     Example:
         >>> try:
         ...     ckptkit.open_checkpoint("missing.pth")

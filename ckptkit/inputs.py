@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import printable
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer
+from ckptkit.formats.codes import is_more_than_a_note
 
 if TYPE_CHECKING:
     from ckptkit.rules.model import Rules, RulesLike
@@ -21,11 +25,15 @@ CheckpointLike: TypeAlias = str | os.PathLike[str] | StateDictLike
 
 
 @contextlib.contextmanager
-def opened(value: CheckpointLike, role: str) -> Iterator[Checkpoint]:
+def opened(value: CheckpointLike, role: str, *, warn: bool = True) -> Iterator[Checkpoint]:
     """Give the Checkpoint that an argument describes; a path is opened here, and closed at the end of the block.
 
     A path is anything that ``open_checkpoint`` opens. A Checkpoint is given as it is, and stays open. A Module, and a
     mapping of tensors or of ``TensorInfo``, is described. Messages call the argument ``role``, such as ``base``.
+
+    The warnings of the reader become warnings of Python, since the caller does not see the Checkpoint of a path:
+    ``UserWarning`` with the path, at the line that called ckptkit. Notes are left out. A caller that reports them all
+    turns this off with ``warn=False``.
 
     Raises:
         PathError: The path cannot be read.
@@ -39,6 +47,8 @@ def opened(value: CheckpointLike, role: str) -> Iterator[Checkpoint]:
     """
     if isinstance(value, str | os.PathLike):
         with open_checkpoint(value) as checkpoint:
+            if warn:
+                _warn_about(checkpoint)
             yield checkpoint
     else:
         yield as_checkpoint(value, role)
@@ -80,9 +90,18 @@ def opened_optimizer(value: object) -> Iterator[object]:
     """
     if isinstance(value, str | os.PathLike):
         with open_optimizer(value) as checkpoint:
+            _warn_about(checkpoint)
             yield checkpoint
     else:
         yield value
+
+
+def _warn_about(checkpoint: Checkpoint) -> None:
+    level, frame = 2, sys._getframe(1)  # noqa: SLF001 - skip_file_prefixes needs Python 3.12
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("ckptkit", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    for warning in filter(is_more_than_a_note, checkpoint.warnings):
+        warnings.warn(f"{printable(checkpoint.path)}: {warning}", stacklevel=level)
 
 
 def rules_for(rules: RulesLike | None, checkpoint: Checkpoint) -> Rules:

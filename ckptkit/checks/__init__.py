@@ -81,7 +81,7 @@ def run_checks(
     require_progress(progress)
     entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
-        found = stack.enter_context(opened(checkpoint, "checkpoint"))
+        found = stack.enter_context(opened(checkpoint, "checkpoint", warn=False))
         expected = None if like is None else stack.enter_context(opened(like, "expected"))
         findings = _check(found, rules_for(rules, found), expected, fast=fast, values=values, progress=progress)
         return _report(findings, entries, found)

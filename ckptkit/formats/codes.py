@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Code, Finding, ReaderWarning, codes_in
 
-__all__ = ["CODES", "unread_findings"]
+__all__ = ["CODES", "is_more_than_a_note", "unread_findings"]
 
 CODE_SUSPICIOUS = Code(
     "code-suspicious",
@@ -93,3 +93,8 @@ def unread_findings(warnings: Iterable[str]) -> Iterator[Finding]:
     for warning in warnings:
         if isinstance(warning, ReaderWarning) and warning.code in _UNREAD:
             yield warning.finding()
+
+
+def is_more_than_a_note(warning: str) -> bool:
+    """Return whether a reader's warning is about damage, about code, or about weights that were not read."""
+    return not isinstance(warning, ReaderWarning) or warning.severity != "note" or warning.code in _UNREAD
