@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,27 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import ckptkit
 from ckptkit import (
     CkptkitError,
     GroupsError,
-    Output,
     OutputError,
     PathError,
-    PlanError,
     RuleError,
     build_param_groups,
-    choose_output,
     diff,
     diff_locks,
     execute,
     explain_param_group,
     load_into,
     load_optimizer_state,
-    load_plan,
     load_rules,
     lock_document,
     lock_param_groups,
@@ -60,7 +54,6 @@ from ckptkit.optimizer_state.groups import resplit
 from ckptkit.optimizer_state.naming import parameters_of, to_named
 from ckptkit.optimizer_state.pruning import prune
 from ckptkit.optimizer_state.remapping import remap
-from ckptkit.plans.saved import plan_to_json
 from ckptkit.testing import assert_loads, assert_same_weights
 from fixtures.lenet import Net
 from tests.helpers_cli import ROOT
@@ -432,7 +425,6 @@ def test_a_plan_is_executed_on_every_form_of_its_inputs(form: Any, tmp_path: Pat
 
 def test_one_call_reads_and_writes_paths(tmp_path: Path) -> None:
     """Rules, the configuration of an adapter, sizes and dtypes may be what the plans take; all is closed."""
-    from safetensors.torch import save_file
 
     compressed = tmp_path / "compressed.npz"
     np.savez_compressed(compressed, weight=np.ones((2, 2), np.float32))
