@@ -419,7 +419,9 @@ def test_a_read_that_fails_is_a_finding(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(_safetensors(tmp_path))
     checkpoint.close()
     report = run_checks(checkpoint)
-    assert "'w' cannot be read: bad file descriptor; it holds 'w'" in [finding.message for finding in report.findings]
+    assert "'w' cannot be read: the checkpoint was closed; it holds 'w'" in [
+        finding.message for finding in report.findings
+    ]
     assert not report.ok
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ckptkit import CkptkitError, open_checkpoint
+from ckptkit import CkptkitError, PathError, convert, open_checkpoint
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, part_of, read_into
 from ckptkit.core.files import ByteSwapped, Extent, LocalFile
 from ckptkit.core.torch_bridge import TensorPayload, as_checkpoint
@@ -284,3 +285,22 @@ def test_a_payload_with_other_bytes_than_promised_is_refused(stored: bytes) -> N
     checkpoint = Checkpoint(infos, Access(lambda _: InMemory(memoryview(stored))), Description("a", "test"))
     with pytest.raises(CkptkitError, match="4 bytes"):
         checkpoint.read("w")
+
+
+def test_a_closed_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Every use of the bytes says that it was closed, and names its file, also where an output is written."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        pass
+    uses: list[Callable[[], object]] = [
+        lambda: checkpoint.read("w"),
+        lambda: checkpoint.numpy("w"),
+        checkpoint.state_dict,
+        checkpoint.check_unchanged,
+        lambda: convert(checkpoint, tmp_path / "out.safetensors"),
+    ]
+    for use in uses:
+        with pytest.raises(PathError, match="the checkpoint was closed") as caught:
+            use()
+        assert caught.value.path == str(tmp_path / "a.pt")
+    assert not (tmp_path / "out.safetensors").exists()

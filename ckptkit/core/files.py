@@ -99,8 +99,15 @@ class LocalFile:
         self._seen = file_state(status)
 
     def fileno(self) -> int:
-        """Return the file descriptor, so that the kernel can copy the bytes."""
+        """Return the file descriptor, so that the kernel can copy the bytes; raise ``PathError`` for a closed file."""
+        if self._fd < 0:
+            raise self._error()
         return self._fd
+
+    def _error(self, error: OSError | None = None) -> PathError:
+        if error is None or self._fd < 0:
+            return PathError("the checkpoint was closed", hint="read it before it is closed", path=self.path)
+        return PathError(_reason(error), path=self.path)
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes.
@@ -124,7 +131,7 @@ class LocalFile:
         try:
             return os.pread(self._fd, count, offset)
         except OSError as error:
-            raise PathError(_reason(error), path=self.path) from None
+            raise self._error(error) from None
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the bytes from ``offset``. Raises the same errors as ``read``."""
@@ -133,7 +140,7 @@ class LocalFile:
             try:
                 count = os.preadv(self._fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise PathError(_reason(error), path=self.path) from None
+                raise self._error(error) from None
             if count == 0:
                 raise ChangedError("the file became shorter while it was read", path=self.path)
             done += count
@@ -143,7 +150,7 @@ class LocalFile:
 
         With ``by_path``, also raise it if the path names another file now. A removed file can still be read.
         """
-        if file_state(os.fstat(self._fd)) != self._seen:
+        if file_state(os.fstat(self.fileno())) != self._seen:
             raise ChangedError("the file changed while it was read", path=self.path)
         if not by_path:
             return
