@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "_static" / "terminal.svg"
 COMMANDS = (
     "ckpt diff py:fixtures.lenet:build fixtures/lenet_ddp.pt --strip auto -q",
-    "ckpt groups table --model py:fixtures.lenet:build fixtures/groups.toml",
+    "ckpt groups validate --model py:fixtures.lenet:build fixtures/groups.toml",
 )
 _COLUMNS = 100
 _THEME = TerminalTheme(

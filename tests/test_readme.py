@@ -6,10 +6,10 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from ckptkit.rules.parse import parse_rules
 from ckptkit.testing import assert_loads
 from fixtures.lenet import build
 from tests.helpers_cli import ROOT, run_ckpt
@@ -28,14 +28,23 @@ def test_recipe_shows_the_real_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error.value).strip() == shown.strip()
 
 
-def test_rule_file_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """The rule file in the README is valid."""
-    import tomllib
-
-    block = next(text for text in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[[rule]]" in text)
-    rules = parse_rules(file=tomllib.loads(block))
-    assert [len(stage.rules) for stage in rules.stages] == [2, 1]
-    assert capsys.readouterr().err == ""
+def test_the_picture_shows_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The terminal in the picture has the commands and the lines that they print today: python docs/picture.py."""
+    picture = ET.parse(ROOT / "docs" / "_static" / "terminal.svg")  # noqa: S314 - a file of this repository
+    rows: dict[float, list[tuple[float, str]]] = {}
+    for text in picture.iter("{http://www.w3.org/2000/svg}text"):
+        if "clip-path" in text.attrib:
+            rows.setdefault(float(text.attrib["y"]), []).append((float(text.attrib["x"]), text.text or ""))
+    shown = ["".join(piece for _, piece in sorted(rows[y])).replace("\xa0", " ").rstrip() for y in sorted(rows)]
+    shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
+    monkeypatch.chdir(tmp_path)
+    printed: list[str] = []
+    for command in (line[2:] for line in shown if line.startswith("$ ")):
+        ran = run_ckpt(capsys, *shlex.split(command)[1:])
+        printed += [f"$ {command}", *(line.rstrip() for line in (ran.out + ran.err).splitlines()), ""]
+    assert [line for line in shown if line] == [line for line in printed if line]
 
 
 def test_two_commands_do_everything(
