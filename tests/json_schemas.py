@@ -714,7 +714,7 @@ SCHEMAS: dict[str, Schema] = dict(
             "ckpt doctor --json",
             "The versions that ckpt runs with, and what is missing.",
             {
-                "ckptkit": _text("The version of ckptkit."),
+                "ckptkit": _text_or_null("The version of ckptkit; null if it is not installed."),
                 "python": _text("The version of Python."),
                 "platform": _text("The operating system and machine."),
                 "torch": _object(

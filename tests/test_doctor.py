@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -67,3 +68,16 @@ def test_another_program_of_the_same_name_is_a_problem(
     monkeypatch.setenv("PATH", f"{other}{os.pathsep}{ours}")
     ran = run_ckpt(capsys, "doctor")
     assert (ran.code, f"problem: {other}/ckpt comes first on PATH" in ran.out) == (1, True)
+
+
+def test_a_package_that_is_not_installed_has_no_version(tmp_path: Path) -> None:
+    """``ckpt -V`` says so, where ckptkit is on the path of Python without being installed."""
+    for name in ("ckptkit", "click", "tabulate"):
+        origin = Path(str(importlib.import_module(name).__file__))
+        origin = origin.parent if origin.name == "__init__.py" else origin
+        (tmp_path / origin.name).symlink_to(origin)
+    command = [sys.executable, "-S", "-m", "ckptkit", "-V"]
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ckpt: ckptkit is not installed, so it has no version\nhint: see ckpt doctor\n"

@@ -23,9 +23,12 @@ __all__ = ["ckpt", "main"]
 
 def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print_line(f"ckpt {version('ckptkit')}")
+        try:
+            print_line(f"ckpt {version('ckptkit')}")
+        except PackageNotFoundError:
+            raise CkptkitError("ckptkit is not installed, so it has no version", hint="see ckpt doctor") from None
         context.exit()
 
 
