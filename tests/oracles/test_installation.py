@@ -34,10 +34,11 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def resolved(folder: Path, *arguments: str | Path) -> list[str]:
+def resolved(folder: Path, *arguments: str | Path, cwd: Path | None = None) -> list[str]:
     """Return the names of the distributions that pip would install."""
     report = folder / "report.json"
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report, *arguments, cwd=folder)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report]
+    run(*command, *arguments, cwd=folder if cwd is None else cwd)
     return [item["metadata"]["name"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
 
 
@@ -119,7 +120,5 @@ def test_the_pip_part_of_the_environment_for_conda(tmp_path: Path) -> None:
         if isinstance(item, dict)
     ]
     (tmp_path / "requirements.txt").write_text("\n".join(requirements), encoding="utf-8")
-    command = ["pip", "install", "--quiet", "--dry-run", "--no-deps", "--report", tmp_path / "report.json"]
-    run(sys.executable, "-m", *command, "-r", tmp_path / "requirements.txt", cwd=ROOT / "docs")
-    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["install"]
-    assert [item["metadata"]["name"] for item in found] == ["ckptkit"]
+    asked = ("--no-deps", "-r", tmp_path / "requirements.txt")
+    assert resolved(tmp_path, *asked, cwd=ROOT / "docs") == ["ckptkit"]
