@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def resolved(folder: Path, *arguments: str | Path, cwd: Path | None = None) -> list[str]:
     """Return the names of the distributions that pip would install."""
     report = folder / "report.json"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report]
+    command = (sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report)
     run(*command, *arguments, cwd=folder if cwd is None else cwd)
     return [item["metadata"]["name"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
 
