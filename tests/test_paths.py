@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ckptkit
 from ckptkit import (
     CkptkitError,
     GroupsError,
+    Output,
     OutputError,
     PathError,
+    PlanError,
     RuleError,
     build_param_groups,
+    choose_output,
     diff,
     diff_locks,
     execute,
     explain_param_group,
     load_into,
     load_optimizer_state,
+    load_plan,
     load_rules,
     lock_document,
     lock_param_groups,
@@ -54,6 +59,7 @@ from ckptkit.optimizer_state.groups import resplit
 from ckptkit.optimizer_state.naming import parameters_of, to_named
 from ckptkit.optimizer_state.pruning import prune
 from ckptkit.optimizer_state.remapping import remap
+from ckptkit.plans.saved import plan_to_json
 from ckptkit.testing import assert_loads, assert_same_weights
 from fixtures.lenet import Net
 from tests.helpers_cli import ROOT
@@ -425,9 +431,172 @@ def test_a_plan_is_executed_on_every_form_of_its_inputs(form: Any, tmp_path: Pat
 
 def test_one_call_reads_and_writes_paths(tmp_path: Path) -> None:
     """Rules, the configuration of an adapter, sizes and dtypes may be what the plans take; all is closed."""
+    from safetensors.torch import save_file
 
-    compressed = tmp_path / "compressed.npz"
-    np.savez_compressed(compressed, weight=np.ones((2, 2), np.float32))
-    with open_checkpoint(compressed) as checkpoint:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(FACTORS, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "rules.toml").write_text(RULES)
+    out = tmp_path / "out"
+    out.mkdir()
+    with same_descriptors():
+        ckptkit.convert(TEN, tmp_path / "shards", dtype=torch.float64, max_shard_size="100kB")
+        ckptkit.merge(TEN, DDP, tmp_path / "merged.pt", str(tmp_path / "rules.toml"))
+        ckptkit.merge_lora(TEN, adapter, tmp_path / "folded.pt")
+        ckptkit.extract_lora(TEN, tmp_path / "folded.pt", out / "adapter_model.safetensors", 1)
+        with pytest.raises(PathError):
+            ckptkit.merge(TEN, [DDP, MISSING], tmp_path / "other.pt")
+    assert_same_weights(TEN, tmp_path / "shards", check_dtype=False)
+    assert_same_weights(tmp_path / "merged.pt", {key.removeprefix("module."): tensor for key, tensor in _ddp().items()})
+    weight = torch.load(TEN, weights_only=True)["fc3.weight"]
+    folded = torch.load(tmp_path / "folded.pt", weights_only=True)["fc3.weight"]
+    torch.testing.assert_close(folded, weight + 2 * FACTORS["fc3.lora_B.weight"] @ FACTORS["fc3.lora_A.weight"])
+
+
+def _ddp() -> dict[str, torch.Tensor]:
+    return dict(torch.load(DDP, weights_only=True)["model"])
+
+
+def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
+    """The plan that ``--plan`` writes is the plan that was made, and its inverse undoes it."""
+    path = tmp_path / "plan.json"
+    plan = plan_remap(DDP, ["module.*=*"])
+    with open_checkpoint(DDP) as source:
+        path.write_text(json.dumps(plan_to_json(plan, {"source": source})))
+    with same_descriptors():
+        assert load_plan(path, {"source": DDP}) == plan
+        inverse = load_plan(str(path), {"source": TEN}, invert=True)
+        with pytest.raises(PlanError) as caught:
+            load_plan(path, {"source": TEN})
+        execute(path, DDP, tmp_path / "out.pt")
+        execute(inverse, {"source": tmp_path / "out.pt"}, tmp_path / "back.pt", verify=True)
+    assert load_plan(path, DDP) == plan
+    assert [step.out.key for step in inverse.steps] == list(source)
+    assert_same_weights(f"{DDP}::model", tmp_path / "back.pt")
+    assert caught.value.path
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16", "BF16"], ids=str)
+def test_a_dtype_may_be_that_of_torch(dtype: Any) -> None:
+    assert plan_of(plan_remap(TEN, dtype=dtype)) == plan_of(plan_remap(TEN, dtype="BF16"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, int, 3, "half a float"], ids=str)
+def test_a_dtype_that_floats_cannot_have_is_refused(dtype: Any) -> None:
+    with pytest.raises(PlanError, match="dtype"):
+        plan_remap(TEN, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(20, 20), ("20", 20), ("2GB", 2 * 10**9), ("1.5 kB", 1500), ("500MiB", 500 * 2**20), ("1t", 10**12)],
+    ids=str,
+)
+def test_the_size_of_a_shard_may_have_a_unit(size: Any, count: int) -> None:
+    assert choose_output("shards", max_shard_size=size).max_shard_size == count
+
+
+@pytest.mark.parametrize(
+    "size", ["huge", "", "2 apples", "-1GB", 2.5, True, "9" * 400, 0, -3, "0kB"], ids=lambda s: str(s)[:9]
+)
+def test_another_size_of_a_shard_is_refused(size: Any) -> None:
+    with pytest.raises(OutputError) as caught:
+        choose_output("shards", max_shard_size=size)
+    assert caught.value.path == "shards"
+
+
+def test_the_configuration_of_an_adapter_may_be_a_file(tmp_path: Path) -> None:
+    """The file, its directory and its content give one plan; the file beside the adapter is the default."""
+    from safetensors.torch import save_file
+
+    save_file(FACTORS, tmp_path / "adapter_model.safetensors")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(CONFIG))
+    expected = plan_of(plan_lora(TEN, FACTORS, CONFIG))
+    with same_descriptors():
+        for given in (config, str(config), tmp_path, CONFIG):
+            assert plan_of(plan_lora(TEN, FACTORS, given)) == expected
+        for adapter in (tmp_path, str(tmp_path), tmp_path / "adapter_model.safetensors"):
+            assert plan_of(plan_lora(TEN, adapter)) == expected
+    for wrong in (3, ["r"], nn.Linear):
+        with pytest.raises(RuleError, match="the configuration is"):
+            plan_lora(TEN, FACTORS, wrong)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="the scale is unknown") as caught:
+        plan_lora(TEN, FACTORS)
+    assert caught.value.hint == "give it as lora_config"
+
+
+def test_base_shapes_may_be_a_file(tmp_path: Path) -> None:
+    """A checkpoint of the smaller model, and a JSON file of shapes, are read by the preset."""
+    small = {"fc1.weight": torch.ones(4, 2), "fc1.bias": torch.ones(4), "fc2.weight": torch.ones(2, 4)}
+    large = {"fc1.weight": torch.ones(8, 2), "fc1.bias": torch.ones(8), "fc2.weight": torch.ones(2, 8)}
+    torch.save(small, tmp_path / "small.pt")
+    (tmp_path / "small.json").write_text(json.dumps({key: list(value.shape) for key, value in small.items()}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = param_group_preset("mup", large, lr=0.1, base_shapes=small)
+        with same_descriptors():
+            for name in ("small.pt", "small.json"):
+                assert param_group_preset("mup", large, lr=0.1, base_shapes=tmp_path / name) == expected
+            with pytest.raises(PathError):
+                param_group_preset("mup", large, lr=0.1, base_shapes=tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Output("x.pt", "pickle"),
+        lambda: Output("x", "torch", max_shard_size=10),
+        lambda: Output("x", "safetensors", max_shard_size=0),
+        lambda: Output("x", "safetensors", max_shard_size="2GB"),  # type: ignore[arg-type]
+        lambda: Output("x.pt", "torch", force="yes"),  # type: ignore[arg-type]
+        lambda: Output(None, "torch"),  # type: ignore[arg-type]
+        lambda: choose_output("a\0.pt"),
+        lambda: choose_output("a\ud800.pt"),
+        lambda: choose_output("SHARDS.PT", max_shard_size=10),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_where_it_is_made(make: Callable[[], Output]) -> None:
+    """An unknown format was written as a torch file, and a name that no file can have was an error of Python."""
+    with pytest.raises(CkptkitError):
+        make()
+
+
+ONE_SHARD = "is one of 3 shards, by its name: no other shard is read"
+OPENING: dict[str, Callable[[str, str], object]] = {
+    "diff": lambda path, _: diff(nn.Linear(2, 2), path),
+    "load_into": lambda path, _: load_into(nn.Linear(2, 2), path),
+    "stats": lambda path, _: stats(path),
+    "plan_remap": lambda path, _: plan_remap(path),
+    "convert": ckptkit.convert,
+    "assert_loads": lambda path, _: ckptkit.testing.assert_loads(nn.Linear(2, 2), path, fresh="bias"),
+}
+
+
+@pytest.mark.parametrize("call", OPENING.values(), ids=OPENING)
+def test_what_the_reader_of_a_path_warns_of_is_a_warning_of_python(
+    call: Callable[[str, str], object], tmp_path: Path
+) -> None:
+    """It names the path. Nobody else sees the Checkpoint of the path."""
+    path = str(tmp_path / "model-00001-of-00003.safetensors")
+    save_file({"weight": torch.ones(2, 2)}, path)
+    with pytest.warns(UserWarning, match=ONE_SHARD) as caught:
+        call(path, str(tmp_path / "out.pt"))
+    assert [str(one.message).startswith(path) for one in caught] == [True]
+    assert caught[0].filename == __file__  # the line of the caller
+
+
+def test_what_is_reported_or_was_seen_does_not_warn(tmp_path: Path) -> None:
+    """``run_checks`` has a finding for each warning, and the caller has the Checkpoint. Notes do not warn."""
+    path = tmp_path / "model-00001-of-00003.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, path)
+    assert any(ONE_SHARD in finding.message for finding in run_checks(path).findings)
+    with open_checkpoint(path) as checkpoint:
         assert checkpoint.warnings
-    stats(compressed)
+        diff(nn.Linear(2, 2), checkpoint)
+    arrays = tmp_path / "arrays.pt"
+    torch.save({"weight": torch.ones(2, 2).numpy()}, arrays)
+    with open_checkpoint(arrays) as checkpoint:
+        assert [getattr(warning, "severity", "") for warning in checkpoint.warnings] == ["note"]
+    stats(arrays)
