@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import ckptkit.core.findings.ignoring
-import ckptkit.param_groups.validate
 from ckptkit import assert_param_groups, preflight, run_checks, validate_param_groups
 from ckptkit.core.findings import Report
 from ckptkit.core.findings.code_names import CODE_NAMES
@@ -217,10 +214,3 @@ def test_the_commands_have_the_option(tmp_path: Path, capsys: pytest.CaptureFixt
         refused = run_ckpt(capsys, *arguments, "--ignore", "groups.unowed")
         assert (refused.code, refused.out) == (2, "")
         assert refused.err.splitlines()[-1] == "hint: did you mean groups.unowned or groups.unordered or groups.moved?"
-
-
-@pytest.mark.parametrize("module", [ckptkit.core.findings.ignoring, ckptkit.param_groups.validate])
-def test_the_examples_of_the_docstrings_run(module: Any) -> None:
-    """Each example prints what the docstring says."""
-    failed, tried = doctest.testmod(module)
-    assert (failed, tried > 0) == (0, True)
