@@ -79,6 +79,7 @@ def observed(observation: Observation) -> Iterator[None]:
     handles = []
     try:
         for name, module in observation.model.named_modules():
+            _make_parameters_unobserved(module)
             with contextlib.suppress(RuntimeError):  # a scripted module may refuse hooks
                 handles.append(module.register_forward_hook(_output_hook(observation, name)))
         with Recorder():  # type: ignore[no-untyped-call]
@@ -86,6 +87,22 @@ def observed(observation: Observation) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _make_parameters_unobserved(module: Module) -> None:
+    """Let a lazy module make its parameters without the recorder: some versions of torch cannot make buffers in it."""
+    from torch.nn.modules.lazy import LazyModuleMixin
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    if not isinstance(module, LazyModuleMixin):
+        return
+    make: Any = module.initialize_parameters
+
+    def unobserved(*args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            make(*args, **kwargs)
+
+    module.initialize_parameters = unobserved  # type: ignore[method-assign]
 
 
 def _output_hook(observation: Observation, name: str) -> Callable[[Module, object, object], None]:

@@ -105,7 +105,7 @@ def test_a_large_deflated_storage_is_swapped_across_its_pieces(tmp_path: Path) -
         assert_same(checkpoint, state)
 
 
-@pytest.mark.parametrize("code", sorted(UNTYPED))
+@pytest.mark.parametrize("code", sorted(filter(saves, UNTYPED)))
 def test_a_storage_without_a_type_is_listed_and_not_read(tmp_path: Path, code: str) -> None:
     """torch swaps a storage by its type, and here reads other values than were written."""
     state = {
