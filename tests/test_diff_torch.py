@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -196,11 +197,26 @@ def accepts(model: nn.Module, state: dict[str, Any], *, strict: bool) -> bool:
     return True
 
 
+@functools.cache
+def takes_first_of_many() -> bool:
+    """Return whether torch loads a vector into a scalar and drops all elements but the first, which diff refuses."""
+    module = nn.Module()
+    module.register_buffer("scalar", torch.tensor(0.0))
+    return accepts(module, {"scalar": torch.ones(2)}, strict=True)
+
+
+def is_vector_for_scalar(model: nn.Module, key: str, value: object) -> bool:
+    expected = model.state_dict().get(key)
+    is_scalar = isinstance(expected, torch.Tensor) and expected.dim() == 0
+    return is_scalar and isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) != 1
+
+
 @settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_the_verdict_is_that_of_load_state_dict(case: tuple[nn.Module, dict[str, Any]]) -> None:
     """``loads_strict`` and ``loads`` are true exactly if torch does not raise."""
     model, state = case
+    assume(not (takes_first_of_many() and any(is_vector_for_scalar(model, key, value) for key, value in state.items())))
     result = diff(model, state)
     assert (result.loads_strict, result.loads) == (
         accepts(model, state, strict=True),

@@ -48,6 +48,7 @@ def test_a_group_must_have_values_that_the_constructor_accepts(kind: str, key: s
     except ValueError:
         refused = True
     optimizer = make([{"params": list(model.parameters()), key: value}])
+    refused |= (kind, key, value) == ("LBFGS", "lr", -0.1)  # some versions of torch accept it, and climb
     assert codes(model, optimizer) == ([("option-value", "error", "")] if refused else [])
     if refused:
         assert f"group 0: {key}" in message(model, optimizer)
@@ -202,6 +203,7 @@ def test_dtypes_may_differ_in_one_group() -> None:
         assert codes(model, optimizer) == []
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support on cpu")
 def test_plain_tensors_beside_dtensors_in_one_group_are_reported(tmp_path: Path) -> None:
     """A fused or foreach kernel cannot step both."""
     from torch.distributed.device_mesh import init_device_mesh

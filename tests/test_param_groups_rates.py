@@ -42,6 +42,11 @@ SCHEDULERS: dict[str, Make] = {
 }
 
 
+# Built with last_epoch, these resume at a wrong lr with all or some versions of torch, and nothing shows it: they count
+# their own steps, or the lr depends on a function that the user wrote.
+WITHOUT_EPOCH = ("SWALR", "CosineAnnealingWarmRestarts", "MultiplicativeLR")
+
+
 def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
@@ -103,7 +108,7 @@ def test_a_resume_is_found_exactly_where_its_next_lrs_are_wrong(kind: str) -> No
         for order, model, optimizer, again in resumed(make, steps, saved):
             findings = [one for one in found(model, optimizer, again) if one.code != "groups.state-empty"]
             is_wrong = advance(again, 4) != pytest.approx(expected, rel=1e-9, abs=1e-12)
-            if (kind, order) == ("SWALR", "last-epoch"):  # SWALR counts its own steps, so nothing shows the fault
+            if order == "last-epoch" and kind in WITHOUT_EPOCH:
                 assert findings == []
                 continue
             assert [(one.code, one.severity) for one in findings] == [("groups.scheduler-lr", "error")] * is_wrong, (
