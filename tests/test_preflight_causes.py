@@ -93,7 +93,9 @@ HEALTHY: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # some versions checkpoint with it themselves
+@pytest.mark.filterwarnings(
+    "ignore:.torch.cpu.amp.autocast:FutureWarning"
+)  # some versions checkpoint with it themselves
 @pytest.mark.parametrize("use", HEALTHY.values(), ids=HEALTHY.keys())
 def test_a_parameter_with_a_gradient_has_no_finding(use: Callable[..., Any]) -> None:
     """The use of the parameter need not be a call of its module."""
