@@ -99,7 +99,7 @@ def _make_parameters_unobserved(module: Module) -> None:
     make: Any = module.initialize_parameters
 
     def unobserved(*args: Any, **kwargs: Any) -> None:
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             make(*args, **kwargs)
 
     module.initialize_parameters = unobserved  # type: ignore[method-assign]

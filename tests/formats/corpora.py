@@ -133,7 +133,7 @@ def _metadata(state: Any) -> bytes:
     return pickle.dumps(metadata, 4)
 
 
-def _by_numpy(arrays: dict[str, np.ndarray[Any, Any]], kind: str) -> bytes:
+def _by_numpy(arrays: dict[str, Any], kind: str) -> bytes:
     buffer = io.BytesIO()
     if kind == "npy":
         np.save(buffer, arrays["w"], allow_pickle=True)
