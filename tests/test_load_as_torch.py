@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ckptkit import LoadError, load_into, open_checkpoint
+from ckptkit import LoadError, load_into, open_checkpoint, plan_remap
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.loading.own_code import modules_with_own_code
 from tests.helpers_outputs import raw, same_state
@@ -404,3 +404,18 @@ def test_a_hook_that_casts_what_is_saved_does_not_cast_what_is_loaded() -> None:
     theirs.load_state_dict(state)
     assert load_into(ours, state).coverage == 1.0
     assert same_state(everything(ours), everything(theirs))
+
+
+@pytest.mark.parametrize("options", [{}, {"rollback": True}, {"assign": True}, {"allow_overflow": True}], ids=str)
+def test_the_default_device_does_not_matter(options: dict[str, Any], tmp_path: Path) -> None:
+    """Notebooks often make another device the default; the meta device stands for one here."""
+    torch.save(nn.BatchNorm1d(3).state_dict(), tmp_path / "norm.pt")
+    model = nn.BatchNorm1d(3).half()
+    model.weight.data.zero_()
+    add_hook(model, lambda *_: None)
+    with torch.device("meta"):
+        load_into(model, tmp_path / "norm.pt", **options)
+        plan = plan_remap(tmp_path / "norm.pt", dtype="F16")
+        written = plan.materialize(tmp_path / "norm.pt")
+    assert raw(model.weight) == raw(torch.ones(3, dtype=model.weight.dtype))
+    assert raw(written["weight"]) == raw(torch.ones(3).half())

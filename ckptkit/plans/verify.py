@@ -226,7 +226,7 @@ def verify_dcp(path: str, shown: str, steps: Sequence[Step], sources: Mapping[st
         for batch in _batches(steps):
             tensors = {
                 step.out.key: torch.empty(
-                    torch_shape(step.out.dtype, step.out.shape), dtype=torch_dtype(step.out.dtype)
+                    torch_shape(step.out.dtype, step.out.shape), dtype=torch_dtype(step.out.dtype), device="cpu"
                 )
                 for step in batch
             }

@@ -66,7 +66,7 @@ def _eps_findings(optimizer: LiveOptimizer) -> Iterator[Finding]:
         low = [member for member in optimizer.members_of(group) if member.tensor.dtype == torch.float16]
         if not low or isinstance(eps, bool) or not isinstance(eps, float):
             continue
-        if eps and float(torch.tensor(eps, dtype=torch.float16)) == 0:
+        if eps and float(torch.tensor(eps, dtype=torch.float16, device="cpu")) == 0:
             yield codes.EPS.finding(
                 "",
                 f"group {number} has {plural(len(low), 'parameter')} in float16, where its eps = {eps:g} is 0: "

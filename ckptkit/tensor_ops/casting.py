@@ -57,7 +57,7 @@ class LossCounter:
             if self._found.itemsize > 1 and not self._is_exponent:
                 self._bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self._found.itemsize]
                 largest = min(old.max, new.max)
-                limits = torch.tensor([smallest if can_underflow else 0.0, largest], dtype=self._found)
+                limits = torch.tensor([smallest if can_underflow else 0.0, largest], dtype=self._found, device="cpu")
                 self._low, self._high = limits.view(self._bits).tolist()
                 self._high -= float(limits[1]) > largest  # the largest value of F16 is not one of BF16
         to_integer = self._found.is_floating_point and not self._out.is_floating_point

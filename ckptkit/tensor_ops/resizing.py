@@ -101,13 +101,14 @@ class Pad(Operation):
         import torch
 
         if self.fill == "zeros":
-            return torch.zeros(*shape, tensor.itemsize, dtype=torch.uint8).view(tensor.dtype).reshape(list(shape))
+            return torch.zeros(*shape, tensor.itemsize, dtype=torch.uint8, device="cpu").view(tensor.dtype).reshape(list(shape))
         if not isinstance(self.fill, str):
-            return torch.full(list(shape), self.fill, dtype=tensor.dtype)
+            return torch.full(list(shape), self.fill, dtype=tensor.dtype, device="cpu")
         mean, deviation = _moments(tensor.movedim(dim, 0))
         if self.fill == "mean":
             return mean.unsqueeze(dim).expand(*shape)
-        noise = torch.randn(list(shape), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        noise = torch.randn(list(shape), generator=generator, dtype=torch.float64, device="cpu")
         return mean.unsqueeze(dim) + deviation.unsqueeze(dim) * noise
 
     def inverse(self, inputs: Sequence[Shape]) -> Slice:
@@ -134,7 +135,7 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     count = rows.shape[0]
     step = max(1, _CHUNK // max(1, rows[0].numel()))
     pieces = range(0, count, step)
-    mean = torch.zeros(rows.shape[1:], dtype=torch.float64)
+    mean = torch.zeros(rows.shape[1:], dtype=torch.float64, device="cpu")
     for first in pieces:
         mean += rows[first : first + step].double().sum(0)
     mean /= count

@@ -153,7 +153,7 @@ def _overlap(first: LiveParameter, second: LiveParameter) -> bool:
 
     # One flag for each element of the memory that both tensors span: set by the left tensor, read by the right tensor.
     span = max(offset + _byte_span(tensor) for offset, tensor in zip(offsets, (left, right), strict=True))
-    flags = torch.zeros(span // size, dtype=torch.bool)
+    flags = torch.zeros(span // size, dtype=torch.bool, device="cpu")
     flags.as_strided(left.shape, left.stride(), offsets[0] // size).fill_(True)
     return bool(flags.as_strided(right.shape, right.stride(), offsets[1] // size).any())
 
