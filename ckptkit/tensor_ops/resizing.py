@@ -101,7 +101,11 @@ class Pad(Operation):
         import torch
 
         if self.fill == "zeros":
-            return torch.zeros(*shape, tensor.itemsize, dtype=torch.uint8, device="cpu").view(tensor.dtype).reshape(list(shape))
+            return (
+                torch.zeros(*shape, tensor.itemsize, dtype=torch.uint8, device="cpu")
+                .view(tensor.dtype)
+                .reshape(list(shape))
+            )
         if not isinstance(self.fill, str):
             return torch.full(list(shape), self.fill, dtype=tensor.dtype, device="cpu")
         mean, deviation = _moments(tensor.movedim(dim, 0))
