@@ -210,6 +210,22 @@ def test_the_size_of_a_piece_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     assert same_state(model.state_dict(), donor.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("given", "reason", "hint"),
+    [
+        ({"epoch": 3, "model": {"weight": torch.zeros(2, 2)}}, "its 'model' is a mapping", "checkpoint['model']"),
+        ({"weight": [[1.0]]}, "its 'weight' has the type list", "tensors of torch"),
+        ({}, "the donor has no tensor", "tensors of torch"),
+    ],
+)
+def test_a_mapping_without_tensors_says_where_they_may_be(given: Any, reason: str, hint: str) -> None:
+    """What ``torch.load`` returns often has the state_dict one level deeper."""
+    with pytest.raises(PlanError) as caught:
+        load_into(nn.Linear(2, 2), given)
+    assert caught.value.reason.endswith(reason)
+    assert str(caught.value.hint).endswith(hint)
+
+
 def test_a_model_on_the_meta_device_is_refused() -> None:
     """torch would warn and load nothing; after to_empty() loading works."""
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.arguments import require_flags
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
@@ -46,6 +46,8 @@ from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
 __all__ = ["follow_ties", "plan_merge"]
 
+_MAPPINGS = ("dict", "OrderedDict", "defaultdict")
+
 
 def plan_merge(
     base: CheckpointLike,
@@ -61,8 +63,8 @@ def plan_merge(
 
     ``base`` and each donor are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
     opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
-    rule file, its content, or ``Rules``; they rename and filter the keys of the donors first. Of several donors, the
-    last that has a key wins. Values of another dtype are cast to the dtype of the base.
+    rule file, its parsed content, or ``Rules``; they rename and filter the keys of the donors first. Of several
+    donors, the last that has a key wins. Values of another dtype are cast to the dtype of the base.
 
     ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value.
     ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
@@ -237,7 +239,7 @@ def _make_overlay(
     # The key in the donor's file; that of the first source where an operation makes the tensor.
     actions = {new: policies.on_unexpected.action(outputs[new].sources[0]) for new in unexpected}
     if not result.matched and not resized and base and "add" not in actions.values():
-        raise _no_match_error(result, role)
+        raise _no_match_error(result, donor, role)
     _refuse_unexpected([outputs[new].sources[0] for new, action in actions.items() if action == "error"])
     matched = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
     added: dict[str, Step] = {}
@@ -360,8 +362,22 @@ def _mismatch_error(pairs: Sequence[KeyPair], role: str) -> PlanError:
     )
 
 
-def _no_match_error(result: StateDictDiff, role: str) -> PlanError:
+def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str) -> PlanError:
+    if not donor:
+        return _no_tensor_error(donor.entries, role)
     hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff BASE {role.upper()}"
     return PlanError(
         f"the {role} has no tensor with a key and shape of the base, so there is nothing to merge", hint=hint
     )
+
+
+def _no_tensor_error(entries: Sequence[Entry], role: str) -> PlanError:
+    """Return the error for a donor without tensors: often a loaded file that has its state_dict one level deeper."""
+    mapping = next((entry for entry in entries if entry.type in _MAPPINGS), None)
+    if mapping is not None:
+        found = f": its {quoted(mapping.path)} is a mapping"
+        hint = f"give the mapping of tensors inside it, such as checkpoint[{quoted(mapping.path)}]"
+    else:
+        found = f": its {quoted(entries[0].path)} has the type {entries[0].type}" if entries else ""
+        hint = "give a mapping of keys to tensors of torch"
+    return PlanError(f"the {role} has no tensor{found}", hint=hint)
