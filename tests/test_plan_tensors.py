@@ -83,6 +83,15 @@ def test_sources_are_taken_as_execute_takes_them(tmp_path: Path) -> None:
     assert torch.equal(plan_remap(path, ["*=fc.*"]).materialize(path)["fc.bias"], model.bias)
 
 
+def test_wrong_roles_and_a_plan_without_steps_are_named() -> None:
+    """A dict by role is not taken for a state_dict, and an empty plan does not ask for an input."""
+    plan = plan_remap(STATE)
+    with pytest.raises(PlanError, match=r"the plan reads source, and sources has donor \(pass sources={role"):
+        plan.materialize({"donor": STATE})
+    with pytest.raises(PlanError, match="the plan writes no tensor"):
+        replace(plan, steps=()).materialize(STATE)
+
+
 def test_module_versions_go_along() -> None:
     """The result loads into a BatchNorm as torch's own state_dict does: with the version of the module."""
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))

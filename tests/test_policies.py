@@ -176,6 +176,8 @@ def test_wrong_policies_are_refused(policies: dict[str, Any], reason: str) -> No
     assert error.reason.startswith(reason)
     if reason.startswith("on_mismatch"):
         assert '"error" or "skip" or "conv_in_channels"' in str(error.hint)
+    if set(policies) == {"on_mismatch"} and not isinstance(policies["on_mismatch"], dict):
+        assert str(error.hint).endswith('or a dict of patterns, such as {"fc.*": "skip"}')
 
 
 def test_a_model_gets_no_new_keys_by_pattern() -> None:

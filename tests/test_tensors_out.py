@@ -138,6 +138,12 @@ def test_some_keys_on_a_device(tmp_path: Path) -> None:
             checkpoint.state_dict(keys=[1])  # type: ignore[list-item]
 
 
+def test_a_dtype_that_no_float_is_cast_to_is_named() -> None:
+    """The message has the dtype of torch itself."""
+    with pytest.raises(CkptkitError, match=r"dtype is torch\.int8 \(dtype must be a floating-point dtype"):
+        as_checkpoint({"w": torch.ones(2)}, "state").state_dict(dtype=torch.int8)
+
+
 def test_what_cannot_be_read_is_refused_before_the_rest_is_read(tmp_path: Path) -> None:
     """The error names the sparse tensor; the other tensors are read with ``keys``."""
     path = tmp_path / "a.pt"

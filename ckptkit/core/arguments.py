@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import NoReturn
 
@@ -15,6 +15,7 @@ from ckptkit.core.text import kind_of, printable
 from ckptkit.errors import ArgumentError
 
 __all__ = [
+    "one_of",
     "refuse",
     "require_choice",
     "require_flags",
@@ -67,7 +68,12 @@ def require_choice(value: object, choices: Iterable[str], name: str) -> None:
     """Raise ``ArgumentError`` unless ``value`` is one of the strings ``choices``."""
     known = tuple(choices)
     if not isinstance(value, str) or value not in known:
-        refuse(value, name, " or ".join(f'"{choice}"' for choice in known))
+        refuse(value, name, one_of(known))
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """Return the words for a choice: ``"keep" or "error"``."""
+    return " or ".join(f'"{choice}"' for choice in choices)
 
 
 def require_strings(value: object, name: str, takes: str) -> tuple[str, ...]:
@@ -85,4 +91,5 @@ def _shown(value: object) -> str:
         return f"the class {printable(value.__name__)}"
     if value is None or (isinstance(value, int | float) and -1e15 < value < 1e15):
         return repr(value)
-    return kind_of(value)
+    # A dtype of torch or numpy: "a dtype" would not say which.
+    return repr(value) if type(value).__name__ == "dtype" else kind_of(value)

@@ -15,7 +15,7 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_m
 from ckptkit.core.checkpoint.reading import read_tensor, torch_dtype_of
 from ckptkit.core.checkpoint.state_dict import read_state_dict
 from ckptkit.core.files import same_bytes
-from ckptkit.core.text import quoted
+from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened
@@ -31,6 +31,7 @@ __all__ = ["PlanInputs", "Sources", "materialize_steps", "opened_inputs", "opene
 
 Sources: TypeAlias = Mapping[str, object] | CheckpointLike  # object: a dict of a path and a model has no narrower type
 _Input = TypeVar("_Input")
+_BY_ROLE = "pass sources={role: checkpoint, ...}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +131,13 @@ def _by_role(sources: Mapping[str, object] | CheckpointLike, wanted: Sequence[st
     # A state_dict can have a tensor called "source".
     if by_role is not None and all(role in by_role and _is_input(by_role[role]) for role in wanted):
         return dict(by_role)
+    if not wanted:
+        raise PlanError("the plan writes no tensor", hint="keep at least one step")
+    if by_role and wanted[0] not in by_role and all(map(_is_input, by_role.values())):
+        given = ", ".join(printable(str(role)) for role in by_role)
+        raise PlanError(f"the plan reads {', '.join(wanted)}, and sources has {given}", hint=_BY_ROLE)
     if len(wanted) != 1:
-        raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
+        raise PlanError(f"the plan reads {', '.join(wanted)}", hint=_BY_ROLE)
     return {wanted[0]: sources}
 
 

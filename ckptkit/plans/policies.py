@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeAlias, TypeVar, get_args
 
-from ckptkit.core.arguments import require_choice, require_type
+from ckptkit.core.arguments import one_of, refuse, require_choice, require_type
 from ckptkit.core.patterns import Pattern, literal, parse_pattern, suggest_pattern
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
@@ -114,6 +114,9 @@ def parse_policy(name: str, given: object, actions: Sequence[_Action]) -> Policy
     error. Raises ``ArgumentError`` for any other action, and ``RuleError`` for a pattern that is not valid.
     """
     if not isinstance(given, Mapping):
+        if not isinstance(given, str) or given not in actions:
+            example = next(action for action in actions if action != _ERROR)
+            refuse(given, name, f'{one_of(actions)}, or a dict of patterns, such as {{"fc.*": "{example}"}}')
         return Policy(name, (), _action(name, given, actions))
     for text in given:
         require_type(text, str, f"a pattern of {name}", 'a str, such as "fc.*"')
