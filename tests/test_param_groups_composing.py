@@ -179,6 +179,8 @@ def test_texts_and_tables_are_read_back() -> None:
         .freeze(["embeddings.*", "layer.0.*"], name="still")
     )
     assert parse_spec(tomllib.loads(spec.to_toml())) == spec
+    with pytest.raises(GroupsError, match=r"the spec is a text, not the path of a file \(parse it first: tomllib"):
+        parse_spec(spec.to_toml())
     assert parse_spec(spec.to_dict()) == spec
     assert parse_spec(json.loads(json.dumps(spec.to_dict()))) == spec
     assert rates(Text(), spec.to_dict()) == rates(Text(), spec)  # type: ignore[arg-type]

@@ -269,6 +269,11 @@ def test_a_rename_is_told_from_the_path_of_rules(tmp_path: Path) -> None:
     with pytest.raises(RuleError, match="names no file") as caught:
         diff(TEN, DDP, "module.*=*")
     assert caught.value.hint == "pass a list: rules=['module.*=*']"
+    with pytest.raises(RuleError, match="a mapping with the key 'module") as mapping:
+        diff(TEN, DDP, {"module.*": "*"})
+    assert mapping.value.hint == "pass renames as a list: rules=['module.*=*']"
+    with pytest.raises(RuleError, match=r"rules is a text, not the path of a file \(parse it first"):
+        diff(TEN, DDP, RULES)
     with pytest.raises(PathError, match=r"rules\.tml") as unread:
         diff(TEN, DDP, "rules.tml")
     assert "list of renames" in (unread.value.hint or "")

@@ -23,7 +23,7 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Return new param groups for a ``torch.optim`` class, with each trainable parameter of ``model`` exactly once.
 
-    ``spec`` is the path of a TOML, JSON or YAML file, its content, a list of groups, or a ``ParamGroupSpec``.
+    ``spec`` is the path of a TOML, JSON or YAML file, its parsed content, a list of groups, or a ``ParamGroupSpec``.
 
     Each dict holds ``params`` in the order of the model, their FQNs as ``param_names``, the ``name`` of the group, and
     its options. torch saves the FQNs with the state of the optimizer. A tied parameter has its first registered name.

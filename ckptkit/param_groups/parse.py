@@ -16,7 +16,7 @@ from ckptkit.param_groups.spec.tables import EXAMPLE, class_name, ignore_list, p
 
 __all__ = ["SpecLike", "is_spec", "parse_spec"]
 
-# The path of a TOML, JSON or YAML file, its content, a list of groups, or a spec.
+# The path of a TOML, JSON or YAML file, its parsed content, a list of groups, or a spec.
 SpecLike: TypeAlias = (
     ParamGroupSpec | str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any] | GroupRule]
 )
@@ -25,7 +25,7 @@ _SPEC_KEYS = ("defaults", "group", "modifier", "optimizer", "optimizers", "lr_sc
 
 
 def parse_spec(spec: SpecLike) -> ParamGroupSpec:
-    """Return the checked spec of a TOML, JSON or YAML file, of its content, a list of groups, or a ``ParamGroupSpec``.
+    """Return the checked spec of a TOML, JSON or YAML file, of its parsed content, of a list of groups, or a spec.
 
     A file is given by its path. Raises ``GroupsError``, which names the group, for an unknown key, a wrong pattern or a
     wrong option. Raises ``PathError`` where the file cannot be read, and ``RuleError`` where it is not a valid table.
@@ -62,11 +62,13 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
 
 
 def _parse_file(path: str) -> ParamGroupSpec:
+    if "\n" in path and not os.path.lexists(path):
+        raise GroupsError("the spec is a text, not the path of a file", hint="parse it first: tomllib.loads(text)")
     try:
         with default_error_path(path):
             return parse_spec(read_table_file(path))
     except PathError as error:
-        error.hint = error.hint or "a spec is a file, its content, or param_group_preset(name, model)"
+        error.hint = error.hint or "a spec is a file, its parsed content, or param_group_preset(name, model)"
         raise
 
 

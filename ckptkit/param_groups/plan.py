@@ -106,7 +106,7 @@ def plan_param_groups(model: CheckpointLike, spec: SpecLike) -> ParamGroupsPlan:
 
     ``model`` is a live ``torch.nn.Module``, the path of a checkpoint, a Checkpoint, or a mapping of tensors or of
     ``TensorInfo``. Only names and shapes of a checkpoint are used: every parameter counts as trainable, and roles are
-    read from names. ``spec`` is the path of a TOML, JSON or YAML file, its content, a list of groups, or a
+    read from names. ``spec`` is the path of a TOML, JSON or YAML file, its parsed content, a list of groups, or a
     ``ParamGroupSpec``.
 
     Raises ``GroupsError``:

@@ -46,7 +46,7 @@ def plan_remap(
 
     ``source`` and ``like`` are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
     opened here is closed at the end; give the same path to ``execute``. ``rules`` are a list of renames, the path of a
-    rule file, its content, or ``Rules``.
+    rule file, its parsed content, or ``Rules``.
 
     ``dtype`` is a torch dtype, torch's name for one, or a safetensors code (``torch.bfloat16``, ``bfloat16``,
     ``BF16``); integers and booleans keep their dtype. With ``like``, the output has the keys of ``like`` in the same

@@ -9,7 +9,7 @@ from ckptkit.core.arguments import require_path, require_strings, require_type
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import PathError, RuleError
 from ckptkit.rules.model import Rules, RulesLike
-from ckptkit.rules.parse import are_strings, parse_rules, rule_lines
+from ckptkit.rules.parse import FILE_KEYS, are_strings, parse_rules, rule_lines
 
 __all__ = ["PRESET_PREFIX", "as_rules", "load_rules", "preset_rules"]
 
@@ -84,6 +84,7 @@ def as_rules(rules: RulesLike | None, *, config: object = None) -> Rules:
     if rules is None:
         return Rules()
     if isinstance(rules, Mapping):
+        _refuse_renames(rules)
         return parse_rules(file=rules)
     if isinstance(rules, str | os.PathLike):
         return _rules_at(os.fsdecode(rules), config)
@@ -95,8 +96,20 @@ def as_rules(rules: RulesLike | None, *, config: object = None) -> Rules:
     return parse_rules(rename=renames)
 
 
+def _refuse_renames(rules: Mapping[str, object]) -> None:
+    """Raise ``RuleError`` for a mapping of old names to new names, which is not the content of a rule file."""
+    old = next((old for old, new in rules.items() if isinstance(new, str) and old not in FILE_KEYS), None)
+    if old is not None:
+        raise RuleError(
+            f"rules is a mapping with the key {quoted(str(old))}, which no rule file has",
+            hint=f"pass renames as a list: rules=[{f'{old}={rules[old]}'!r}]",
+        )
+
+
 def _rules_at(path: str, config: object) -> Rules:
     """Return the rules in the file ``path``; a text that is a rename, and not a file, raises an error that says so."""
+    if "\n" in path and not os.path.lexists(path):
+        raise RuleError("rules is a text, not the path of a file", hint="parse it first: tomllib.loads(text)")
     if "=" in path and not os.path.exists(path):
         raise RuleError(
             f"rules is the string {quoted(path)}, which names no file", hint=f"pass a list: rules=[{path!r}]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, TypeGuard, cast, get_args
 
 from ckptkit.core.arguments import require_flags, require_strings, require_type
@@ -16,8 +17,9 @@ from ckptkit.rules.variables import NO_VARIABLES, Settings
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["are_strings", "parse_rules", "rule_lines", "rules_from_table"]
+__all__ = ["FILE_KEYS", "are_strings", "parse_rules", "rule_lines", "rules_from_table"]
 
+FILE_KEYS = frozenset({"keep", "strip", "rule", "stage", "vars"})
 _MAX_STAGES = 50
 _COLLISIONS: tuple[str, ...] = get_args(OnCollision)
 _RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*(?P<staged>stage[ \t]*\.[ \t]*)?rule[ \t]*\]\]", re.MULTILINE)
@@ -84,7 +86,7 @@ def rules_from_table(
 
     Raises ``RuleError`` for a rule that is not valid, naming its line or its number, counted from 1.
     """
-    _refuse_unknown(table, {"keep", "strip", "rule", "stage", "vars"}, "a rule file")
+    _refuse_unknown(table, FILE_KEYS, "a rule file")
     variables = settings.resolve(table.get("vars", {}))
     tables: list[tuple[str, Mapping[str, object]]] = [
         ("", {name: value for name, value in table.items() if name not in ("stage", "vars")})
@@ -186,7 +188,7 @@ def are_strings(values: list[object]) -> TypeGuard[list[str]]:
     return all(isinstance(value, str) for value in values)
 
 
-def _refuse_unknown(table: Mapping[str, object], known: set[str], where: str) -> None:
+def _refuse_unknown(table: Mapping[str, object], known: AbstractSet[str], where: str) -> None:
     unknown = sorted(map(str, set(table) - known))
     if unknown:
         raise RuleError(f"{where} has the unknown key {quoted(unknown[0])}", hint=f"known: {', '.join(sorted(known))}")
