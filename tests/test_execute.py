@@ -116,7 +116,9 @@ def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
 )
 def test_invalid_outputs_are_refused(name: str, options: dict[str, Any], reason: str) -> None:
     """The output is refused before any input is read."""
-    assert refusal(lambda: choose_output(name, **options)).reason == reason
+    error = refusal(lambda: choose_output(name, **options))
+    assert error.reason == reason
+    assert ("name a file in a directory: out/model.safetensors" in str(error.hint)) == ((name, options) == ("out", {}))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_tensors_that_cannot_be_compared_are_named() -> None:
         plan_extract_lora({"w": torch.zeros(1)}, {"q.weight": tuned["q.weight"]}, 1)
     with pytest.raises(PlanError, match=r"and the base has it as \[8, 12\]"):
         plan_extract_lora({"q.weight": torch.zeros(8, 12)}, {"q.weight": tuned["q.weight"]}, 1)
-    with pytest.raises(RuleError, match="a rank of at most 6"):
+    with pytest.raises(RuleError, match=r"'\w+\.weight': .* a rank of at most 6 \(choose a lower rank, or .*--drop"):
         plan_extract_lora(base, tuned, 7)
     with pytest.raises(PlanError, match="there is no weight of a module"):
         plan_extract_lora(base, tuned, 1, as_rules({"keep": ["norm.*"]}))

@@ -218,7 +218,8 @@ def test_without_its_configuration_and_with_two_an_adapter_is_refused(
     ran = fold(capsys, base, adapter)
     file = f"{adapter}/adapter_model.safetensors"
     reason = "no adapter_config.json in the directory of the adapter: the scale is unknown"
-    assert (ran.code, ran.err.splitlines()[-1]) == (2, f"ckpt: {file}: {reason}")
+    hint = "hint: copy adapter_config.json there, or in Python give it as lora_config"
+    assert (ran.code, ran.err.splitlines()[-2:]) == (2, [f"ckpt: {file}: {reason}", hint])
     ran = fold(capsys, base, adapter, adapter)
     assert "--method lora takes one DONOR" in ran.err
 

@@ -164,7 +164,9 @@ def _status(path: str) -> tuple[str, os.stat_result | None]:
     try:
         above = os.stat(parent).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise OutputError(f"the directory {printable(parent)} does not exist", path=path) from None
+        raise OutputError(
+            f"the directory {printable(parent)} does not exist", hint="create it first", path=path
+        ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"the directory {printable(parent)}: {reason}", path=path) from None

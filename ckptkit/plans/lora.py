@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeAlias
 from ckptkit.core.arguments import require_number, require_type
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
-from ckptkit.core.text import quoted
+from ckptkit.core.patterns import literal
+from ckptkit.core.text import quoted, shell_word
 from ckptkit.core.ties import tied_keys
-from ckptkit.errors import OutputError, PlanError
+from ckptkit.errors import OutputError, PlanError, RuleError
 from ckptkit.formats.atomic import Target, prepare_target
 from ckptkit.formats.directories.adapters import CONFIG
 from ckptkit.formats.directories.side_files import file_beside
@@ -66,7 +67,7 @@ def plan_lora(
     opened here is closed at the end; give the same paths to ``execute``. ``lora_config`` is the path of
     ``adapter_config.json`` or of its directory, its content, or a ``LoraConfig`` of peft. The default is the
     ``adapter_config.json`` in the directory of the adapter. ``rules`` are a list of renames, the path of a rule file,
-    its content, or ``Rules``; they rename and filter the keys of the adapter first.
+    its parsed content, or ``Rules``; they rename and filter the keys of the adapter first.
 
     Raises ``RuleError`` for a tensor of the adapter without a matching key in the base. Raises ``PlanError`` where
     the adapter changes a quantised weight, and where two folds would change one tied tensor. It is also raised where
@@ -93,7 +94,9 @@ def _read_config(given: LoraConfigLike | None, adapter: Checkpoint) -> Mapping[s
         if found is None:
             raise PlanError(
                 f"no {CONFIG} in the directory of the adapter: the scale is unknown",
-                hint="give it as lora_config" if not adapter.files else None,
+                hint=f"copy {CONFIG} there, or in Python give it as lora_config"
+                if adapter.files
+                else "give it as lora_config",
                 path=adapter.path,
             )
         return read_settings(found, CONFIG)
@@ -182,7 +185,7 @@ def plan_extract_lora(base: CheckpointLike, tuned: CheckpointLike, rank: int, ru
 
     ``base`` and ``tuned`` are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
     opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
-    rule file, its content, or ``Rules``; they rename and filter the keys of ``tuned`` first.
+    rule file, its parsed content, or ``Rules``; they rename and filter the keys of ``tuned`` first.
 
     Raises ``PlanError`` where the base does not have a key or has it in another shape, where a weight is quantised,
     and where no weight is left. Raises ``RuleError`` where ``rank`` is larger than the rank that a weight can have.
@@ -218,7 +221,13 @@ def _plan_extract(roles: Mapping[str, Checkpoint], rank: int, rules: RulesLike |
             dropped.append(Dropped(_DONOR, old, "not a weight of two dims or more, which an adapter can change"))
             continue
         sources = Source(_BASE, key), Source(_DONOR, old)
-        for part, (factor, shape) in enumerate(zip(_FACTORS, operation.shapes([info.shape] * 2), strict=True)):
+        try:
+            shapes = operation.shapes([info.shape] * 2)
+        except RuleError as error:
+            drop = f"--drop {shell_word(literal(old))}"
+            hint = f"choose a lower rank, or leave the weight out: {drop} (parse_rules(drop=[{old!r}]))"
+            raise RuleError(f"{quoted(key)}: {error.reason}", hint=hint) from None
+        for part, (factor, shape) in enumerate(zip(_FACTORS, shapes, strict=True)):
             out = TensorInfo(f"{_PREFIX}{key.removesuffix('weight')}{factor}", info.dtype, shape)
             recipe = Recipe((0, 1), (operation,), part)
             steps.append(complete_step(Step(out, sources, "", f"{_EXTRACT}, rank {rank}", recipe), roles))

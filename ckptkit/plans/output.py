@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from ckptkit.core.arguments import require_flags, require_number, require_path, require_type
-from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.text import kind_of, printable, quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import PathState
 
@@ -105,9 +105,9 @@ def choose_output(
     if chosen == "dcp" and os.path.splitext(name)[1].lower() in _SUFFIXES:
         raise OutputError("a distributed checkpoint is a directory", hint="give -o a name without a suffix", path=name)
     if chosen is None:
-        raise OutputError(
-            "the suffix does not name a known format", hint=f"use --format {' or '.join(FORMATS)}", path=name
-        )
+        file = f", or name a file in a directory: {printable(os.path.join(name, 'model.safetensors'))}"
+        hint = f"use --format {' or '.join(FORMATS)}{file if not os.path.splitext(name)[1] else ''}"
+        raise OutputError("the suffix does not name a known format", hint=hint, path=name)
     return Output(name, chosen, None, force, only_tensors, keep_unknown)
 
 
