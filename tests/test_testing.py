@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -221,6 +222,18 @@ def test_dtypes_that_torch_cannot_compute_with_differ_by_bytes() -> None:
     assert_same_weights({"w": one}, {"w": one.clone()})
     with pytest.raises(AssertionError, match="the bytes"):
         assert_same_weights({"w": one}, {"w": two})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_large_integers_differ_by_their_exact_difference(dtype: torch.dtype) -> None:
+    """F64 has no number between 2**62 and 2**62 + 1024."""
+    a, b = (torch.tensor([2**62 + more, 7]).to(dtype) for more in (0, 3))
+    assert_same_weights({"w": a}, {"w": b}, atol=np.float32(3))
+    for tolerance in (0.0, 2.5):
+        with pytest.raises(AssertionError, match="1 of 1 tensor differs"):
+            assert_same_weights({"w": a}, {"w": b}, atol=tolerance)
+    with pytest.raises(AssertionError, match="1 of 1 tensor differs"):
+        assert_same_weights({"w": -a if dtype is torch.int64 else a * 3}, {"w": b}, atol=1e18)
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, NAN, "0.1", None, True])

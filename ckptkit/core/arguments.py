@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from types import UnionType
 from typing import NoReturn
 
@@ -40,7 +41,7 @@ def require_type(value: object, kinds: type | UnionType, name: str, takes: str) 
 
 def require_number(value: object, name: str, takes: str, *, at_least: float = -math.inf, whole: bool = False) -> None:
     """Raise ``ArgumentError`` unless ``value`` is a number of ``at_least`` this size; a ``whole`` one is an int."""
-    number = value if isinstance(value, int if whole else int | float) and not isinstance(value, bool) else math.nan
+    number = value if isinstance(value, int if whole else Real) and not isinstance(value, bool) else math.nan
     if not number >= at_least:
         refuse(value, name, takes)
 
