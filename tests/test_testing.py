@@ -228,7 +228,7 @@ def test_dtypes_that_torch_cannot_compute_with_differ_by_bytes() -> None:
 def test_large_integers_differ_by_their_exact_difference(dtype: torch.dtype) -> None:
     """F64 has no number between 2**62 and 2**62 + 1024."""
     a, b = (torch.tensor([2**62 + more, 7]).to(dtype) for more in (0, 3))
-    assert_same_weights({"w": a}, {"w": b}, atol=np.float32(3))
+    assert_same_weights({"w": a}, {"w": b}, atol=np.float32(3))  # type: ignore[arg-type]
     for tolerance in (0.0, 2.5):
         with pytest.raises(AssertionError, match="1 of 1 tensor differs"):
             assert_same_weights({"w": a}, {"w": b}, atol=tolerance)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from types import UnionType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ckptkit.core.text import kind_of, printable
 from ckptkit.errors import ArgumentError
@@ -41,7 +41,8 @@ def require_type(value: object, kinds: type | UnionType, name: str, takes: str) 
 
 def require_number(value: object, name: str, takes: str, *, at_least: float = -math.inf, whole: bool = False) -> None:
     """Raise ``ArgumentError`` unless ``value`` is a number of ``at_least`` this size; a ``whole`` one is an int."""
-    number = value if isinstance(value, int if whole else Real) and not isinstance(value, bool) else math.nan
+    is_number = isinstance(value, int if whole else Real) and not isinstance(value, bool)
+    number: Any = value if is_number else math.nan
     if not number >= at_least:
         refuse(value, name, takes)
 
