@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import struct
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 MB = 1_000_000
 PYTHON = sys.executable
@@ -50,8 +52,13 @@ def _run(command: list[str], directory: Path, *, inside: bool = False) -> Run:
     begin = time.perf_counter()
     output = subprocess.PIPE if inside else subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=subprocess.DEVNULL)
-    text = process.stdout.read() if process.stdout is not None else b""
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        text = process.stdout.read() if process.stdout is not None else b""
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:  # an interrupt: the process must not write on while its directory is removed
+        process.kill()
+        process.wait()
+        raise
     printed = text.split() if inside else []
     seconds = float(printed[0] if printed else "nan") if inside else time.perf_counter() - begin
     if os.waitstatus_to_exitcode(status) not in (0, 1):
@@ -79,8 +86,12 @@ def _write_safetensors(
         if os.waitpid(child, 0)[1]:
             raise SystemExit(f"could not write {path}")
         return
-    _fill(path, count, elements, prefix, block)
-    os._exit(0)
+    failed = 1
+    try:
+        _fill(path, count, elements, prefix, block)
+        failed = 0
+    finally:
+        os._exit(failed)  # an interrupt ends the child here: only the parent removes the directory
 
 
 def _fill(path: Path, count: int, elements: int, prefix: str, block: Sequence[str]) -> None:
@@ -264,6 +275,10 @@ def _copy(name: str) -> list[str]:
     return ["sh", "-c", f"cp {name} copy.tmp && sync copy.tmp && mv copy.tmp copy && sync ."]
 
 
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     """Run every race and print a line for each; return 1 if one is above its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -271,6 +286,8 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the large files")
     parser.add_argument("--only", default="", help="only races whose name contains this")
     options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does, they remove the directory
+        signal.signal(number, _stop)
     above_limit = False
     print(f"{'race':52} {'ratio':>6} {'limit':>6}  {'from - to':13} {'ours':>8} {'rival':>8} {'peak':>8}")
     with tempfile.TemporaryDirectory(prefix="ckptkit-benchmark-") as name:
