@@ -160,7 +160,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         ["preflight", "--model", MODEL, "--dry-step", "py:fixtures.lenet:__doc__"],
         2,
         "",
-        "is a str",
+        "is the string 'The network",
     ),
     "preflight no file": (["preflight", "--model", MODEL, "--init", "none.pt"], 2, "", "none.pt: no such file"),
     "groups no file": (["groups", "validate", "--model", MODEL, "none.toml"], 2, "", "none.toml: no such file"),

@@ -18,7 +18,7 @@ from ckptkit.cli.common.spec_options import model_option
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.findings.ignoring import parse_ignore
-from ckptkit.core.text import printable
+from ckptkit.core.text import kind_of, printable
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.formats import LIVE_PREFIX, open_optimizer
@@ -154,7 +154,7 @@ def _import_loss(target: str) -> Callable[[Module], Tensor]:
         found: object = import_target(target.removeprefix(LIVE_PREFIX))
         if not callable(found):
             raise ModelError(
-                f"is a {type(found).__name__}, not a callable",
+                f"is {kind_of(found)}, not a callable",
                 hint="give a function that takes the model and returns the loss of one batch",
             )
         return found

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.text import first_line, quoted
+from ckptkit.core.text import first_line, kind_of, quoted
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
@@ -38,7 +38,7 @@ def import_target(target: str) -> Any:
     if arguments is None:
         return found
     if _is_model(found) or not callable(found):
-        kind = "a model" if _is_model(found) else f"a {type(found).__name__}"
+        kind = "a model" if _is_model(found) else kind_of(found)
         name = path.partition(":")[2]
         raise ModelError(f"{quoted(name)} is {kind}, not a callable that takes arguments", hint=f"write py:{path}")
     return functools.partial(found, **arguments)
@@ -117,7 +117,7 @@ def build_model(target: str, *, device: str | None = None) -> Any:
         if _is_model(found) or isinstance(found, Mapping):
             return found
         if not callable(found):
-            raise ModelError(f"{quoted(name)} is a {type(found).__name__}, not a callable or a model")
+            raise ModelError(f"{quoted(name)} is {kind_of(found)}, not a callable or a model")
         return _call(found, name, device)
 
 
@@ -127,7 +127,8 @@ def _call(function: Callable[[], Any], name: str, device: str | None) -> Any:
     with torch.device(device) if device else contextlib.nullcontext():
         model: Any = function()
     if not _is_model(model) and not isinstance(model, Mapping):
-        raise ModelError(f"{quoted(name)} returned a {type(model).__name__}, not a model or a state_dict")
+        kind = "None" if model is None else kind_of(model)  # a function without return is the usual cause
+        raise ModelError(f"{quoted(name)} returned {kind}, not a model or a state_dict")
     return model
 
 
@@ -158,7 +159,7 @@ def build_module(path: str, *, with_values: bool = False) -> Module:
     with default_error_path(path):
         built = (build_model if with_values else build_shapes)(path.removeprefix(LIVE_PREFIX))
         if not isinstance(built, nn.Module):
-            raise ModelError(f"returns a {type(built).__name__}, but param groups need an nn.Module")
+            raise ModelError(f"returns {kind_of(built)}, but param groups need an nn.Module")
         return built
 
 
