@@ -35,14 +35,18 @@ def states(rank: int) -> tuple[State, State]:
 
 
 def test_the_extracted_adapter_is_the_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An adapter of rank 2 has an update of rank 2, with its configuration beside it; ``lora`` folds it."""
+    """An adapter of rank 2 has an update of rank 2, with its configuration beside it; ``lora`` folds it.
+
+    The directory is made, but not for a dry run. That the donor is an adapter is no news with ``lora``.
+    """
     base, tuned = states(2)
     adapter = tmp_path / "adapter"
-    adapter.mkdir()
     save_file(base, tmp_path / "base.safetensors")
     save_file(tuned, tmp_path / "tuned.safetensors")
     arguments: list[str | Path] = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", "--rank", "2"]
     target = adapter / "adapter_model.safetensors"
+    ran = run_ckpt(capsys, "merge", *arguments, "-o", target, "--method", "extract-lora", "--dry-run")
+    assert (ran.code, adapter.exists()) == (0, False), ran.err
     ran = run_ckpt(capsys, "merge", *arguments, "-o", target, "--method", "extract-lora")
     assert ran.code == 0, ran.err
     assert "norm.weight" in ran.err
@@ -58,7 +62,7 @@ def test_the_extracted_adapter_is_the_change(tmp_path: Path, capsys: pytest.Capt
     ran = run_ckpt(
         capsys, "merge", tmp_path / "base.safetensors", adapter, "-o", tmp_path / "o.safetensors", "--method", "lora"
     )
-    assert ran.code == 0, ran.err
+    assert (ran.code, "this is an adapter" in ran.err) == (0, False), ran.err
     made = load_file(tmp_path / "o.safetensors")
     for key, value in tuned.items():
         torch.testing.assert_close(made[key], value, rtol=1e-4, atol=1e-4)
@@ -78,6 +82,9 @@ def test_nothing_is_written_where_the_configuration_would_be_lost(
     target = tmp_path / "adapter_model.safetensors"
     ran = run_ckpt(capsys, "merge", *arguments, "-o", target)
     assert (ran.code, "adapter_config.json: already exists" in ran.err, target.exists()) == (2, True, False)
+    missing = tmp_path / "no" / "directory" / target.name
+    ran = run_ckpt(capsys, "merge", *arguments, "-o", missing)
+    assert (ran.code, f"the directory {missing.parent} does not exist" in ran.err) == (2, True)
     ran = run_ckpt(capsys, "merge", *arguments, "-o", tmp_path / "x.safetensors")
     assert (ran.code, "PEFT looks for adapter_model.safetensors" in ran.err) == (2, True)
     ran = run_ckpt(capsys, "merge", *arguments, "-o", target, "--force", "--dry-run", "--json")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import click
 from click.core import ParameterSource
@@ -14,6 +16,7 @@ from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_p
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path, json_bytes
+from ckptkit.formats import codes
 from ckptkit.formats.atomic import Target, write_small_file
 from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.merge import plan_merge
@@ -95,8 +98,11 @@ def merge(
         raise click.UsageError(f"--method {method} takes one DONOR")
     if method == "extract-lora" and options.carry:
         raise click.UsageError("--carry has no meaning with --method extract-lora: the output is not a model")
-    config = _config_target(options.output) if method == "extract-lora" else None
-    with open_checkpoints(base, *donors, quiet=options.quiet) as (first, *others):
+    expected = [codes.ADAPTER_BASE] if method == "lora" else []
+    with (
+        _adapter_config(options.output) if method == "extract-lora" else contextlib.nullcontext() as config,
+        open_checkpoints(base, *donors, quiet=options.quiet, expected=expected) as (first, *others),
+    ):
         with default_error_path(
             donors[0] if len(donors) == 1 else None
         ):  # an error does not say which of several donors
@@ -134,7 +140,7 @@ def _refuse_options_of_other_methods(method: str) -> None:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
 
 
-def _config_target(output: Output) -> Target:
+def _adapter_config(output: Output) -> AbstractContextManager[Target]:
     from ckptkit.plans.lora import adapter_config_target
 
     return adapter_config_target(output)

@@ -16,7 +16,7 @@ from ckptkit.core.patterns import literal
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError, RuleError
-from ckptkit.formats.atomic import Target, prepare_target
+from ckptkit.formats.atomic import Target, output_errors, prepare_target
 from ckptkit.formats.directories.adapters import CONFIG
 from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.inputs import CheckpointLike, opened, rules_for
@@ -238,16 +238,27 @@ def _plan_extract(roles: Mapping[str, Checkpoint], rank: int, rules: RulesLike |
     return check_quantized(plan, quantized)
 
 
-def adapter_config_target(output: Output) -> Target:
-    """Return the target of ``adapter_config.json`` beside the output of ``plan_extract_lora``.
+@contextlib.contextmanager
+def adapter_config_target(output: Output) -> Iterator[Target]:
+    """Give the target of ``adapter_config.json`` beside the output of ``plan_extract_lora``.
 
-    Raises ``OutputError`` where peft would not find the output under its name, and where the configuration exists
+    A directory that does not exist is made, and removed at the end of the block if nothing was written into it. Raises
+    ``OutputError`` where peft would not find the output under its name, and where the configuration exists
     (without ``force``) or cannot be created.
     """
     directory, name = os.path.split(output.path)
     if name != _WEIGHTS:
         raise OutputError(f"PEFT looks for {_WEIGHTS}", hint=f"give -o DIRECTORY/{_WEIGHTS}", path=output.path)
-    return prepare_target(os.path.join(directory, CONFIG), force=output.force)
+    is_new = False
+    with output_errors(directory), contextlib.suppress(FileExistsError, FileNotFoundError):  # prepare_target says more
+        os.mkdir(directory)
+        is_new = True
+    try:
+        yield prepare_target(os.path.join(directory, CONFIG), force=output.force)
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it has the adapter
+                os.rmdir(directory)
 
 
 def adapter_config(plan: Plan) -> dict[str, object]:

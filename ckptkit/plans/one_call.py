@@ -206,7 +206,8 @@ def extract_lora(
     """Write the LoRA adapter nearest to a change of weights, as ``ckpt merge --method extract-lora`` does.
 
     ``base`` and ``tuned`` are a path, a Checkpoint, a Module or a mapping of tensors. ``out`` is the path of an
-    ``adapter_model.safetensors``. ``adapter_config.json`` is written beside it, so that peft loads the directory.
+    ``adapter_model.safetensors``. ``adapter_config.json`` is written beside it, so that peft loads the directory. The
+    directory is made if it does not exist.
     ``rank`` and ``rules`` are as in ``plan_extract_lora``; the other arguments are as in ``convert``.
 
     Raises:
@@ -228,12 +229,11 @@ def extract_lora(
     from ckptkit.plans.lora import adapter_config, adapter_config_target, plan_extract_lora
 
     output = choose_output(out, force=force)
-    target = adapter_config_target(output)
-    with _opened(roles_of(base, [tuned])) as sources:
+    with adapter_config_target(output) as target, _opened(roles_of(base, [tuned])) as sources:
         with default_error_path(_path(tuned)):
             plan = plan_extract_lora(sources["base"], sources["donor"], rank, rules)
         written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)
-    write_small_file(target, json_bytes(adapter_config(plan)))
+        write_small_file(target, json_bytes(adapter_config(plan)))
     return written
 
 

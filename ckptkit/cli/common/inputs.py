@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from ckptkit.cli.common.printing import print_message
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings import Code, ReaderWarning
 from ckptkit.core.text import printable
 from ckptkit.formats import open_checkpoint, open_checkpoint_or_parts
 
@@ -14,16 +15,19 @@ __all__ = ["open_checkpoints", "open_with_warnings"]
 
 
 @contextlib.contextmanager
-def open_checkpoints(*paths: str, quiet: bool, listing_parts: bool = False) -> Iterator[list[Checkpoint]]:
+def open_checkpoints(
+    *paths: str, quiet: bool, listing_parts: bool = False, expected: Collection[Code] = ()
+) -> Iterator[list[Checkpoint]]:
     """Open checkpoints, print the warnings about each unless ``quiet``, and close all of them at the end.
 
-    With ``listing_parts``, a directory of several checkpoints is not an error but a list of its parts.
+    With ``listing_parts``, a directory of several checkpoints is not an error but a list of its parts. Warnings with an
+    ``expected`` code are not printed, because the options of the user say the same.
     """
     opener = open_checkpoint_or_parts if listing_parts else open_checkpoint
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(opener(path)) for path in paths]
         for checkpoint in checkpoints:
-            _print_warnings(checkpoint, quiet=quiet)
+            _print_warnings(checkpoint, quiet=quiet, expected=expected)
         yield checkpoints
 
 
@@ -35,6 +39,7 @@ def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet:
         yield checkpoint
 
 
-def _print_warnings(checkpoint: Checkpoint, *, quiet: bool) -> None:
+def _print_warnings(checkpoint: Checkpoint, *, quiet: bool, expected: Collection[Code] = ()) -> None:
     for warning in () if quiet else checkpoint.warnings:
-        print_message(f"ckpt: {printable(checkpoint.path)}: warning: {warning}")
+        if not isinstance(warning, ReaderWarning) or warning.code not in expected:
+            print_message(f"ckpt: {printable(checkpoint.path)}: warning: {warning}")
