@@ -266,6 +266,24 @@ def test_code_is_named_and_never_carried(tmp_path: Path, capsys: pytest.CaptureF
     assert "mine.py" not in names_in(out)
 
 
+def test_a_file_that_goes_along_is_not_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is neither listed nor counted as left out: not on the page, nor in a dry run, nor in the documents.
+
+    A tensor and an entry are counted apart. Without --carry, the same file is left out.
+    """
+    source, out = model_directory(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    arguments = ("remap", source, "-o", out / "model.safetensors", "--drop", "lm_head.*")
+    assert "1 tensor and 3 entries left out; nothing" in run_ckpt(capsys, *arguments, "--dry-run").out
+    plan = run_ckpt(capsys, *arguments, "--carry", "--dry-run", "--json")
+    assert [drop["key"] for drop in json.loads(plan.out)["dropped"]] == ["lm_head.weight", "trainer_state.json"]
+    ran = run_ckpt(capsys, *arguments, "--carry", "--json")
+    assert ", 1 tensor and 1 entry left out\n" in ran.err
+    assert "left out, stored outside of the weights: trainer_state.json\n" in ran.err
+    document = json.loads(ran.out)
+    assert (document["dropped"], document["summary"]["dropped"]) == (json.loads(plan.out)["dropped"], 2)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "found"),
     [

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptkit.core.checkpoint import Checkpoint, Payload
 from ckptkit.core.config_files import read_json
@@ -24,7 +24,7 @@ from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.plans.output import Output
-from ckptkit.plans.plan import Plan
+from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.steps import is_float
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES
@@ -64,13 +64,21 @@ class Adapted:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """The files to carry from one directory, the new content of those that change, and sentences about the rest."""
+    """The files to carry from one directory, the new content of those that change, and sentences about the rest.
 
+    ``role`` is the role of the input in that directory.
+    """
+
+    role: str = ""
     directory: str = ""
     names: tuple[str, ...] = ()
     contents: Mapping[str, bytes] = field(default_factory=dict)
     adapted: tuple[Adapted, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def takes(self, drop: Dropped) -> bool:
+        """Return whether an entry that the tensors leave out is a file that goes along."""
+        return drop.is_entry and drop.role == self.role and drop.key in self.names
 
 
 def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Carried:
@@ -107,7 +115,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
                 adapted.append(Adapted(MODEL_CONFIG, path + _QUANTIZATION, found_statement, None))
         if adapted:
             contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
-    carried = Carried(directory, tuple(names), contents, tuple(adapted), ())
+    carried = Carried(role, directory, tuple(names), contents, tuple(adapted))
     if not output.is_directory:
         for name in names:
             _refuse_false_statement(carried, name, output, sources[role])
@@ -116,7 +124,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
     notes += _notes_about_keys(plan, role, sources[role])
-    return Carried(directory, tuple(names), contents, tuple(adapted), tuple(notes))
+    return replace(carried, notes=tuple(notes))
 
 
 def _find_owner(sources: Mapping[str, Checkpoint]) -> tuple[str, str, list[str]]:

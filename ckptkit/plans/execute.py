@@ -102,9 +102,8 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
         raise
     prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
-    if carry:
-        plan = _with_notes(plan, plan_carried(plan, output, sources).notes)
-    return _with_kept_entries(plan, output, sources, _editor(plan, output, sources))
+    carried = plan_carried(plan, output, sources) if carry else Carried()
+    return _with_kept_entries(plan, output, sources, _editor(plan, output, sources), carried)
 
 
 def _with_notes(plan: Plan, notes: Iterable[str]) -> Plan:
@@ -113,9 +112,11 @@ def _with_notes(plan: Plan, notes: Iterable[str]) -> Plan:
 
 
 def _with_kept_entries(
-    plan: Plan, output: Output, sources: Mapping[str, Checkpoint], editor: PlanEditor | None
+    plan: Plan, output: Output, sources: Mapping[str, Checkpoint], editor: PlanEditor | None, carried: Carried
 ) -> Plan:
     """Return the plan with the entries that this output keeps and drops; a plan that has them is unchanged."""
+    plan = _with_notes(plan, carried.notes)
+    plan = replace(plan, dropped=tuple(drop for drop in plan.dropped if not carried.takes(drop)))
     lost: list[Dropped] = []
     if output.format != "safetensors" and any(key != "format" for key in plan.metadata):
         lost.append(Dropped("output", "__metadata__", f"{_NOUNS[output.format]} cannot hold it", is_entry=True))
@@ -220,7 +221,7 @@ def _execute(
         read_back=None if alone is None else alone.alone,
         carried=carried.names,
         adapted=carried.adapted,
-        plan=_with_kept_entries(_with_notes(plan, carried.notes), output, roles, editor),
+        plan=_with_kept_entries(plan, output, roles, editor, carried),
     )
 
 

@@ -174,8 +174,7 @@ def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
 def _summary(plan: Plan) -> str:
     by_source = Counter(map(_roles, plan.steps))
     parts = ", ".join(f"{count:,} from {role}" for role, count in by_source.items())
-    left_out = f", {plural(len(plan.dropped), 'entry', 'entries')} left out" if plan.dropped else ""
-    return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{left_out}"
+    return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{plan.left_out}"
 
 
 def _written(plan: Plan, written: Written) -> tuple[str | Code, ...]:

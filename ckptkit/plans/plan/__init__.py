@@ -76,8 +76,18 @@ class Plan(Result):
     @property
     def in_short(self) -> str:
         """The most important numbers, on one line."""
-        left_out = f", {plural(len(self.dropped), 'entry', 'entries')} left out" if self.dropped else ""
-        return f"{plural(len(self.steps), 'tensor')}, {human_bytes(self.nbytes)}{left_out}"
+        return f"{plural(len(self.steps), 'tensor')}, {human_bytes(self.nbytes)}{self.left_out}"
+
+    @property
+    def left_out(self) -> str:
+        """The end of a sentence about the output: how many tensors and other entries are left out, if any."""
+        entries = sum(drop.is_entry for drop in self.dropped)
+        tensors = len(self.dropped) - entries
+        counts = [
+            *([plural(tensors, "tensor")] if tensors else []),
+            *([plural(entries, "entry", "entries")] if entries else []),
+        ]
+        return f", {' and '.join(counts)} left out" if counts else ""
 
     def tensors(self, sources: Sources, *, allow_overflow: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the key and the tensor of each step, as ``execute`` would write it, one at a time and on the CPU.
