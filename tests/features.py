@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import sys
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,6 +58,7 @@ __all__ = [
     "needs_option",
     "needs_safetensors",
     "only_known",
+    "records_beside_tensors",
     "require",
     "require_option",
     "safetensors_has",
@@ -175,6 +177,15 @@ def needs_option(optimizer: str, option: str) -> pytest.MarkDecorator:
 def only_known(owner: object, *names: str) -> list[Any]:
     """Return the attributes with these names that a module of torch has, such as dtypes or optimizers."""
     return [getattr(owner, name) for name in names if hasattr(owner, name)]
+
+
+@functools.cache
+def records_beside_tensors() -> int:
+    """Return how many records torch.save writes beside those of tensors."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        return len(archive.namelist())
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from tests.features import records_beside_tensors
 from tests.helpers_cli import ROOT, run_ckpt
 
 __all__ = ["PAGES", "PageRunner", "needs"]
@@ -35,6 +36,8 @@ PAGES = {
 }
 _BLOCK = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
 _CAPTION = re.compile(r"^:caption:[ ]*(?P<name>[\w./-]+)\n", re.MULTILINE)
+_RECORDS = re.compile(r"[\d.]+ kB in \d+ records read, \d+ compared with a checksum")
+_RECORDS_ON_PAGES = 6
 _NEEDS = re.compile(r"<!-- needs: (?P<names>[\w, -]+) -->")
 
 
@@ -138,7 +141,12 @@ class PageRunner:
 
 
 def assert_prints(printed: str, shown: str, what: str = "") -> None:
-    """Assert that a page shows what was printed; a line ``...`` stands for any lines."""
+    """Assert that a page shows what was printed; a line ``...`` stands for any lines.
+
+    Where torch writes fewer records than on the page, their number and size are not compared.
+    """
+    if records_beside_tensors() < _RECORDS_ON_PAGES:
+        printed, shown = (_RECORDS.sub("some records", text) for text in (printed, shown))
     pattern = "".join(
         r"(?:.*\n)*?" if line.strip() == "..." else f"{re.escape(line.rstrip())}\n"
         for line in shown.strip("\n").splitlines()

@@ -86,9 +86,7 @@ def _local(tensor: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, 
     part = tensor
     for dim, placement in enumerate(placements):
         if placement.is_shard():
-            axis: int = placement.dim  # type: ignore[attr-defined]
-            parts = part.chunk(mesh.size(dim), axis)
-            rank = mesh.get_local_rank(dim)
-            part = parts[rank] if rank < len(parts) else part.narrow(axis, 0, 0)
+            parts, _ = placement._split_tensor(part, mesh.size(dim), with_padding=False)  # type: ignore[attr-defined]
+            part = parts[mesh.get_local_rank(dim)]
     part = part.contiguous()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())

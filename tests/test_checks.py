@@ -377,7 +377,10 @@ def test_warnings_of_readers_have_codes(
 
 def test_skipped_records_are_counted_as_unchecked(tmp_path: Path) -> None:
     """The finding counts the records without a checksum among all records."""
-    assert "2 of 8 records (12.0 kB)" in only(checked(_skipped(tmp_path)), "no-checksum").message
+    path = _skipped(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        records = len(archive.namelist())
+    assert f"2 of {records} records (12.0 kB)" in only(checked(path), "no-checksum").message
 
 
 def test_a_model_in_memory_has_no_bytes_to_read() -> None:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 from ckptkit.core.findings import Finding
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.validate import validate_param_groups
-from tests.features import fully_shard, require
+from tests.features import DTensor, fully_shard, require
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
@@ -184,6 +184,8 @@ def findings(model: nn.Module, groups: Any) -> tuple[Finding, ...]:
 
 def a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Make one real training step."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        require(torch.cpu.Stream, "record_event")  # without it, a module of fully_shard does not run on a CPU
     kind = next(parameter.dtype for parameter in model.parameters())
     inside = next((module for module in model.modules() if isinstance(module, Encoder | Convolution)), None)
     x = torch.tensor([[1, 2]]) if isinstance(inside, Encoder) else torch.randn(2, 3, 4, 4, dtype=kind)

@@ -120,7 +120,7 @@ def test_no_tensor_is_written_that_safetensors_cannot_read_again(
     source, out = safetensors_file(tmp_path / "in.safetensors", dtype, shape, nbytes), tmp_path / "out.safetensors"
     if not safetensors_knows(dtype):
         pytest.skip(f"this safetensors has no {dtype}")
-    if not reason and not has_dtype(dtype):
+    if dtype == "F4" and not has_dtype(dtype):
         pytest.skip(f"this torch has no dtype for {dtype}")
     ran = run_ckpt(capsys, "convert", source, "-o", out, "--verify")
     with safetensors.safe_open(source, framework="pt") as file, contextlib.ExitStack() as stack:

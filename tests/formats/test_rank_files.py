@@ -48,7 +48,11 @@ GRID: Placed = {
 if _StridedShard is not None:
     GRID = {
         **GRID,
-        "strided": (made(10, 3), "", (_StridedShard(0, split_factor=2), Shard(0))),
+        "strided": (made(8, 3), "", (_StridedShard(0, split_factor=2), Shard(0))),
+    }
+if hasattr(_StridedShard, "local_shard_size_and_offset"):  # without it, torch does not split other sizes
+    GRID |= {
+        "rest strided": (made(10, 3), "", (_StridedShard(0, split_factor=2), Shard(0))),
         "uneven strided": (made(7, 2), "", (_StridedShard(0, split_factor=2), Shard(0))),
     }
 PLAIN = {"buffer": torch.tensor([1, 2])}
