@@ -51,7 +51,8 @@ if _StridedShard is not None:
         "strided": (made(8, 3), "", (_StridedShard(0, split_factor=2), Shard(0))),
     }
 if hasattr(_StridedShard, "local_shard_size_and_offset"):  # without it, torch does not split other sizes
-    GRID |= {
+    GRID = {
+        **GRID,
         "rest strided": (made(10, 3), "", (_StridedShard(0, split_factor=2), Shard(0))),
         "uneven strided": (made(7, 2), "", (_StridedShard(0, split_factor=2), Shard(0))),
     }
