@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit.core.torch_optim import OPTIONS, OptionKind, initial_lr, options_of_kind, overwritten_options
-from tests.features import needs_option
+from ckptkit import build_param_groups, validate_param_groups
+from ckptkit.core.torch_optim import (
+    OPTIONS,
+    OptionKind,
+    initial_lr,
+    options_of_kind,
+    overwritten_options,
+    source_of_names,
+)
+from tests.features import needs_option, takes_names
 
 KINDS: dict[str, Any] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
@@ -97,3 +105,20 @@ def test_a_file_without_a_recent_option_gets_the_default(kind: str) -> None:
         if option.is_recent and option.name in optimizer.defaults:
             value = optimizer.param_groups[0][option.name]
             assert not value or (option.name, kind) == ("decoupled_weight_decay", "AdamW")
+
+
+def test_hints_about_names_say_what_the_optimizers_of_this_torch_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of ``build_param_groups`` record names with each torch, and pairs with the torch that takes them."""
+    add: Any = torch.optim.Optimizer.add_param_group
+    if not takes_names():
+        monkeypatch.setattr(torch.optim.Optimizer, "add_param_group", add.__wrapped__)  # what users have
+    source_of_names.cache_clear()
+    model = nn.Linear(2, 2)
+    try:
+        expected = "model.named_parameters()" if takes_names() else "build_param_groups(model, spec)"
+        assert source_of_names() == expected
+        optimizer = torch.optim.SGD(build_param_groups(model, {"group": [{"name": "all", "rest": True}]}), lr=0.1)
+    finally:
+        source_of_names.cache_clear()
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert validate_param_groups(model, optimizer).findings == ()

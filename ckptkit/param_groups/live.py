@@ -10,7 +10,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import kind_of, plural, quoted
 from ckptkit.core.torch_bridge import get_or_none, shape_or_none
-from ckptkit.core.torch_optim import OptimizerSchema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, schema_of, source_of_names
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.parameters import LiveModel
@@ -299,7 +299,7 @@ def _members(group: LiveGroup, items: Sequence[Any], names: Any, findings: list[
                     "",
                     f"{group.where} has {plural(len(names), 'name')} in param_names for "
                     f"{plural(len(items), 'parameter')}",
-                    "build the optimizer from model.named_parameters(), or remove param_names",
+                    f"build the optimizer from {source_of_names()}, or remove param_names",
                 )
             )
     for index, (item, recorded_name) in enumerate(zip(items, recorded, strict=True)):

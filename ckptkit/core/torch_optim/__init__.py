@@ -26,6 +26,7 @@ __all__ = [
     "scheduled_options",
     "schema_from_options",
     "schema_of",
+    "source_of_names",
     "torch_options",
 ]
 
@@ -330,6 +331,21 @@ def constructed_state(schema: OptimizerSchema, options: Mapping[str, Any], param
         return {}
     built = getattr(torch.optim, schema.name)([parameter], **{name: options[name] for name in taken if name in options})
     return dict(built.state.get(parameter, {}))
+
+
+@functools.cache
+def source_of_names() -> str:
+    """Return what an optimizer of this torch must be built from, so that it records the names of its parameters.
+
+    The optimizers of older versions of torch refuse ``(name, parameter)`` pairs, but keep ``param_names`` in a group.
+    """
+    import torch
+
+    try:
+        torch.optim.SGD([("weight", torch.nn.Parameter(torch.zeros(())))], lr=0.1)
+    except TypeError:
+        return "build_param_groups(model, spec)"
+    return "model.named_parameters()"
 
 
 @functools.cache

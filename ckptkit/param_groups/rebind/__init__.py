@@ -68,8 +68,9 @@ def rebind(
         }
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
         model[0].requires_grad_(False)
-        head = [(f"1.{name}", parameter) for name, parameter in model[1].named_parameters()]
-        optimizer = torch.optim.SGD([{"params": head, "name": "head"}], lr=0.1)
+        head = list(model[1].parameters())
+        group = {"params": head, "param_names": ["1.weight", "1.bias"], "name": "head"}
+        optimizer = torch.optim.SGD([group], lr=0.1)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
         model[0].requires_grad_(True)
         rebind(optimizer, model, spec=spec, schedulers=scheduler)  # adds the group "body", with lr=0.01

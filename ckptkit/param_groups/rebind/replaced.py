@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.text import listed, quoted
+from ckptkit.core.torch_optim import source_of_names
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import Member
 from ckptkit.param_groups.parameters import LiveModel, LiveParameter, bare_name
@@ -91,11 +92,11 @@ def _refuse_guesses(matched: Sequence[UnknownTensor], *, guess: bool) -> None:
         raise GroupsError(
             f"{where} {shape} is not in the model, and only its shape or position suggests that it was "
             f"{quoted(first.live.name)}{more}",
-            hint="guess=True accepts this; an optimizer built from model.named_parameters() records the names",
+            hint=f"guess=True accepts this; an optimizer built from {source_of_names()} records the names",
         )
     raise GroupsError(
         f"{where} {shape} is not in the model, and may have been any of {listed(first.candidates)}{more}",
-        hint="only an optimizer built from model.named_parameters() records the names",
+        hint=f"only an optimizer built from {source_of_names()} records the names",
     )
 
 
@@ -133,5 +134,5 @@ def _replacement(
         return Replacement(reason=f"{quoted(live.name)} is tied now and replaces both parameters")
     raise GroupsError(
         f"{first.members[0].where} and {tensor.members[0].where} would both become {quoted(live.name)}",
-        hint="the recorded names are wrong: build the optimizer again from model.named_parameters()",
+        hint=f"the recorded names are wrong: build the optimizer again from {source_of_names()}",
     )

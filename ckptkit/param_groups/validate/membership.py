@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_optim import source_of_names
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, Member
@@ -109,7 +110,7 @@ def check_names(live_model: LiveModel, groups: Iterable[LiveGroup], members: Ite
             yield codes.NAMES.finding(
                 "",
                 f"{first.where} and {member.where} are two parameters, both recorded as {quoted(member.name)}",
-                "build the optimizer again from model.named_parameters(): loading by name needs unique names",
+                f"build the optimizer again from {source_of_names()}: loading by name needs unique names",
                 severity="warning" if are_partial else "error",
             )
     fully_named: dict[int, LiveGroup] = {}
@@ -121,17 +122,18 @@ def check_names(live_model: LiveModel, groups: Iterable[LiveGroup], members: Ite
         other = fully_named.get(id(group.optimizer))
         if 0 < named[group] < total[group]:
             yield codes.NAMES.finding(
-                "", f"{group.where} names {named[group]} of its {count}, which torch refuses", _ALL_OR_NONE
+                "", f"{group.where} names {named[group]} of its {count}, which torch refuses", _all_or_none()
             )
         elif other is not None and total[group] and not named[group] and "param_names" not in group.options:
             yield codes.NAMES.finding(
                 "",
                 f"{group.where} names none of its {count} while {other.where} names all, which torch refuses",
-                _ALL_OR_NONE,
+                _all_or_none(),
             )
 
 
-_ALL_OR_NONE = "name all parameters or none: list(model.named_parameters())"
+def _all_or_none() -> str:
+    return f"name all parameters or none: list({source_of_names()})"
 
 
 def _has_name_ending(live: LiveParameter, ending: str) -> bool:
@@ -147,7 +149,7 @@ def _check_name(live_model: LiveModel, live: LiveParameter, member: Member) -> I
     if other is live or (other is None and _has_name_ending(live, bare_name(name))):
         return
     message = f"{member.where} {live.shape} is recorded as {quoted(name)} but is {quoted(live.name)}"
-    build_again = "build the optimizer again from model.named_parameters(), so that it saves state by the right names"
+    build_again = f"build the optimizer again from {source_of_names()}, so that it saves state by the right names"
     if other is not None:
         yield codes.NAMES.finding(
             live.name,
