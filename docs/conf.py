@@ -24,6 +24,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"ckptkit {release}"
 html_static_path = ["_static"]
+html_css_files = ["output.css"]
 smartquotes = False  # "--" is an option, and quotes are to be copied
 pygments_style = "friendly"
 pygments_dark_style = "monokai"

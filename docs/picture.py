@@ -58,6 +58,7 @@ def draw(commands: Sequence[str]) -> str:
                 console.print()
             console.print(Text.assemble(("$ ", "bold cyan"), (command, "bold")))
             console.print(Text.from_ansi(in_a_terminal(command).rstrip()), soft_wrap=True)
+        console.print()  # else the frame cuts the descenders of the last line
         before, rest = CONSOLE_SVG_FORMAT.split("    @font-face", 1)
         form = before + "    " + rest[rest.index(".{unique_id}-matrix") :].replace("Fira Code, monospace", _FONTS)
         return console.export_svg(title="ckpt", theme=_THEME, code_format=form, unique_id="ckpt")

@@ -23,7 +23,8 @@ def completion(context: click.Context, shell: str) -> None:
 
     \b
     echo 'eval "$(ckpt completion bash)"' >> ~/.bashrc
-    echo 'eval "$(ckpt completion zsh)"' >> ~/.zshrc
+    echo 'autoload -Uz compinit && compinit && eval "$(ckpt completion zsh)"' >> ~/.zshrc
+    mkdir -p ~/.config/fish/completions
     ckpt completion fish > ~/.config/fish/completions/ckpt.fish
     """  # noqa: D301 - \b is click's mark
     use_whole_words_in_bash()

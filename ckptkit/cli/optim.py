@@ -91,7 +91,7 @@ _model_option = click.option(
 )
 _names_option = click.option(
     "--names", "names_file", type=PATH_TYPE, metavar="FILE",
-    help="A file with the names of all parameters, one a line, in the order of the groups.",
+    help="A file with the names of all parameters, one per line, in the order of the groups.",
 )  # fmt: skip
 _form_option = click.option(
     "--form", type=click.Choice(FORMS),
@@ -323,7 +323,7 @@ def diff(
 ) -> None:
     """Show what loading the state SAVED would change.
 
-    LIVE is the present state of the optimizer that would load it. Differences are listed by parameter name. Exit
+    LIVE is the current state of the optimizer that would load it. Differences are listed by parameter name. Exit
     code 0 if nothing was found, else 1.
 
     \b

@@ -129,7 +129,7 @@ _carry_option = click.option(
 )  # fmt: skip
 _allow_overflow_option = click.option(
     "--allow-overflow", is_flag=True,
-    help="Write values that are too large for their new dtype as the cast makes them, mostly inf, and report them.",
+    help="Write values that are too large for their new dtype as the cast makes them (usually inf), and report them.",
 )  # fmt: skip
 _dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print the plan; write nothing.")
 _plan_option = click.option(

@@ -105,4 +105,4 @@ _set_option = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE",
     help="Set a variable of the rule file, such as heads=32. Repeatable.",
 )  # fmt: skip
-_allow_unused_option = click.option("--allow-unused", is_flag=True, help="A rule may match nothing.")
+_allow_unused_option = click.option("--allow-unused", is_flag=True, help="Allow rules and patterns that match nothing.")
