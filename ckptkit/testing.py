@@ -1,4 +1,4 @@
-"""Assertions for the tests of a project that trains or publishes models, in the manner of ``torch.testing``.
+"""Assertions for the tests of a project that trains or publishes models, like those of ``torch.testing``.
 
 Each raises where something is not as promised, and the text of the failure is a page as the command line prints it.
 ``docs/testing.md`` has recipes for continuous integration.

@@ -97,7 +97,8 @@ def _code_names() -> str:
 def _codes_page() -> Iterator[str]:
     yield "# Codes of findings"
     yield ""
-    yield "Each finding has a code. Codes are stable: a script can select by them. If a code has several severities, the usual one comes first."
+    yield "Each finding has a code. Codes are stable: a script can select by them. If a code has several severities,"
+    yield "the usual one comes first."
     yield ""
     yield "`ignore=`, `--ignore` and `ignore = [...]` at the top of a spec of param groups leave expected"
     yield "findings out. Each entry is `CODE` or a pattern such as `groups.*`, alone or with `:KEY-PATTERN`, such as"
@@ -114,9 +115,9 @@ def _codes_page() -> Iterator[str]:
 _API_PAGE = """\
 # Python API
 
-Import these names from `ckptkit` itself, and those of the last two sections from the module in the title. Where a
-checkpoint is taken, you can give a path, a `dict` of tensors, a `Module` or an open `Checkpoint`. Where rules, a spec or
-a plan is taken, you can give a path or a `dict`. What a call opens, it closes.
+Import these names from `ckptkit` itself, and those of the last two sections from the module in the title. For a
+checkpoint, you can give a path, a `dict` of tensors, a `Module` or an open `Checkpoint`. For rules, a spec or a plan,
+you can give a path or a `dict`. What a call opens, it closes.
 
 Every result prints as in the terminal: `print(result)` is the page, a notebook shows the same page, `repr(result)` is
 one line, and `result.to_dict()` is [the document](schemas.md) of `--json`. A result has no truth value: ask `.ok` or
