@@ -47,7 +47,8 @@ class CkptkitError(Exception):
     """Raised, as one of its subclasses, whenever ckptkit refuses a request.
 
     ``reason`` is one sentence that says why ckptkit refused, ``hint`` says what to do instead, and ``path`` is the
-    file, or None. The text of the error is all three on one line.
+    file, or None. The text of the error is all three on one line. Where ``hint`` names options of the command line,
+    ``call`` may name the arguments of a Python call, and the text has it in place of ``hint``.
 
     Hints name the options of the command line. In Python the argument has the same name: ``--on-missing 'fc.*=keep'``
     is ``on_missing={"fc.*": "keep"}``. ``--rename``, ``--keep``, ``--drop`` and ``--strip`` are arguments of
@@ -61,17 +62,20 @@ class CkptkitError(Exception):
         PathError - missing.pth - no such file or directory
     """
 
-    def __init__(self, reason: str, *, hint: str | None = None, path: str | None = None) -> None:
-        """Set the attributes ``reason``, ``hint`` and ``path``."""
+    def __init__(
+        self, reason: str, *, hint: str | None = None, path: str | None = None, call: str | None = None
+    ) -> None:
+        """Set the attributes ``reason``, ``hint``, ``path`` and ``call``."""
         super().__init__(reason)
         self.reason = reason
         self.hint = hint
+        self.call = call
         self.path = path
 
     def __str__(self) -> str:
         """Return path, reason and hint on one line."""
         where = f"{self.path}: " if self.path else ""
-        hint = f" ({self.hint})" if self.hint else ""
+        hint = f" ({self.call or self.hint})" if self.call or self.hint else ""
         return one_line(f"{where}{self.reason}{hint}")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckptkit import load_into, merge, parse_rules, plan_merge
-from ckptkit.errors import ArgumentError, CkptkitError, ModelError, RuleError
+from ckptkit.errors import ArgumentError, CkptkitError, ModelError, PlanError, RuleError
 from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy, pattern_for
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import described
@@ -264,3 +264,18 @@ def test_a_pattern_for_keys_of_the_base_is_an_error_of_the_base(tmp_path: Path) 
     with pytest.raises(RuleError) as caught:
         merge(tmp_path / "base.pt", tmp_path / "donor.pt", tmp_path / "out.pt", on_mismatch={"x.*": "skip"})
     assert caught.value.path == str(tmp_path / "base.pt")
+
+
+def test_an_error_of_a_call_names_its_arguments() -> None:
+    """The text in Python has what can be passed there; the hint of the command line has its options."""
+    base, donor = {"fc.w": torch.zeros(4, 2), "fc.b": torch.zeros(4)}, {"fc.w": torch.ones(7, 2), "fc.b": torch.ones(7)}
+    error = refusal(base, donor)
+    assert "(on_mismatch={'fc.*': 'slice'}: the first 4 of 7 rows" in str(error)
+    assert "--on-mismatch 'fc.*=slice': the first" in str(error.hint)
+    plan_merge(base, donor, on_mismatch={"fc.*": "slice"})
+    error = refusal(base, {"m.fc.w": torch.ones(4, 2)})
+    assert str(error).endswith("1 of 2 keys match after --rename 'm.*=*': pass rules=['m.*=*'])")
+    assert str(error.hint).endswith("--rename 'm.*=*'")
+    plan_merge(base, {"m.fc.w": torch.ones(4, 2)}, ["m.*=*"])
+    with pytest.raises(PlanError, match=r"\(on_missing={'fc.b': 'keep'} keeps the base's own values\)"):
+        plan_merge(base, {"fc.w": torch.ones(4, 2)}, on_missing="error")

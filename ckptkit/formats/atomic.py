@@ -109,7 +109,12 @@ def prepare_target(path: str, *, force: bool, before: PathState | None = None) -
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise OutputError(f"is {what}", hint="give a file name", path=path)
     if status is not None and not force:
-        raise OutputError("already exists", hint="--force replaces it, completely or not at all", path=path)
+        raise OutputError(
+            "already exists",
+            hint="--force replaces it, completely or not at all",
+            path=path,
+            call="force=True replaces it, completely or not at all",
+        )
     return _target(target, path, before, PathState(None if status is None else file_state(status)))
 
 

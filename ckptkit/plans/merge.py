@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.arguments import require_flags
@@ -46,6 +47,8 @@ from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
 __all__ = ["follow_ties", "plan_merge"]
 
+# Writes the action of a policy for a pattern: as an option, or as an argument.
+_Spelling: TypeAlias = Callable[[str, str, str], str]
 _MAPPINGS = ("dict", "OrderedDict", "defaultdict")
 
 
@@ -287,7 +290,8 @@ def _resized(
         raise PlanError(
             f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
             f"and {name} does not change one into the other",
-            hint=_mismatch_hint([pair]),
+            hint=_mismatch_hint([pair], _on_command_line),
+            call=_mismatch_hint([pair], _in_python),
         )
     (recipe,) = compose([derivation.recipe], [len(derivation.sources)], (operation,))
     rule = policy.rule(pair.key) if name == policy.action(pair.key) else "a scalar of torch before 0.4"
@@ -299,7 +303,15 @@ def _mismatch_action(pair: KeyPair, policy: Policy[MismatchAction]) -> MismatchA
     return "reshape" if action == "error" and pair.is_old_scalar else action
 
 
-def _mismatch_hint(pairs: Sequence[KeyPair]) -> str:
+def _on_command_line(policy: str, pattern: str, action: str) -> str:
+    return f"--{policy.replace('_', '-')} {shell_word(f'{pattern}={action}')}"
+
+
+def _in_python(policy: str, pattern: str, action: str) -> str:
+    return f"{policy}={{{pattern!r}: {action!r}}}"
+
+
+def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling) -> str:
     """Return the actions that would fit the first pair, each with the pattern that it fits."""
     from ckptkit.tensor_ops.suggestions import suggest, suggestions
 
@@ -310,10 +322,10 @@ def _mismatch_hint(pairs: Sequence[KeyPair]) -> str:
             found, expected = by_key[key].found.shape, by_key[key].expected.shape
             return action == "skip" or suggest(action, found, expected, key) is not None
 
-        return f"--on-mismatch {shell_word(f'{pattern_for(first.key, by_key, fits)}={action}')}"
+        return spell("on_mismatch", pattern_for(first.key, by_key, fits), action)
 
     ways = [f"{option(name)}: {why}" for name, why in suggestions(first.found.shape, first.expected.shape, first.key)]
-    return "; ".join([*ways[:3], f"{option('skip')} keeps the base's values there{_for_others(by_key)}"])
+    return "; ".join([*ways[:3], f"{option('skip')} keeps the base's values there{_for_others(by_key, spell)}"])
 
 
 def _replaced_by_later_donors(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
@@ -333,23 +345,26 @@ def _base_step(info: TensorInfo, base: Checkpoint, policy: str) -> Step:
 
 
 def _refuse_missing(keys: Sequence[str]) -> None:
+    def hint(spell: _Spelling) -> str:
+        keep = spell("on_missing", pattern_for(keys[0], keys), "keep")
+        return f"{keep} keeps the base's own values{_for_others(keys, spell)}"
+
     if keys:
-        option = f"--on-missing {shell_word(f'{pattern_for(keys[0], keys)}=keep')}"
-        raise PlanError(
-            f"no donor has {listed(keys, 1)}", hint=f"{option} keeps the base's own values{_for_others(keys)}"
-        )
+        raise PlanError(f"no donor has {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python))
 
 
 def _refuse_unexpected(keys: Sequence[str]) -> None:
+    def hint(spell: _Spelling) -> str:
+        skip, add = (spell("on_unexpected", pattern_for(keys[0], keys), action) for action in ("skip", "add"))
+        return f"{skip} leaves it out, {add} adds it{_for_others(keys, spell)}"
+
     if keys:
-        pattern = pattern_for(keys[0], keys)
-        skip, add = (f"--on-unexpected {shell_word(f'{pattern}={action}')}" for action in ("skip", "add"))
-        hint = f"{skip} leaves it out, {add} adds it{_for_others(keys)}"
-        raise PlanError(f"the base has no {listed(keys, 1)}", hint=hint)
+        raise PlanError(f"the base has no {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python))
 
 
-def _for_others(keys: Collection[str]) -> str:
-    return "; without a pattern, the action is for all other keys" if len(keys) > 1 else ""
+def _for_others(keys: Collection[str], spell: _Spelling) -> str:
+    pattern = "with the pattern '*'" if spell is _in_python else "without a pattern"
+    return f"; {pattern}, the action is for all other keys" if len(keys) > 1 else ""
 
 
 def _mismatch_error(pairs: Sequence[KeyPair], role: str) -> PlanError:
@@ -358,16 +373,19 @@ def _mismatch_error(pairs: Sequence[KeyPair], role: str) -> PlanError:
     more = f", and {others} more differ in shape" if others else ""
     return PlanError(
         f"{quoted(first.key)} is {wanted} in the base and {given} in the {role}{more}",
-        hint=_mismatch_hint(pairs),
+        hint=_mismatch_hint(pairs, _on_command_line),
+        call=_mismatch_hint(pairs, _in_python),
     )
 
 
 def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str) -> PlanError:
     if not donor:
         return _no_tensor_error(donor.entries, role)
-    hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff BASE {role.upper()}"
+    first = result.hints[0] if result.hints else None
+    hint = first.message if first else f"compare the names: ckpt diff BASE {role.upper()}"
+    call = f"{hint}: pass rules=[{first.rename!r}]" if first and first.rename else None
     return PlanError(
-        f"the {role} has no tensor with a key and shape of the base, so there is nothing to merge", hint=hint
+        f"the {role} has no tensor with a key and shape of the base, so there is nothing to merge", hint=hint, call=call
     )
 
 

@@ -106,8 +106,13 @@ def choose_output(
         raise OutputError("a distributed checkpoint is a directory", hint="give -o a name without a suffix", path=name)
     if chosen is None:
         file = f", or name a file in a directory: {printable(os.path.join(name, 'model.safetensors'))}"
-        hint = f"use --format {' or '.join(FORMATS)}{file if not os.path.splitext(name)[1] else ''}"
-        raise OutputError("the suffix does not name a known format", hint=hint, path=name)
+        formats = f"{' or '.join(FORMATS)}{file if not os.path.splitext(name)[1] else ''}"
+        raise OutputError(
+            "the suffix does not name a known format",
+            hint=f"use --format {formats}",
+            call=f"use format= {formats}",
+            path=name,
+        )
     return Output(name, chosen, None, force, only_tensors, keep_unknown)
 
 

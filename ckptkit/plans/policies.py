@@ -102,7 +102,8 @@ class Policy(Generic[_Action]):
                 reason = f"{where} matches none of {plural(len(keys), 'key')} of {owner}"
                 hint = suggest_pattern(pattern, keys, owner) if keys else "leave it out"
             if not allow_unused:
-                raise RuleError(reason, hint=f"{hint}; or allow unused rules with --allow-unused")
+                call = f"{hint}; or allow unused rules with parse_rules(..., allow_unused=True)"
+                raise RuleError(reason, hint=f"{hint}; or allow unused rules with --allow-unused", call=call)
             notes.append(reason)
         return notes
 

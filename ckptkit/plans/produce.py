@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
 
 _CACHE_BYTES = 128 << 20
+_ALLOW_OVERFLOW = "--allow-overflow", "allow_overflow=True"  # on the command line, and in Python
 
 
 @dataclass(slots=True)
@@ -136,8 +137,10 @@ class ComputedPayload:
 
 def overflow_error(losses: Sequence[CastLoss], hint: str = "", path: str | None = None) -> PlanError:
     """Return the error for values that the new dtype cannot hold; ``hint`` names a dtype that holds the values."""
+    ways = [hint] if hint else []
     if all(loss.is_mask and loss.becomes_inf for loss in losses):
-        hint = "--allow-overflow writes -inf, which masks as well"
+        ways, result = [], "writes -inf, which masks as well"
     else:
-        hint = "; ".join([*([hint] if hint else []), "--allow-overflow writes the output anyway"])
-    return PlanError(describe_overflow(losses), hint=hint, path=path)
+        result = "writes the output anyway"
+    on_command_line, in_python = ("; ".join([*ways, f"{name} {result}"]) for name in _ALLOW_OVERFLOW)
+    return PlanError(describe_overflow(losses), hint=on_command_line, call=in_python, path=path)

@@ -398,7 +398,11 @@ def _refuse_unused(
             unused.append((f"{rule} {reason}", rule.optional))
     for message, optional in unused:
         if not optional and not allow_unused:
-            raise RuleError(message, hint="correct it, or pass --allow-unused if the command has that option")
+            raise RuleError(
+                message,
+                hint="correct it, or pass --allow-unused if the command has that option",
+                call="correct it, or allow it with parse_rules(..., allow_unused=True)",
+            )
         notes.append(message)
 
 
