@@ -279,7 +279,7 @@ def test_a_value_over_a_method_that_lists_parameters_is_refused() -> None:
             preflight(model)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_a_scripted_model_gets_no_dry_step() -> None:
     """A copy of it runs with the parameters of the original, which would get gradients."""
     model = torch.jit.script(two_layers())

@@ -36,7 +36,7 @@ from tests.helpers_formats import (
 )
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
     pytest.mark.filterwarnings("ignore:Lite Interpreter is deprecated:DeprecationWarning"),
 ]
 jit: Any = torch.jit
