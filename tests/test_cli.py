@@ -154,7 +154,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
         "--dry-step needs values",
     ),
-    "preflight rules of nothing": (["preflight", "--model", MODEL, "--strip", "auto"], 2, "", "is not given"),
+    "preflight rules of nothing": (["preflight", "--model", MODEL, "--strip", "auto"], 2, "", "neither is given"),
     "preflight no such class": (["preflight", "--model", MODEL, "--optimizer", "Adm"], 2, "", "did you mean Adam"),
     "preflight no callable": (
         ["preflight", "--model", MODEL, "--dry-step", "py:fixtures.lenet:__doc__"],

@@ -45,6 +45,20 @@ def test_a_run_with_the_same_optimizer_class_is_ready(tmp_path: Path, capsys: py
     assert "[preflight.resume-class]" in other.out
 
 
+def test_rules_rename_the_weights_of_a_run_without_an_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hint about the prefix of a wrapper works as it is printed. With an init, the hint says whose keys rules rename."""
+    state = torch.nn.ModuleDict({"module": Net(classes=4)}).state_dict()
+    torch.save({"model": state, "epoch": 1}, tmp_path / "run.ckpt")
+    arguments = ["preflight", "--model", MODEL, "--resume", tmp_path / "run.ckpt"]
+    refused = run_ckpt(capsys, *arguments)
+    assert (refused.code, "--rename 'module.*=*'" in refused.out) == (1, True)
+    renamed = run_ckpt(capsys, *arguments, "--rename", "module.*=*")
+    assert (renamed.code, "10 of 10 tensors of the model are in the run" in renamed.out) == (0, True), renamed.out
+    torch.save(Net(classes=4).state_dict(), tmp_path / "init.pt")
+    both = run_ckpt(capsys, *arguments, "--init", tmp_path / "init.pt")
+    assert (both.code, "rules are for init alone" in both.out) == (1, True)
+
+
 def test_a_run_may_have_no_optimizer_state(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The page says that the optimizer state was not judged."""
     torch.save(Net(classes=4).state_dict(), tmp_path / "weights.pt")

@@ -46,7 +46,7 @@ __all__ = ["preflight"]
     help="Train one step on a copy. CALLABLE takes the model and returns the loss of one batch.",
 )
 @click.option("--shapes-only", is_flag=True, help="Build the model on the meta device, and check no values.")
-@rule_options(beside="init")
+@rule_options(beside="init", or_beside="resume")
 @ignore_option
 @report_options
 @quiet_option
@@ -71,7 +71,7 @@ def preflight(
     """Check a run before training: what loads, what stays at init, what trains at which rate, and one verdict.
 
     Builds the model with values and loads --init into it in memory, unless --shapes-only. What you do not give is not
-    checked, and the report says so. The rules rename the keys of --init. Exit code 0 if ready, 1 if ready with
+    checked, and the report says so. The rules rename the keys of --init, or of --resume without --init. Exit code 0 if ready, 1 if ready with
     warnings or not ready, 2 for trouble. The last line, and "verdict" in the JSON document, say which.
 
     \b
@@ -85,8 +85,10 @@ def preflight(
         raise click.UsageError("--dry-step needs values, and --shapes-only builds none")
     if resume is None and resume_optimizer is not None:
         raise click.UsageError("--resume-optimizer needs --resume")
-    if init is None and (fresh or rules.stages):
-        raise click.UsageError("--fresh and rules are for the keys of --init, which is not given")
+    if init is None and fresh:
+        raise click.UsageError("--fresh is for the keys of --init, which is not given")
+    if init is None and resume is None and rules.stages:
+        raise click.UsageError("rules are for the keys of --init or --resume, and neither is given")
     parse_ignore(ignore)
     live = build_module(model, with_values=not shapes_only)
     spec = None if groups is None else parse_spec(groups)

@@ -88,8 +88,9 @@ def preflight(
     Only ``model`` is required. Without its argument, a check is skipped, and ``not_judged`` names the check.
 
     - ``init``: the checkpoint that the model starts from: a path, a Checkpoint, a Module or a mapping of tensors.
-      ``rules``, or the path of a rule file, rename its keys. ``fresh`` are patterns of the keys
-      that must keep their initial values, such as the keys of a new head.
+      ``fresh`` are patterns of the keys that must keep their initial values, such as the keys of a new head.
+    - ``rules``, or the path of a rule file, rename the keys of ``init``. Without ``init``, they rename the keys of
+      ``resume``.
     - ``groups``: a param-group spec, or the path of its file. ``optimizer``: a live optimizer, a list of them, a class,
       or the name of a class of torch.optim. ``schedulers``: the schedulers of a live optimizer.
     - ``resume``: the weights of a run to resume, as for ``init``. ``resume_optimizer``: its optimizer state, as a path,
@@ -170,10 +171,10 @@ def _preflight(
         from ckptkit.readiness.resume import check_resume
 
         saved_state = None if resume_optimizer is None else read_state(resume_optimizer)
-        key_map = apply_rules(Rules(), resume)
+        key_map = apply_rules(rules_for(rules, resume) if init is None else Rules(), resume)
         resumed = diff_checkpoints(inspected.state, resume, key_map)
         problems = find_quantized_problems(inspected.state, resume, key_map, "run")
-        resume_section, more = check_resume(model, training, resumed, saved_state, schedulers)
+        resume_section, more = check_resume(model, training, resumed, saved_state, schedulers, takes_rules=init is None)
         filled = {pair.key for pair in resumed.matched}
         findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled]
         findings += [*check_quantized(problems, codes.RESUME_QUANTIZED), *more]

@@ -50,14 +50,20 @@ _OTHER_STEP = {
 
 
 def check_resume(
-    model: Module, training: Training, result: StateDictDiff, found: FoundState | None, schedulers: Any = None
+    model: Module,
+    training: Training,
+    result: StateDictDiff,
+    found: FoundState | None,
+    schedulers: Any = None,
+    *,
+    takes_rules: bool = True,
 ) -> tuple[Resume, list[Finding]]:
     """Return how far the weights and the optimizer state of a run fit, and the findings about both.
 
     ``result`` compares the model with the weights of the run. ``found`` is the optimizer state of the run, or None.
-    ``schedulers`` belong to the live optimizer.
+    ``schedulers`` belong to the live optimizer. ``takes_rules`` tells whether rules can rename the keys of the run.
     """
-    findings = list(_weight_findings(result))
+    findings = list(_weight_findings(result, takes_rules=takes_rules))
     matched = len(result.matched) - len(result.uncopyable)
     if found is None:
         return Resume(matched, len(result.expected)), findings
@@ -76,8 +82,10 @@ def check_resume(
     return Resume(matched, len(result.expected), count, len(found.state), found.form), findings
 
 
-def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
+def _weight_findings(result: StateDictDiff, *, takes_rules: bool) -> Iterator[Finding]:
     hint = result.hints[0].message if result.hints else "ckpt diff MODEL RUN shows all of them"
+    if result.hints and not takes_rules:
+        hint = f"{hint} (here, rules are for init alone: check the run without init)"
     kinds = (
         ("missing from the run", [info.key for info in result.missing if info.key not in result.filled]),
         ("of another shape in the run", [pair.key for pair in result.shape_mismatched if not pair.loads]),

@@ -20,11 +20,12 @@ __all__ = ["rule_options"]
 _CONFIG = "config.json"
 
 
-def rule_options(beside: str) -> Callable[[CommandFunction], CommandFunction]:
+def rule_options(beside: str, or_beside: str | None = None) -> Callable[[CommandFunction], CommandFunction]:
     """Add every option that makes rules, and pass the rules to the command as ``rules``.
 
     The order of the options does not count: keep comes first, then drop, then strip, then rename. ``beside`` is the
     name of the argument with the path of the checkpoint. Rule files may refer to the ``config.json`` in its directory.
+    ``or_beside`` names another such argument, for when the first is not given.
     """
 
     def decorate(command: CommandFunction) -> CommandFunction:
@@ -44,7 +45,8 @@ def rule_options(beside: str) -> Callable[[CommandFunction], CommandFunction]:
                 raise click.UsageError("--set sets a variable of a rule file, so it needs --rules")
             rules = parse_rules(rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused)
             if rules_file is not None:
-                loaded = _load_rules(rules_file, settings, _first_path(others[beside]))
+                path = _first_path(others[beside]) or (_first_path(others[or_beside]) if or_beside else "")
+                loaded = _load_rules(rules_file, settings, path)
                 rules = replace(rules, stages=rules.stages + loaded.stages)
             return command(*args, rules=rules, **others)
 
