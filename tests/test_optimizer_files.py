@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state_dict
 
-from ckptkit import choose_output
-from ckptkit.errors import CkptkitError, OutputError, PathError
+from ckptkit import choose_output, load_optimizer_state
+from ckptkit.errors import CkptkitError, OutputError, PathError, PlanError
 from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.model import OptimizerState
@@ -291,3 +291,32 @@ def test_other_types_of_paths_are_refused(opener: Any, path: Any) -> None:
     """The error names what was given, and no internals."""
     with pytest.raises(PathError, match=r"a path cannot be|the path is empty"):
         opener(path)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "old."])
+def test_the_weights_in_the_file_name_a_state_by_position(tmp_path: Path, prefix: str) -> None:
+    """They do so for a path, an open state and rules; also for another head, whose state is skipped, in other groups.
+
+    Without the file, the rules have no names to start from.
+    """
+    old_model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 10)})
+    old = torch.optim.Adam(old_model.parameters())
+    old_model["head"](old_model["body"](torch.ones(2, 4))).sum().backward()
+    old.step()
+    weights = {f"{prefix}{key}": value for key, value in old_model.state_dict().items()}
+    torch.save({"model": weights, "optimizer": old.state_dict()}, tmp_path / "run.ckpt")
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
+    rules = [f"{prefix}*=*"] if prefix else None
+    with open_optimizer(tmp_path / "run.ckpt") as checkpoint:
+        for state in (tmp_path / "run.ckpt", checkpoint):
+            new = torch.optim.Adam(
+                [{"params": [*model["head"].parameters()]}, {"params": [*model["body"].parameters()]}]
+            )
+            report = load_optimizer_state(new, model, state, rules, hyper="live", on_mismatch="skip")
+            assert (report.loaded, report.dropped) == (("body.weight", "body.bias"), ("head.weight", "head.bias"))
+            for name in ("weight", "bias"):
+                found, saved = (o.state[getattr(m["body"], name)] for o, m in ((new, model), (old, old_model)))
+                assert torch.equal(found["exp_avg"], saved["exp_avg"])
+        assert to_named(checkpoint).names == tuple(weights)
+    with pytest.raises(PlanError, match="numbers its parameters" if rules else "does not fit the model"):
+        load_optimizer_state(new, model, old.state_dict(), rules, on_mismatch="skip")

@@ -30,7 +30,7 @@ from ckptkit.core.findings import Severity
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, read_state
 from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
@@ -66,24 +66,13 @@ class NameSource:
         """Whether the user gave neither --model nor --names."""
         return self.model is None and self.names_file is None
 
-    def names(self, stack: contextlib.ExitStack, checkpoint: Checkpoint, found: FoundState) -> NamesLike | None:
-        """Return the names, or a model or checkpoint that has them, or None if the state needs or has no source.
-
-        Without --model and --names, a state without names gets the weights in the same file, if the file has any.
-        """
+    def names(self, stack: contextlib.ExitStack) -> NamesLike | None:
+        """Return the names, or a model or checkpoint that has them, or None if the user gave neither."""
         if self.names_file is not None:
             from ckptkit.optimizer_state.names_file import read_names_file
 
             return read_names_file(self.names_file)
-        if self.model is not None:
-            return _open_model(stack, self.model)
-        if not checkpoint.envelope or found.form != "indexed":
-            return None
-        try:
-            weights = stack.enter_context(open_checkpoint(split_path(checkpoint.path)[0]))
-        except CkptkitError:
-            return None
-        return weights if weights.envelope != checkpoint.envelope and len(weights) else None
+        return None if self.model is None else _open_model(stack, self.model)
 
 
 _model_option = click.option(
@@ -144,9 +133,9 @@ def show(
     from ckptkit.optimizer_state.compare import state_report
 
     with contextlib.ExitStack() as stack:
-        checkpoint, found = _open_state(stack, path, quiet=quiet)
+        _, found = _open_state(stack, path, quiet=quiet)
         try:
-            state = to_named(found, name_source.names(stack, checkpoint, found))
+            state = to_named(found, name_source.names(stack))
         except RuleError:  # a file of names that is not valid
             raise
         except CkptkitError as error:
@@ -352,7 +341,7 @@ def _open_named_state(
 ) -> tuple[Checkpoint, OptimizerState]:
     checkpoint, found = _open_state(stack, path, quiet=quiet)
     with default_error_path(path):
-        return checkpoint, to_named(found, name_source.names(stack, checkpoint, found), drop_strays=drop_strays)
+        return checkpoint, to_named(found, name_source.names(stack), drop_strays=drop_strays)
 
 
 def _open_model(stack: contextlib.ExitStack, path: str) -> Module | Checkpoint:

@@ -71,8 +71,9 @@ def preflight(
     """Check a run before training: what loads, what stays at init, what trains at which rate, and one verdict.
 
     Builds the model with values and loads --init into it in memory, unless --shapes-only. What you do not give is not
-    checked, and the report says so. The rules rename the keys of --init, or of --resume without --init. Exit code 0 if ready, 1 if ready with
-    warnings or not ready, 2 for trouble. The last line, and "verdict" in the JSON document, say which.
+    checked, and the report says so. The rules rename the keys of --init, or those of --resume without --init. Exit code
+    0 if ready, 1 if ready with warnings or not ready, 2 for trouble. The last line, and "verdict" in the JSON document,
+    say which.
 
     \b
     ckpt preflight --model py:mynet:build --init init.safetensors --groups groups.toml --optimizer AdamW

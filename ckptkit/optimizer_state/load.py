@@ -32,7 +32,7 @@ from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, equal_values, resplit
 from ckptkit.optimizer_state.model import LazyTensor, MoreValues, NamedGroup, OptimizerState, SlotValue, tensors_in
 from ckptkit.optimizer_state.names_file import read_names_file
-from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
+from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named, to_named_for
 from ckptkit.optimizer_state.remapping import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
@@ -110,9 +110,10 @@ def load_optimizer_state(
     number, order and members.
 
     A state without names is read by position, as torch reads it, if the sizes of the groups and all shapes agree with
-    the optimizer. If they do not, the order and the shapes of ``model`` must allow exactly one assignment. A note says
-    how the state was read. ``names`` reads it otherwise: ``"model"`` takes the order of ``model``, another model gives
-    its own order, and a list, or the path of a text file, has the names in the order of the state.
+    the optimizer. If they do not, the order and the shapes of ``model`` must allow exactly one assignment; else those
+    of the weights in the same file. With ``rules``, which start from the names in the file, only these weights count.
+    A note says how the state was read. ``names`` reads it otherwise: ``"model"`` takes the order of ``model``, another
+    model gives its own order, and a list, or the path of a text file, has the names in the order of the state.
 
     - ``hyper`` chooses the options: from the file (``saved``), from the optimizer (``live``), or an error if they
       differ (``error``). The optimizer keeps every option that the file does not have. It always keeps its
@@ -299,8 +300,7 @@ def _named(
     # The rules rename names that the live model does not have, so the model cannot name the state.
     if found.form != "indexed" or has_rules:
         return to_named(found, drop_strays=drop_strays), strays
-    groups = [group.names for group in live_groups]
-    return to_named(found, model, groups=groups, drop_strays=drop_strays), strays
+    return to_named_for(found, model, [group.names for group in live_groups], drop_strays=drop_strays), strays
 
 
 def _with_live_names(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,8 @@ from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.errors import FormatError, PlanError
-from ckptkit.formats import LIVE_PREFIX
+from ckptkit.errors import CkptkitError, FormatError, PlanError
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
 from ckptkit.inputs import CheckpointLike
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
@@ -28,6 +29,7 @@ __all__ = [
     "parameters_of",
     "structure_findings",
     "to_named",
+    "to_named_for",
 ]
 
 ModelLike = CheckpointLike | Mapping[str, Shape]
@@ -79,7 +81,8 @@ def to_named(
     ``state`` is an open Checkpoint of such a state, or a live ``state_dict()``, in any form of torch. If it only counts
     its parameters, ``names`` must tell which they are. ``names`` is a list of all names in the order of the groups, or
     a model: a Module, a Checkpoint or a mapping of tensors. The order and the shapes of the model must then allow
-    exactly one assignment. If the state has names of its own, they are compared with such a model.
+    exactly one assignment. If the state has names of its own, they are compared with such a model. Without ``names``,
+    the weights in the file of the state are that model, if the file has weights.
 
     ``groups`` has the names in each group of the optimizer that will load the state, if there is one. A state without
     names is then read by position, as ``load_state_dict`` reads it, if the sizes of the groups and all shapes agree.
@@ -121,8 +124,11 @@ def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) ->
     if isinstance(names, str | bytes):
         raise PlanError(f"the names are one string, {quoted(str(names))}", hint="give a list of strings, or a model")
     given = names if isinstance(names, Sequence) else None
-    model = None if names is None or isinstance(names, Sequence) else parameters_of(names)
     own = _own_names(found)
+    if names is None:
+        model = None if own is not None else _parameters_beside(found)
+    else:
+        model = None if isinstance(names, Sequence) else parameters_of(names)
     if own is not None and given is None:
         if model is not None:
             _compare_with_model(found, own, model)
@@ -134,6 +140,39 @@ def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) ->
         raise PlanError("the state numbers its parameters and does not contain their names", hint=_GIVE_MODEL)
     inferred, evidence = name_positions(found, model, groups)
     return as_named(found, inferred, evidence)
+
+
+def _parameters_beside(found: FoundState) -> Parameters | None:
+    """Return the parameters among the weights in the file of a state, or None if the file has no weights."""
+    if not found.checkpoint.envelope:
+        return None
+    try:
+        with open_checkpoint(split_path(found.path)[0]) as weights:
+            is_other = weights.envelope != found.checkpoint.envelope and len(weights) > 0
+            return parameters_of(weights) if is_other else None
+    except CkptkitError:
+        return None
+
+
+def to_named_for(found: FoundState, model: ModelLike, groups: Groups, *, drop_strays: bool = False) -> OptimizerState:
+    """Return the state as an optimizer of ``model`` loads it; ``groups`` has the names in each of its groups.
+
+    If the model does not tell the names, or has other shapes, the weights in the file of the state tell them where they
+    can. Raises what ``to_named`` raises.
+    """
+    try:
+        reading = to_named(found, model, groups=groups, drop_strays=drop_strays)
+    except PlanError:
+        with contextlib.suppress(PlanError):
+            return to_named(found, drop_strays=drop_strays)
+        raise
+    if found.form == "indexed" and found.checkpoint.envelope:
+        live = parameters_of(model)
+        shapes = ((live.shape(name), parameter_shape(slots)) for name, slots in reading.state.items())
+        if any(None not in pair and pair[0] != pair[1] for pair in shapes):
+            with contextlib.suppress(PlanError):
+                return to_named(found, drop_strays=drop_strays)
+    return reading
 
 
 def naming_findings(state: OptimizerState) -> Iterator[Finding]:

@@ -172,10 +172,10 @@ def check_init(
         if filled:
             yield codes.NOT_FRESH.finding(
                 filled[0],
-                f"{listed(filled, _SHOWN)} must stay at init by fresh = {quoted(pattern.text)}, but init has values for "
-                f"{'it' if len(filled) == 1 else 'them'}",
-                "if init has their new values, as after ckpt merge with a new head, leave the pattern out; else drop the "
-                "keys of init with a rule (--drop)",
+                f"{listed(filled, _SHOWN)} must stay at init by fresh = {quoted(pattern.text)}, but init has values "
+                f"for {'it' if len(filled) == 1 else 'them'}",
+                "if init has their new values, as after ckpt merge with a new head, leave the pattern out; else drop "
+                "these keys of init with a rule (--drop)",
                 keys=filled,
             )
     yield from _kept_findings(inspected, by_key, patterns)

@@ -19,7 +19,13 @@ from ckptkit.optimizer_state.compatibility import refuse_other_class
 from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.groups import equal_values
 from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, parameter_shape
-from ckptkit.optimizer_state.naming import name_by_position, naming_findings, structure_findings, to_named
+from ckptkit.optimizer_state.naming import (
+    name_by_position,
+    naming_findings,
+    structure_findings,
+    to_named,
+    to_named_for,
+)
 from ckptkit.param_groups.compare.groups import GroupDifference, GroupDifferences, GroupView, compare_groups
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.readiness import codes
@@ -136,7 +142,7 @@ def _read_by_name(model: Module, training: Training, found: FoundState) -> Optim
     try:
         if found.form != "indexed":
             return to_named(found)
-        return to_named(found, model, groups=[group.names for group in training.groups])
+        return to_named_for(found, model, [group.names for group in training.groups])
     except PlanError as error:
         return error
 
