@@ -46,7 +46,7 @@ def test_a_run_with_the_same_optimizer_class_is_ready(tmp_path: Path, capsys: py
 
 
 def test_rules_rename_the_weights_of_a_run_without_an_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The hint about the prefix of a wrapper works as it is printed. With an init, the hint says whose keys rules rename."""
+    """The hint about the prefix of a wrapper works as it is printed; with an init, it says whose keys rules rename."""
     state = torch.nn.ModuleDict({"module": Net(classes=4)}).state_dict()
     torch.save({"model": state, "epoch": 1}, tmp_path / "run.ckpt")
     arguments = ["preflight", "--model", MODEL, "--resume", tmp_path / "run.ckpt"]
