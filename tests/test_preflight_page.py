@@ -49,7 +49,7 @@ def test_rules_rename_the_weights_of_a_run_without_an_init(tmp_path: Path, capsy
     """The hint about the prefix of a wrapper works as it is printed; with an init, it says whose keys rules rename."""
     state = torch.nn.ModuleDict({"module": Net(classes=4)}).state_dict()
     torch.save({"model": state, "epoch": 1}, tmp_path / "run.ckpt")
-    arguments = ["preflight", "--model", MODEL, "--resume", tmp_path / "run.ckpt"]
+    arguments: list[str | Path] = ["preflight", "--model", MODEL, "--resume", tmp_path / "run.ckpt"]
     refused = run_ckpt(capsys, *arguments)
     assert (refused.code, "--rename 'module.*=*'" in refused.out) == (1, True)
     renamed = run_ckpt(capsys, *arguments, "--rename", "module.*=*")
