@@ -23,7 +23,12 @@ def test_the_versions_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ran.code, document["problems"], document["schema"]) == (0, [], "ckptkit.doctor/1")
     found = {package["name"]: package["version"] for package in document["packages"]}
     assert found == {name: version(name) for name in ("click", "safetensors", "tabulate", "torch")}
-    assert document["torch"] == {"error": None, "devices": "cpu", "cuda": torch.version.cuda}
+    devices = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    assert document["torch"] == {"error": None, "devices": ", ".join(devices), "cuda": torch.version.cuda}
     assert {"yaml", "test", "dev"} <= {extra["name"] for extra in document["extras"]}
 
 
