@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,20 @@ def test_a_key_that_no_pattern_matches_is_an_error() -> None:
     error = refusal(BASE, donor, on_mismatch={"body": "skip"})
     assert error.reason == "'fc.weight' is [2, 5] in the base and [9, 5] in the donor, and 1 more differ in shape"
     assert "--on-mismatch 'fc.*=slice': " in str(error.hint)
-    assert "--on-mismatch 'fc.*=skip' keeps the base's values there" in str(error.hint)
+    assert str(error.hint).startswith("--on-mismatch 'fc.*=skip' keeps the base's values there; ")
     assert "--on-mismatch 'body=skip' keeps" in str(refusal(BASE, donor, on_mismatch={"fc.*": "skip"}).hint)
+
+
+def test_the_hint_has_a_pattern_for_each_module() -> None:
+    """With these, the merge goes through. A hint is short: of many patterns it shows four."""
+    base = described(words__weight=(12, 4), fc__weight=(2, 4), fc__bias=(2,), patch__weight=(8, 1, 3, 3), same=(2,))
+    donor = described(words__weight=(10, 4), fc__weight=(9, 4), fc__bias=(9,), patch__weight=(8, 3, 3, 3), same=(2,))
+    hint = str(refusal(base, donor).hint)
+    shown = dict(re.findall(r"--on-mismatch '([^=]*)=(\w+)'", hint))
+    assert shown == {"words.weight": "pad_mean", "fc.*": "skip", "patch.weight": "conv_in_channels"}
+    plan_merge(base, donor, on_mismatch=shown)
+    many = [described(**{f"m{number}__w": (size, 4) for number in range(7)}, same=(2,)) for size in (3, 2)]
+    assert "; 3 more patterns to give; without" in str(refusal(*many).hint)
 
 
 def test_a_missing_key_may_be_kept_by_pattern() -> None:
@@ -270,7 +283,7 @@ def test_an_error_of_a_call_names_its_arguments() -> None:
     """The text in Python has what can be passed there; the hint of the command line has its options."""
     base, donor = {"fc.w": torch.zeros(4, 2), "fc.b": torch.zeros(4)}, {"fc.w": torch.ones(7, 2), "fc.b": torch.ones(7)}
     error = refusal(base, donor)
-    assert "(on_mismatch={'fc.*': 'slice'}: the first 4 of 7 rows" in str(error)
+    assert "; on_mismatch={'fc.*': 'slice'}: the first 4 of 7 rows" in str(error)
     assert "--on-mismatch 'fc.*=slice': the first" in str(error.hint)
     plan_merge(base, donor, on_mismatch={"fc.*": "slice"})
     error = refusal(base, {"m.fc.w": torch.ones(4, 2)})

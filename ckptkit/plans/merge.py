@@ -11,7 +11,8 @@ from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.text import listed, quoted, shell_word
+from ckptkit.core.patterns import parse_pattern
+from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
@@ -47,6 +48,9 @@ from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
 __all__ = ["follow_ties", "plan_merge"]
 
+_SKIP: MismatchAction = "skip"
+_MOST_RESIZES = 3  # operations that a hint names for one tensor
+_MOST_OPTIONS = 4  # of one hint
 # Writes the action of a policy for a pattern: as an option, or as an argument.
 _Spelling: TypeAlias = Callable[[str, str, str], str]
 _MAPPINGS = ("dict", "OrderedDict", "defaultdict")
@@ -312,20 +316,44 @@ def _in_python(policy: str, pattern: str, action: str) -> str:
 
 
 def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling) -> str:
-    """Return the actions that would fit the first pair, each with the pattern that it fits."""
-    from ckptkit.tensor_ops.suggestions import suggest, suggestions
+    """Return the actions that fit, each with its pattern: all for one module, or the best for each of several."""
+    from ckptkit.tensor_ops.suggestions import suggest
 
-    first, by_key = pairs[0], {pair.key: pair for pair in pairs}
+    by_key = {pair.key: pair for pair in pairs}
 
-    def option(action: str) -> str:
-        def fits(key: str) -> bool:
-            found, expected = by_key[key].found.shape, by_key[key].expected.shape
-            return action == "skip" or suggest(action, found, expected, key) is not None
+    def pattern(key: str, action: str) -> str:
+        def fits(other: str) -> bool:
+            found, expected = by_key[other].found.shape, by_key[other].expected.shape
+            return action == _SKIP or suggest(action, found, expected, other) is not None
 
-        return spell("on_mismatch", pattern_for(first.key, by_key, fits), action)
+        return pattern_for(key, by_key, fits)
 
-    ways = [f"{option(name)}: {why}" for name, why in suggestions(first.found.shape, first.expected.shape, first.key)]
-    return "; ".join([*ways[:3], f"{option('skip')} keeps the base's values there{_for_others(by_key, spell)}"])
+    def option(key: str, action: str, effect: str) -> str:
+        return f"{spell('on_mismatch', pattern(key, action), action)}{effect}"
+
+    left, best = list(by_key), []
+    while left:
+        first = left[0]
+        action, effect = _ways(by_key[first])[0]
+        covered = parse_pattern(pattern(first, action))
+        left = [key for key in left if not covered.match(key)]
+        best.append(option(first, action, effect))
+    if len(best) == 1:
+        best = [option(pairs[0].key, *way) for way in _ways(pairs[0])]
+    more = f"; {plural(len(best) - _MOST_OPTIONS, 'more pattern')} to give" if len(best) > _MOST_OPTIONS else ""
+    return f"{'; '.join(best[:_MOST_OPTIONS])}{more}{_for_others(by_key, spell)}"
+
+
+def _ways(pair: KeyPair) -> list[tuple[str, str]]:
+    """Return the actions that would fit a pair, best first, each with its effect."""
+    from ckptkit.tensor_ops.suggestions import suggestions
+
+    found, expected = pair.found.shape, pair.expected.shape
+    resizes = [(name, f": {why}") for name, why in suggestions(found, expected, pair.key)][:_MOST_RESIZES]
+    skip = (_SKIP, " keeps the base's values there")
+    # Fewer rows are mostly a head of fewer classes, of which the first have no meaning.
+    shrinks = [name for name, _ in resizes[:1]] == ["slice"] and found[0] > expected[0]
+    return [skip, *resizes] if shrinks else [*resizes, skip]
 
 
 def _replaced_by_later_donors(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
