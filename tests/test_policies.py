@@ -63,6 +63,29 @@ def test_each_pattern_has_its_own_action(tmp_path: Path, capsys: pytest.CaptureF
         assert torch.equal(value, made[key])
 
 
+@pytest.mark.parametrize(
+    ("on_mismatch", "on_missing", "severities"),
+    [
+        ({"fc.*": "skip"}, {"body": "keep"}, {"note"}),
+        ({"*": "skip"}, {"*": "keep"}, {"warning"}),
+        ("skip", "keep", {"warning"}),
+    ],
+    ids=["by pattern", "all others", "one action"],
+)
+def test_what_a_pattern_asked_for_is_a_note_of_the_load(
+    on_mismatch: Any, on_missing: Any, severities: set[str]
+) -> None:
+    """A tensor that stays as it is because of the action for all keys can be a surprise, and is a warning."""
+    model = nn.Module()
+    model.body, model.same = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    model.fc = nn.Linear(2, 2, bias=False)
+    donor = {"fc.weight": torch.ones(5, 2), "same": torch.ones(2)}
+    report = load_into(model, donor, on_mismatch=on_mismatch, on_missing=on_missing)
+    assert sorted(finding.code for finding in report.findings) == ["load.missing", "load.shape"]
+    assert {finding.severity for finding in report.findings} == severities
+    assert set(report.kept) == {"body", "fc.weight"}
+
+
 def test_the_plan_records_what_decided() -> None:
     """A step names its policy, and one without a policy that decided names none."""
     plan = plan_merge(net(1, 2), net(3, 10), on_mismatch=BY_PATTERN)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
-from ckptkit.core.findings import Finding, Report
+from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import kind_of, percent, plural, quoted
 from ckptkit.core.torch_bridge import as_checkpoint, code_of
 from ckptkit.core.torch_types import Module
@@ -38,7 +38,18 @@ from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_t
 from ckptkit.loading.watch import Digests, Watch, named_tensors
 from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.plan import Plan, Step
-from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnMismatch, OnMissing, OnUnexpected, parse_policy
+from ckptkit.plans.policies import (
+    MISMATCH_ACTIONS,
+    MISSING_ACTIONS,
+    UNEXPECTED_ACTIONS,
+    MismatchAction,
+    MissingAction,
+    OnMismatch,
+    OnMissing,
+    OnUnexpected,
+    Policy,
+    parse_policy,
+)
 from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import RulesLike
 
@@ -114,9 +125,10 @@ def load_into(
         model: The model that is loaded into.
         checkpoint: A path, a Checkpoint, a Module, or a mapping of tensors. What is opened here is closed at the end.
         rules: As in ``plan_merge``; they rename and filter the keys of the checkpoint.
-        on_missing: As in ``plan_merge``.
+        on_missing: As in ``plan_merge``. A key that keeps its value is a warning of the report, or a note if a pattern
+            names it.
         on_unexpected: As in ``plan_merge``; ``"add"`` raises, since a model cannot get keys that it does not have.
-        on_mismatch: As in ``plan_merge``.
+        on_mismatch: As in ``plan_merge``. A skipped key is a warning of the report, or a note if a pattern names it.
         skip_unread: As in ``plan_merge``.
         require: A pattern or a list of patterns: every matching key of the model's state_dict must be loaded.
         min_coverage: The least share of the model's elements that must be loaded, between 0 and 1.
@@ -175,7 +187,11 @@ def load_into(
         extra_states = [step.out.key for step in steps if is_extra_state(step.out.key)]
         before = stack.enter_context(Snapshot(model, extra_states)) if rollback else loading.watch()
         found = loading.run(before)
-    return _report(base, plan, steps, found, donor.warnings)
+    asked = _Asked(
+        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
+        parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
+    )
+    return _report(base, plan, steps, found, donor.warnings, asked)
 
 
 def _describe(model: Module) -> Checkpoint:
@@ -331,7 +347,17 @@ def _sharing_memory(before: Watch, loaded: AbstractSet[str]) -> set[str]:
     return names.union(*(tie for tie in before.ties if tie & names))
 
 
-def _report(base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str]) -> LoadReport:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The policies of a load, which tell whether the user asked for what happened to a key."""
+
+    on_missing: Policy[MissingAction]
+    on_mismatch: Policy[MismatchAction]
+
+
+def _report(
+    base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str], asked: _Asked
+) -> LoadReport:
     loaded = {step.out.key for step in steps}
     kept = [key for key in base if key not in loaded]
     filled = sum(info.elements for key, info in base.items() if key in loaded)
@@ -339,10 +365,10 @@ def _report(base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, 
     findings = (
         *unread_findings(warnings),
         *found.findings,
-        *_kept_findings(kept, plan, found.shared, {finding.key for finding in found.findings}),
+        *_kept_findings(kept, plan, found.shared, {finding.key for finding in found.findings}, asked),
         *_tied_findings(steps),
         *_loss_findings(found.losses),
-        *_dropped_findings(plan),
+        *_dropped_findings(plan, asked),
         *_unverified_findings(found, loaded),
     )
     findings = tuple(dict.fromkeys(findings))  # both inputs drop an extra state, with equal findings
@@ -372,7 +398,7 @@ def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
 
 
 def _kept_findings(
-    kept: Sequence[str], plan: Plan, shared: AbstractSet[str], named: AbstractSet[str]
+    kept: Sequence[str], plan: Plan, shared: AbstractSet[str], named: AbstractSet[str], asked: _Asked
 ) -> Iterator[Finding]:
     mismatched = {drop.wanted for drop in plan.dropped} | named
     for key in kept:
@@ -381,13 +407,22 @@ def _kept_findings(
                 key, f"{quoted(key)} was not loaded, but it shares memory with a loaded tensor and changed with it"
             )
         elif key not in mismatched:
-            yield codes.MISSING.finding(key, f"{quoted(key)} is not in the checkpoint and keeps its value")
+            severity = _severity(asked.on_missing, key)
+            message = f"{quoted(key)} is not in the checkpoint and keeps its value"
+            yield codes.MISSING.finding(key, message, severity=severity)
 
 
-def _dropped_findings(plan: Plan) -> Iterator[Finding]:
+def _dropped_findings(plan: Plan, asked: _Asked) -> Iterator[Finding]:
     for drop in plan.dropped:
-        code = codes.SHAPE if drop.wanted else codes.SKIPPED
-        yield code.finding(drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")
+        message = f"{quoted(drop.key)} was not loaded: {drop.reason}"
+        if drop.wanted:
+            yield codes.SHAPE.finding(drop.key, message, severity=_severity(asked.on_mismatch, drop.wanted))
+        else:
+            yield codes.SKIPPED.finding(drop.key, message)
+
+
+def _severity(policy: Policy[MissingAction] | Policy[MismatchAction], key: str) -> Severity:
+    return "note" if policy.has_pattern(key) else "warning"
 
 
 def _unverified_findings(found: _Found, loaded: AbstractSet[str]) -> Iterator[Finding]:

@@ -19,9 +19,11 @@ __all__ = [
     "UNPROVED",
 ]
 
-MISSING = Code("load.missing", ("warning",), "A tensor of the model is not in the checkpoint and keeps its value.")
+MISSING = Code(
+    "load.missing", ("warning", "note"), "A tensor of the model is not in the checkpoint and keeps its value."
+)
 OVERFLOW = Code("load.overflow", ("warning",), "The dtype of the model cannot hold a value, which became inf.")
-SHAPE = Code("load.shape", ("warning",), "A tensor of the checkpoint has another shape and was not loaded.")
+SHAPE = Code("load.shape", ("warning", "note"), "A tensor of the checkpoint has another shape and was not loaded.")
 SHARED = Code(
     "load.shared", ("warning",), "A tensor was not loaded, but it shares memory with a loaded tensor and changed."
 )

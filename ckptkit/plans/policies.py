@@ -75,6 +75,10 @@ class Policy(Generic[_Action]):
         """Return the action for ``key``."""
         return next((action for pattern, action in self.by_pattern if pattern.match(key)), self.other)
 
+    def has_pattern(self, key: str) -> bool:
+        """Return whether a pattern decides about ``key``, and not the action for every other key."""
+        return any(pattern.match(key) for pattern, _ in self.by_pattern)
+
     def rule(self, key: str) -> str:
         """Return the option that decides about ``key``, as it is written on the command line."""
         for pattern, action in self.by_pattern:
