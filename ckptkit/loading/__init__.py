@@ -191,7 +191,7 @@ def load_into(
         parse_policy("on_missing", on_missing, MISSING_ACTIONS),
         parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
     )
-    return _report(base, plan, steps, found, donor.warnings, asked)
+    return _report(base, plan, steps, found, donor.warnings, asked=asked)
 
 
 def _describe(model: Module) -> Checkpoint:
@@ -356,7 +356,7 @@ class _Asked:
 
 
 def _report(
-    base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str], asked: _Asked
+    base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str], *, asked: _Asked
 ) -> LoadReport:
     loaded = {step.out.key for step in steps}
     kept = [key for key in base if key not in loaded]
