@@ -37,7 +37,7 @@ from tests.helpers_formats import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
-    pytest.mark.filterwarnings("ignore:Lite Interpreter is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Lite Interpreter is deprecated"),
 ]
 jit: Any = torch.jit
 
