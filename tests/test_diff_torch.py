@@ -211,7 +211,7 @@ def is_vector_for_scalar(model: nn.Module, key: str, value: object) -> bool:
     return is_scalar and isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) != 1
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_the_verdict_is_that_of_load_state_dict(case: tuple[nn.Module, dict[str, Any]]) -> None:
     """``loads_strict`` and ``loads`` are true exactly if torch does not raise."""

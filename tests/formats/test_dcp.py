@@ -46,7 +46,6 @@ from tests.helpers_dcp import (
     put_metadata,
     refusal,
     save,
-    save_by_ranks,
     write_cut,
 )
 from tests.helpers_formats import CODE_OF, assert_same, bits, random_tensor
@@ -54,17 +53,10 @@ from tests.helpers_formats import CODE_OF, assert_same, bits, random_tensor
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ranks")
-    save_by_ranks(directory)
-    return directory
-
-
 @pytest.fixture
-def broken(ranks: Path, tmp_path: Path) -> str:
+def broken(saved_by_ranks: Path, tmp_path: Path) -> str:
     """Return a copy of a checkpoint of two ranks, for a test that damages it."""
-    return str(shutil.copytree(ranks / "dcp", tmp_path / "copy"))
+    return str(shutil.copytree(saved_by_ranks / "dcp", tmp_path / "copy"))
 
 
 def assert_whole(checkpoint: Checkpoint) -> None:
@@ -202,9 +194,9 @@ def test_views_and_empty_tensors(tmp_path: Path, name: str) -> None:
         assert_same(checkpoint, {"w": VIEWS[name]})
 
 
-def test_two_ranks_give_whole_tensors(ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_whole_tensors(saved_by_ranks: Path, tmp_path: Path) -> None:
     """DTensors are split by rows or columns, with fewer rows than ranks, replicated, transposed, in bfloat16."""
-    path = str(ranks / "dcp")
+    path = str(saved_by_ranks / "dcp")
     assert len([name for name in os.listdir(path) if name.endswith(".distcp")]) == 2
     whole = loaded(path, tmp_path)
     with open_dcp(path) as checkpoint:
@@ -279,7 +271,7 @@ class Config:
     """A class of the user."""
 
 
-def test_neither_torch_nor_numpy_is_imported(ranks: Path) -> None:
+def test_neither_torch_nor_numpy_is_imported(saved_by_ranks: Path) -> None:
     program = """if True:
         import sys
         from ckptkit.formats.distributed.dcp import open_dcp
@@ -288,7 +280,7 @@ def test_neither_torch_nor_numpy_is_imported(ranks: Path) -> None:
             keys = [key for key in checkpoint if key not in ("transposed",)]
             assert sum(len(checkpoint.read_bytes(key)) for key in keys) > 700, keys
         print(sorted({"torch", "numpy", "pickle"} & set(sys.modules)))"""
-    paths = [str(path) for path in (ranks / "dcp", ranks / "safetensors") if path.exists()]
+    paths = [str(path) for path in (saved_by_ranks / "dcp", saved_by_ranks / "safetensors") if path.exists()]
     done = subprocess.run([sys.executable, "-c", program, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

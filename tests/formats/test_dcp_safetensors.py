@@ -21,18 +21,16 @@ from ckptkit.formats import open_checkpoint
 from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.file_names import is_dcp
 from tests.features import needs_dtype, needs_module
-from tests.helpers_dcp import FILE_OF, full_tensors, refusal, save_by_ranks
+from tests.helpers_dcp import FILE_OF, full_tensors, refusal
 from tests.helpers_formats import assert_same, random_tensor
 
 pytestmark = needs_module("torch.distributed.checkpoint.hf_storage")
 NAME = "shard-{:05}-model-{:05}-of-{:05}.safetensors"
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ranks")
-    save_by_ranks(directory)
-    return directory / "safetensors"
+@pytest.fixture
+def ranks(saved_by_ranks: Path) -> Path:
+    return saved_by_ranks / "safetensors"
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ ACCEPTED: dict[str, Accepted] = {
     "E10 empty": Accepted(written(torch_zip(b"}", {})), "", "no tensors"),
     "E11 tied": Accepted(written(torch_zip(mapping({"a": ONE, "b": ONE}))), "", "shares memory with"),
     "E11 overlapping": Accepted(written(torch_zip(mapping({"a": ONE, "b": OTHER_ONE}))), "", "shares memory with"),
-    "E12 100,000": Accepted(written(lambda: crowd(100_000)), "", "100,000 tensors"),
+    "E12 30,000": Accepted(written(lambda: crowd(30_000)), "", "30,000 tensors"),
 }
 UNWRITABLE: dict[str, Refused] = {
     "E1 dots": Refused(written(torch_zip(PATHS)), "would both be called 'a.b'"),
@@ -165,12 +165,3 @@ def test_e11_a_warning_names_ties_that_the_format_cannot_keep(tmp_path: Path) ->
     ran = run_limited("convert", tmp_path / "x.pt", "-o", tmp_path / "o.safetensors")
     assert ran.code == 0
     assert "written separately, but shared memory before: a, b" in ran.err
-
-
-def test_e12_too_many_tensors_are_refused(tmp_path: Path) -> None:
-    """The error gives the limit that stopped the reader."""
-    (tmp_path / "x.pt").write_bytes(crowd(2_000_000))
-    ran = run_limited("show", tmp_path / "x.pt")
-    assert (ran.code, ran.out) == (2, "")
-    assert "builds more than 2,500,000 references to objects" in ran.err
-    assert "Traceback" not in ran.err

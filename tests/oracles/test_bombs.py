@@ -39,8 +39,9 @@ from tests.helpers_formats import (
     with_weights,
     write,
 )
-from tests.hostile.contract import assert_refused
+from tests.hostile.contract import assert_refused, run_limited
 from tests.hostile.test_c_pickle import SLOW, SMALL_FILES_THAT_BUILD_MUCH
+from tests.hostile.test_e_names import crowd
 
 WEIGHTS = tensor()
 CHILD = """
@@ -210,3 +211,12 @@ def test_a_file_of_140_000_tensors_stays_below_the_limits(kind: type[torch.Tenso
 def test_a_small_pickle_that_builds_much_is_refused(name: str, tmp_path: Path) -> None:
     """The rows that the first tier leaves out."""
     assert_refused(tmp_path, SMALL_FILES_THAT_BUILD_MUCH[name])
+
+
+def test_e12_too_many_tensors_are_refused(tmp_path: Path) -> None:
+    """The error gives the limit that stopped the reader."""
+    (tmp_path / "x.pt").write_bytes(crowd(2_000_000))
+    ran = run_limited("show", tmp_path / "x.pt")
+    assert (ran.code, ran.out) == (2, "")
+    assert "builds more than 2,500,000 references to objects" in ran.err
+    assert "Traceback" not in ran.err
