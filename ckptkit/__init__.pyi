@@ -60,6 +60,9 @@ from ckptkit.plans.one_call import merge_lora as merge_lora
 from ckptkit.plans.output import Output as Output
 from ckptkit.plans.output import choose_output as choose_output
 from ckptkit.plans.plan import Plan as Plan
+from ckptkit.plans.policies import OnMismatch as OnMismatch
+from ckptkit.plans.policies import OnMissing as OnMissing
+from ckptkit.plans.policies import OnUnexpected as OnUnexpected
 from ckptkit.plans.remap import plan_remap as plan_remap
 from ckptkit.plans.saved import load_plan as load_plan
 from ckptkit.readiness import Preflight as Preflight
@@ -87,6 +90,9 @@ __all__ = [
     "LoadError",
     "LoadReport",
     "ModelError",
+    "OnMismatch",
+    "OnMissing",
+    "OnUnexpected",
     "OptimizerLoadReport",
     "OptimizerState",
     "Output",

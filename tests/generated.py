@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from importlib import import_module
@@ -28,7 +29,7 @@ _CODES: dict[str, str] = {
 _API: dict[str, str] = {
     "Open and inspect": "open_checkpoint open_optimizer Checkpoint TensorInfo stats StateDictStats run_checks",
     "Compare": "diff StateDictDiff suggest_rules Alignment",
-    "Load into a model": "load_into LoadReport",
+    "Load into a model": "load_into LoadReport OnMissing OnUnexpected OnMismatch",
     "Convert and merge with one call": "convert merge merge_lora extract_lora Written",
     "Plan, then write": "plan_remap plan_merge plan_lora plan_extract_lora Plan choose_output Output execute load_plan",
     "Rules": "load_rules parse_rules preset_rules preset_names Rules",
@@ -123,6 +124,8 @@ Every result prints as in the terminal: `print(result)` is the page, a notebook 
 one line, and `result.to_dict()` is [the document](schemas.md) of `--json`. A result has no truth value: ask `.ok` or
 `.different`."""
 
+_ALIAS = "The type of the policy: one action for all keys, or a mapping of patterns to actions."
+
 
 def _api_page() -> Iterator[str]:
     listed = [name for names in _API.values() for name in names.split()]
@@ -132,13 +135,22 @@ def _api_page() -> Iterator[str]:
     for title, names in _API.items():
         yield from ("", f"## {title}", "", "```{eval-rst}")
         for name in names.split():
-            yield f".. auto{'class' if isinstance(getattr(ckptkit, name), type) else 'function'}:: ckptkit.{name}"
+            kind = _kind(getattr(ckptkit, name))
+            yield f".. auto{kind}:: ckptkit.{name}"
+            yield from ("", f"   {_ALIAS}", "") if kind == "data" else ()
         yield "```"
     for module in _API_MODULES:
         yield from ("", f"## {module}", "", "```{eval-rst}", f".. automodule:: {module}", "   :no-members:", "")
         yield from (f".. autofunction:: {module}.{name}" for name in import_module(module).__all__)
         yield "```"
     yield ""
+
+
+def _kind(value: object) -> str:
+    """Return the kind of a public name, as the directives of autodoc call it; a type alias is data."""
+    if inspect.isfunction(value):
+        return "function"
+    return "class" if isinstance(value, type) else "data"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ MODULES = (ckptkit, optimizer_state, testing)
 
 
 def public_names() -> dict[str, object]:
-    """Return every public name that can be called: functions and classes."""
+    """Return every public function and class; a type alias is neither, though it can be called in some Pythons."""
     values = {name: getattr(module, name) for module in MODULES for name in module.__all__}
-    return {name: value for name, value in values.items() if callable(value)}
+    return {name: value for name, value in values.items() if isinstance(value, type) or inspect.isfunction(value)}
 
 
 def public_functions() -> dict[str, Callable[..., object]]:

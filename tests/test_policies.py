@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckptkit import load_into, merge, parse_rules, plan_merge
+from ckptkit import OnMismatch, load_into, merge, parse_rules, plan_merge
 from ckptkit.errors import ArgumentError, CkptkitError, ModelError, PlanError, RuleError
 from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy, pattern_for
 from tests.helpers_cli import run_ckpt
@@ -24,7 +24,7 @@ def net(channels: int, classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(names)
 
 
-BY_PATTERN = {"conv1.*": "conv_in_channels", "fc.*": "skip"}
+BY_PATTERN: OnMismatch = {"conv1.*": "conv_in_channels", "fc.*": "skip"}
 OPTIONS = ["--on-mismatch", "conv1.*=conv_in_channels", "--on-mismatch", "fc.*=skip"]
 BASE = described(fc__weight=(2, 5), fc__bias=(2,), body=(3,))
 
@@ -88,7 +88,7 @@ def test_what_a_pattern_asked_for_is_a_note_of_the_load(
 
 def test_the_plan_records_what_decided() -> None:
     """A step names its policy, and one without a policy that decided names none."""
-    plan = plan_merge(net(1, 2), net(3, 10), on_mismatch=BY_PATTERN)  # type: ignore[arg-type]
+    plan = plan_merge(net(1, 2), net(3, 10), on_mismatch=BY_PATTERN)
     assert rules_of(plan) == {
         "conv1.weight": ("donor", "--on-mismatch 'conv1.*=conv_in_channels'"),
         "conv1.bias": ("donor", ""),

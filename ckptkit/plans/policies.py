@@ -35,7 +35,7 @@ MISSING_ACTIONS: tuple[MissingAction, ...] = get_args(MissingAction)
 UNEXPECTED_ACTIONS: tuple[UnexpectedAction, ...] = get_args(UnexpectedAction)
 MISMATCH_ACTIONS: tuple[MismatchAction, ...] = ("error", "skip", *MISMATCH_NAMES)
 
-# One action for every key, or an action for each pattern of keys.
+# One action for every key, or an action for each pattern of keys. Public, to annotate a policy in a variable.
 OnMissing: TypeAlias = MissingAction | Mapping[str, MissingAction]
 OnUnexpected: TypeAlias = UnexpectedAction | Mapping[str, UnexpectedAction]
 OnMismatch: TypeAlias = MismatchAction | Mapping[str, MismatchAction]

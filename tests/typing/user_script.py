@@ -19,7 +19,8 @@ def load(model: torch.nn.Module, path: Path) -> float:
     for info in found.missing:
         print(info.key, info.dtype, info.shape)
     names: list[str] = [pair.key for pair in found.matched]
-    report = ckptkit.load_into(model, path, on_mismatch={"fc3.*": "skip"}, require="conv*", min_coverage=0.9)
+    policy: ckptkit.OnMismatch = {"fc3.*": "skip"}
+    report = ckptkit.load_into(model, path, on_mismatch=policy, require="conv*", min_coverage=0.9)
     report.raise_for_errors()
     findings: tuple[ckptkit.Finding, ...] = report.findings
     print(len(names), [finding.message for finding in findings if finding.severity == "warning"])
