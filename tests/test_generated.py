@@ -14,6 +14,7 @@ import pytest
 import ckptkit
 from ckptkit.core.findings import Code
 from tests.generated import ROOT, code_tables, files
+from tests.helpers_public import public_names
 
 PACKAGE = ROOT / "ckptkit"
 
@@ -56,7 +57,7 @@ def test_findings_are_made_from_codes() -> None:
     assert callers == {"core/findings/__init__.py"}
 
 
-@pytest.mark.parametrize("name", [name for name in ckptkit.__all__ if callable(getattr(ckptkit, name))])
+@pytest.mark.parametrize("name", sorted(public_names().keys() & {*ckptkit.__all__}))
 def test_type_hints_can_be_read(name: str) -> None:
     """``typing.get_type_hints`` works on every public function and on the fields of every public class."""
     assert isinstance(typing.get_type_hints(getattr(ckptkit, name)), dict)
