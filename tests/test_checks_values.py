@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -240,11 +242,23 @@ def test_ties_in_the_metadata(tmp_path: Path) -> None:
 
 
 MODEL = """
+import random
+
+import numpy as np
 import torch
 from torch import nn
 
 def build():
     return nn.Sequential(nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.Linear(64, 48), nn.Embedding(50, 40))
+
+def odd():
+    net = build()
+    if net[2].weight.is_meta:
+        return net
+    scale = 1 + int(torch.randint(2, ())) + random.randrange(2) + int(np.random.randint(2))
+    with torch.no_grad():
+        net[2].weight.mul_(scale)
+    return net
 
 def fixed():
     torch.manual_seed(3)
@@ -282,6 +296,28 @@ def test_an_untrained_layer_is_found(
     assert messages["note"].endswith(
         "of a new model (ones or zeros): '1.weight', '1.bias', '1.running_mean', '1.running_var'"
     )
+
+
+def generators() -> tuple[object, ...]:
+    """Return the states of the global random number generators."""
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+
+
+def test_the_values_of_a_new_model_are_the_same_in_every_run(
+    built: Callable[[], nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So the report is too. The generators of torch, numpy and Python go on as if no model had been built."""
+    torch.save(built().state_dict(), tmp_path / "f.pt")
+    reports = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the global generator
+        expected = generators()
+        ran = run_ckpt(capsys, "check", "--json", "--like", "py:some_net:odd", tmp_path / "f.pt")
+        assert generators() == expected
+        reports.append(ran.out)
+    assert reports == reports[:1] * 6
 
 
 def test_tensors_equal_to_expected_are_a_note(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
+from ckptkit.core.random_state import restored_random_state
 from ckptkit.core.text import first_line, kind_of, listed
 from ckptkit.core.torch_bridge import flat_bytes, shape_or_none
 from ckptkit.core.torch_optim import initial_lr
@@ -41,16 +39,13 @@ def run_dry_step(
     number generators of torch, numpy and Python is restored. Side effects of the loss function outside the model
     remain.
     """
-    import torch
-
     if not callable(loss):
         message = f"dry_step is {kind_of(loss)}, not a function"
         return DryStep(None, "", 0, 0, 0), [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)], frozenset()
     if reason := _reason_not_copied(model):
         message = f"no dry step was made, because the model cannot be copied: {reason}"
         return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)], frozenset()
-    devices = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(devices), _restored_generators():
+    with restored_random_state():
         try:
             model_copy = copy.deepcopy(model, _copied_tensors(model))
             _refuse_other_copy(model, model_copy)
@@ -97,20 +92,6 @@ def _members(value: object) -> Sequence[object]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list | tuple) else [value]
-
-
-@contextlib.contextmanager
-def _restored_generators() -> Iterator[None]:
-    """Restore the random number generators of Python and, where it is imported, of numpy."""
-    numpy = sys.modules.get("numpy")
-    state = random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
 
 
 def _step(
