@@ -52,6 +52,11 @@ def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
         return open_torchscript(archive, selection)
     if "model.weights.h5" in archive.entries:
         raise FormatError("a Keras archive, which is not read", hint="keras.saving.load_model reads it")
+    if "serialized_state_dict.pt" in archive.entries:
+        raise FormatError(
+            "an archive of torch.export in the layout of an older torch, which is not read",
+            hint="torch.export.load reads it, and torch.save writes the state_dict of the program",
+        )
     from ckptkit.formats.torch.zip import open_torch_zip
 
     return open_torch_zip(archive, selection)

@@ -13,8 +13,10 @@ import torch
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.foreign import is_flax, is_onnx
+from tests.features import has_module
 from tests.helpers_dcp import save as save_distributed
-from tests.helpers_formats import refusal
+from tests.helpers_export import small
+from tests.helpers_formats import refusal, zip_of
 
 # Written by onnx 1.23 (IR 14): a graph of one Add with one initializer, with and without a producer.
 GRAPH = bytes.fromhex(
@@ -66,6 +68,18 @@ def test_an_archive_of_keras_is_named(tmp_path: Path) -> None:
             archive.writestr(name, data)
     error = refusal(str(tmp_path / "x.keras"))
     assert (error.reason, error.hint) == ("a Keras archive, which is not read", "keras.saving.load_model reads it")
+
+
+def test_an_exported_program_of_an_older_torch_is_named(tmp_path: Path) -> None:
+    """Where torch writes the older layout, the file is its own; elsewhere it has the same entries."""
+    data = b"" if has_module("torch.export.pt2_archive") else small()
+    if not data:
+        names = ("serialized_exported_program.json", "serialized_state_dict.pt", "serialized_constants.pt", "version")
+        data = zip_of([(name, b"{}") for name in names], zipfile.ZIP_STORED)
+    (tmp_path / "x.pt2").write_bytes(data)
+    error = refusal(str(tmp_path / "x.pt2"))
+    assert error.reason == "an archive of torch.export in the layout of an older torch, which is not read"
+    assert "torch.export.load reads it" in error.hint
 
 
 NOT_ONNX = {
