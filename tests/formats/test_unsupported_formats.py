@@ -79,7 +79,7 @@ def test_an_exported_program_of_an_older_torch_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(data)
     error = refusal(str(tmp_path / "x.pt2"))
     assert error.reason == "an archive of torch.export in the layout of an older torch, which is not read"
-    assert "torch.export.load reads it" in error.hint
+    assert "torch.export.load reads it" in str(error.hint)
 
 
 NOT_ONNX = {
