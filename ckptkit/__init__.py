@@ -81,6 +81,7 @@ _HOMES = {
     "preset_rules": "rules.load",
     "rebind": "param_groups.rebind",
     "run_checks": "checks",
+    "save_plan": "plans.saved",
     "stats": "statistics.state_dict_stats",
     "suggest_rules": "align",
     "validate_param_groups": "param_groups.validate",

@@ -65,6 +65,7 @@ from ckptkit.plans.policies import OnMissing as OnMissing
 from ckptkit.plans.policies import OnUnexpected as OnUnexpected
 from ckptkit.plans.remap import plan_remap as plan_remap
 from ckptkit.plans.saved import load_plan as load_plan
+from ckptkit.plans.saved import save_plan as save_plan
 from ckptkit.readiness import Preflight as Preflight
 from ckptkit.readiness import preflight as preflight
 from ckptkit.rules.load import load_rules as load_rules
@@ -146,6 +147,7 @@ __all__ = [
     "preset_rules",
     "rebind",
     "run_checks",
+    "save_plan",
     "stats",
     "suggest_rules",
     "validate_param_groups",

@@ -21,11 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 from ckptkit import Output, Plan, choose_output, execute, open_checkpoint, plan_remap
-from ckptkit.cli.common.outputs import prepare_side_file
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_optimizer
-from ckptkit.formats.atomic import AtomicFile, present_state, write_small_file
+from ckptkit.formats.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
 from ckptkit.optimizer_state.forms import read_state
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.write import write_optimizer_state

@@ -50,16 +50,17 @@ from ckptkit import (
     preflight,
     rebind,
     run_checks,
+    save_plan,
     stats,
     suggest_rules,
     validate_param_groups,
 )
+from ckptkit.cli import main
 from ckptkit.integrations.base import ParamGroupsCheck
 from ckptkit.optimizer_state.groups import resplit
 from ckptkit.optimizer_state.naming import parameters_of, to_named
 from ckptkit.optimizer_state.pruning import prune
 from ckptkit.optimizer_state.remapping import remap
-from ckptkit.plans.saved import plan_to_json
 from ckptkit.testing import assert_loads, assert_same_weights
 from fixtures.lenet import Net
 from tests.helpers_cli import ROOT
@@ -464,12 +465,11 @@ def _ddp() -> dict[str, torch.Tensor]:
 
 
 def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
-    """The plan that ``--plan`` writes is the plan that was made, and its inverse undoes it."""
+    """The plan that ``save_plan`` writes is the plan that was made, and its inverse undoes it."""
     path = tmp_path / "plan.json"
     plan = plan_remap(DDP, ["module.*=*"])
-    with open_checkpoint(DDP) as source:
-        path.write_text(json.dumps(plan_to_json(plan, {"source": source})))
     with same_descriptors():
+        save_plan(plan, path, DDP)
         assert load_plan(path, {"source": DDP}) == plan
         inverse = load_plan(str(path), {"source": TEN}, invert=True)
         with pytest.raises(PlanError) as caught:
@@ -477,9 +477,29 @@ def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
         execute(path, DDP, tmp_path / "out.pt")
         execute(inverse, {"source": tmp_path / "out.pt"}, tmp_path / "back.pt", verify=True)
     assert load_plan(path, DDP) == plan
-    assert [step.out.key for step in inverse.steps] == list(source)
+    assert [step.out.key for step in inverse.steps] == list(torch.load(DDP, weights_only=True)["model"])
     assert_same_weights(f"{DDP}::model", tmp_path / "back.pt")
     assert caught.value.path
+    with pytest.raises(OutputError, match=r"already exists.*force=True"):
+        save_plan(plan, path, DDP)
+    with pytest.raises(OutputError, match="is an input"):
+        save_plan(plan, DDP, DDP, force=True)
+    with pytest.raises(PlanError):
+        save_plan(plan, path, TEN, force=True)
+    assert load_plan(path, DDP) == plan
+
+
+def test_save_plan_writes_what_the_command_writes(tmp_path: Path) -> None:
+    """The two files are the same, byte for byte, for one input and for two."""
+    out, command, call = (str(tmp_path / name) for name in ("out.pt", "command.json", "call.json"))
+    assert main(["remap", TEN, "-o", out, "--rename", "fc3.*=head.*", "--plan", command, "-q"]) == 0
+    save_plan(plan_remap(TEN, ["fc3.*=head.*"]), call, TEN)
+    assert Path(call).read_bytes() == Path(command).read_bytes()
+    options = ["--on-mismatch", "skip", "--rename", "module.*=*", "--force", "-q"]
+    assert main(["merge", TEN, DDP, "-o", out, *options, "--plan", command]) == 0
+    merged = plan_merge(TEN, DDP, ["module.*=*"], on_mismatch="skip")
+    save_plan(merged, call, {"base": TEN, "donor": DDP}, force=True)
+    assert Path(call).read_bytes() == Path(command).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16", "BF16"], ids=str)

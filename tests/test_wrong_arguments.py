@@ -123,6 +123,12 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "remap": lambda: {"state": _state(model), "rules": ["*=fc.*"]},
         "resplit": lambda: {"state": _state(model), "groups": _state(model)},
         "run_checks": lambda: {"checkpoint": state},
+        "save_plan": lambda: {
+            "plan": ckptkit.plan_remap(LENET),
+            "path": folder / "saved.json",
+            "sources": LENET,
+            "force": True,
+        },
         "stats": lambda: {"checkpoint": state},
         "suggest_rules": lambda: {"expected": model, "found": state},
         "to_dict": lambda: {"state": _state(model)},

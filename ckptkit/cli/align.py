@@ -8,10 +8,9 @@ from ckptkit.align import suggest_rules
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
-from ckptkit.cli.common.outputs import prepare_side_file
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.text import plural, printable
-from ckptkit.formats.atomic import write_small_file
+from ckptkit.formats.atomic import prepare_side_file, write_small_file
 
 __all__ = ["align"]
 

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -29,6 +29,7 @@ __all__ = [
     "output_errors",
     "path_state",
     "prepare_directory",
+    "prepare_side_file",
     "prepare_target",
     "present_state",
     "real_path",
@@ -116,6 +117,18 @@ def prepare_target(path: str, *, force: bool, before: PathState | None = None) -
             call="force=True replaces it, completely or not at all",
         )
     return _target(target, path, before, PathState(None if status is None else file_state(status)))
+
+
+def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = None, *, force: bool) -> Target:
+    """Return the target for a file beside the main result, such as a plan or rules.
+
+    Raises ``OutputError`` if the path is a file of an input or the output, and as ``prepare_target`` does.
+    """
+    if any(is_same_file(file, path) for file in inputs):
+        raise OutputError("is an input", hint="give another name", path=path)
+    if output is not None and real_path(path) == real_path(output):
+        raise OutputError("is the output too", hint="give another name", path=path)
+    return prepare_target(path, force=force)
 
 
 def prepare_directory(path: str, *, force: bool, before: PathState | None = None) -> Target:

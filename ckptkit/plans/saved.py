@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptkit.core.arguments import require_flags, require_path
+from ckptkit.core.arguments import require_flags, require_path, require_type
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.config_files import default_error_path, read_table_file
+from ckptkit.core.config_files import default_error_path, json_bytes, read_table_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError, RuleError
+from ckptkit.formats.atomic import prepare_side_file, write_small_file
 from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
@@ -27,7 +28,16 @@ from ckptkit.plans.steps import (
 from ckptkit.tensor_ops.recipes import Recipe
 from ckptkit.tensor_ops.registry import invert_chain, parse_operation
 
-__all__ = ["SavedPlan", "apply_plan", "header_digest", "invert_plan", "load_plan", "plan_from_json", "plan_to_json"]
+__all__ = [
+    "SavedPlan",
+    "apply_plan",
+    "header_digest",
+    "invert_plan",
+    "load_plan",
+    "plan_from_json",
+    "plan_to_json",
+    "save_plan",
+]
 
 
 _SCHEMA = "ckptkit.plan/1"
@@ -161,22 +171,52 @@ def _text(value: object) -> str:
     return value
 
 
+def save_plan(plan: Plan, path: str | os.PathLike[str], sources: Sources, *, force: bool = False) -> None:
+    """Write a plan to a JSON file, as ``--plan FILE`` of the command line does; ``load_plan`` and ``--apply`` read it.
+
+    ``sources`` is what ``execute`` takes; what is opened here is closed at the end. The file has the names, dtypes and
+    shapes of the inputs, and none of their values. ``force`` replaces an existing file.
+
+    Raises:
+        PlanError: The plan does not fit the inputs, or a role is missing.
+        OutputError: The file exists and ``force`` is not given, it is a file of an input, or it cannot be written.
+
+    Example:
+        >>> import json, os, tempfile
+        >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = os.path.join(directory, "plan.json")
+        ...     ckptkit.save_plan(plan, path, "fixtures/lenet_10class.pth")
+        ...     with open(path) as file:
+        ...         json.load(file)["plan"][-1]["key"]
+        'head.bias'
+    """
+    require_type(plan, Plan, "plan", "a Plan")
+    require_path(path, "path")
+    require_flags(force=force)
+    roles = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
+    edited = [plan.edited_role] if plan.edited_role else []
+    with opened_roles([*roles, *edited], sources) as inputs:
+        check_steps(plan.steps, inputs)
+        files = [file for checkpoint in inputs.values() for file in checkpoint.files]
+        target = prepare_side_file(os.fsdecode(path), files, force=force)
+        write_small_file(target, json_bytes(plan_to_json(plan, inputs)))
+
+
 def load_plan(path: str | os.PathLike[str], sources: Sources, *, invert: bool = False) -> Plan:
-    """Return the plan in a file that ``--plan`` of the command line wrote, or its inverse, for ``execute``.
+    """Return the plan in a file that ``save_plan`` or ``--plan`` wrote, or its inverse, for ``execute``.
 
     ``sources`` is what ``execute`` takes; what is opened here is closed at the end. The input of an inverse is the
     output of the plan, with the role ``source``. Raises ``PathError`` and ``RuleError`` where the file cannot be read.
     Raises ``PlanError`` where it is not a valid plan, and where an input has other names, dtypes or shapes than before.
 
     Example:
-        >>> import json, os, tempfile
-        >>> sources = {"source": "fixtures/lenet_ddp.pt"}
-        >>> plan = ckptkit.plan_remap(sources["source"], ["module.*=*"])
-        >>> with tempfile.TemporaryDirectory() as directory, ckptkit.open_checkpoint(sources["source"]) as source:
+        >>> import os, tempfile
+        >>> plan = ckptkit.plan_remap("fixtures/lenet_ddp.pt", ["module.*=*"])
+        >>> with tempfile.TemporaryDirectory() as directory:
         ...     path = os.path.join(directory, "plan.json")
-        ...     with open(path, "w") as file:
-        ...         json.dump(plan_to_json(plan, {"source": source}), file)
-        ...     ckptkit.load_plan(path, sources) == plan
+        ...     ckptkit.save_plan(plan, path, "fixtures/lenet_ddp.pt")
+        ...     ckptkit.load_plan(path, "fixtures/lenet_ddp.pt") == plan
         True
     """
     require_path(path, "path")

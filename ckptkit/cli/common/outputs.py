@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,7 @@ from ckptkit.cli.common.options import (
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
-from ckptkit.core.files import is_same_file
-from ckptkit.errors import OutputError
-from ckptkit.formats.atomic import Target, prepare_target, present_state, real_path, small_file
+from ckptkit.formats.atomic import prepare_side_file, present_state, small_file
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ __all__ = [
     "OutputOptions",
     "output_options",
     "plan_output_options",
-    "prepare_side_file",
     "run_plan",
 ]
 
@@ -182,15 +179,3 @@ def _plan_file(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOpt
     target = prepare_side_file(options.plan_file, inputs, options.output.path, force=options.output.force)
     with small_file(target, json_bytes(plan_to_json(plan, sources))):
         yield
-
-
-def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = None, *, force: bool) -> Target:
-    """Return the target for a file that a command writes beside its result, such as a plan or rules.
-
-    Raises ``OutputError`` if the path is a file of an input or the output, and as ``prepare_target`` does.
-    """
-    if any(is_same_file(file, path) for file in inputs):
-        raise OutputError("is an input", hint="give another name", path=path)
-    if output is not None and real_path(path) == real_path(output):
-        raise OutputError("is the output too", hint="give another name", path=path)
-    return prepare_target(path, force=force)
