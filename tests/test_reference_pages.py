@@ -9,6 +9,13 @@ from dataclasses import MISSING, fields
 import pytest
 
 from ckptkit import preset_names
+from ckptkit.core import config_files
+from ckptkit.core.checkpoint import MOST_TENSORS
+from ckptkit.core.patterns import matching
+from ckptkit.formats import zip_archive
+from ckptkit.formats.pickle import machine
+from ckptkit.formats.safetensors import LARGEST_HEADER
+from ckptkit.formats.torch import zip as torch_zip
 from ckptkit.plans.policies import MISMATCH_ACTIONS
 from ckptkit.tensor_ops import registry
 from ckptkit.tensor_ops.operation import Arithmetic, Moving, Operation
@@ -79,3 +86,27 @@ def test_every_wrapper_is_listed() -> None:
     """The table of wrappers has the mark of each wrapper that --strip auto removes."""
     listed = {mark for cells in _rows(_section("rules", "Wrappers")) for mark in re.findall(r"`([\w.]+)\.`", cells[0])}
     assert listed == {row.mark for row in WRAPPERS}
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    """Each number of the table of limits on size is the one that the code compares with."""
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", _section("limitations", "Limits on size"), re.MULTILINE))
+    opcodes, objects = (
+        most + each * machine._MOST_STORAGES
+        for most, each in (
+            (machine._MOST_OPCODES, machine._OPCODES_PER_STORAGE),
+            (machine._MOST_OBJECTS, machine._OBJECTS_PER_STORAGE),
+        )
+    )
+    sizes = [f"{config_files._MOST_BYTES[kind]:,}" for kind in ("toml", "yaml", "json")]
+    assert rows["tensors in a checkpoint"] == f"{MOST_TENSORS:,}"
+    assert rows["entries in a zip archive"] == f"{zip_archive._MOST_ENTRIES:,}"
+    assert rows["header of safetensors"] == f"{LARGEST_HEADER // 10**6} MB"
+    assert rows["pickle"] == f"about {opcodes / 1e6:.0f} million steps, or {objects / 1e6:.1f} million objects"
+    assert (rows["rule file or spec"], sizes) == (
+        "1 MB as TOML, 250 kB as YAML, 100 MB as JSON",
+        ["1,000,000", "250,000", "100,000,000"],
+    )
+    assert (rows["a `re:` pattern"], matching._SECONDS) == ("half a second of processor time for each key", 0.5)
+    expansion = rows[f"expansion of a part of a zip archive beyond {zip_archive._ALWAYS_INFLATED >> 20} MiB"]
+    assert expansion == f"{torch_zip._MOST_COMPRESSION} times for a pickle, else {zip_archive._LARGEST_RATIO} times"
