@@ -19,6 +19,7 @@ from ckptkit import (
     plan_param_groups,
     validate_param_groups,
 )
+from ckptkit.core.torch_optim import OPTIONS, torch_options
 from ckptkit.errors import ArgumentError, GroupsError
 from ckptkit.param_groups.parse import parse_spec
 from tests.helpers_presets import VitLike, bert_like, rates
@@ -128,6 +129,41 @@ def test_a_modifier_keeps_the_options_of_groups() -> None:
     spec = param_group_preset("hf-trainer", lr=0.01, weight_decay=0.1)
     assert rates(Text(), spec.with_modifier("head", "fc.*", lr_mult=10))["fc.bias"] == pytest.approx((0.1, 0.0))
     assert rates(Text(), spec.with_group("head", "fc.*", lr_mult=10))["fc.bias"] == pytest.approx((0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lr_mul", "lr_mult"),
+        ("lr_multi", "lr_mult"),
+        ("lrmult", "lr_mult"),
+        ("eps_mul", "eps_mult"),
+        ("weight_decay_mutl", "weight_decay_mult"),
+        ("overide", "override"),
+        ("freez", "freeze"),
+    ],
+)
+def test_a_misspelled_field_is_refused_at_once(wrong: str, right: str) -> None:
+    """It would be an option that no optimizer reads, and the group would train with the base rate."""
+    given: dict[str, Any] = {wrong: 10}
+    calls: list[Callable[[], object]] = [
+        lambda: no_decay().with_group("head", "fc.*", **given),
+        lambda: build_param_groups(Text(), {"group": [{"params": "fc.*", **given}, {"rest": True}]}),
+    ]
+    if right.endswith("_mult"):
+        calls.append(lambda: no_decay().with_modifier("head", "fc.*", **given))
+    for call in calls:
+        with pytest.raises(GroupsError, match=rf"there is no '{wrong}' \(did you mean '{right}'\?\)"):
+            call()
+
+
+def test_no_option_is_taken_for_a_misspelled_field() -> None:
+    """Options of torch.optim, of schedulers, of common recipes and of other packages go to the optimizer."""
+    others = {"use_muon", "layer_scale", "trust_ratio", "d_coef", "lr_ratio", "lr_multiplier", "precondition_frequency"}
+    for option in {*torch_options(), *OPTIONS, *others} - {"params", "param_names", "name", "lr_mult", "decay_mult"}:
+        given: dict[str, Any] = {option: 0.5}
+        assert no_decay().with_group("head", "fc.*", **given).rules[0].options == given
+        assert no_decay().with_modifier("less", "fc.*", **given).modifiers[-1].options == given
 
 
 def test_defaults_are_added_and_replaced() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 __all__ = [
-    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "percent", "plural", "printable", "quoted",
-    "shell_word",
+    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "nearest", "percent", "plural", "printable",
+    "quoted", "shell_word",
 ]  # fmt: skip
 
 _MAX_CHARS = 400  # of one name
@@ -137,6 +138,11 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
         if seen.setdefault(look, name) != name:
             return seen[look], name
     return None
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the one of ``names`` that is most like ``name``, or None; ``cutoff`` is the least likeness, up to 1."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

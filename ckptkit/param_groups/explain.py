@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptkit.core.result import Result
-from ckptkit.core.text import kind_of, printable, quoted
+from ckptkit.core.text import kind_of, nearest, printable, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.ownership import OptionStep, RuleMatcher, resolve_options
@@ -67,11 +66,11 @@ def explain_param_group(model: CheckpointLike, spec: SpecLike, name: str) -> Exp
     table, spec = parameter_table(model), parse_spec(spec)
     parameter = table.parameter(name)
     if parameter is None:
-        near = difflib.get_close_matches(name, table.by_name, n=1, cutoff=0.5)
+        near = nearest(name, table.by_name, cutoff=0.5)
         why = "is a buffer, which no optimizer trains" if name in table.buffers else "is not a parameter of the model"
         raise GroupsError(
             f"{quoted(name)} {why}",
-            hint=f"did you mean {quoted(near[0])}?" if near else "ckpt show lists the names of the parameters",
+            hint=f"did you mean {quoted(near)}?" if near else "ckpt show lists the names of the parameters",
         )
     matcher = RuleMatcher(spec, table)
     owner = matcher.owner(parameter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from ckptkit.core.coverage import group_by_module
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import first_line, plural, quoted
+from ckptkit.core.text import first_line, nearest, plural, quoted
 from ckptkit.core.torch_bridge import get_or_none, named_of
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module, Optimizer
@@ -186,10 +185,10 @@ def _optimizer_class(given: object) -> type[Any]:
     }
     name = str(given)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        near = nearest(name, known)
         raise GroupsError(
             f"torch.optim has no optimizer {quoted(name)}",
-            hint=f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}",
+            hint=f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}",
         )
     return known[name]
 

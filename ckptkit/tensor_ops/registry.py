@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from ckptkit.core.text import quoted
+from ckptkit.core.text import nearest, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm, Scale
@@ -60,8 +59,8 @@ def parse_operation(table: Mapping[str, object] | str, variables: Mapping[str, i
 def _kind(name: str) -> type[Operation]:
     if name in _BY_NAME:
         return _BY_NAME[name]
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"did you mean {quoted(near[0])}?" if near else f"known: {', '.join(NAMES)}"
+    near = nearest(name, NAMES)
+    hint = f"did you mean {quoted(near)}?" if near else f"known: {', '.join(NAMES)}"
     raise RuleError(f"there is no operation {quoted(name)}", hint=hint)
 
 

@@ -23,7 +23,7 @@ from ckptkit.core.patterns.matching import (
     match_tokens,
     repetitions,
 )
-from ckptkit.core.text import listed, quoted
+from ckptkit.core.text import listed, nearest, quoted
 from ckptkit.errors import RuleError
 
 __all__ = [
@@ -273,8 +273,8 @@ def suggest_pattern(pattern: Pattern, names: Collection[str], owner: str = "the 
         with contextlib.suppress(RuleError):  # a regex that takes too long
             if any(variant.match(name) for name in names):
                 return f"did you mean {quoted(text)}?"
-    if close := difflib.get_close_matches(pattern.text, names, n=1, cutoff=0.5):
-        return f"the nearest name is {quoted(close[0])}"
+    if close := nearest(pattern.text, names, cutoff=0.5):
+        return f"the nearest name is {quoted(close)}"
     return f"{owner} has {listed(names, 3)}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.patterns import Pattern, parse_pattern
-from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.text import kind_of, nearest, quoted
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.param_groups.conditions import Layers, parse_condition
 from ckptkit.param_groups.spec.fields import GroupRule, Modifier, number_fault
@@ -18,6 +18,9 @@ _GROUP_KEYS = ("name", "params", "match", "rest", "optional", "optimizer", "free
 _MODIFIER_KEYS = ("name", "params", "match", "optional", "layers", "layer_decay", "min_scale")
 LAYER_KEYS = ("layers", "layer_decay", "min_scale")
 _MULTIPLE = "_mult"  # lr_mult = 10 multiplies lr
+_MULTIPLES = ("lr_mult", "weight_decay_mult")
+# At this likeness, none of the options of torch.optim and of common recipes is taken for a misspelled field.
+_ALIKE, _ALIKE_END = 0.85, 0.75
 EXAMPLE = 'for example [[group]] with params = "head.*" and lr = 0.01, then one with rest = true'
 LAYERS = 'layers = [["embed.*"], "blocks.{i:int}.*", ["norm.*", "head.*"]]'
 
@@ -144,7 +147,19 @@ def _options(table: Mapping[str, Any], own: Sequence[str], where: str) -> tuple[
             )
         if key in options:
             raise GroupsError(f"{where} has both {key} and {key}{_MULTIPLE}", hint="keep one of them")
+    for key in options:
+        intended = _intended_field(str(key), own)
+        if intended is not None:
+            raise GroupsError(f"{where}: there is no {quoted(str(key))}", hint=f"did you mean {quoted(intended)}?")
     return options, multiples
+
+
+def _intended_field(key: str, own: Sequence[str]) -> str | None:
+    """Return the field that ``key`` probably misspells, or None for what may be an option of an optimizer."""
+    option, _, end = key.rpartition("_")
+    if option and nearest(end, (_MULTIPLE[1:],), _ALIKE_END):
+        return f"{option}{_MULTIPLE}"
+    return nearest(key, (*own, *_MULTIPLES), _ALIKE)
 
 
 def _layers(table: Mapping[str, Any], where: str) -> Layers | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import quoted
+from ckptkit.core.text import nearest, quoted
 from ckptkit.core.torch_bridge import get_or_none
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, is_set, options_of_kind, schema_of, torch_options
 from ckptkit.param_groups import codes
@@ -236,7 +235,7 @@ def intended_option(key: object, read_options: Collection[str] | None) -> str | 
     intended = _INTENDED.get(lower, lower if read_options is not None and lower in read_options else None)
     if read_options is None or (intended is not None and intended in read_options):
         return intended
-    return next(iter(difflib.get_close_matches(str(key), read_options, n=1, cutoff=0.7)), None)
+    return nearest(str(key), read_options, cutoff=0.7)
 
 
 def is_read_by(kind: type, key: str) -> bool:
