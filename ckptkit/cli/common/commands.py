@@ -36,12 +36,11 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, first: Sequence[str] = (), **settings: Any) -> None:
-        """Add ``--help-all`` where the command has more options than ``--help`` lists."""
+        """Add ``--help-all``, which ``--help`` lists only if it leaves options out."""
         super().__init__(*args, **settings)
         self.first = tuple(first)
         self._shows_all = False
-        if len(self._options()) > MOST_OPTIONS:
-            self.params.append(_help_all_option())
+        self.params.append(_help_all_option(hidden=len(self._options()) <= MOST_OPTIONS))
 
     def _options(self) -> dict[str, click.Option]:
         """Return the options by their long name, in the order of the help page."""
@@ -98,7 +97,7 @@ def _rarest(options: dict[str, click.Option]) -> frozenset[str]:
     return frozenset(rare[: max(len(options) - MOST_OPTIONS, 0)])
 
 
-def _help_all_option() -> click.Option:
+def _help_all_option(*, hidden: bool) -> click.Option:
     def show(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
         if value and not context.resilient_parsing and isinstance(context.command, Command):
             click.echo(context.command.help_with_all_options(context))
@@ -106,7 +105,7 @@ def _help_all_option() -> click.Option:
 
     return click.Option(
         ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=show,
-        help="Show every option and exit.",
+        hidden=hidden, help="Show every option and exit.",
     )  # fmt: skip
 
 
