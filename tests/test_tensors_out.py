@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,28 @@ def test_only_floating_point_tensors_are_cast(tmp_path: Path) -> None:
         for bad in (torch.int8, "int8", "float", "F4", "F6_E2M3", 16):
             with pytest.raises(CkptkitError, match="dtype"):
                 checkpoint.state_dict(dtype=bad)
+
+
+def test_an_unknown_key_is_an_error_with_the_nearest_key() -> None:
+    """It stays a ``KeyError`` with the key alone, as of every mapping, also from another process."""
+    calls: list[Callable[[Checkpoint, str], object]] = [
+        Checkpoint.read,
+        Checkpoint.numpy,
+        Checkpoint.read_bytes,
+        lambda checkpoint, key: checkpoint.state_dict(keys=["fc3.bias", key]),
+    ]
+    with open_checkpoint(FIXTURES / "lenet_10class.pth") as checkpoint:
+        for call in calls:
+            with pytest.raises(KeyError) as caught:
+                call(checkpoint, "fc3.wieght")
+            assert str(caught.value) == "the checkpoint has no 'fc3.wieght': did you mean 'fc3.weight'?"
+            assert caught.value.args == ("fc3.wieght",)
+            assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+        with pytest.raises(KeyError) as caught:
+            checkpoint.read("zzz")
+        assert str(caught.value) == "the checkpoint has no 'zzz'"
+        with pytest.raises(KeyError, match=r"^'fc3\.wieght'$"):
+            checkpoint["fc3.wieght"]
 
 
 def test_some_keys_on_a_device(tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ckptkit.core.arguments import require_flags, require_strings, require_type
-from ckptkit.core.checkpoint.info import TensorInfo, View, is_contiguous, memory_order, row_major, storage_range
+from ckptkit.core.checkpoint.info import (
+    TensorInfo,
+    UnknownKeyError,
+    View,
+    is_contiguous,
+    memory_order,
+    row_major,
+    storage_range,
+)
 from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
 from ckptkit.core.closing import Closing
 from ckptkit.core.frozen import FrozenDict
@@ -338,6 +346,8 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
 
     def _info(self, key: str) -> TensorInfo:
         require_type(key, str, "key", "a str")
+        if key not in self._infos:
+            raise UnknownKeyError(key, self._infos)
         return self._infos[key]
 
     def payload(self, key: str) -> Payload:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.text import nearest, quoted
 
-__all__ = ["TensorInfo", "View", "is_contiguous", "memory_order", "row_major", "storage_range"]
+__all__ = ["TensorInfo", "UnknownKeyError", "View", "is_contiguous", "memory_order", "row_major", "storage_range"]
 
 
 class View(NamedTuple):
@@ -58,6 +60,28 @@ class TensorInfo:
         """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
         kind = "" if self.kind == "dense" else f" ({self.kind})"
         return f"{self.dtype} {list(self.shape)}{kind}"
+
+
+_MOST_COMPARED = 10_000  # keys that are compared with an unknown key, which takes a second
+
+
+class UnknownKeyError(KeyError):
+    """A ``KeyError`` for a key that a checkpoint does not have; its text has the key that was probably meant.
+
+    ``args`` has the key alone, as in every ``KeyError``. The text is made when it is read: a caller that tries many
+    keys does not wait for it.
+    """
+
+    def __init__(self, key: str, known: Iterable[str] = ()) -> None:
+        """Set ``known``, the keys of the checkpoint."""
+        super().__init__(key)
+        self.known = tuple(known)
+
+    def __str__(self) -> str:
+        """Return one sentence."""
+        key = str(self.args[0])
+        near = nearest(key, self.known) if len(self.known) <= _MOST_COMPARED else None
+        return f"the checkpoint has no {quoted(key)}" + (f": did you mean {quoted(near)}?" if near else "")
 
 
 def storage_range(info: TensorInfo) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.arguments import refuse, require_strings
-from ckptkit.core.checkpoint.info import TensorInfo, storage_range
+from ckptkit.core.checkpoint.info import TensorInfo, UnknownKeyError, storage_range
 from ckptkit.core.checkpoint.payload import Payload, read_into
 from ckptkit.core.checkpoint.reading import Opener, read_tensor, torch_bytes, torch_dtype_of
 from ckptkit.core.dtypes import DTYPES, dtype_code, torch_view
@@ -97,7 +97,7 @@ def choose(infos: Mapping[str, TensorInfo], keys: Iterable[str] | None) -> list[
     wanted = set(require_strings(keys, "keys", "keys of the checkpoint"))
     unknown = next((key for key in wanted if key not in infos), None)
     if unknown is not None:
-        raise KeyError(unknown)
+        raise UnknownKeyError(unknown, infos)
     return [info for key, info in infos.items() if key in wanted]
 
 
