@@ -215,7 +215,7 @@ def test_the_size_of_a_piece_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"epoch": 3, "model": {"weight": torch.zeros(2, 2)}}, "its 'model' is a mapping", "checkpoint['model']"),
         ({"weight": [[1.0]]}, "its 'weight' has the type list", "tensors of torch"),
-        ({}, "the donor has no tensor", "tensors of torch"),
+        ({}, "the checkpoint has no tensor", "tensors of torch"),
     ],
 )
 def test_a_mapping_without_tensors_says_where_they_may_be(given: Any, reason: str, hint: str) -> None:
@@ -274,20 +274,20 @@ def test_an_expanded_buffer_is_refused() -> None:
 @pytest.mark.parametrize(
     ("state", "policies", "error", "reason"),
     [
-        ({"weight": torch.ones(3, 2)}, {}, PlanError, "'weight' is [2, 2] in the base and [3, 2] in the donor"),
-        ({"weight": torch.ones(2, 2)}, {"on_missing": "error"}, PlanError, "no donor has 'bias'"),
+        ({"weight": torch.ones(3, 2)}, {}, PlanError, "'weight' is [2, 2] in the model and [3, 2] in the checkpoint"),
+        ({"weight": torch.ones(2, 2)}, {"on_missing": "error"}, PlanError, "the checkpoint has no 'bias'"),
         (
             {"weight": torch.ones(2, 2), "x": torch.ones(1)},
             {"on_unexpected": "error"},
             PlanError,
-            "the base has no 'x'",
+            "the model has no 'x'",
         ),
         ({"weight": torch.ones(2, 2)}, {"on_unexpected": "add"}, ModelError, "a model cannot get keys"),
         (
             {"module.weight": torch.ones(2, 2)},
             {},
             PlanError,
-            "the donor has no tensor with a key and shape of the base",
+            "the checkpoint has no tensor with a key and shape of the model",
         ),
         ({"weight": torch.ones(2, 2).to_sparse()}, {}, PlanError, "'weight' cannot be copied: it is a sparse tensor"),
         ({"weight": torch.ones(2, 2) * 1j}, {}, PlanError, "'weight' is C64, and a cast to F32 would lose"),

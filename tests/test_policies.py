@@ -315,3 +315,24 @@ def test_an_error_of_a_call_names_its_arguments() -> None:
     plan_merge(base, {"m.fc.w": torch.ones(4, 2)}, ["m.*=*"])
     with pytest.raises(PlanError, match=r"\(on_missing={'fc.b': 'keep'} keeps the base's own values\)"):
         plan_merge(base, {"fc.w": torch.ones(4, 2)}, on_missing="error")
+
+
+@pytest.mark.parametrize(
+    ("state", "policies"),
+    [
+        ({"fc.weight": torch.ones(9, 3)}, {}),
+        ({"fc.bias": torch.ones(2)}, {"on_missing": "error"}),
+        ({"fc.bias": torch.ones(2), "head": torch.ones(1)}, {"on_unexpected": "error"}),
+        ({"x": torch.ones(2)}, {}),
+        ({}, {}),
+        ({"fc.bias": torch.ones(2)}, {"on_mismatch": {"absent.*": "skip"}}),
+    ],
+    ids=["mismatch", "missing", "unexpected", "no match", "empty", "unused"],
+)
+def test_loading_speaks_of_the_model_and_the_checkpoint(state: dict[str, torch.Tensor], policies: Any) -> None:
+    """It has no base and no donor, and its hints give no action that it refuses."""
+    with pytest.raises(CkptkitError) as caught:
+        load_into(net(1, 2), state, **policies)
+    said = str(caught.value)
+    assert "model" in said or "checkpoint" in said
+    assert all(word not in said.lower() for word in ("base", "donor", "'add'", "merge"))

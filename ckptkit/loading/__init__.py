@@ -36,7 +36,7 @@ from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot
 from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_that_hold, refuse_gradients
 from ckptkit.loading.watch import Digests, Watch, named_tensors
-from ckptkit.plans.merge import plan_merge
+from ckptkit.plans.merge import plan_loading
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
@@ -165,7 +165,7 @@ def load_into(
     base = _describe(model)
     requirements = Requirements(require, min_coverage)
     with opened(checkpoint, "checkpoint") as donor, ExitStack() as stack:
-        plan = plan_merge(
+        plan = plan_loading(
             base,
             donor,
             rules,

@@ -46,7 +46,7 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, Rules, RulesLike
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
-__all__ = ["follow_ties", "plan_merge"]
+__all__ = ["follow_ties", "plan_loading", "plan_merge"]
 
 _SKIP: MismatchAction = "skip"
 _MOST_RESIZES = 3  # operations that a hint names for one tensor
@@ -108,11 +108,7 @@ def plan_merge(
         "--on-mismatch 'fc.*=skip'"
     """
     require_flags(skip_unread=skip_unread)
-    policies = _Policies(
-        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
-        parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS),
-        parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
-    )
+    policies = _policies(on_missing, on_unexpected, on_mismatch, _Sides())
     given = list(donors) if isinstance(donors, Sequence) and not isinstance(donors, str) else [donors]
     if not given:
         raise PlanError("there is no donor to take values from")
@@ -121,6 +117,22 @@ def plan_merge(
         opened_base = stack.enter_context(opened(base, "base"))
         sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
         return _plan(opened_base, sources, rules_for(rules, sources[roles[0]]), policies, skip_unread=skip_unread)
+
+
+def plan_loading(
+    model: Checkpoint,
+    checkpoint: Checkpoint,
+    rules: RulesLike | None,
+    *,
+    on_missing: OnMissing,
+    on_unexpected: OnUnexpected,
+    on_mismatch: OnMismatch,
+    skip_unread: bool,
+) -> Plan:
+    """Return the plan that ``plan_merge`` makes of two checkpoints; errors speak of the model and the checkpoint."""
+    policies = _policies(on_missing, on_unexpected, on_mismatch, _Sides("model", "checkpoint"))
+    sources = {"donor": checkpoint}
+    return _plan(model, sources, rules_for(rules, checkpoint), policies, skip_unread=skip_unread)
 
 
 def _plan(
@@ -141,7 +153,7 @@ def _plan(
     notes += tie_notes
     mismatched = {key for overlay in overlays for key in overlay.mismatched}
     missing = [key for key in base if key not in from_donor and key not in mismatched]
-    _refuse_missing([key for key in missing if policies.on_missing.action(key) == "error"])
+    _refuse_missing([key for key in missing if policies.on_missing.action(key) == "error"], policies.sides)
     if skip_unread:
         base, unread = without_unread(base, "base", from_donor)
         skipped += unread
@@ -193,21 +205,44 @@ def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str
 
 
 @dataclass(frozen=True, slots=True)
+class _Sides:
+    """What errors call the base and the donor; a donor without a name is called by its role."""
+
+    base: str = "base"
+    donor: str = ""
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the base is a live model, which cannot get further keys."""
+        return self.base == "model"
+
+
+@dataclass(frozen=True, slots=True)
 class _Policies:
     on_missing: Policy[MissingAction]
     on_unexpected: Policy[UnexpectedAction]
     on_mismatch: Policy[MismatchAction]
+    sides: _Sides
 
     def unused(self, base: Checkpoint, donors: Mapping[str, Checkpoint], *, allow_unused: bool) -> list[str]:
         """Return a note for each pattern that decides about no key; raise ``RuleError`` unless ``allow_unused``."""
         found = list(dict.fromkeys(key for donor in donors.values() for key in donor))
-        owner = " and ".join(f"the {role}" for role in donors)
+        owner = " and ".join(f"the {self.sides.donor or role}" for role in donors)
         with default_error_path(base.path):
             notes = [
-                *self.on_missing.unused(base, "the base", allow_unused=allow_unused),
-                *self.on_mismatch.unused(base, "the base", allow_unused=allow_unused),
+                *self.on_missing.unused(base, f"the {self.sides.base}", allow_unused=allow_unused),
+                *self.on_mismatch.unused(base, f"the {self.sides.base}", allow_unused=allow_unused),
             ]
         return [*notes, *self.on_unexpected.unused(found, owner, allow_unused=allow_unused)]
+
+
+def _policies(on_missing: OnMissing, on_unexpected: OnUnexpected, on_mismatch: OnMismatch, sides: _Sides) -> _Policies:
+    return _Policies(
+        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
+        parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS),
+        parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
+        sides,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +271,9 @@ def _make_overlay(
     on_mismatch = policies.on_mismatch
     refused = [pair for pair in result.shape_mismatched if _mismatch_action(pair, on_mismatch) == "error"]
     if refused:
-        raise _mismatch_error(refused, role)
+        raise _mismatch_error(refused, role, policies.sides)
     resized = {
-        pair.key: _resized(pair, outputs[pair.key], role, donor, on_mismatch)
+        pair.key: _resized(pair, outputs[pair.key], role, donor, policies)
         for pair in result.shape_mismatched
         if _mismatch_action(pair, on_mismatch) in MISMATCH_NAMES
     }
@@ -246,8 +281,10 @@ def _make_overlay(
     # The key in the donor's file; that of the first source where an operation makes the tensor.
     actions = {new: policies.on_unexpected.action(outputs[new].sources[0]) for new in unexpected}
     if not result.matched and not resized and base and "add" not in actions.values():
-        raise _no_match_error(result, donor, role)
-    _refuse_unexpected([outputs[new].sources[0] for new, action in actions.items() if action == "error"])
+        raise _no_match_error(result, donor, role, policies.sides)
+    _refuse_unexpected(
+        [outputs[new].sources[0] for new, action in actions.items() if action == "error"], policies.sides
+    )
     matched = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
     added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
@@ -280,22 +317,21 @@ def _decided(derivation: Derivation, policy: str) -> Derivation:
     return replace(derivation, rule=f"{derivation.rule}, {policy}" if derivation.rule else policy)
 
 
-def _resized(
-    pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint, policy: Policy[MismatchAction]
-) -> Step:
-    """Return the step that gives a tensor of the donor the shape of the base, by the operation of ``policy``."""
+def _resized(pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint, policies: _Policies) -> Step:
+    """Return the step that gives a tensor of the donor the shape of the base, by the operation of its policy."""
     from ckptkit.tensor_ops.recipes import compose
     from ckptkit.tensor_ops.suggestions import suggest
 
     wanted, given = pair.expected.shape, pair.found.shape
+    policy, sides = policies.on_mismatch, policies.sides
     name = _mismatch_action(pair, policy)
     operation = suggest(name, given, wanted, pair.key)
     if operation is None:
         raise PlanError(
-            f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
+            f"{quoted(pair.key)} is {list(wanted)} in the {sides.base} and {list(given)} in the {sides.donor or role}, "
             f"and {name} does not change one into the other",
-            hint=_mismatch_hint([pair], _on_command_line),
-            call=_mismatch_hint([pair], _in_python),
+            hint=_mismatch_hint([pair], _on_command_line, sides),
+            call=_mismatch_hint([pair], _in_python, sides),
         )
     (recipe,) = compose([derivation.recipe], [len(derivation.sources)], (operation,))
     rule = policy.rule(pair.key) if name == policy.action(pair.key) else "a scalar of torch before 0.4"
@@ -315,7 +351,7 @@ def _in_python(policy: str, pattern: str, action: str) -> str:
     return f"{policy}={{{pattern!r}: {action!r}}}"
 
 
-def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling) -> str:
+def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling, sides: _Sides) -> str:
     """Return the actions that fit, each with its pattern: all for one module, or the best for each of several."""
     from ckptkit.tensor_ops.suggestions import suggest
 
@@ -334,23 +370,23 @@ def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling) -> str:
     left, best = list(by_key), []
     while left:
         first = left[0]
-        action, effect = _ways(by_key[first])[0]
+        action, effect = _ways(by_key[first], sides)[0]
         covered = parse_pattern(pattern(first, action))
         left = [key for key in left if not covered.match(key)]
         best.append(option(first, action, effect))
     if len(best) == 1:
-        best = [option(pairs[0].key, *way) for way in _ways(pairs[0])]
+        best = [option(pairs[0].key, *way) for way in _ways(pairs[0], sides)]
     more = f"; {plural(len(best) - _MOST_OPTIONS, 'more pattern')} to give" if len(best) > _MOST_OPTIONS else ""
     return f"{'; '.join(best[:_MOST_OPTIONS])}{more}{_for_others(by_key, spell)}"
 
 
-def _ways(pair: KeyPair) -> list[tuple[str, str]]:
+def _ways(pair: KeyPair, sides: _Sides) -> list[tuple[str, str]]:
     """Return the actions that would fit a pair, best first, each with its effect."""
     from ckptkit.tensor_ops.suggestions import suggestions
 
     found, expected = pair.found.shape, pair.expected.shape
     resizes = [(name, f": {why}") for name, why in suggestions(found, expected, pair.key)][:_MOST_RESIZES]
-    skip = (_SKIP, " keeps the base's values there")
+    skip = (_SKIP, f" keeps the {sides.base}'s values there")
     # Fewer rows are mostly a head of fewer classes, of which the first have no meaning.
     shrinks = [name for name, _ in resizes[:1]] == ["slice"] and found[0] > expected[0]
     return [skip, *resizes] if shrinks else [*resizes, skip]
@@ -372,22 +408,26 @@ def _base_step(info: TensorInfo, base: Checkpoint, policy: str) -> Step:
     return make_step(info, Derivation((info.key,), rule=policy), "base", base)
 
 
-def _refuse_missing(keys: Sequence[str]) -> None:
+def _refuse_missing(keys: Sequence[str], sides: _Sides) -> None:
     def hint(spell: _Spelling) -> str:
         keep = spell("on_missing", pattern_for(keys[0], keys), "keep")
-        return f"{keep} keeps the base's own values{_for_others(keys, spell)}"
+        return f"{keep} keeps the {sides.base}'s own values{_for_others(keys, spell)}"
 
     if keys:
-        raise PlanError(f"no donor has {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python))
+        nothing = f"the {sides.donor} has no" if sides.donor else "no donor has"
+        raise PlanError(f"{nothing} {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python))
 
 
-def _refuse_unexpected(keys: Sequence[str]) -> None:
+def _refuse_unexpected(keys: Sequence[str], sides: _Sides) -> None:
     def hint(spell: _Spelling) -> str:
         skip, add = (spell("on_unexpected", pattern_for(keys[0], keys), action) for action in ("skip", "add"))
-        return f"{skip} leaves it out, {add} adds it{_for_others(keys, spell)}"
+        added = "" if sides.is_loading else f", {add} adds it"
+        return f"{skip} leaves it out{added}{_for_others(keys, spell)}"
 
     if keys:
-        raise PlanError(f"the base has no {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python))
+        raise PlanError(
+            f"the {sides.base} has no {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python)
+        )
 
 
 def _for_others(keys: Collection[str], spell: _Spelling) -> str:
@@ -395,25 +435,29 @@ def _for_others(keys: Collection[str], spell: _Spelling) -> str:
     return f"; {pattern}, the action is for all other keys" if len(keys) > 1 else ""
 
 
-def _mismatch_error(pairs: Sequence[KeyPair], role: str) -> PlanError:
+def _mismatch_error(pairs: Sequence[KeyPair], role: str, sides: _Sides) -> PlanError:
     first, others = pairs[0], len(pairs) - 1
     wanted, given = list(first.expected.shape), list(first.found.shape)
     more = f", and {others} more differ in shape" if others else ""
     return PlanError(
-        f"{quoted(first.key)} is {wanted} in the base and {given} in the {role}{more}",
-        hint=_mismatch_hint(pairs, _on_command_line),
-        call=_mismatch_hint(pairs, _in_python),
+        f"{quoted(first.key)} is {wanted} in the {sides.base} and {given} in the {sides.donor or role}{more}",
+        hint=_mismatch_hint(pairs, _on_command_line, sides),
+        call=_mismatch_hint(pairs, _in_python, sides),
     )
 
 
-def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str) -> PlanError:
+def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str, sides: _Sides) -> PlanError:
+    role = sides.donor or role
     if not donor:
         return _no_tensor_error(donor.entries, role)
     first = result.hints[0] if result.hints else None
-    hint = first.message if first else f"compare the names: ckpt diff BASE {role.upper()}"
+    hint = first.message if first else f"compare the names: ckpt diff {sides.base.upper()} {role.upper()}"
     call = f"{hint}: pass rules=[{first.rename!r}]" if first and first.rename else None
     return PlanError(
-        f"the {role} has no tensor with a key and shape of the base, so there is nothing to merge", hint=hint, call=call
+        f"the {role} has no tensor with a key and shape of the {sides.base}, so there is nothing to "
+        f"{'load' if sides.is_loading else 'merge'}",
+        hint=hint,
+        call=call,
     )
 
 
