@@ -153,7 +153,7 @@ def changed(draw: st.DrawFn, state: OrderedDict[str, Any], change: str) -> None:
         state[key] = draw(st.sampled_from((torch.tensor(1), torch.ones(1), torch.ones(2), torch.ones(1, 1))))
     elif change == "cast":
         code = draw(st.sampled_from((*CODES, *(["F4"] if FLOAT4 else []))))
-        state[key] = torch.zeros(plain.shape, dtype=dtype_of(code)) if code != "F4" else packed(plain.shape)
+        state[key] = torch.zeros(plain.shape).to(dtype_of(code)) if code != "F4" else packed(plain.shape)
     elif change == "sparse":
         state[key] = plain.to_sparse()
     elif change == "child":
