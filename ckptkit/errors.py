@@ -178,7 +178,7 @@ class PlanError(CkptkitError):
     Example:
         >>> ckptkit.load_into(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2)})
         Traceback (most recent call last):
-        ckptkit.errors.PlanError: 'weight' is [2, 2] in the base and [3, 2] in the donor ...
+        ckptkit.errors.PlanError: 'weight' is [2, 2] in the model and [3, 2] in the checkpoint ...
     """
 
 
