@@ -127,9 +127,8 @@ def _with_kept_entries(
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
     entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.is_file]
-    kept = {
-        drop for drop in plan.dropped if drop.is_entry and drop.role == plan.edited_role and drop.key in set(entries)
-    }
+    paths = set(entries)
+    kept = {drop for drop in plan.dropped if drop.is_entry and drop.role == plan.edited_role and drop.key in paths}
     dropped = (*(drop for drop in plan.dropped if drop not in kept), *lost)
     kept_keys = {drop.key for drop in kept}.union(plan.kept)
     kept_entries = tuple(entry for entry in entries if entry in kept_keys)
