@@ -48,10 +48,10 @@ from ckptkit.param_groups.rebind import rebind as rebind
 from ckptkit.param_groups.spec import ParamGroupSpec as ParamGroupSpec
 from ckptkit.param_groups.validate import assert_param_groups as assert_param_groups
 from ckptkit.param_groups.validate import validate_param_groups as validate_param_groups
+from ckptkit.plans.adapters.extract import plan_extract_lora as plan_extract_lora
+from ckptkit.plans.adapters.fold import plan_lora as plan_lora
 from ckptkit.plans.execute import Written as Written
 from ckptkit.plans.execute import execute as execute
-from ckptkit.plans.lora import plan_extract_lora as plan_extract_lora
-from ckptkit.plans.lora import plan_lora as plan_lora
 from ckptkit.plans.merge import plan_merge as plan_merge
 from ckptkit.plans.one_call import convert as convert
 from ckptkit.plans.one_call import extract_lora as extract_lora

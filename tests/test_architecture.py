@@ -26,6 +26,7 @@ LEVELS = (
     {"errors"},
     {"core"},
     {"quantized", "tensor_ops", "wrappers"},
+    {"adapters"},
     {"rules", "formats"},
     {"inputs"},
     {"statistics", "param_groups"},

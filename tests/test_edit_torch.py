@@ -27,8 +27,8 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats.pickle.values import is_weights_only
 from ckptkit.formats.torch.objects import TorchObjects
+from ckptkit.plans.adapters.fold import plan_lora
 from ckptkit.plans.execute import check_output
-from ckptkit.plans.lora import plan_lora
 from tests.features import only_known, saves
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import call, get, mapping, put, tensor, torch_zip

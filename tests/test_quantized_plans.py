@@ -16,7 +16,8 @@ from torch import nn
 from ckptkit import execute, load_into, open_checkpoint, plan_merge, plan_remap
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, PlanError
-from ckptkit.plans.lora import plan_extract_lora, plan_lora
+from ckptkit.plans.adapters.extract import plan_extract_lora
+from ckptkit.plans.adapters.fold import plan_lora
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.saved import apply_plan, plan_from_json, plan_to_json
 from ckptkit.rules.parse import parse_rules

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ckptkit.adapters.model import AdapterPlan
+from ckptkit.adapters.peft import plan_adapter
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, FoldLora, plan_adapter
+from ckptkit.tensor_ops.lora import ExtractLora, FoldLora
 from ckptkit.tensor_ops.operation import Shape
 from ckptkit.tensor_ops.registry import parse_operation
 from tests.helpers_tensor_ops import dtype_of, same

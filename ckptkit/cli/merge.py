@@ -107,11 +107,11 @@ def merge(
             donors[0] if len(donors) == 1 else None
         ):  # an error does not say which of several donors
             if method == "lora":
-                from ckptkit.plans.lora import plan_lora
+                from ckptkit.plans.adapters.fold import plan_lora
 
                 plan = plan_lora(first, others[0], None, rules, scale=scale)
             elif method == "extract-lora":
-                from ckptkit.plans.lora import plan_extract_lora
+                from ckptkit.plans.adapters.extract import plan_extract_lora
 
                 plan = plan_extract_lora(first, others[0], rank, rules)
             else:
@@ -126,7 +126,7 @@ def merge(
                 )
         run_plan(plan, roles_of(first, others), options)
         if config is not None and not options.dry_run:
-            from ckptkit.plans.lora import adapter_config
+            from ckptkit.plans.adapters.extract import adapter_config
 
             write_small_file(config, json_bytes(adapter_config(plan)))
 
@@ -141,6 +141,6 @@ def _refuse_options_of_other_methods(method: str) -> None:
 
 
 def _adapter_config(output: Output) -> AbstractContextManager[Target]:
-    from ckptkit.plans.lora import adapter_config_target
+    from ckptkit.plans.adapters.extract import adapter_config_target
 
     return adapter_config_target(output)

@@ -14,9 +14,9 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.torch_types import DType
 from ckptkit.formats.atomic import write_small_file
 from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.adapters.fold import LoraConfigLike
 from ckptkit.plans.execute import Written, execute
 from ckptkit.plans.inputs import roles_of
-from ckptkit.plans.lora import LoraConfigLike
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
 from ckptkit.rules.model import RulesLike
@@ -177,7 +177,7 @@ def merge_lora(
         [[2.0, 2.0], [2.0, 2.0]]
     """
     require_path(out, "out")
-    from ckptkit.plans.lora import plan_lora
+    from ckptkit.plans.adapters.fold import plan_lora
 
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
@@ -226,7 +226,7 @@ def extract_lora(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     require_path(out, "out")
-    from ckptkit.plans.lora import adapter_config, adapter_config_target, plan_extract_lora
+    from ckptkit.plans.adapters.extract import adapter_config, adapter_config_target, plan_extract_lora
 
     output = choose_output(out, force=force)
     with adapter_config_target(output) as target, _opened(roles_of(base, [tuned])) as sources:

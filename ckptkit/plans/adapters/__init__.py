@@ -1,0 +1,1 @@
+"""Plans with an adapter: folded into a base, or extracted from a tuned model."""
