@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptkit.align.evidence import Digests, ModuleMatch, TensorLink, best_shift, match_modules
-from ckptkit.align.modules import LayeredModule, group_into_modules, split_words, word_overlap
+from ckptkit.align.modules import LayeredModule, group_into_modules
 from ckptkit.align.pairing import ModulePair, Scope, Undecided
+from ckptkit.comparison.roles import split_words, word_overlap
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops.registry import parse_operation
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.align.evidence import ModuleMatch, TensorLink, index_shift, match_modules
-from ckptkit.align.modules import FUSED_ROLES, LayeredModule, word_overlap
+from ckptkit.align.modules import LayeredModule
+from ckptkit.comparison.roles import FUSED_ROLES, word_overlap
 from ckptkit.tensor_ops.operation import Operation
 from ckptkit.tensor_ops.registry import parse_operation
 
