@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ckptkit.adapters.model import AdapterPlan
-from ckptkit.adapters.peft import plan_adapter
+from ckptkit.adapters.model import AdapterPlan, Fold
+from ckptkit.adapters.peft import read_peft
+from ckptkit.adapters.placing import place_adapter
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.lora import ExtractLora, FoldLora
 from ckptkit.tensor_ops.operation import Shape
@@ -188,8 +189,17 @@ def factors(module: str, ins: int, outs: int, rank: int = RANK, name: str = "") 
     }
 
 
+def place(adapter: dict[str, Shape], config: dict[str, object], base: dict[str, Shape]) -> AdapterPlan:
+    return place_adapter(read_peft(adapter, config), adapter, base)
+
+
+def lora_of(fold: Fold) -> FoldLora:
+    assert isinstance(fold.operation, FoldLora)
+    return fold.operation
+
+
 def planned(adapter: dict[str, Shape], **config: object) -> AdapterPlan:
-    return plan_adapter(adapter, CONFIG | config, BASE)
+    return place(adapter, CONFIG | config, BASE)
 
 
 def test_each_factor_finds_its_weight() -> None:
@@ -227,15 +237,15 @@ def test_embeddings_and_convolutions_have_factors_of_their_own() -> None:
 )
 def test_the_scale_follows_the_config_and_its_patterns(config: dict[str, object], scale: float) -> None:
     (fold,) = planned(factors("q", 16, 24), **config).folds
-    assert fold.operation.scale == scale
+    assert lora_of(fold).scale == scale
 
 
 def test_a_pattern_fits_whole_names_between_dots() -> None:
     """As in peft, ``proj`` matches the last name of a path and not a part of a name."""
     base: dict[str, Shape] = {"a.proj.weight": (24, 16), "a.qproj.weight": (24, 16)}
     adapter = factors("a.proj", 16, 24) | factors("a.qproj", 16, 24)
-    made = plan_adapter(adapter, CONFIG | {"alpha_pattern": {"proj": 2}}, base)
-    assert [fold.operation.scale for fold in made.folds] == [0.5, 4.0]
+    made = place(adapter, CONFIG | {"alpha_pattern": {"proj": 2}}, base)
+    assert [lora_of(fold).scale for fold in made.folds] == [0.5, 4.0]
 
 
 @pytest.mark.parametrize("configured", [False, True])
@@ -244,7 +254,7 @@ def test_the_shape_tells_how_a_weight_is_stored(*, configured: bool) -> None:
     (plain,) = planned(factors("q", 16, 24), fan_in_fan_out=configured).folds
     (turned,) = planned(factors("c", 16, 48), fan_in_fan_out=configured).folds
     (square,) = planned(factors("sq", 16, 16), fan_in_fan_out=configured).folds
-    assert [fold.operation.fan_in_fan_out for fold in (plain, turned, square)] == [False, True, configured]
+    assert [lora_of(fold).fan_in_fan_out for fold in (plain, turned, square)] == [False, True, configured]
 
 
 def test_whole_modules_and_biases_are_replaced() -> None:
@@ -364,4 +374,4 @@ def test_adapters_that_cannot_be_folded_are_refused(
 
 def test_a_config_without_a_rank_is_refused() -> None:
     with pytest.raises(RuleError, match="the config has no r "):
-        plan_adapter(factors("q", 16, 24), {"lora_alpha": 1}, BASE)
+        place(factors("q", 16, 24), {"lora_alpha": 1}, BASE)

@@ -1,20 +1,19 @@
-"""Adapters of peft: the changes to a base, from the keys and shapes of the adapter and its ``adapter_config.json``."""
+"""Adapters of peft: what their tensors mean, by keys, shapes and ``adapter_config.json``."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ckptkit.adapters.model import AdapterPlan, Fold
+from ckptkit.adapters.model import AdaptedModule, Adapter
 from ckptkit.core.patterns.matching import compile_regex
-from ckptkit.core.text import listed, plural, printable, quoted, shell_word
+from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.lora import FoldLora
 from ckptkit.tensor_ops.operation import Shape
 
-__all__ = ["adapted_keys", "plan_adapter"]
+__all__ = ["read_peft"]
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -31,90 +30,34 @@ _KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _MAX_REPEATS = 3
 
 
-def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape]) -> AdapterPlan:
-    """Return the changes of an adapter with this ``adapter_config.json`` to ``base``, from keys and shapes alone.
+def read_peft(adapter: Mapping[str, Shape], config: Mapping[str, object]) -> Adapter:
+    """Return what the tensors of an adapter with this ``adapter_config.json`` mean, from keys and shapes alone.
 
-    A replacement may have another shape than the tensor that it replaces, such as a larger vocabulary.
-
-    Raises ``RuleError`` where a tensor of the adapter has no matching key in the base, and where lora_A or lora_B is
-    missing. It is also raised where a rank differs from the config, for adapters with another formula (such as DoRA),
-    and for initialisations that changed the base.
+    Raises ``RuleError`` where lora_A or lora_B is missing, and where a rank differs from the config. It is also raised
+    for adapters with another formula (such as DoRA), and for initialisations that changed the base.
     """
     _refuse_unsupported(adapter, config)
     parts = _parse_keys(adapter)
-    _refuse_unplaced(parts, len(adapter), base)
-    replacements = dict(parts.replacements)
     scales = _Scales(config)
-    shapes = {**base, **{key: adapter[name] for key, name in replacements.items()}}
-    orientation = _Orientation(bool(config.get("fan_in_fan_out")))
-    folds = []
+    modules = []
     for module, sides in parts.factors.items():
-        weight, (down, up) = f"{module}.weight", _pair(sides)
-        operation = FoldLora(scales.scale(module, down, adapter[down]))
-        if down.rpartition(".lora_")[2].startswith("embedding_"):
-            operation = replace(operation, fan_in_fan_out=True)
-        else:
-            operation = orientation.orient(operation, weight, (shapes[weight], adapter[down], adapter[up]))
-        folds.append(Fold(weight, (down, up), operation, replacements.pop(weight, "")))
-        if module in parts.biases:
-            name, key = parts.biases.pop(module), f"{module}.bias"
-            folds.append(Fold(key, (name,), FoldLora(operation.scale), replacements.pop(key, "")))
+        down, up = _pair(sides)
+        scale = scales.scale(module, down, adapter[down])
+        is_embedding = down.rpartition(".lora_")[2].startswith("embedding_")
+        modules.append(
+            AdaptedModule(
+                module,
+                "lora",
+                {"A": down, "B": up},
+                scale,
+                "adapter_config.json",
+                "transposed" if is_embedding else "by shape",
+                parts.biases.pop(module, ""),
+            )
+        )
     if parts.biases:
         raise RuleError(f"{quoted(next(iter(parts.biases.values())))} has no factors lora_A and lora_B")
-    orientation.refuse_contradiction()
-    for fold in folds:
-        _check(fold, shapes, adapter)
-    return AdapterPlan(tuple(folds), replacements)
-
-
-def adapted_keys(adapter: Collection[str]) -> tuple[str, ...]:
-    """Return the keys of the base that an adapter with these keys changes; raise ``RuleError`` for other keys."""
-    parts = _parse_keys(adapter)
-    weights = [f"{module}.weight" for module in parts.factors]
-    return (*parts.replacements, *weights, *(f"{module}.bias" for module in parts.biases))
-
-
-def _refuse_unplaced(parts: _Parts, count: int, base: Mapping[str, Shape]) -> None:
-    places = [(key, [name]) for key, name in parts.replacements.items()]
-    places += [(f"{module}.bias", [name]) for module, name in parts.biases.items()]
-    for module, sides in parts.factors.items():
-        if f"{module}.in_proj_weight" in base:
-            first = next(iter(sides.values()))
-            raise RuleError(
-                f"{quoted(first)} adapts an attention block, where peft adds the update of out_proj twice",
-                hint="merge with peft",
-            )
-        places.append((f"{module}.weight", list(sides.values())))
-    unplaced = [name for key, names in places if key not in base for name in names]
-    if unplaced:
-        has = "have" if len(unplaced) > 1 else "has"
-        raise RuleError(
-            f"of {plural(count, 'tensor')}, {listed(unplaced, 1)} {has} no matching key in the base",
-            hint=_renaming([key for key, _ in places], unplaced[0], base)
-            or "check that the adapter belongs to this base, or rename its keys to the keys of the base",
-        )
-
-
-def _renaming(places: Sequence[str], name: str, base: Mapping[str, Shape]) -> str | None:
-    """Return a hint with a rename if adding or removing one prefix turns every place into a key of the base."""
-    first = next(key for key in places if key not in base)
-    head = _PREFIX if name.startswith(_PREFIX) else ""
-    longer = (key[: -len(first)] for key in base if key.endswith(f".{first}"))
-    shorter = (first[: at + 1] for at, char in enumerate(first) if char == "." and first[at + 1 :] in base)
-    for prefix in longer:
-        if all(f"{prefix}{key}" in base for key in places):
-            return f"every tensor has a matching key after --rename {shell_word(f'{head}*={head}{prefix}*')}"
-    for prefix in shorter:
-        if all(key.startswith(prefix) and key.removeprefix(prefix) in base for key in places):
-            return f"every tensor has a matching key after --rename {shell_word(f'{head}{prefix}*={head}*')}"
-    return None
-
-
-def _check(fold: Fold, shapes: Mapping[str, Shape], adapter: Mapping[str, Shape]) -> None:
-    try:
-        fold.operation.shapes([shapes[fold.key], *(adapter[name] for name in fold.factors)])
-    except RuleError as error:
-        raise RuleError(f"{quoted(fold.key)}: {error.reason}", hint=error.hint) from None
+    return Adapter("peft", tuple(modules), parts.replacements, bool(config.get("fan_in_fan_out")))
 
 
 def _refuse_unsupported(adapter: Mapping[str, Shape], config: Mapping[str, object]) -> None:
@@ -219,32 +162,3 @@ def _patterns(config: Mapping[str, object], name: str) -> Sequence[tuple[re.Patt
 
 def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
     return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)
-
-
-class _Orientation:
-    """Decide whether weights are stored as ``[in, out]``, by their shapes, or by the config for square weights."""
-
-    def __init__(self, configured: bool) -> None:
-        self._configured = configured
-        self._square = ""
-        self._contradicting = ""
-
-    def orient(self, operation: FoldLora, key: str, shapes: Sequence[Shape]) -> FoldLora:
-        weight, down, up = shapes
-        if len(weight) != 2 or len(down) != 2 or len(up) != 2:
-            return operation
-        plain, transposed = weight == (up[0], down[1]), weight == (down[1], up[0])
-        if plain and transposed:
-            self._square = self._square or key
-        elif plain or transposed:
-            self._contradicting = self._contradicting or (key if transposed != self._configured else "")
-        return replace(operation, fan_in_fan_out=self._configured if plain == transposed else transposed)
-
-    def refuse_contradiction(self) -> None:
-        """Raise ``RuleError`` where a weight is square, and the shape of another weight contradicts the config."""
-        if self._square and self._contradicting:
-            raise RuleError(
-                f"fan_in_fan_out is {str(self._configured).lower()}, which the shape of {quoted(self._contradicting)} "
-                f"contradicts; {quoted(self._square)} is square and cannot tell",
-                hint="merge with peft",
-            )

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 from ckptkit.adapters.model import AdapterPlan
-from ckptkit.adapters.peft import adapted_keys, plan_adapter
+from ckptkit.adapters.peft import read_peft
+from ckptkit.adapters.placing import place_adapter
 from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_settings
@@ -105,14 +106,13 @@ def _plan_lora(
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
     names = {new: old for old, new in key_map.renamed.items()}
+    shapes = {new: donor[old].shape for new, old in names.items()}
+    adapter = read_peft(shapes, config).scaled(scale)
     quantized = QuantizedInputs(roles, base, BASE)
-    if quantized:
-        for key in adapted_keys(names):
-            quantized.refuse_change(key, "lora", _FOLD_ELSEWHERE)
-    adapter_plan = plan_adapter(
-        {new: donor[old].shape for new, old in names.items()}, config, {key: info.shape for key, info in base.items()}
-    )
-    changed = _changed_steps(adapter_plan, roles, names, scale)
+    for key in adapter.changed_keys() if quantized else ():
+        quantized.refuse_change(key, "lora", _FOLD_ELSEWHERE)
+    adapter_plan = place_adapter(adapter, shapes, {key: info.shape for key, info in base.items()})
+    changed = _changed_steps(adapter_plan, roles, names)
     _refuse_two_folds(base, changed)
     changed, notes = follow_ties(base, changed)
     steps = [changed.get(key) or complete_step(Step(info, (Source(BASE, key),)), roles) for key, info in base.items()]
@@ -132,18 +132,17 @@ def _plan_lora(
 
 
 def _changed_steps(
-    adapter_plan: AdapterPlan, roles: Mapping[str, Checkpoint], names: Mapping[str, str], scale: float
+    adapter_plan: AdapterPlan, roles: Mapping[str, Checkpoint], names: Mapping[str, str]
 ) -> dict[str, Step]:
     """Return the steps of the tensors of the base that the adapter changes, by key."""
     steps = {}
     base, donor = roles[BASE], roles[DONOR]
     for fold in adapter_plan.folds:
-        operation = replace(fold.operation, scale=(fold.operation.scale or 0.0) * scale)
         first = Source(DONOR, names[fold.replaced_by]) if fold.replaced_by else Source(BASE, fold.key)
         sources = first, *(Source(DONOR, names[factor]) for factor in fold.factors)
         out = replace(base[fold.key], shape=roles[first.role][first.key].shape)
-        recipe = Recipe(tuple(range(len(sources))), (operation,))
-        step = Step(out, sources, "", f"lora, scale {operation.scale:g}", recipe)
+        recipe = Recipe(tuple(range(len(sources))), (fold.operation,))
+        step = Step(out, sources, "", fold.label, recipe)
         steps[fold.key] = complete_step(step, roles)
     for key, name in adapter_plan.replacements.items():
         out = replace(base[key], shape=donor[names[name]].shape)
