@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
     "one element below": (
         {"min_coverage": 54 / 72},
         ModelError,
-        "the checkpoint fills 53 of 72 elements (73.61 %), below min_coverage = 0.75; the largest tensors that would ",
+        "the checkpoint fills 53 of 72 elements (73.6 %), below min_coverage = 0.75; the largest tensors that would ",
         "require less",
     ),
     "percent": ({"min_coverage": 95}, ModelError, "min_coverage is 95, not a share", "write 0.95"),

@@ -406,13 +406,13 @@ def test_the_table_and_the_document_show_what_the_optimizer_gets() -> None:
         "rule": "fc3.*",
         "parameters": "2",
         "elements": "18",
-        "share": "34.0%",
+        "share": "34.0 %",
         "lr": "0.5",
         "weight_decay": "0",
         "other options": "betas=[0.9, 0.99]",
         "examples": "fc3.weight, fc3.bias",
     }
-    assert rows[1][:8] == ("b\\x1b", "(rest)", "4", "35", "66.0%", "0.001", "", "betas=[0.9, 0.99], eps=1e-12")
+    assert rows[1][:8] == ("b\\x1b", "(rest)", "4", "35", "66.0 %", "0.001", "", "betas=[0.9, 0.99], eps=1e-12")
     assert rows[1][8].endswith(", ... 2 more")
     text = "\n".join(as_text(groups_page(plan)))
     assert "6 parameters in 2 groups, 53 elements" in text

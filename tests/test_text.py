@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shlex
 import subprocess
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.core.text import human_bytes, plural, printable, quoted, shell_word
+from ckptkit.core.text import human_bytes, percent, plural, printable, quoted, shell_word
 from ckptkit.errors import one_line
+from tests.helpers_cli import ROOT
+from tests.helpers_pages import PAGES
 
 ANY = st.text(st.characters(exclude_categories=()))  # all of Unicode, lone surrogates and unassigned code points too
 
@@ -108,3 +111,22 @@ def test_sizes_are_decimal(count: int, shown: str) -> None:
 def test_counts_agree_with_their_noun() -> None:
     assert [plural(count, "tensor") for count in (0, 1, 1234)] == ["0 tensors", "1 tensor", "1,234 tensors"]
     assert plural(2, "entry", "entries") == "2 entries"
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0, "0 %"), (1, "100 %"), (1.0, "100 %"), (0.9996, "99.9 %"), (1 - 1e-15, "99.9 %"), (0.99447, "99.4 %"),
+     (0.5, "50.0 %"), (0.001, "0.1 %"), (0.0004, "< 0.1 %"), (1e-300, "< 0.1 %")],
+)  # fmt: skip
+def test_a_share_is_0_or_100_only_where_it_is(share: float, shown: str) -> None:
+    """Rounding makes nothing of a part, and no part the whole."""
+    assert percent(share) == shown
+
+
+def test_shares_are_written_in_one_way() -> None:
+    """No other function makes a percentage of a number, and every page shows a space before the sign."""
+    for path in (ROOT / "ckptkit").rglob("*.py"):
+        found = [] if path.name == "text.py" else re.findall(r"\}\s?%(?![({sd])|\.\d%\}", path.read_text(encoding="utf-8"))
+        assert not found, path
+    for name, page in PAGES.items():
+        assert not re.findall(r"\d%(?!\d)", page), name

@@ -10,7 +10,7 @@ from numbers import Real
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
-from ckptkit.core.text import kind_of, listed, plural, quoted
+from ckptkit.core.text import kind_of, listed, percent, plural, quoted
 from ckptkit.errors import ModelError, RuleError
 from ckptkit.plans.plan import Plan
 
@@ -61,7 +61,7 @@ def refuse_unmet(
     if elements and filled / elements < share:
         not_loaded = sorted((key for key in base if key not in loaded), key=lambda key: -base[key].elements)
         raise ModelError(
-            f"the checkpoint fills {filled:,} of {plural(elements, 'element')} ({100 * filled / elements:.4g} %), "
+            f"the checkpoint fills {filled:,} of {plural(elements, 'element')} ({percent(filled / elements)}), "
             f"below min_coverage = {share}; the largest tensors that would not be loaded: "
             f"{_list_with_reasons(not_loaded, reasons)}",
             hint=_hint(not_loaded, reasons, difference),

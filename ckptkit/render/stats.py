@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from ckptkit.core.text import plural
+from ckptkit.core.text import percent, plural
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
 from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
@@ -170,10 +170,7 @@ def _number(value: float | None) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    # Rounding must not turn a few into 0.0 %, or nearly all into 100.0 %.
-    if part in (0, whole):
-        return f"{100 if part else 0} %" if part else ""
-    return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"
+    return percent(part / whole) if part else ""
 
 
 def _summary(total: ValueStats) -> str:

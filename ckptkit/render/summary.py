@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.quantized import Quantized
 from ckptkit.render.page import Code, Line, as_code
 
@@ -85,4 +85,4 @@ def json_number(value: float | None) -> float | str | None:
 
 def share_cell(part: int, whole: int) -> str:
     """Return ``part`` of ``whole`` as a percentage for a table; empty if ``whole`` is 0."""
-    return f"{part / whole:.1%}" if whole else ""
+    return percent(part / whole) if whole else ""

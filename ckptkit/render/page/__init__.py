@@ -94,7 +94,7 @@ def as_markdown(page: Page) -> list[str]:
 
 
 _BACKTICKS = re.compile(r"`+")
-_NUMBER = re.compile(r"-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
+_NUMBER = re.compile(r"(?:< )?-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
 _MARKUP = re.compile(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)|^[-+#=]")
 
 
