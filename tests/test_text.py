@@ -126,7 +126,9 @@ def test_a_share_is_0_or_100_only_where_it_is(share: float, shown: str) -> None:
 def test_shares_are_written_in_one_way() -> None:
     """No other function makes a percentage of a number, and every page shows a space before the sign."""
     for path in (ROOT / "ckptkit").rglob("*.py"):
-        found = [] if path.name == "text.py" else re.findall(r"\}\s?%(?![({sd])|\.\d%\}", path.read_text(encoding="utf-8"))
+        found = (
+            [] if path.name == "text.py" else re.findall(r"\}\s?%(?![({sd])|\.\d%\}", path.read_text(encoding="utf-8"))
+        )
         assert not found, path
     for name, page in PAGES.items():
         assert not re.findall(r"\d%(?!\d)", page), name
