@@ -171,7 +171,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "require nothing": {"require": ""},
     "no coverage": {"min_coverage": None},
     "a list of policies": {"on_mismatch": ["skip"]},
-    "no policy": {"on_missing": None},
+    "no policy": {"on_unexpected": None},
 }
 
 

@@ -85,7 +85,8 @@ def merge(
 
     The three --on-... options are repeatable. PATTERN=ACTION is for the keys that match, as in 'fc.*=skip', and the
     first pattern that matches a key decides. ACTION alone is for all other keys; without it, they are an error. A
-    pattern must decide about a key, unless --allow-unused is given.
+    pattern must decide about a key, unless --allow-unused is given. A key that a DONOR has in parts, as a stack of
+    experts may be, is refused without --on-missing.
 
     \b
     ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch 'fc.*=skip'
@@ -94,6 +95,7 @@ def merge(
     ckpt merge base.safetensors tuned.safetensors -o adapter/adapter_model.safetensors --method extract-lora
     """  # noqa: D301 - \b is click's mark
     _refuse_options_of_other_methods(method)
+    keeps = click.get_current_context().get_parameter_source("on_missing") is not ParameterSource.DEFAULT
     if method != "overlay" and len(donors) > 1:
         raise click.UsageError(f"--method {method} takes one DONOR")
     if method == "extract-lora" and options.carry:
@@ -119,7 +121,7 @@ def merge(
                     first,
                     others,
                     rules,
-                    on_missing=on_missing,
+                    on_missing=on_missing if keeps else None,
                     on_unexpected=on_unexpected,
                     on_mismatch=on_mismatch,
                     skip_unread=skip_unread,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.patterns import literal, parse_rename
@@ -153,9 +154,26 @@ class StateDictDiff(Result):
         return sum(pair.expected.elements for pair in self.matched) / wanted if wanted else 1.0
 
     @cached_property
+    def parted(self) -> tuple[PartedTensor, ...]:
+        """Tensors that one side has whole and the other in parts, such as stacked experts and fused projections."""
+        if not self.missing or not self.unexpected:
+            return ()
+        keys = {info.key for info in self.unexpected}
+        unexpected = {new: self.found[old] for old, new in self.names.items() if old in keys}
+        return find_parted({info.key: info for info in self.missing}, unexpected)
+
+    @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """Renames that make the most keys match, unless the rules rename keys; then one hint for quantised weights."""
-        return (*_hints(self), *(Hint(message, "") for message in quantized_messages(self.quantized)))
+        """Renames that make the most keys match, unless the rules rename keys; then where ``align`` helps.
+
+        The last hints are about quantised weights.
+        """
+        renames = _hints(self)
+        return (
+            *renames,
+            *([] if renames else _align_hints(self)),
+            *(Hint(message, "") for message in quantized_messages(self.quantized)),
+        )
 
 
 def diff(expected: CheckpointLike, found: CheckpointLike, rules: RulesLike | None = None) -> StateDictDiff:
@@ -305,6 +323,15 @@ def _hints(result: StateDictDiff) -> list[Hint]:
             hints.append((matches, Hint(_hint_message(matches, len(expected), rename), rename)))
     most = max((matches for matches, _ in hints), default=0)
     return [hint for matches, hint in hints if matches == most][:_MAX_HINTS]
+
+
+def _align_hints(result: StateDictDiff) -> list[Hint]:
+    sides = result.expected_checkpoint, result.found_checkpoint
+    if result.parted:
+        return [Hint(parted_hint(result.parted, *sides), "")]
+    if result.missing and result.unexpected and not result.matched and not result.quantized:
+        return [Hint(f"no key matches; {align_command(*sides)} looks for rules that rename them", "")]
+    return []
 
 
 def _hint_message(matches: int, wanted: int, rename: str) -> str:

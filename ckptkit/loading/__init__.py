@@ -89,7 +89,7 @@ def load_into(
     checkpoint: CheckpointLike,
     rules: RulesLike | None = None,
     *,
-    on_missing: OnMissing = "keep",
+    on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
     skip_unread: bool = False,
@@ -125,8 +125,8 @@ def load_into(
         model: The model that is loaded into.
         checkpoint: A path, a Checkpoint, a Module, or a mapping of tensors. What is opened here is closed at the end.
         rules: As in ``plan_merge``; they rename and filter the keys of the checkpoint.
-        on_missing: As in ``plan_merge``. A key that keeps its value is a warning of the report, or a note if a pattern
-            names it.
+        on_missing: As in ``plan_merge``, also that only ``"keep"`` in writing accepts a key that the checkpoint has in
+            parts. A key that keeps its value is a warning of the report, or a note if a pattern names it.
         on_unexpected: As in ``plan_merge``; ``"add"`` raises, since a model cannot get keys that it does not have.
         on_mismatch: As in ``plan_merge``. A skipped key is a warning of the report, or a note if a pattern names it.
         skip_unread: As in ``plan_merge``.
@@ -188,7 +188,7 @@ def load_into(
         before = stack.enter_context(Snapshot(model, extra_states)) if rollback else loading.watch()
         found = loading.run(before)
     asked = _Asked(
-        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
+        parse_policy("on_missing", "keep" if on_missing is None else on_missing, MISSING_ACTIONS),
         parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
     )
     return _report(base, plan, steps, found, donor.warnings, asked=asked)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
+from ckptkit.comparison.parts import align_command, find_parted
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.patterns import parse_pattern
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
@@ -61,7 +63,7 @@ def plan_merge(
     donors: CheckpointLike | Sequence[CheckpointLike],
     rules: RulesLike | None = None,
     *,
-    on_missing: OnMissing = "keep",
+    on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
     skip_unread: bool = False,
@@ -73,7 +75,9 @@ def plan_merge(
     rule file, its parsed content, or ``Rules``; they rename and filter the keys of the donors first. Of several
     donors, the last that has a key wins. Values of another dtype are cast to the dtype of the base.
 
-    ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value.
+    ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value. It is the
+    default, which refuses one thing that ``keep`` in writing accepts: a key whose values a donor has in another form,
+    as the parts of a stack or of a fused projection, or as one whole of such parts.
     ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
     ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value. The name of a tensor operation, such
     as ``pad``, converts the donor's value. Every policy raises with ``error``.
@@ -90,9 +94,9 @@ def plan_merge(
     Raises:
         ArgumentError: An action is not one of those above.
         RuleError: A rule or a pattern is not valid, or it decides about no key.
-        PlanError: A policy is ``error``, an operation cannot make the shapes equal, or nothing matches at all. A tensor
-            cannot be copied, or a file refers to code that looks malicious. Or a quantised weight would replace a plain
-            weight, or the reverse.
+        PlanError: A policy is ``error``, an operation cannot make the shapes equal, or nothing matches at all. A donor
+            has the values of a missing key in parts. A tensor cannot be copied, or a file refers to code that looks
+            malicious. Or a quantised weight would replace a plain weight, or the reverse.
 
     Example:
         A new head on a body that must fit:
@@ -124,7 +128,7 @@ def plan_loading(
     checkpoint: Checkpoint,
     rules: RulesLike | None,
     *,
-    on_missing: OnMissing,
+    on_missing: OnMissing | None,
     on_unexpected: OnUnexpected,
     on_mismatch: OnMismatch,
     skip_unread: bool,
@@ -154,6 +158,9 @@ def _plan(
     mismatched = {key for overlay in overlays for key in overlay.mismatched}
     missing = [key for key in base if key not in from_donor and key not in mismatched]
     _refuse_missing([key for key in missing if policies.on_missing.action(key) == "error"], policies.sides)
+    if not policies.keeps_parted:
+        for role, overlay in zip(sources, overlays, strict=True):
+            _refuse_parted(base, missing, sources[role], overlay, policies.sides)
     if skip_unread:
         base, unread = without_unread(base, "base", from_donor)
         skipped += unread
@@ -223,6 +230,7 @@ class _Policies:
     on_unexpected: Policy[UnexpectedAction]
     on_mismatch: Policy[MismatchAction]
     sides: _Sides
+    keeps_parted: bool  # keep a missing key also where a donor has its values in parts, as the user wrote
 
     def unused(self, base: Checkpoint, donors: Mapping[str, Checkpoint], *, allow_unused: bool) -> list[str]:
         """Return a note for each pattern that decides about no key; raise ``RuleError`` unless ``allow_unused``."""
@@ -236,12 +244,15 @@ class _Policies:
         return [*notes, *self.on_unexpected.unused(found, owner, allow_unused=allow_unused)]
 
 
-def _policies(on_missing: OnMissing, on_unexpected: OnUnexpected, on_mismatch: OnMismatch, sides: _Sides) -> _Policies:
+def _policies(
+    on_missing: OnMissing | None, on_unexpected: OnUnexpected, on_mismatch: OnMismatch, sides: _Sides
+) -> _Policies:
     return _Policies(
-        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
+        parse_policy("on_missing", "keep" if on_missing is None else on_missing, MISSING_ACTIONS),
         parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS),
         parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
         sides,
+        on_missing is not None,
     )
 
 
@@ -252,6 +263,7 @@ class _Overlay:
     role: str
     from_donor: Mapping[str, Step]
     added: Mapping[str, Step]
+    unexpected: Mapping[str, TensorInfo]
     mismatched: Sequence[str]
     dropped: Sequence[Dropped]
     notes: Sequence[str]
@@ -300,7 +312,7 @@ def _make_overlay(
             added[new] = make_step(replace(info, key=new), derivation, role, donor)
     dropped += dropped_entries(donor, role)
     mismatched = [pair.key for pair in result.shape_mismatched]
-    return _Overlay(role, matched | resized, added, mismatched, dropped, key_map.notes)
+    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes)
 
 
 def _unexpected(
@@ -418,6 +430,25 @@ def _refuse_missing(keys: Sequence[str], sides: _Sides) -> None:
         raise PlanError(f"{nothing} {listed(keys, 1)}", hint=hint(_on_command_line), call=hint(_in_python))
 
 
+def _refuse_parted(
+    base: Checkpoint, missing: Sequence[str], donor: Checkpoint, overlay: _Overlay, sides: _Sides
+) -> None:
+    parted = find_parted({key: base[key] for key in missing}, overlay.unexpected) if overlay.unexpected else ()
+    if not parted:
+        return
+    keys = [key for one in parted for key in one.expected]
+    others = len(keys) - len(parted[0].expected)
+    more = f"; so it is with {plural(others, 'more key')}" if others else ""
+    sentence = parted[0].sentence(f"the {sides.base}", f"the {sides.donor or overlay.role}")
+    command = align_command(CheckpointSummary.of(base), CheckpointSummary.of(donor))
+    call = f"{{}} looks for the rules; {{}} keeps the {sides.base}'s values"
+    raise PlanError(
+        f"{sentence}{more}",
+        hint=call.format(command, "--on-missing keep"),
+        call=call.format(f"suggest_rules({sides.base}, {sides.donor or overlay.role})", "on_missing='keep'"),
+    )
+
+
 def _refuse_unexpected(keys: Sequence[str], sides: _Sides) -> None:
     def hint(spell: _Spelling) -> str:
         skip, add = (spell("on_unexpected", pattern_for(keys[0], keys), action) for action in ("skip", "add"))
@@ -451,7 +482,9 @@ def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str, sides: 
     if not donor:
         return _no_tensor_error(donor.entries, role)
     first = result.hints[0] if result.hints else None
-    hint = first.message if first else f"compare the names: ckpt diff {sides.base.upper()} {role.upper()}"
+    expected = result.expected_checkpoint.argument or sides.base.upper()
+    found = result.found_checkpoint.argument or role.upper()
+    hint = first.message if first else f"compare the shapes: ckpt diff {expected} {found}"
     call = f"{hint}: pass rules=[{first.rename!r}]" if first and first.rename else None
     return PlanError(
         f"the {role} has no tensor with a key and shape of the {sides.base}, so there is nothing to "

@@ -80,7 +80,7 @@ def merge(
     out: str | os.PathLike[str],
     rules: RulesLike | None = None,
     *,
-    on_missing: OnMissing = "keep",
+    on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
     format: str | None = None,  # noqa: A002

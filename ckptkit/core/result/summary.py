@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.text import shell_word
 
 __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
+
+_PLAIN_WORD = re.compile(r"[\w./:@%+-]+", re.ASCII)  # a shell takes it as it is
+_LIVE = "live model"
+_LIVE_PATH = "py:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,14 @@ class CheckpointSummary:
         """Return the description of a checkpoint, with the totals of ``infos``, or of all its tensors."""
         counts = totals(checkpoint.values() if infos is None else infos)
         return cls(checkpoint.path, checkpoint.format, checkpoint.envelope, *counts)
+
+    @property
+    def argument(self) -> str:
+        """The word that gives the checkpoint to a command, or an empty string for one that is only in memory."""
+        if not self.format or (self.format == _LIVE and not self.path.startswith(_LIVE_PATH)):
+            return ""
+        path = f"{self.path}::{self.envelope}" if self.envelope else self.path
+        return path if _PLAIN_WORD.fullmatch(path) else shell_word(path)
 
 
 NO_CHECKPOINT = CheckpointSummary()

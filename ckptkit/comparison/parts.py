@@ -1,0 +1,264 @@
+"""Find tensors that one state_dict has whole and the other in parts: stacked experts, and fused projections."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import combinations
+
+from ckptkit.comparison.roles import FUSED_ROLES, role_of, split_leaf, split_words
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.core.text import plural, quoted
+
+__all__ = ["PartedTensor", "align_command", "find_parted", "parted_hint"]
+
+_MAX_SEGMENTS = 32  # a hostile key can have a million
+_MAX_LISTS = 200  # of one layer; real layers have a dozen
+_PARTS_OF: Mapping[str, tuple[str, ...]] = {**FUSED_ROLES, "query_key_value": FUSED_ROLES["qkv"]}
+_Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartedTensor:
+    """A tensor that one side has under the key ``whole``, and the other side as the tensors ``parts``.
+
+    ``is_whole_expected`` says which: True where the parts were found, False where they are expected.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    is_whole_expected: bool
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The expected keys that have no value of their own in the other state_dict."""
+        return (self.whole,) if self.is_whole_expected else self.parts
+
+    def sentence(self, expected: str, found: str) -> str:
+        """Return what each side has, for the words that name the two sides: ``the base``, ``the donor``."""
+        whole, parts = (expected, found) if self.is_whole_expected else (found, expected)
+        names = " and ".join([quoted(self.parts[0]), *([quoted(self.parts[1])] if len(self.parts) == 2 else [])])
+        more = f" and {len(self.parts) - 1} more" if len(self.parts) > 2 else ""
+        return f"{whole} has {quoted(self.whole)} whole, and {parts} has it in {len(self.parts)} parts, {names}{more}"
+
+
+def find_parted(missing: Mapping[str, TensorInfo], unexpected: Mapping[str, TensorInfo]) -> tuple[PartedTensor, ...]:
+    """Return the missing tensors whose values evidently are among the unexpected ones, joined or in parts.
+
+    Parts are tensors of one shape that differ in one number of their names, as experts do, and whose stack or
+    concatenation has the shape of the whole. Parts are also query, key and value, or gate and up, of one module. Two
+    numbered lists can be fused too, such as gate and up of every expert.
+
+    Both mappings have the keys that the model uses. A key belongs to one result at most.
+
+    Example:
+        >>> found = {f"experts.{n}.w2.weight": TensorInfo("", "F32", (4, 8)) for n in range(3)}
+        >>> find_parted({"experts.down_proj": TensorInfo("", "F32", (3, 4, 8))}, found)[0].parts
+        ('experts.0.w2.weight', 'experts.1.w2.weight', 'experts.2.w2.weight')
+    """
+    results = [PartedTensor(whole, parts, True) for whole, parts in _wholes(missing, unexpected)]
+    taken = {key for result in results for key in (result.whole, *result.parts)}
+    for whole, parts in _wholes(unexpected, {key: info for key, info in missing.items() if key not in taken}):
+        if whole not in taken:
+            results.append(PartedTensor(whole, parts, False))
+    return tuple(results)
+
+
+def align_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
+    """Return the command that looks for rules, or the call in Python where a side is only in memory."""
+    if expected.argument and found.argument:
+        return f"ckpt align {expected.argument} {found.argument} -o rules.toml"
+    return "ckptkit.suggest_rules(expected, found)"
+
+
+def parted_hint(parted: Sequence[PartedTensor], expected: CheckpointSummary, found: CheckpointSummary) -> str:
+    """Return a sentence about the first of these tensors, and the command that writes rules for all of them."""
+    more = f", and {plural(len(parted) - 1, 'more tensor')} in the same way" if len(parted) > 1 else ""
+    return f"{parted[0].sentence('EXPECTED', 'FOUND')}{more}; {align_command(expected, found)} looks for the rules"
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A key in the terms that the names of whole and parts have in common."""
+
+    segments: tuple[str, ...]
+    module: tuple[str, ...]  # the segments of the module, with the part of the last one that is no leaf
+    is_bias: bool
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return tuple(segment for segment in self.segments if segment.isdigit())
+
+    @property
+    def role(self) -> str:
+        """The role of the module in its layer, such as ``qkv``."""
+        last = max((at for at, segment in enumerate(self.module) if segment.isdigit()), default=-1)
+        return role_of(".".join(self.module[last + 1 :]), in_layer=True)[0]
+
+
+def _named(key: str) -> _Name:
+    segments = tuple(key.split(".", _MAX_SEGMENTS))
+    leaf = split_leaf(segments[-1])
+    rest = segments[-1] if leaf is None else leaf[0]
+    return _Name(segments, (*segments[:-1], *([rest] if rest else [])), leaf is not None and leaf[1] == "bias")
+
+
+def _wholes(
+    wholes: Mapping[str, TensorInfo], pieces: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each key of ``wholes`` that has parts, with their keys."""
+    if not wholes or len(pieces) < 2:
+        return
+    names = {key: _named(key) for key in pieces}
+    lists = _lists(names, pieces)
+    fused = _by_role(names)
+    used: set[str] = set()
+    for key, info in wholes.items():
+        if not info.shape:
+            continue
+        name = _named(key)
+        parts = _numbered_parts(name, info.shape, lists, used) or _fused_parts(name, info.shape, fused, pieces)
+        if parts and used.isdisjoint(parts):
+            used.update(parts)
+            yield key, parts
+
+
+@dataclass(frozen=True, slots=True)
+class _NumberedList:
+    """Tensors of one shape whose keys differ in one number, which counts from 0: ``head``, the number, ``tail``."""
+
+    head: tuple[str, ...]
+    tail: tuple[str, ...]
+    keys: tuple[str, ...]
+    shape: _Shape
+    is_bias: bool
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return tuple(segment for segment in (*self.head, *self.tail) if segment.isdigit())
+
+    @property
+    def role(self) -> str:
+        """The role of one part in the list, such as ``down``."""
+        return _named(".".join(self.tail)).role
+
+
+def _lists(names: Mapping[str, _Name], pieces: Mapping[str, TensorInfo]) -> dict[tuple[str, ...], list[_NumberedList]]:
+    """Return the numbered lists by the numbers in their keys that do not count them."""
+    families: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[int, str]] = defaultdict(dict)
+    for key, name in names.items():
+        for at, segment in enumerate(name.segments):
+            if segment.isdigit() and len(segment) < 7 and str(int(segment)) == segment:
+                families[name.segments[:at], name.segments[at + 1 :]][int(segment)] = key
+    found: dict[tuple[str, ...], list[_NumberedList]] = defaultdict(list)
+    for (head, tail), by_number in families.items():
+        keys = tuple(by_number[number] for number in sorted(by_number))
+        shapes = {pieces[key].shape for key in keys}
+        if len(keys) > 1 and max(by_number) == len(keys) - 1 and len(shapes) == 1 and head:
+            family = _NumberedList(head, tail, keys, shapes.pop(), names[keys[0]].is_bias)
+            found[family.numbers].append(family)
+    return found
+
+
+def _numbered_parts(
+    name: _Name, shape: _Shape, lists: Mapping[tuple[str, ...], Sequence[_NumberedList]], used: AbstractSet[str]
+) -> tuple[str, ...]:
+    """Return the keys whose stack or concatenation is the tensor; of one list, or of two that are fused."""
+    near = [family for family in lists.get(name.numbers, ())[:_MAX_LISTS] if _is_near(name, family)]
+    near = [family for family in near if used.isdisjoint(family.keys)]
+    # The lists that the name of the whole speaks of come first.
+    roles = _PARTS_OF.get(name.role, (name.role,) if name.role else ())
+    words = set(split_words(".".join(name.segments)))
+    near.sort(key=lambda one: (one.role not in roles, -len(words.intersection(split_words(".".join(one.tail))))))
+    for shapes in (_joined, _transposed):
+        for family in near:
+            if shape in shapes(len(family.keys), family.shape):
+                return family.keys
+        for first, second in combinations(near, 2):
+            total = _concatenated(first.shape, second.shape)
+            is_pair = first.head == second.head and len(first.keys) == len(second.keys)
+            if is_pair and total and shape in shapes(len(first.keys), total):
+                return (*first.keys, *second.keys)
+    return ()
+
+
+def _is_near(name: _Name, family: _NumberedList) -> bool:
+    """Return whether a list evidently belongs to a name: the number left out, its own segment, or its words."""
+    if name.is_bias != family.is_bias:
+        return False
+    if name.segments == (*family.head, *family.tail):
+        return True
+    if not family.head[-1].isdigit() and family.head[-1] in name.module:
+        return True
+    owner = name.segments[:-1]
+    own_words = split_words(name.segments[-1])
+    is_inside = bool(owner) and family.head[: len(owner)] == owner
+    return is_inside and not set(own_words).isdisjoint(split_words(".".join(family.tail)))
+
+
+def _joined(count: int, shape: _Shape) -> tuple[_Shape, ...]:
+    """Return the shapes of a stack and of a concatenation along the first dim, of ``count`` tensors."""
+    return ((count, *shape), *([(count * shape[0], *shape[1:])] if shape else []))
+
+
+def _transposed(count: int, shape: _Shape) -> tuple[_Shape, ...]:
+    """Return the shape of a stack of transposed matrices, as some layers of experts hold them."""
+    return ((count, *shape[::-1]),) if len(shape) == 2 else ()
+
+
+def _concatenated(first: _Shape, second: _Shape) -> _Shape:
+    """Return the shape of two tensors that are concatenated along their first dim, or an empty shape."""
+    return (first[0] + second[0], *first[1:]) if first and second and first[1:] == second[1:] else ()
+
+
+def _by_role(names: Mapping[str, _Name]) -> dict[tuple[object, ...], list[tuple[tuple[str, ...], str]]]:
+    """Return module paths and keys by the numbers of a key, the role of its module, and the kind of its tensor."""
+    found: dict[tuple[object, ...], list[tuple[tuple[str, ...], str]]] = defaultdict(list)
+    roles = {role for parts in _PARTS_OF.values() for role in parts}
+    for key, name in names.items():
+        role = name.role
+        if role in roles:
+            found[name.numbers, role, name.is_bias].append((name.module, key))
+    return found
+
+
+def _fused_parts(
+    name: _Name,
+    shape: _Shape,
+    by_role: Mapping[tuple[object, ...], Sequence[tuple[tuple[str, ...], str]]],
+    pieces: Mapping[str, TensorInfo],
+) -> tuple[str, ...]:
+    """Return the keys of the projections that the tensor fuses, such as query, key and value of its module."""
+    roles = _PARTS_OF.get(name.role, ())
+    candidates = [by_role.get((name.numbers, role, name.is_bias), ()) for role in roles]
+    if not roles or not all(candidates):
+        return ()
+    parts = []
+    for of_role in candidates:
+        nearness = [_common(name.module, module) for module, _ in of_role]
+        best = max(nearness)
+        if nearness.count(best) != 1:  # such as self-attention and cross-attention
+            return ()
+        parts.append(of_role[nearness.index(best)][1])
+    shapes = [pieces[key].shape for key in parts]
+    dims = range(min(len(shape), 2))
+    return tuple(parts) if any(_is_concatenation(shape, shapes, dim) for dim in dims) else ()
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return how many segments two paths have in common at their beginning."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def _is_concatenation(whole: _Shape, parts: Sequence[_Shape], dim: int) -> bool:
+    return all(
+        len(part) == len(whole) and part[:dim] + part[dim + 1 :] == whole[:dim] + whole[dim + 1 :] for part in parts
+    ) and whole[dim] == sum(part[dim] for part in parts)
