@@ -139,7 +139,9 @@ def test_a_merge_does_not_silently_keep_what_the_donor_has_in_parts(
         assert text in ran.err
     assert run_ckpt(capsys, *command, "--on-missing", "keep").code == 0
     assert torch.equal(load_file("out.safetensors")["experts.down_proj"], torch.zeros(2, 3, 4))
-    rule = {"rule": [{"from": "experts.{n:int}.down_proj.weight", "to": "experts.down_proj", "op": [{"stack": {"dim": 0}}]}]}
+    rule = {
+        "rule": [{"from": "experts.{n:int}.down_proj.weight", "to": "experts.down_proj", "op": [{"stack": {"dim": 0}}]}]
+    }
     merge("base.safetensors", "donor.safetensors", "out.safetensors", rule, force=True)
     assert load_file("out.safetensors")["experts.down_proj"][1].unique().tolist() == [2.0]
 
