@@ -48,7 +48,7 @@ class PartedTensor:
 def find_parted(missing: Mapping[str, TensorInfo], unexpected: Mapping[str, TensorInfo]) -> tuple[PartedTensor, ...]:
     """Return the missing tensors whose values evidently are among the unexpected ones, joined or in parts.
 
-    Parts are tensors of one shape that differ in one number of their names, as experts do, and whose stack or
+    Parts are tensors of one shape that differ in one number of their names, as experts do. Their stack or their
     concatenation has the shape of the whole. Parts are also query, key and value, or gate and up, of one module. Two
     numbered lists can be fused too, such as gate and up of every expert.
 

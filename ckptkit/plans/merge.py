@@ -76,8 +76,8 @@ def plan_merge(
     donors, the last that has a key wins. Values of another dtype are cast to the dtype of the base.
 
     ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value. It is the
-    default, which refuses one thing that ``keep`` in writing accepts: a key whose values a donor has in another form,
-    as the parts of a stack or of a fused projection, or as one whole of such parts.
+    default, which refuses one thing that ``keep`` in writing accepts: a key whose values a donor has in another form.
+    Such forms are the parts of a stack or of a fused projection, and the whole of such parts.
     ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
     ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value. The name of a tensor operation, such
     as ``pad``, converts the donor's value. Every policy raises with ``error``.
