@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, TypeAlias
 
 from ckptkit.adapters.model import AdapterPlan
-from ckptkit.adapters.peft import read_peft
 from ckptkit.adapters.placing import place_adapter
 from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
-from ckptkit.formats.directories.adapters import CONFIG
-from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.inputs import CheckpointLike, rules_for
 from ckptkit.plans.adapters.inputs import BASE, DONOR, opened_roles
+from ckptkit.plans.adapters.reading import LoraConfigLike, read_adapter
 from ckptkit.plans.merge import follow_ties
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
@@ -33,15 +28,6 @@ __all__ = ["LoraConfigLike", "plan_lora"]
 
 _REPLACED = "saved whole with the adapter"
 _FOLD_ELSEWHERE = "fold into a dequantised base, here or with merge_and_unload of peft; "
-
-
-class _HasToDict(Protocol):
-    """A configuration object of a library, such as ``LoraConfig``."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-LoraConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | _HasToDict
 
 
 def plan_lora(
@@ -78,27 +64,11 @@ def plan_lora(
     if not math.isfinite(scale):
         raise PlanError(f"{scale} is not a valid scale", hint="1 is the adapter as it was trained")
     with opened_roles(base, adapter) as roles:
-        return _plan_lora(roles, _read_config(lora_config, roles[DONOR]), rules, scale)
-
-
-def _read_config(given: LoraConfigLike | None, adapter: Checkpoint) -> Mapping[str, object]:
-    """Return the configuration of an adapter, by default from the file in its directory."""
-    if given is None:
-        found = file_beside(adapter.path, CONFIG) if adapter.files else None
-        if found is None:
-            raise PlanError(
-                f"no {CONFIG} in the directory of the adapter: the scale is unknown",
-                hint=f"copy {CONFIG} there, or in Python give it as lora_config"
-                if adapter.files
-                else "give it as lora_config",
-                path=adapter.path,
-            )
-        return read_settings(found, CONFIG)
-    return read_settings(given, CONFIG)
+        return _plan_lora(roles, lora_config, rules, scale)
 
 
 def _plan_lora(
-    roles: Mapping[str, Checkpoint], config: Mapping[str, object], rules: RulesLike | None, scale: float
+    roles: Mapping[str, Checkpoint], config: LoraConfigLike | None, rules: RulesLike | None, scale: float
 ) -> Plan:
     base, donor = roles.values()
     refuse_ambiguous(base, base)
@@ -107,18 +77,20 @@ def _plan_lora(
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
     names = {new: old for old, new in key_map.renamed.items()}
     shapes = {new: donor[old].shape for new, old in names.items()}
-    adapter = read_peft(shapes, config).scaled(scale)
+    base_shapes = {key: info.shape for key, info in base.items()}
+    reading = read_adapter(donor, names, config, base_shapes)
+    adapter = reading.adapter.scaled(scale)
     quantized = QuantizedInputs(roles, base, BASE)
     for key in adapter.changed_keys() if quantized else ():
         quantized.refuse_change(key, "lora", _FOLD_ELSEWHERE)
-    adapter_plan = place_adapter(adapter, shapes, {key: info.shape for key, info in base.items()})
+    adapter_plan = place_adapter(adapter, shapes, base_shapes)
     changed = _changed_steps(adapter_plan, roles, names)
     _refuse_two_folds(base, changed)
     changed, notes = follow_ties(base, changed)
     steps = [changed.get(key) or complete_step(Step(info, (Source(BASE, key),)), roles) for key, info in base.items()]
     dropped = [*dropped_entries(base, BASE), *dropped_entries(donor, DONOR)]
     dropped += [Dropped(DONOR, key, reason) for key, reason in key_map.dropped.items()]
-    all_notes = (*notes, *key_map.notes)
+    all_notes = (*notes, *reading.notes, *key_map.notes)
     plan = Plan(
         tuple(steps),
         tuple(dropped),
