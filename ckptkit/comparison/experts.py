@@ -89,8 +89,9 @@ def find_stacked_experts(wholes: Mapping[str, Shape], parts: Mapping[str, Shape]
     found = []
     for ways in ways_by_key.values():
         if len(ways) > 1 and len(orientations) == 1 and len({way.families for way in ways}) == 1:
-            ways = [way for way in ways if way.is_in_order in orientations]
-        found += ways if len(ways) == 1 else []
+            found += [way for way in ways if way.is_in_order in orientations]
+        elif len(ways) == 1:
+            found += ways
     return _without_rivals(found)
 
 
