@@ -54,6 +54,10 @@ def _share(about: str) -> Schema:
     return {"description": about, "type": "number", "minimum": 0, "maximum": 1}
 
 
+def _share_or_null(about: str) -> Schema:
+    return {**_share(about), "type": ["number", "null"]}
+
+
 def _number(about: str) -> Schema:
     return _ref("number", about)
 
@@ -380,6 +384,10 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
             {
                 **_TOTALS,
                 "dropped": _count("The number of entries that are left out."),
+                "coverage": _share_or_null(
+                    "The share of the base's elements with values of a donor; null without a base."
+                ),
+                "from_base": _texts("The keys of the base that get no value from a donor."),
                 "by_source": _table("The number of tensors from each input.", _count("Tensors.")),
                 "by_operation": _table("The number of tensors that each operation makes.", _count("Tensors.")),
             },

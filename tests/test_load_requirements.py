@@ -14,7 +14,7 @@ from torch import nn
 from ckptkit import load_into
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, group_by_module
-from ckptkit.errors import CkptkitError, ModelError, RuleError
+from ckptkit.errors import ArgumentError, CkptkitError, ModelError, RuleError
 from tests.helpers_outputs import same_state
 
 
@@ -57,14 +57,14 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
     "another shape": (
         {"require": "head.*"},
         ModelError,
-        "require = 'head.*': 2 of 2 tensors would not be loaded, 'head.weight' (its shape is [5, 4], not [3, 4]), ",
+        "require = 'head.*': 2 of 2 tensors would not be filled, 'head.weight' (its shape is [5, 4], not [3, 4]), ",
         "require less, or set on_mismatch to an operation that makes the shapes equal",
     ),
     "not there": (
         {"require": ["body.*", "neck.*"]},
         ModelError,
-        "require = 'neck.*': 1 of 2 tensors would not be loaded, 'neck.bias' (not in the checkpoint)",
-        "rules of suggest_rules",
+        "require = 'neck.*': 1 of 2 tensors would not be filled, 'neck.bias' (not in the checkpoint)",
+        "rename the keys with the rules that suggest_rules finds",
     ),
     "fits no key": (
         {"require": "backbone.*"},
@@ -85,11 +85,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
         "the checkpoint fills 53 of 72 elements (73.6 %), below min_coverage = 0.75; the largest tensors that would ",
         "require less",
     ),
-    "percent": ({"min_coverage": 95}, ModelError, "min_coverage is 95, not a share", "write 0.95"),
-    "negative": ({"min_coverage": -0.1}, ModelError, "min_coverage is -0.1, not a share", ""),
-    "nan": ({"min_coverage": float("nan")}, ModelError, "min_coverage is nan, not a share", ""),
-    "a word": ({"min_coverage": "all"}, ModelError, "min_coverage is 'all', not a share", ""),
-    "a flag": ({"min_coverage": True}, ModelError, "min_coverage is True, not a share", ""),
+    "percent": (
+        {"min_coverage": 95},
+        ArgumentError,
+        "min_coverage is 95",
+        "a share between 0 and 1: for 95 % write 0.95",
+    ),
+    "negative": ({"min_coverage": -0.1}, ArgumentError, "min_coverage is -0.1", "a share"),
+    "nan": ({"min_coverage": float("nan")}, ArgumentError, "min_coverage is a float", "a share"),
+    "a word": ({"min_coverage": "all"}, ArgumentError, "min_coverage is the string 'all'", "a share"),
+    "a flag": ({"min_coverage": True}, ArgumentError, "min_coverage is True", "a share"),
 }
 
 
@@ -103,7 +108,7 @@ def test_unmet_requirements_are_refused_before_loading(
     with pytest.raises(kind) as caught:
         load_into(model, donor(), on_mismatch="skip", **asked)
     assert caught.value.reason.startswith(reason)
-    assert hint in (caught.value.hint or "")
+    assert hint in (caught.value.call or caught.value.hint or "")
     assert same_state(model.state_dict(), before)
 
 

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import path_argument, skip_unread_option
+from ckptkit.cli.common.options import path_argument, requirement_options, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
@@ -34,7 +34,7 @@ from ckptkit.rules.model import Rules
 __all__ = ["merge"]
 
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
-    "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread"),
+    "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread", "require", "min_coverage"),
     "lora": ("scale",),
     "extract-lora": ("rank",),
 }
@@ -58,6 +58,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
     "error",
     "What to do where shapes differ: refuse, keep the value of BASE, or change the shape.",
 )
+@requirement_options
 @skip_unread_option
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale in the adapter's configuration.")  # fmt: skip
@@ -73,6 +74,8 @@ def merge(
     on_missing: OnMissing,
     on_unexpected: OnUnexpected,
     on_mismatch: OnMismatch,
+    require: tuple[str, ...],
+    min_coverage: float,
     skip_unread: bool,
     scale: float,
     rank: int,
@@ -87,6 +90,9 @@ def merge(
     first pattern that matches a key decides. ACTION alone is for all other keys; without it, they are an error. A
     pattern must decide about a key, unless --allow-unused is given. A key that a DONOR has in parts, as a stack of
     experts may be, is refused without --on-missing.
+
+    The report ends with the share of BASE that got values from a DONOR, and the keys that stay as BASE has them.
+    --require and --min-coverage refuse to write anything if too little would get them.
 
     \b
     ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch 'fc.*=skip'
@@ -125,6 +131,8 @@ def merge(
                     on_unexpected=on_unexpected,
                     on_mismatch=on_mismatch,
                     skip_unread=skip_unread,
+                    require=require,
+                    min_coverage=min_coverage,
                 )
         run_plan(plan, roles_of(first, others), options)
         if config is not None and not options.dry_run:

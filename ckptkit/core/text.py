@@ -161,11 +161,11 @@ def kind_of(value: object) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share between 0 and 1 as a percentage; only shares of exactly 0 and 1 give 0 % and 100 %."""
-    if share in (0, 1):
-        return f"{100 * share:.0f} %"
+    """Return a share between 0 and 1 as a percentage; only shares of exactly 0 and 1 give 0.0 % and 100 %."""
+    if share == 1:
+        return "100 %"
     text = f"{min(100 * share, 99.9):.1f} %"
-    return "< 0.1 %" if text == "0.0 %" else text
+    return "< 0.1 %" if share and text == "0.0 %" else text
 
 
 def human_bytes(count: int) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from ckptkit.comparison import diff
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
-from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
+from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, measure_coverage
+from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import kind_of, percent, plural, quoted
 from ckptkit.core.torch_bridge import as_checkpoint, code_of
@@ -32,7 +32,6 @@ from ckptkit.loading.decision import (
 from ckptkit.loading.own_code import modules_with_own_code
 from ckptkit.loading.regions import is_dtensor
 from ckptkit.loading.rehearsal import rehearse
-from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot
 from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_that_hold, refuse_gradients
 from ckptkit.loading.watch import Digests, Watch, named_tensors
@@ -142,6 +141,7 @@ def load_into(
             256 MB, else in a temporary file. Earlier versions always made this copy.
 
     Raises:
+        ArgumentError: ``min_coverage`` is not a share, or another argument has a wrong type.
         PlanError: A policy is ``error``, or a cast makes inf of finite values.
         RuleError: A rule is wrong, or a pattern matches no key.
         ModelError: ``require`` or ``min_coverage`` is not met, or a tensor of the model cannot be written, such as one
@@ -163,7 +163,7 @@ def load_into(
     if not hasattr(model, "named_parameters"):
         raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
     base = _describe(model)
-    requirements = Requirements(require, min_coverage)
+    requirements = parse_requirements(require, min_coverage)
     with opened(checkpoint, "checkpoint") as donor, ExitStack() as stack:
         plan = plan_loading(
             base,
@@ -173,10 +173,9 @@ def load_into(
             on_unexpected=on_unexpected,
             on_mismatch=on_mismatch,
             skip_unread=skip_unread,
+            requirements=requirements,
         )
         steps = [step for step in plan.steps if step.sources[0].role == "donor"]
-        loaded = {step.out.key for step in steps}
-        refuse_unmet(requirements, base, loaded, plan, lambda: diff(base, donor, rules))
         if assign:
             steps = [uncast(step, donor) for step in steps]
         loading = _Loading(model, base, Producer({"donor": donor}), steps, assign=assign)
@@ -359,13 +358,11 @@ def _report(
     base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str], *, asked: _Asked
 ) -> LoadReport:
     loaded = {step.out.key for step in steps}
-    kept = [key for key in base if key not in loaded]
-    filled = sum(info.elements for key, info in base.items() if key in loaded)
-    elements = sum(info.elements for info in base.values())
+    covered = measure_coverage(base, loaded)
     findings = (
         *unread_findings(warnings),
         *found.findings,
-        *_kept_findings(kept, plan, found.shared, {finding.key for finding in found.findings}, asked),
+        *_kept_findings(covered.kept, plan, found.shared, {finding.key for finding in found.findings}, asked),
         *_tied_findings(steps),
         *_loss_findings(found.losses),
         *_dropped_findings(plan, asked),
@@ -375,9 +372,9 @@ def _report(
     return LoadReport(
         findings,
         ModelError,
-        loaded=tuple(key for key in base if key in loaded),
-        kept=tuple(kept),
-        coverage=filled / elements if elements else 1.0,
+        loaded=covered.filled,
+        kept=covered.kept,
+        coverage=covered.share,
         modules=coverage_by_module(base.values(), loaded),
     )
 

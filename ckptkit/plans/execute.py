@@ -83,6 +83,16 @@ class Written(Result):
     plan: Plan | None = field(default=None, compare=False)
 
     @property
+    def coverage(self) -> float | None:
+        """The share of the base's elements that got values from a donor, as in the plan; None without a base."""
+        return None if self.plan is None else self.plan.coverage
+
+    @property
+    def from_base(self) -> tuple[str, ...]:
+        """The keys that have the values of the base, as in the plan."""
+        return () if self.plan is None else self.plan.from_base
+
+    @property
     def in_short(self) -> str:
         """The most important numbers, on one line."""
         return f"{printable(self.path)}, {self.format}, {plural(self.tensors, 'tensor')}, {human_bytes(self.nbytes)}"

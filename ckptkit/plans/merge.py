@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
+from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.comparison.parts import align_command, find_parted
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.config_files import default_error_path
+from ckptkit.core.coverage import measure_coverage
+from ckptkit.core.coverage.requirements import Requirements, find_unmet, parse_requirements
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
-from ckptkit.errors import PlanError
+from ckptkit.errors import ModelError, PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.policies import (
@@ -67,6 +69,8 @@ def plan_merge(
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
     skip_unread: bool = False,
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
 ) -> Plan:
     """Return the plan of an overlay: the keys of ``base``, with the donors' values where key and shape agree.
 
@@ -91,12 +95,17 @@ def plan_merge(
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
 
+    ``require`` is a pattern or a list of patterns: every matching key of the base must get its values from a donor.
+    ``min_coverage`` is the least share of the base's elements that must get them, between 0 and 1. ``coverage`` of the
+    plan is that share, and ``from_base`` names the keys that keep the values of the base.
+
     Raises:
-        ArgumentError: An action is not one of those above.
+        ArgumentError: An action is not one of those above, or ``min_coverage`` is not a share.
         RuleError: A rule or a pattern is not valid, or it decides about no key.
-        PlanError: A policy is ``error``, an operation cannot make the shapes equal, or nothing matches at all. A donor
-            has the values of a missing key in parts. A tensor cannot be copied, or a file refers to code that looks
-            malicious. Or a quantised weight would replace a plain weight, or the reverse.
+        PlanError: A policy is ``error``, ``require`` or ``min_coverage`` is not met, an operation cannot make the
+            shapes equal, or nothing matches at all. A donor has the values of a missing key in parts. A tensor cannot
+            be copied, or a file refers to code that looks malicious. Or a quantised weight would replace a plain
+            weight, or the reverse.
 
     Example:
         A new head on a body that must fit:
@@ -113,6 +122,7 @@ def plan_merge(
     """
     require_flags(skip_unread=skip_unread)
     policies = _policies(on_missing, on_unexpected, on_mismatch, _Sides())
+    requirements = parse_requirements(require, min_coverage)
     given = list(donors) if isinstance(donors, Sequence) and not isinstance(donors, str) else [donors]
     if not given:
         raise PlanError("there is no donor to take values from")
@@ -120,7 +130,8 @@ def plan_merge(
     with contextlib.ExitStack() as stack:
         opened_base = stack.enter_context(opened(base, "base"))
         sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
-        return _plan(opened_base, sources, rules_for(rules, sources[roles[0]]), policies, skip_unread=skip_unread)
+        rules = rules_for(rules, sources[roles[0]])
+        return _plan(opened_base, sources, rules, policies, requirements, skip_unread=skip_unread)
 
 
 def plan_loading(
@@ -132,15 +143,22 @@ def plan_loading(
     on_unexpected: OnUnexpected,
     on_mismatch: OnMismatch,
     skip_unread: bool,
+    requirements: Requirements,
 ) -> Plan:
     """Return the plan that ``plan_merge`` makes of two checkpoints; errors speak of the model and the checkpoint."""
     policies = _policies(on_missing, on_unexpected, on_mismatch, _Sides("model", "checkpoint"))
     sources = {"donor": checkpoint}
-    return _plan(model, sources, rules_for(rules, checkpoint), policies, skip_unread=skip_unread)
+    return _plan(model, sources, rules_for(rules, checkpoint), policies, requirements, skip_unread=skip_unread)
 
 
 def _plan(
-    base: Checkpoint, sources: dict[str, Checkpoint], rules: Rules, policies: _Policies, *, skip_unread: bool
+    base: Checkpoint,
+    sources: dict[str, Checkpoint],
+    rules: Rules,
+    policies: _Policies,
+    requirements: Requirements,
+    *,
+    skip_unread: bool,
 ) -> Plan:
     refuse_suspicious(base, "base")
     refuse_ambiguous(base, base)
@@ -161,6 +179,8 @@ def _plan(
     if not policies.keeps_parted:
         for role, overlay in zip(sources, overlays, strict=True):
             _refuse_parted(base, missing, sources[role], overlay, policies.sides)
+    if requirements:
+        _refuse_unmet(requirements, base, from_donor.keys(), overlays, policies.sides)
     if skip_unread:
         base, unread = without_unread(base, "base", from_donor)
         skipped += unread
@@ -185,8 +205,31 @@ def _plan(
         base.versions,
         role_to_edit(base, "base"),
         command="merge",
+        covered=measure_coverage(base, from_donor.keys()),
     )
     return check_quantized(plan, quantized)
+
+
+def _refuse_unmet(
+    requirements: Requirements, base: Checkpoint, filled: Collection[str], overlays: Sequence[_Overlay], sides: _Sides
+) -> None:
+    """Raise the error of the first requirement that the plan does not meet."""
+    reasons = {drop.wanted: drop.reason for overlay in overlays for drop in overlay.dropped if drop.wanted}
+    source = f"the {sides.donor}" if sides.donor else "the donor" if len(overlays) == 1 else "the donors"
+    unmet = find_unmet(requirements, base, set(filled), reasons, of=f"the {sides.base}", source=source)
+    if not unmet:
+        return
+    rename = next((hint for overlay in overlays for hint in overlay.hints), None)
+    if all(key in reasons for key in unmet[0].keys):
+        hint = call = "require less, or set on_mismatch to an operation that makes the shapes equal"
+        hint = hint.replace("on_mismatch", "--on-mismatch")
+    elif rename is not None:
+        hint, call = rename.message, f"{rename.message}: pass rules=[{rename.rename!r}]"
+    else:
+        hint = "require less, or rename the keys of DONOR: ckpt align BASE DONOR -o rules.toml finds rules for --rules"
+        call = "require less, or rename the keys with the rules that suggest_rules finds"
+    error = ModelError if sides.is_loading else PlanError
+    raise error(unmet[0].message, hint=hint, call=call)
 
 
 def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
@@ -267,6 +310,7 @@ class _Overlay:
     mismatched: Sequence[str]
     dropped: Sequence[Dropped]
     notes: Sequence[str]
+    hints: Sequence[Hint]  # renames that would make more keys match
 
 
 def _make_overlay(
@@ -312,7 +356,8 @@ def _make_overlay(
             added[new] = make_step(replace(info, key=new), derivation, role, donor)
     dropped += dropped_entries(donor, role)
     mismatched = [pair.key for pair in result.shape_mismatched]
-    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes)
+    hints = [hint for hint in result.hints if hint.rename]
+    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes, hints)
 
 
 def _unexpected(

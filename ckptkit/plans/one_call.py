@@ -83,6 +83,8 @@ def merge(
     on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -96,14 +98,17 @@ def merge(
 ) -> Written:
     """Write ``base`` with the values of the donors where key and shape agree, as ``ckpt merge`` does.
 
-    ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``skip_unread`` and
-    the policies ``on_...`` are as in ``plan_merge``; the other arguments are as in ``convert``.
+    ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``skip_unread``,
+    ``require``, ``min_coverage`` and the policies ``on_...`` are as in ``plan_merge``; the other arguments are as in
+    ``convert``. ``coverage`` of the result is the share of the base's elements that got values from a donor, and
+    ``from_base`` names the keys that have the values of the base.
 
     Raises:
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: A rule or a pattern is not valid, or matches nothing.
-        PlanError: Nothing fits, a policy says ``error``, or a tensor cannot be copied, cast or held by the format.
+        PlanError: Nothing fits, ``require`` or ``min_coverage`` is not met, a policy says ``error``, or a tensor cannot
+            be copied, cast or held by the format.
         OutputError: The output exists (without ``force``), or cannot be written.
 
     Example:
@@ -129,6 +134,7 @@ def merge(
             plan = plan_merge(
                 opened_base, opened_donors, rules,
                 on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch, skip_unread=skip_unread,
+                require=require, min_coverage=min_coverage,
             )  # fmt: skip
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress

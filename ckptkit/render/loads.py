@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.text import printable
 from ckptkit.render.findings import findings_document, findings_page
 from ckptkit.render.page import Block, Line, Page, Table
-from ckptkit.render.summary import coverage_documents, share_cell
+from ckptkit.render.summary import coverage_documents, names_in_short, share_cell
 
 if TYPE_CHECKING:
     from ckptkit.loading import LoadReport
@@ -34,7 +34,8 @@ def load_page(report: LoadReport) -> Page:
         page.append(
             Table(("module", "tensors", "elements", "share"), rows, frozenset({"tensors", "elements", "share"}))
         )
-    return [*page, *findings_page(report)]
+    page += findings_page(report)
+    return [*page, *([Line((f"kept as they were: {names_in_short(report.kept)}",))] if report.kept else [])]
 
 
 def load_document(report: LoadReport) -> dict[str, object]:

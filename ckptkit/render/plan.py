@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
-from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.summary import names_in_short
 
 if TYPE_CHECKING:
     from ckptkit.plans.execute import Written
@@ -41,6 +42,8 @@ def plan_document(plan: Plan) -> dict[str, object]:
             "elements": plan.elements,
             "bytes": plan.nbytes,
             "dropped": len(plan.dropped),
+            "coverage": plan.coverage,
+            "from_base": list(plan.from_base),
             "by_source": dict(Counter(map(_roles, plan.steps))),
             "by_operation": dict(Counter(step.operation for step in plan.steps)),
         },
@@ -81,7 +84,7 @@ def _cast_document(loss: CastLoss) -> dict[str, object]:
 
 def plan_page(plan: Plan, *, expand: bool = False) -> Page:
     """Return the page of a dry run: every tensor of the output with its source, then what is left out."""
-    about = [*_kept(plan), *_unread(plan), f"{_summary(plan)}; nothing was written"]
+    about = [*_kept(plan), *_unread(plan), f"{_summary(plan)}; nothing was written", *_coverage(plan, expand=expand)]
     return [*_tables(plan, expand=expand), *(Line((sentence,)) for sentence in about)]
 
 
@@ -100,6 +103,7 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
     if tensors:
         about = [*_kept(plan), *_losses(written), *_verified(written)]
         lines = [*(Line((sentence,)) for sentence in about), Line(_written(plan, written))]
+        lines += [Line((sentence,)) for sentence in _coverage(plan, expand=expand)]
         return [*_tables(plan, expand=expand), *lines]
     before = [*_kept(plan), *_losses(written)]
     page: list[Block] = [*(Line((note,)) for note in plan.notes), Line(_written(plan, written))]
@@ -107,7 +111,22 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
     dropped = [drop for drop in plan.dropped if not drop.is_entry]
     if dropped:
         page.append(_left_out(dropped, expand=expand))
-    return [*page, *(Line((sentence,)) for sentence in _remarks(plan, written))]
+    sentences = [*_remarks(plan, written), *_coverage(plan, expand=expand)]
+    return [*page, *(Line((sentence,)) for sentence in sentences)]
+
+
+def _coverage(plan: Plan, *, expand: bool) -> Iterator[str]:
+    """Yield how much of the base got values from a donor, and the names of what did not."""
+    covered = plan.covered
+    if covered is None:
+        return
+    tensors = len(covered.filled) + len(covered.kept)
+    yield (
+        f"coverage {percent(covered.share)} of {plural(covered.elements, 'element')}: "
+        f"{len(covered.filled):,} of {plural(tensors, 'tensor')} of the base have values of a donor"
+    )
+    if covered.kept:
+        yield f"stays as in the base: {names_in_short(covered.kept, expand=expand)}"
 
 
 def _remarks(plan: Plan, written: Written) -> Iterator[str]:

@@ -9,14 +9,16 @@ from collections.abc import Container, Iterable
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import human_bytes, percent, plural, printable
+from ckptkit.core.text import human_bytes, listed, percent, plural, printable
 from ckptkit.quantized import Quantized
-from ckptkit.render.page import Code, Line, as_code
+from ckptkit.render.page import Code, Line, Row, as_code, table_rows
 
 __all__ = [
-    "checkpoint_document", "coverage_documents", "describe", "json_number", "quantized_document",
+    "checkpoint_document", "coverage_documents", "describe", "json_number", "names_in_short", "quantized_document",
     "quantized_lines", "share_cell", "tensor_document", "totals_document",
 ]  # fmt: skip
+
+_MOST_NAMES = 16  # that a sentence lists; the JSON document has all
 
 
 def describe(checkpoint: CheckpointSummary) -> tuple[str | Code, ...]:
@@ -76,6 +78,12 @@ def coverage_documents(modules: Iterable[ModuleCoverage]) -> list[dict[str, obje
         }
         for module in modules
     ]
+
+
+def names_in_short(names: Iterable[str], *, expand: bool = False) -> str:
+    """Return printable names, joined as rows of a table are, and at most 16 of them unless ``expand``."""
+    rows = [name for (name,) in table_rows([Row(name, ()) for name in names], expand=expand)]
+    return listed(rows, len(rows) if expand else _MOST_NAMES, show=str)
 
 
 def json_number(value: float | None) -> float | str | None:

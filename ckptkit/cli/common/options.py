@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +22,7 @@ __all__ = [
     "path_argument",
     "quiet_option",
     "report_options",
+    "requirement_options",
     "skip_unread_option",
 ]
 
@@ -68,6 +70,31 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 _markdown_option = click.option(
     "--markdown", "as_markdown", is_flag=True, help="Print Markdown, to paste into an issue."
 )
+
+
+def _parse_share(context: click.Context, option: click.Parameter, text: str) -> float:
+    """Return the share that is written as ``0.95`` or ``95%``."""
+    number = text.strip().removesuffix("%")
+    with contextlib.suppress(ValueError):
+        share = float(number) / 100 if number != text.strip() else float(number)
+        if 0 <= share <= 1:
+            return share
+    raise click.BadParameter(f"{text!r} is not a share: write 0.95 or 95%.", context, option)
+
+
+_require_option = click.option(
+    "--require", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    help="Keys that must all be filled. Repeatable.",
+)  # fmt: skip
+_min_coverage_option = click.option(
+    "--min-coverage", default="0", metavar="SHARE", callback=_parse_share,
+    help="The least share of the elements that must be filled, such as 0.95 or 95%.",
+)  # fmt: skip
+
+
+def requirement_options(command: CommandFunction) -> CommandFunction:
+    """Add --require and --min-coverage."""
+    return add_options(command, _require_option, _min_coverage_option)
 
 
 def filter_options(command: CommandFunction) -> CommandFunction:

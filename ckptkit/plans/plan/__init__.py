@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.arguments import refuse, require_flags, require_type
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.coverage import Coverage
 from ckptkit.core.result import Result
 from ckptkit.core.text import human_bytes, plural
 from ckptkit.core.ties import overlapping_tensors
@@ -30,6 +31,7 @@ class Plan(Result):
     ``kept`` names the entries that the copy has too, such as the optimizer; ``check_output`` sets ``kept``.
     ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
     ``command`` is the command that makes such a plan (``remap``, ``merge`` or ``convert``); its document names it.
+    ``covered`` says which tensors of the base get values from a donor; it is None where a plan has no base.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
@@ -45,6 +47,7 @@ class Plan(Result):
     edited_role: str = ""
     kept: tuple[str, ...] = ()
     command: str = field(default="remap", compare=False)
+    covered: Coverage | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
@@ -62,6 +65,17 @@ class Plan(Result):
                 refuse(table, name, f"a mapping of str to {of.__name__}")
         for name in ("edited_role", "command"):
             require_type(getattr(self, name), str, name, "a str")
+        require_type(self.covered, Coverage | None, "covered", "a Coverage, or None")
+
+    @property
+    def coverage(self) -> float | None:
+        """The share of the base's elements that get values from a donor, between 0 and 1; None without a base."""
+        return None if self.covered is None else self.covered.share
+
+    @property
+    def from_base(self) -> tuple[str, ...]:
+        """The keys of the base that get no value from a donor; in the output, they have the values of the base."""
+        return () if self.covered is None else self.covered.kept
 
     @property
     def elements(self) -> int:

@@ -1,4 +1,4 @@
-"""Count the loaded tensors of each module; a module that was loaded in part is divided into submodules."""
+"""Which tensors of a base got values, counted for the whole and for each module."""
 
 from __future__ import annotations
 
@@ -8,9 +8,34 @@ from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import TensorInfo
 
-__all__ = ["ModuleCoverage", "coverage_by_module", "group_by_module"]
+__all__ = ["Coverage", "ModuleCoverage", "coverage_by_module", "group_by_module", "measure_coverage"]
 
 _MAX_MODULES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The keys of a base that got values from another checkpoint, and the keys that have the values of the base."""
+
+    filled: tuple[str, ...]
+    kept: tuple[str, ...]
+    filled_elements: int
+    elements: int
+
+    @property
+    def share(self) -> float:
+        """The share of the elements that got values, between 0 and 1; 1 if the base has no element."""
+        return self.filled_elements / self.elements if self.elements else 1.0
+
+
+def measure_coverage(infos: Mapping[str, TensorInfo], filled: AbstractSet[str]) -> Coverage:
+    """Return which of the tensors ``infos`` are ``filled``, and how many elements they have."""
+    return Coverage(
+        tuple(key for key in infos if key in filled),
+        tuple(key for key in infos if key not in filled),
+        sum(info.elements for key, info in infos.items() if key in filled),
+        sum(info.elements for info in infos.values()),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,140 @@
+"""A merge says how much of the base got values, names what did not, and refuses where too little would get them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptkit import merge, plan_merge
+from ckptkit.errors import ArgumentError, PlanError, RuleError
+from tests.helpers_cli import run_ckpt
+
+LAYERS = 12
+
+
+def base_state() -> dict[str, torch.Tensor]:
+    """Return 12 layers of two tensors with 6 elements each, and a head of 8, in the order of safetensors."""
+    layers = {f"layers.{i}.{name}.weight": torch.zeros(2, 3) for i in range(LAYERS) for name in ("attn", "fc")}
+    return dict(sorted({**layers, "head.weight": torch.zeros(4, 2)}.items()))
+
+
+def donor_state() -> dict[str, torch.Tensor]:
+    """Return only the attention of each layer, and a head of another shape: 72 of 152 elements."""
+    layers = {f"layers.{i}.attn.weight": torch.ones(2, 3) for i in range(LAYERS)}
+    return {**layers, "head.weight": torch.ones(5, 2)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Write a base and a donor, and return their paths and that of an output."""
+    base, donor = tmp_path / "base.safetensors", tmp_path / "donor.safetensors"
+    save_file(base_state(), base)
+    save_file(donor_state(), donor)
+    return base, donor, tmp_path / "out.safetensors"
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["written", "dry run"])
+@pytest.mark.parametrize("report", ["text", "--json", "--markdown"])
+def test_a_merge_ends_with_its_coverage(
+    files: tuple[Path, Path, Path], dry: bool, report: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report has the share of the base and the names that stay, joined as rows of tables are."""
+    base, donor, out = files
+    options = [*(["--dry-run"] if dry else []), *([report] if report != "text" else [])]
+    ran = run_ckpt(capsys, "merge", base, donor, "-o", out, "--on-mismatch", "skip", *options)
+    assert ran.code == 0
+    stay = [key for key, value in base_state().items() if key not in donor_state() or key == "head.weight"]
+    if not dry:
+        written = load_file(out)
+        assert stay == [key for key in base_state() if not written[key].any()]
+    if report == "--json":
+        summary = json.loads(ran.out)["summary"]
+        assert (summary["coverage"], summary["from_base"]) == (72 / 152, stay)
+        return
+    lines = (ran.out if dry or report == "--markdown" else ran.err).strip().splitlines()[-2:]
+    assert "coverage 47.4 % of 152 elements: 12 of 25 tensors of the base" in lines[0]
+    assert lines[1].replace("\\", "").endswith("stays as in the base: head.weight, layers.{0..11}.fc.weight ×12")
+
+
+def test_python_has_the_coverage_of_a_merge(files: tuple[Path, Path, Path]) -> None:
+    """The plan and the description of the output have the share and the names; so has the text of both."""
+    base, donor, out = files
+    plan = plan_merge(base, donor, on_mismatch="skip")
+    written = merge(base, donor, out, on_mismatch="skip")
+    assert plan.coverage == written.coverage == 72 / 152
+    assert plan.from_base == written.from_base == tuple(k for k in base_state() if "attn" not in k)
+    assert "layers.{0..11}.fc.weight" in str(plan).splitlines()[-1] == str(written).splitlines()[-1]
+
+
+def test_what_donors_add_is_not_a_part_of_the_base() -> None:
+    """A key that only a donor has does not raise the coverage."""
+    plan = plan_merge({"a": torch.zeros(2), "b": torch.zeros(2)}, {"a": torch.ones(2), "c": torch.ones(9)},
+                      on_unexpected="add")  # fmt: skip
+    assert (plan.coverage, plan.from_base) == (0.5, ("b",))
+
+
+def test_several_donors_fill_a_base_together() -> None:
+    """A key counts once, whichever donor fills it."""
+    base = {name: torch.zeros(2) for name in "abcd"}
+    plan = plan_merge(base, [{"a": torch.ones(2), "b": torch.ones(2)}, {"b": torch.ones(2), "c": torch.ones(2)}])
+    assert (plan.coverage, plan.from_base) == (0.75, ("d",))
+    with pytest.raises(PlanError, match="the donors fill"):
+        plan_merge(base, [{"a": torch.ones(2)}, {"b": torch.ones(2)}], min_coverage=0.9)
+
+
+UNMET: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "a pattern": ({"require": "*.fc.weight"}, ["--require", "*.fc.weight"], "12 of 12 tensors"),
+    "the second pattern": (
+        {"require": ["*.attn.weight", "head.*"]},
+        ["--require", "*.attn.weight", "--require", "head.*"],
+        "require = 'head.*': 1 of 1 tensor would not be filled, 'head.weight' (its shape is [5, 2], not [4, 2])",
+    ),
+    "a share": ({"min_coverage": 0.48}, ["--min-coverage", "0.48"], "72 of 152 elements (47.4 %), below"),
+    "percent": ({"min_coverage": 0.48}, ["--min-coverage", "48%"], "72 of 152 elements (47.4 %), below"),
+}
+
+
+@pytest.mark.parametrize(("asked", "options", "reason"), UNMET.values(), ids=UNMET.keys())
+def test_an_unmet_requirement_refuses_the_merge(
+    asked: dict[str, Any], options: list[str], reason: str, files: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nothing is written, by the command and by the function, also where the output exists; a dry run refuses too."""
+    base, donor, out = files
+    out.write_bytes(b"before")
+    with pytest.raises(PlanError) as caught:
+        merge(base, donor, out, on_mismatch="skip", force=True, **asked)
+    assert reason in caught.value.reason
+    for more in ([], ["--dry-run"]):
+        ran = run_ckpt(capsys, "merge", base, donor, "-o", out, "--on-mismatch", "skip", "--force", *options, *more)
+        assert (ran.code, ran.out) == (2, "")
+        assert reason in ran.err
+        assert "hint: " in ran.err
+    assert out.read_bytes() == b"before"
+
+
+def test_met_requirements_do_not_change_a_plan(files: tuple[Path, Path, Path]) -> None:
+    """The plan is the one without requirements, at exactly the least share too."""
+    base, donor, _ = files
+    plan = plan_merge(base, donor, on_mismatch="skip")
+    assert plan_merge(base, donor, on_mismatch="skip", require="*.attn.*", min_coverage=72 / 152) == plan
+
+
+def test_wrong_requirements_are_refused(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """A pattern must match a key of the base, and a share is between 0 and 1, or a percentage with its sign."""
+    base, donor, out = files
+    with pytest.raises(RuleError, match="matches none of 25 keys of the base"):
+        plan_merge(base, donor, on_mismatch="skip", require="backbone.*")
+    with pytest.raises(ArgumentError, match=r"for 95 % write 0\.95"):
+        plan_merge(base, donor, on_mismatch="skip", min_coverage=95)
+    for share in ("95", "101%", "-1", "nan", "all", "%", ""):
+        ran = run_ckpt(capsys, "merge", base, donor, "-o", out, f"--min-coverage={share}")
+        assert (ran.code, out.exists()) == (2, False)
+        assert "write 0.95 or 95%" in ran.err
+    ran = run_ckpt(capsys, "merge", base, donor, "-o", out, "--method", "lora", "--require", "head.*")
+    assert (ran.code, out.exists()) == (2, False)
