@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from ckptkit.core.text import quoted
+from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["AdaptedModule", "Adapter", "AdapterPlan", "Fold", "Kind", "Orientation"]
+__all__ = ["AdaptedModule", "Adapter", "AdapterPlan", "Fold", "Kind", "Orientation", "TokenRows"]
 
 Kind: TypeAlias = Literal["lora", "dora", "adalora", "loha", "lokr", "ia3"]
 Orientation: TypeAlias = Literal["by shape", "plain", "transposed"]
@@ -24,12 +26,11 @@ class AdaptedModule:
     - ``lora``: ``A`` is ``[r, in]`` and ``B`` is ``[out, r]``. For a convolution they are ``[r, in, *kernel]`` and
       ``[out, r, 1, ...]``. For an embedding, whose orientation is ``transposed``, they are ``[r, vocab]`` and
       ``[dim, r]``.
-    - ``dora``: as ``lora``, and ``magnitude`` with one value for each output, or for each input if
-      ``is_magnitude_of_inputs``.
+    - ``dora``: as ``lora``, and ``magnitude`` with one value for each output, or for each input if ``per_input``.
     - ``adalora``: as ``lora``, and ``E`` ``[r, 1]``.
     - ``loha``: ``w1_a``, ``w1_b``, ``w2_a``, ``w2_b``, and for some convolutions ``t1`` and ``t2``.
     - ``lokr``: ``w1`` or ``w1_a`` and ``w1_b``, ``w2`` or ``w2_a`` and ``w2_b``, and for some convolutions ``t2``.
-    - ``ia3``: ``l``, with one value for each output or each input. Its scale is always 1.
+    - ``ia3``: ``l``, with one value for each output, or for each input if ``per_input``. It has no scale.
 
     ``scale`` multiplies the update, as a number: alpha over the rank. ``scale_from`` says where it came from, in words
     for a report. ``bias`` is the key of an update of ``{module}.bias``, which is added times ``scale``, or is empty.
@@ -45,7 +46,7 @@ class AdaptedModule:
     orientation: Orientation = "by shape"
     bias: str = ""
     parameter: str = "weight"
-    is_magnitude_of_inputs: bool = False
+    per_input: bool = False
 
     @property
     def key(self) -> str:
@@ -61,22 +62,35 @@ class AdaptedModule:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of one weight that the adapter replaces: row i of the tensor ``name`` is the row ``indices[i]`` of ``key``."""
+
+    key: str
+    name: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """What the tensors of an adapter mean, read from any format.
 
     ``format`` is the name of the format: ``peft``, ``kohya`` or ``diffusers``. ``replacements`` maps a key of the model
     to the key of a tensor that the adapter saves whole, such as those of ``modules_to_save``. ``fan_in_fan_out`` says
-    how square weights are stored whose orientation is ``by shape``: true means ``[in, out]``.
+    how square weights are stored whose orientation is ``by shape``: true means ``[in, out]``. ``follows_ties`` has the
+    keys of the model whose change is also that of every tensor tied to them. The change of another key ends its tie.
     """
 
     format: str
     modules: tuple[AdaptedModule, ...]
     replacements: Mapping[str, str] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    rows: tuple[TokenRows, ...] = ()
+    follows_ties: frozenset[str] = frozenset()
 
     def places(self) -> Iterator[tuple[str, str]]:
         """Yield each key of the adapter after the key of the model that it changes."""
         yield from self.replacements.items()
+        yield from ((rows.key, rows.name) for rows in self.rows)
         for module in self.modules:
             yield from module.places()
 
@@ -85,7 +99,13 @@ class Adapter:
         return tuple(dict.fromkeys(key for key, _ in self.places()))
 
     def scaled(self, factor: float) -> Adapter:
-        """Return the adapter with the scale of every module multiplied by ``factor``."""
+        """Return the adapter with the scale of every module multiplied by ``factor``.
+
+        Raises ``RuleError`` for another factor than 1 where a module has no scale.
+        """
+        unscaled = next((each for each in self.modules if each.kind == "ia3"), None)
+        if factor != 1 and unscaled is not None:
+            raise RuleError(f"{quoted(unscaled.module)} is adapted by IA3, which has no scale")
         return replace(self, modules=tuple(replace(each, scale=each.scale * factor) for each in self.modules))
 
 
@@ -106,7 +126,13 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """The changes of an adapter to the base: folds, and replacements (base key → adapter key)."""
+    """The changes of an adapter to the base: folds, and replacements (base key → adapter key).
+
+    ``unplaced`` are the tensors that are saved whole and have no key in the base, in the form of ``replacements``.
+    ``left_out`` are the other tensors without a place: adapter key → the key of the base that is missing.
+    """
 
     folds: tuple[Fold, ...]
     replacements: Mapping[str, str] = field(default_factory=dict)
+    unplaced: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
