@@ -35,6 +35,17 @@ TABLES: dict[str, tuple[dict[str, Any], list[Shape]]] = {
     "fold_batch_norm": ({"eps": 0.001, "transposed": True}, [(3, 4, 2, 2), (4,), (4,), (4,), (4,), (4,)]),
     "fold_lora": ({"alpha": 16, "r": 2, "rslora": True, "fan_in_fan_out": True}, [(6, 4), (2, 6), (4, 2)]),
     "fold_lora bias": ({"scale": 2.0}, [(4,), (4,)]),
+    "fold_dora": ({"scale": 0.5}, [(4, 3, 2, 2), (2, 3, 2, 2), (4, 2, 1, 1), (1, 4, 1, 1)]),
+    "fold_dora inputs": ({"scale": 0.5, "per_input": True}, [(6, 4), (2, 4), (6, 2), (1, 4)]),
+    "fold_adalora": ({"scale": 0.5, "fan_in_fan_out": True}, [(6, 4), (2, 6), (4, 2), (2, 1)]),
+    "fold_lora_experts": ({"scale": 0.5}, [(3, 4, 5), (6, 5), (4, 6)]),
+    "fold_loha": ({"scale": 0.5}, [(6, 4), (6, 2), (2, 4), (6, 2), (2, 4)]),
+    "fold_loha kernels": ({"scale": 0.5}, [(6, 4, 3, 3), *[(2, 6), (2, 4)] * 2, *[(2, 2, 3, 3)] * 2]),
+    "fold_lokr": ({"scale": 0.5, "w2": 2}, [(6, 4, 3), (3, 2), (2, 1), (1, 6)]),
+    "fold_lokr kernels": ({"scale": 0.5, "w1": 2, "w2": 3}, [(6, 4, 3), (3, 1), (1, 2), (2, 2), (2, 2), (2, 2, 3, 1)]),
+    "fold_ia3": ({"per_input": True, "fan_in_fan_out": True}, [(6, 4), (6, 1)]),
+    "fold_ia3 bias": ({}, [(6,), (1, 6, 1)]),
+    "replace_rows": ({"indices": [4, 0]}, [(5, 3), (2, 3)]),
     "extract_lora": ({"rank": 2}, [(4, 3, 2, 2), (4, 3, 2, 2)]),
 }
 

@@ -53,6 +53,4 @@ def _adapted(
             raise RuleError(f"{quoted(key)} is {list(magnitude)}, which is not one value for each output or input")
         # LyCORIS writes [out, 1] or, in its older versions, [1, in]; PEFT writes [out], or [1, out, 1, 1].
         of_inputs = key.endswith("dora_scale") and len(magnitude) > 1 and magnitude[0] == 1 and count != 1
-    return AdaptedModule(
-        name, group.kind, group.factors, scale, scale_from, bias=group.bias, is_magnitude_of_inputs=of_inputs
-    )
+    return AdaptedModule(name, group.kind, group.factors, scale, scale_from, bias=group.bias, per_input=of_inputs)

@@ -63,7 +63,7 @@ class AdaptedModule:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Rows of one weight that the adapter replaces: row i of the tensor ``name`` is the row ``indices[i]`` of ``key``."""
+    """Rows of the weight ``key`` that the adapter replaces: row i of the tensor ``name`` becomes row ``indices[i]``."""
 
     key: str
     name: str

@@ -125,7 +125,9 @@ def _adding(adapter: Adapter, names: Sequence[str]) -> str | None:
         return None
     added = listed([keys[name] for name in names], 2)
     it, them = ("it is", "it") if len(names) == 1 else ("they are", "them")
-    return f"{it} saved whole with the adapter: --on-unexpected add writes {them} as {added}, and skip leaves {them} out"
+    return (
+        f"{it} saved whole with the adapter: --on-unexpected add writes {them} as {added}, and skip leaves {them} out"
+    )
 
 
 def _renaming(adapter: Adapter, unplaced: Sequence[tuple[str, str]], base: Mapping[str, Shape]) -> str | None:
