@@ -211,17 +211,13 @@ def test_options_of_another_method_are_refused(
     assert reason in ran.err
 
 
-def test_without_its_configuration_and_with_two_an_adapter_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_its_configuration_an_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = written(tmp_path, base_state(), adapter_state(), None)
     ran = fold(capsys, base, adapter)
     file = f"{adapter}/adapter_model.safetensors"
     reason = "no adapter_config.json in the directory of the adapter: the scale is unknown"
     hint = "hint: copy adapter_config.json there, or in Python give it as lora_config"
     assert (ran.code, ran.err.splitlines()[-2:]) == (2, [f"ckpt: {file}: {reason}", hint])
-    ran = fold(capsys, base, adapter, adapter)
-    assert "--method lora takes one DONOR" in ran.err
 
 
 def test_ties_of_the_base_are_followed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.donor_names import donor_weights
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import path_argument, requirement_options, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
@@ -35,7 +36,7 @@ __all__ = ["merge"]
 
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
     "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread", "require", "min_coverage"),
-    "lora": ("scale",),
+    "lora": ("scale", "weight"),
     "extract-lora": ("rank",),
 }
 
@@ -46,8 +47,8 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @plan_output_options
 @rule_options(beside="donors")
 @click.option("--method", type=click.Choice(list(_METHODS)), default="overlay", show_default=True,
-              help="overlay: copy the values of each DONOR. lora: add a LoRA adapter of PEFT. extract-lora: find the "
-              "adapter nearest to the changes in a fine-tuned DONOR.")  # fmt: skip
+              help="overlay: copy the values of each DONOR. lora: add LoRA adapters of PEFT, kohya or diffusers. "
+              "extract-lora: find the adapter nearest to the changes in a fine-tuned DONOR.")  # fmt: skip
 @policy_option("--on-missing", MISSING_ACTIONS, "keep", "What to do with a key of BASE that no DONOR has.")
 @policy_option(
     "--on-unexpected", UNEXPECTED_ACTIONS, "skip", "What to do with a key of a DONOR that BASE does not have."
@@ -61,7 +62,10 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @requirement_options
 @skip_unread_option
 @click.option("--scale", type=float, default=1.0, show_default=True,
-              help="lora only: multiply the scale in the adapter's configuration.")  # fmt: skip
+              help="lora only: multiply the scale of every adapter.")  # fmt: skip
+@click.option("--weight", multiple=True, metavar="NAME=X",
+              help="lora only: multiply the scale of one of several adapters; NAME is its path, its directory's name, "
+              "or its file's name without the suffix.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True,
               help="extract-lora only: the rank of the adapter.")  # fmt: skip
 def merge(
@@ -78,13 +82,14 @@ def merge(
     min_coverage: float,
     skip_unread: bool,
     scale: float,
+    weight: tuple[str, ...],
     rank: int,
 ) -> None:
     """Copy the values of each DONOR into BASE where key and shape agree.
 
     The output has the keys, shapes and dtypes of BASE. The rules rename and filter the keys of the donors first. If
-    several donors have a key, the last one counts. Refuses if nothing matches. With --method lora, DONOR is an adapter
-    with its adapter_config.json, and every tensor of the adapter must have a target in BASE.
+    several donors have a key, the last one counts. Refuses if nothing matches. With --method lora, each DONOR is an
+    adapter of PEFT, kohya or diffusers, and every tensor of it must have a target in BASE.
 
     The three --on-... options are repeatable. PATTERN=ACTION is for the keys that match, as in 'fc.*=skip', and the
     first pattern that matches a key decides. ACTION alone is for all other keys; without it, they are an error. A
@@ -98,12 +103,14 @@ def merge(
     ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch 'fc.*=skip'
     ckpt merge base.safetensors ddp.pt -o out.safetensors --strip auto --dry-run
     ckpt merge base.safetensors adapter/ -o merged.safetensors --method lora
+    ckpt merge unet.safetensors a.safetensors b.safetensors -o out.safetensors --method lora --weight a=0.7
     ckpt merge base.safetensors tuned.safetensors -o adapter/adapter_model.safetensors --method extract-lora
     """  # noqa: D301 - \b is click's mark
     _refuse_options_of_other_methods(method)
     keeps = click.get_current_context().get_parameter_source("on_missing") is not ParameterSource.DEFAULT
-    if method != "overlay" and len(donors) > 1:
+    if method == "extract-lora" and len(donors) > 1:
         raise click.UsageError(f"--method {method} takes one DONOR")
+    weights = donor_weights(weight, donors)
     if method == "extract-lora" and options.carry:
         raise click.UsageError("--carry has no meaning with --method extract-lora: the output is not a model")
     expected = [codes.ADAPTER_BASE] if method == "lora" else []
@@ -117,7 +124,7 @@ def merge(
             if method == "lora":
                 from ckptkit.plans.adapters.fold import plan_lora
 
-                plan = plan_lora(first, others[0], None, rules, scale=scale)
+                plan = plan_lora(first, others, None, rules, scale=scale, weights=weights)
             elif method == "extract-lora":
                 from ckptkit.plans.adapters.extract import plan_extract_lora
 

@@ -143,12 +143,13 @@ def merge(
 
 def merge_lora(
     base: CheckpointLike,
-    adapter: CheckpointLike,
+    adapter: CheckpointLike | Sequence[CheckpointLike],
     out: str | os.PathLike[str],
-    lora_config: LoraConfigLike | None = None,
+    lora_config: LoraConfigLike | Sequence[LoraConfigLike | None] | None = None,
     rules: RulesLike | None = None,
     *,
     scale: float = 1.0,
+    weights: Sequence[float] | None = None,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -159,10 +160,10 @@ def merge_lora(
     allow_overflow: bool = False,
     progress: Progress | None = None,
 ) -> Written:
-    """Write ``base`` with a LoRA adapter of peft folded into its weights, as ``ckpt merge --method lora`` does.
+    """Write ``base`` with one or several LoRA adapters folded into its weights, as ``ckpt merge --method lora`` does.
 
-    ``base`` and ``adapter`` are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules`` and
-    ``scale`` are as in ``plan_lora``; the other arguments are as in ``convert``.
+    ``base`` and each adapter are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules``,
+    ``scale`` and ``weights`` are as in ``plan_lora``; the other arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
@@ -189,9 +190,11 @@ def merge_lora(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
     )  # fmt: skip
-    with _opened(roles_of(base, [adapter])) as sources:
-        with default_error_path(_path(adapter)):
-            plan = plan_lora(sources["base"], sources["donor"], lora_config, rules, scale=scale)
+    given = [adapter] if isinstance(adapter, str) or not isinstance(adapter, Sequence) else adapter
+    with _opened(roles_of(base, given)) as sources:
+        opened_base, *donors = sources.values()
+        with default_error_path(_path(given[0]) if len(given) == 1 else None):
+            plan = plan_lora(opened_base, donors, lora_config, rules, scale=scale, weights=weights)
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.steps import refuse_suspicious
 
 __all__ = ["BASE", "DONOR", "opened_roles"]
@@ -15,10 +16,10 @@ BASE, DONOR = "base", "donor"
 
 
 @contextlib.contextmanager
-def opened_roles(base: CheckpointLike, donor: CheckpointLike) -> Iterator[dict[str, Checkpoint]]:
-    """Open the two inputs, and give both by role; raise ``PlanError`` for a file with code that looks malicious."""
-    with opened(base, BASE) as base_side, opened(donor, DONOR) as donor_side:
-        roles = {BASE: base_side, DONOR: donor_side}
+def opened_roles(base: CheckpointLike, *donors: CheckpointLike) -> Iterator[dict[str, Checkpoint]]:
+    """Open the inputs, and give all by role; raise ``PlanError`` for a file with code that looks malicious."""
+    with contextlib.ExitStack() as stack:
+        roles = {role: stack.enter_context(opened(value, role)) for role, value in roles_of(base, donors).items()}
         for role, checkpoint in roles.items():
             refuse_suspicious(checkpoint, role)
         yield roles

@@ -1,0 +1,91 @@
+"""Combine the changes of one or several adapters into one step for each tensor of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptkit.adapters.model import AdapterPlan, Fold
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import quoted
+from ckptkit.errors import PlanError
+from ckptkit.plans.adapters.inputs import BASE
+from ckptkit.plans.plan import Dropped, Source, Step
+from ckptkit.plans.steps import complete_step, is_float
+from ckptkit.tensor_ops.arithmetic import Cast
+from ckptkit.tensor_ops.recipes import Recipe
+
+__all__ = ["Combined", "PlacedAdapter", "combine"]
+
+_REPLACED = "saved whole with the adapter"
+_WIDE = ("F32", "F64")  # a sum in one of these is not cast before it is rounded to the dtype of the base
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedAdapter:
+    """The changes of one adapter, the role of its file, and the key in that file of each key of the plan."""
+
+    role: str
+    plan: AdapterPlan
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """The steps of the tensors that the adapters change, by key, the tensors that no step uses, and notes."""
+
+    steps: Mapping[str, Step]
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
+
+
+def combine(adapters: Sequence[PlacedAdapter], roles: Mapping[str, Checkpoint]) -> Combined:
+    """Return the steps that add the update of every adapter, in their order, and round each sum once.
+
+    Of two adapters that replace one tensor the last counts, and a note says so. Raises ``PlanError`` where an adapter
+    replaces a tensor that another one before it changes, whose update would be lost.
+    """
+    folds: dict[str, list[tuple[PlacedAdapter, Fold]]] = {}
+    replaced: dict[str, Source] = {}
+    dropped: list[Dropped] = []
+    notes: list[str] = []
+    for adapter in adapters:
+        own = {fold.key: fold.replaced_by for fold in adapter.plan.folds if fold.replaced_by}
+        for key, name in {**own, **adapter.plan.replacements}.items():
+            if key in folds:
+                first = folds[key][0][0].role
+                raise PlanError(
+                    f"{quoted(key)} is changed by {first}, and {adapter.role} replaces it: one of both would be lost",
+                    hint=f"give {adapter.role} before {first}, or leave its tensor out with --drop",
+                )
+            if key in replaced:
+                before = replaced[key]
+                notes.append(f"{before.role} and {adapter.role} both replace {quoted(key)}: the last one counts")
+                dropped.append(Dropped(before.role, before.key, f"{adapter.role} replaces it too", key))
+            replaced[key] = Source(adapter.role, adapter.names[name])
+        for fold in adapter.plan.folds:
+            folds.setdefault(fold.key, []).append((adapter, fold))
+    steps = {}
+    for key in dict.fromkeys((*folds, *replaced)):
+        first_source = replaced.get(key, Source(BASE, key))
+        steps[key] = complete_step(_step(key, first_source, folds.get(key, ()), roles), roles)
+    return Combined(steps, tuple(dropped), tuple(notes))
+
+
+def _step(
+    key: str, first: Source, folds: Sequence[tuple[PlacedAdapter, Fold]], roles: Mapping[str, Checkpoint]
+) -> Step:
+    """Return the step of a tensor that begins as ``first``, and to which the folds add in order."""
+    out = replace(roles[BASE][key], shape=roles[first.role][first.key].shape)
+    if not folds:
+        return Step(out, (first,), "", _REPLACED)
+    dtype = roles[first.role][first.key].dtype
+    sources, recipe = [first], None
+    if len(folds) > 1 and is_float(dtype) and dtype not in _WIDE:
+        recipe = Recipe((0,), (Cast("F32"),))
+    for adapter, fold in folds:
+        numbers = range(len(sources), len(sources) + len(fold.factors))
+        sources += [Source(adapter.role, adapter.names[factor]) for factor in fold.factors]
+        recipe = Recipe((0 if recipe is None else recipe, *numbers), (fold.operation,))
+    label = " + ".join(fold.label for _, fold in folds)
+    return Step(out, tuple(sources), "", label, recipe)
