@@ -156,6 +156,14 @@ _DEFINITIONS: dict[str, Schema] = {
         },
     ),
     "checkpoint": _object("A checkpoint, and what is in it.", {"path": _PATH, "format": _FORMAT, **_TOTALS}),
+    "unmet": _object(
+        "A requirement that is not met.",
+        {
+            "requirement": _one_of("The requirement.", "require", "min_coverage"),
+            "message": _text("What is not met, in one sentence."),
+            "keys": _texts("The keys that would not be filled."),
+        },
+    ),
     "quantized": _object(
         "A quantised weight: its codes, scales and other parts together.",
         {
@@ -470,7 +478,11 @@ SCHEMAS: dict[str, Schema] = dict(
                         },
                     ),
                 ),
-                "values": {"description": "Always null: values are not compared.", "type": "null"},
+                "values": {
+                    "description": "That no value of the two files was read; null where a side is not a file.",
+                    "enum": ["not read", None],
+                },
+                "unmet": _list("The requirements that are not met; the exit code is then 1.", "unmet"),
                 "hints": _list(
                     "What would explain differences.",
                     _object(

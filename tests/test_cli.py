@@ -328,7 +328,7 @@ def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
         "matched": [{"key": "str", "found_key": "str", **tensor}],
         "missing": [], "unexpected": [],
         "shape_mismatched": [{"key": "str", "found_key": "str", "expected": tensor, "found": tensor}],
-        "dtype_mismatched": [], "quantized": [], "values": "NoneType", "hints": [],
+        "dtype_mismatched": [], "quantized": [], "values": "NoneType", "unmet": [], "hints": [],
         "summary": {
             "matched": "int", "missing": "int", "unexpected": "int", "shape_mismatched": "int",
             "dtype_mismatched": "int", "quantized": "int", "coverage": "float", "loads_strict": "bool", "loads": "bool",

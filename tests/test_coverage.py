@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptkit import merge, plan_merge
-from ckptkit.errors import ArgumentError, PlanError, RuleError
+from ckptkit import diff, load_into, merge, plan_merge, preflight
+from ckptkit.errors import ArgumentError, ModelError, PlanError, RuleError
+from fixtures.lenet import build
 from tests.helpers_cli import run_ckpt
 
 LAYERS = 12
@@ -138,3 +140,84 @@ def test_wrong_requirements_are_refused(files: tuple[Path, Path, Path], capsys: 
         assert "write 0.95 or 95%" in ran.err
     ran = run_ckpt(capsys, "merge", base, donor, "-o", out, "--method", "lora", "--require", "head.*")
     assert (ran.code, out.exists()) == (2, False)
+
+
+MODEL = "py:fixtures.lenet:build"
+TEN = "fixtures/lenet_10class.pth"
+
+
+def test_diff_and_preflight_judge_as_load_into_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each reports a requirement that is not met in text and JSON, with exit code 1 and the words of load_into."""
+    model = build()
+    with pytest.raises(ModelError) as caught:
+        load_into(model, TEN, on_mismatch="skip", require="fc3.*")
+    with pytest.raises(ModelError) as share:
+        load_into(model, TEN, on_mismatch="skip", min_coverage=0.9999)
+    sentences = [caught.value.reason, share.value.reason]
+    options = ["--require", "fc3.*", "--min-coverage", "99.99%"]
+    ran = run_ckpt(capsys, "diff", MODEL, TEN, *options)
+    assert ran.code == 1
+    assert [line for line in ran.out.splitlines() if line.startswith("not met: ")] == [
+        f"not met: {s}" for s in sentences
+    ]
+    document = json.loads(run_ckpt(capsys, "diff", MODEL, TEN, *options, "--json").out)
+    assert [unmet["message"] for unmet in document["unmet"]] == sentences
+    assert document["unmet"][0]["keys"] == document["unmet"][1]["keys"] == ["fc3.weight", "fc3.bias"]
+    assert [unmet.message for unmet in diff(MODEL, TEN, require="fc3.*", min_coverage=0.9999).unmet] == sentences
+    ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--init", TEN, "--fresh", "fc3.*", *options, "--json")
+    found = [finding for finding in json.loads(ran.out)["findings"] if finding["code"] == "preflight.required"]
+    assert ran.code == 1
+    assert [finding["message"].replace("in init", "in the checkpoint") for finding in found] == [
+        sentence.replace("the checkpoint fills", "init fills") for sentence in sentences
+    ]
+    assert [f.message for f in preflight(build(), init=TEN, require="fc3.*").errors][-1] == sentences[0]
+
+
+def test_met_requirements_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the diff nor the verdict changes where the checkpoint fills what is required."""
+    options = ["--require", "conv*", "--min-coverage", "99%"]
+    assert run_ckpt(capsys, "diff", MODEL, TEN, *options).out == run_ckpt(capsys, "diff", MODEL, TEN).out
+    asked = ["preflight", "--model", MODEL, "--init", TEN, "--fresh", "fc3.*"]
+    assert run_ckpt(capsys, *asked, *options) == run_ckpt(capsys, *asked)
+    ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--require", "conv*")
+    assert (ran.code, "--init" in ran.err) == (2, True)
+    with pytest.raises(ArgumentError, match="init"):
+        preflight(build(), min_coverage=0.5)
+
+
+def test_a_tied_key_counts_everywhere() -> None:
+    """A key that the model ties to a stored key is filled: by a load, a merge, a diff and a preflight alike."""
+    model = torch.nn.ModuleDict({"wte": torch.nn.Embedding(6, 4), "head": torch.nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["wte"].weight
+    state = {"wte.weight": torch.ones(6, 4)}
+    asked: dict[str, Any] = {"require": "head.*", "min_coverage": 1}
+    result = diff(model, state, **asked)
+    assert (result.coverage, result.unmet) == (1.0, ())
+    assert plan_merge(model, state, **asked).coverage == 1.0
+    report = preflight(model, init=state, **asked)
+    assert report.init is not None
+    assert (report.init.coverage, [f.code for f in report.errors]) == (1.0, [])
+
+
+def test_a_diff_of_files_says_that_values_were_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two files with other values are not said to be equal; a model has no values to compare."""
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        save_file({"w": torch.full((3,), value)}, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    ran = run_ckpt(capsys, "diff", *paths)
+    assert (ran.code, ran.out.count("values were not read")) == (0, 1)
+    assert json.loads(run_ckpt(capsys, "diff", *paths, "--json").out)["values"] == "not read"
+    assert "values" not in run_ckpt(capsys, "diff", MODEL, TEN).out
+    assert json.loads(run_ckpt(capsys, "diff", MODEL, TEN, "--json").out)["values"] is None
+
+
+def test_an_almost_whole_load_is_not_called_whole() -> None:
+    """3 of 10,003 elements are missing, and no report shows 100 %."""
+    model = torch.nn.Linear(10_000, 1, bias=False)
+    model.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
+    state = {"weight": torch.ones(1, 10_000)}
+    texts = [str(report(model, state)) for report in (diff, load_into, plan_merge)]
+    texts.append(str(preflight(model, init=state)))
+    for text in texts:
+        assert "99.9 %" in text
+    assert not re.search(r"\b100(\.0)? ?%", texts[0] + texts[2])

@@ -36,7 +36,7 @@ COMMANDS = f"""
 0 show OUT/quantised.safetensors
 0 show OUT/alike.pt
 1 diff {MODEL} {DDP} --strip auto
-1 diff {TEN} {DDP}
+1 diff {TEN} {DDP} --require fc3.* --min-coverage 95%
 1 diff OUT/plain.safetensors OUT/quantised.safetensors
 1 diff OUT/plain.safetensors OUT/odd.safetensors
 0 merge {MODEL} {DDP} --rename module.*=* --on-mismatch skip -o OUT/merged.safetensors --plan OUT/merge.json

@@ -6,7 +6,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options, requirement_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
@@ -22,6 +22,7 @@ _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 @path_argument("expected")
 @path_argument("found")
 @rule_options(beside="found")
+@requirement_options
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
 @report_options
@@ -33,6 +34,8 @@ def diff(
     found: str,
     *,
     rules: Rules,
+    require: tuple[str, ...],
+    min_coverage: float,
     everything: bool,
     expand: bool,
     report_format: ReportFormat,
@@ -41,7 +44,7 @@ def diff(
     """Compare the tensors that a model expects with those that a checkpoint has.
 
     EXPECTED is the model or a checkpoint of it, FOUND the checkpoint to load. The rules rename and filter the keys of
-    FOUND first. No tensor is read. Exit code 0 if nothing differs, else 1.
+    FOUND first. No tensor is read. Exit code 0 if nothing differs and every requirement is met, else 1.
 
     \b
     ckpt diff py:mynet:build pretrained.pth
@@ -50,10 +53,10 @@ def diff(
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
-            result = compare(left, right, rules)
+            result = compare(left, right, rules, require=require, min_coverage=min_coverage)
         echo_result(report_format, result, colours=_COLOURS, expand=expand, everything=everything)
         if not quiet:
             hints = () if report_format is ReportFormat.JSON else result.hints  # the JSON document has them
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
                 print_message(message)
-    context.exit(1 if result.different else 0)
+    context.exit(1 if result.different or result.unmet else 0)

@@ -11,7 +11,7 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
+from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options, requirement_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import model_option
@@ -33,6 +33,7 @@ __all__ = ["preflight"]
 @click.option("--init", type=PATH_TYPE, metavar="PATH", help="The checkpoint that training starts from.")
 @click.option("--fresh", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
               help="Keys that are meant to stay at init. Repeatable.")  # fmt: skip
+@requirement_options
 @click.option("--groups", type=PATH_TYPE, metavar="FILE", help="The spec of param groups: TOML, JSON or YAML.")
 @click.option("--optimizer", metavar="CLASS", shell_complete=complete_optimizers,
               help="A class of torch.optim, such as AdamW.")  # fmt: skip
@@ -57,6 +58,8 @@ def preflight(
     *,
     init: str | None,
     fresh: tuple[str, ...],
+    require: tuple[str, ...],
+    min_coverage: float,
     groups: str | None,
     optimizer: str | None,
     resume: str | None,
@@ -88,6 +91,8 @@ def preflight(
         raise click.UsageError("--resume-optimizer needs --resume")
     if init is None and fresh:
         raise click.UsageError("--fresh is for the keys of --init, which is not given")
+    if init is None and (require or min_coverage):
+        raise click.UsageError("--require and --min-coverage are about what --init fills, which is not given")
     if init is None and resume is None and rules.stages:
         raise click.UsageError("rules are for the keys of --init or --resume, and neither is given")
     parse_ignore(ignore)
@@ -111,6 +116,8 @@ def preflight(
                 init=checkpoints.get(init or ""),
                 rules=rules,
                 fresh=fresh,
+                require=require,
+                min_coverage=min_coverage,
                 groups=spec,
                 optimizer=optimizer,
                 resume=checkpoints.get(resume or ""),

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.coverage import measure_coverage
+from ckptkit.core.coverage.requirements import Requirements, Unmet, find_unmet, parse_requirements
 from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import shell_word
+from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, copies_dtype
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, RulesLike
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
-__all__ = ["Hint", "KeyPair", "StateDictDiff", "count_prefixes", "diff", "diff_checkpoints"]
+__all__ = [
+    "Hint",
+    "KeyPair",
+    "StateDictDiff",
+    "count_prefixes",
+    "diff",
+    "diff_checkpoints",
+    "find_unmet_in",
+    "loaded_keys",
+]
 
 _EXTRA_STATE = "_extra_state"
 _EXTRA_STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
 _BATCH_COUNTER = "num_batches_tracked"
 _MAX_HINTS = 3
+_WITHOUT_FILE = frozenset({"", "live model", "description"})  # the formats of sides that are not files
 _MAX_PREFIX_SEGMENTS = 64  # a hostile key can have a million segments
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -87,6 +101,7 @@ class StateDictDiff(Result):
         unseen: Unexpected keys below a submodule that is None; torch ignores them.
         quantized: Weights that only one side has quantised, or in another way. Their codes are not ``matched`` with
             numbers, although ``load_state_dict`` copies the codes where shapes are equal.
+        unmet: The requirements of ``require`` and ``min_coverage`` that the checkpoint does not meet.
         expected_checkpoint: Path, format and size of the expected side.
         found_checkpoint: Path, format and size of the found side.
 
@@ -116,6 +131,7 @@ class StateDictDiff(Result):
     notes: tuple[str, ...] = ()
     unseen: frozenset[str] = frozenset()
     quantized: tuple[QuantizedKey, ...] = ()
+    unmet: tuple[Unmet, ...] = ()
     expected_checkpoint: CheckpointSummary = NO_CHECKPOINT
     found_checkpoint: CheckpointSummary = NO_CHECKPOINT
 
@@ -149,9 +165,13 @@ class StateDictDiff(Result):
 
     @property
     def coverage(self) -> float:
-        """The share of the expected elements that were found, between 0 and 1; 1 if nothing is expected."""
-        wanted = sum(info.elements for info in self.expected.values())
-        return sum(pair.expected.elements for pair in self.matched) / wanted if wanted else 1.0
+        """The share of the expected elements that would get a value, between 0 and 1; 1 if nothing is expected."""
+        return measure_coverage(self.expected, loaded_keys(self)).share
+
+    @property
+    def has_unread_values(self) -> bool:
+        """Whether both sides are files, whose values were not read."""
+        return all(side.format not in _WITHOUT_FILE for side in (self.expected_checkpoint, self.found_checkpoint))
 
     @cached_property
     def parted(self) -> tuple[PartedTensor, ...]:
@@ -176,7 +196,14 @@ class StateDictDiff(Result):
         )
 
 
-def diff(expected: CheckpointLike, found: CheckpointLike, rules: RulesLike | None = None) -> StateDictDiff:
+def diff(
+    expected: CheckpointLike,
+    found: CheckpointLike,
+    rules: RulesLike | None = None,
+    *,
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
+) -> StateDictDiff:
     """Return the differences between two state_dicts that ``load_state_dict`` would report.
 
     Args:
@@ -184,8 +211,12 @@ def diff(expected: CheckpointLike, found: CheckpointLike, rules: RulesLike | Non
             opened here is closed at the end.
         found: The checkpoint, in any of these forms.
         rules: Renames and filters for the keys of ``found``, such as ``["module.*=*"]``, or the path of a rule file.
+        require: A pattern or a list of patterns: every matching key of ``expected`` must get a value. ``unmet`` of the
+            result has the patterns of which not all would.
+        min_coverage: The least share of the expected elements that must get a value, between 0 and 1, as in ``unmet``.
 
     Raises:
+        ArgumentError: ``min_coverage`` is not a share.
         PathError: A path cannot be read.
         FormatError: A file is not a valid checkpoint.
         ModelError: One side is not a state_dict.
@@ -195,8 +226,46 @@ def diff(expected: CheckpointLike, found: CheckpointLike, rules: RulesLike | Non
         >>> diff("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", ["module.*=*"]).missing
         ()
     """
+    requirements = parse_requirements(require, min_coverage)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
-        return diff_checkpoints(expected_side, found_side, apply_rules(rules_for(rules, found_side), found_side))
+        result = diff_checkpoints(expected_side, found_side, apply_rules(rules_for(rules, found_side), found_side))
+        unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint")
+        return replace(result, unmet=tuple(unmet)) if unmet else result
+
+
+def loaded_keys(result: StateDictDiff, refused: AbstractSet[str] = frozenset()) -> frozenset[str]:
+    """Return the expected keys that a load fills: the matched ones that torch can copy, and what is tied to them.
+
+    ``refused`` names further keys that cannot be copied.
+    """
+    refused = {*refused, *(pair.key for pair in result.uncopyable)}
+    scalars = (pair.key for pair in result.shape_mismatched if pair.is_old_scalar)
+    loaded = {pair.key for pair in result.matched}.union(scalars) - refused
+    for keys in tied_keys(result.expected.values()):
+        if loaded.intersection(keys):
+            loaded.update(keys)
+    return frozenset(loaded)
+
+
+def find_unmet_in(
+    result: StateDictDiff,
+    requirements: Requirements,
+    refused: AbstractSet[str] = frozenset(),
+    *,
+    of: str,
+    source: str,
+) -> list[Unmet]:
+    """Return the requirements that a load of what ``result`` compares would not meet, as ``find_unmet`` does."""
+    reasons = {
+        **dict.fromkeys(result.blocked, "not a tensor"),
+        **{pair.key: f"torch does not copy {pair.found}" for pair in result.uncopyable},
+        **{
+            pair.key: f"its shape is {list(pair.found.shape)}, not {list(pair.expected.shape)}"
+            for pair in result.shape_mismatched
+        },
+        **{part: weight.remark for weight in result.quantized for part in (weight.key, *weight.parts)},
+    }
+    return find_unmet(requirements, result.expected, loaded_keys(result, refused), reasons, of=of, source=source)
 
 
 def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptkit.comparison import diff_checkpoints
+from ckptkit.core.arguments import refuse
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.coverage.requirements import Requirements, parse_requirements
 from ckptkit.core.findings import Finding
 from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.text import listed
@@ -27,6 +29,7 @@ from ckptkit.readiness.init import (
     InspectedModel,
     check_init,
     check_quantized,
+    check_requirements,
     check_values,
     compare_init,
     find_quantized_problems,
@@ -75,6 +78,8 @@ def preflight(
     init: CheckpointLike | None = None,
     rules: RulesLike | None = None,
     fresh: str | Sequence[str] = (),
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
     groups: SpecLike | None = None,
     optimizer: OptimizerLike | None = None,
     schedulers: Any = None,
@@ -89,6 +94,8 @@ def preflight(
 
     - ``init``: the checkpoint that the model starts from: a path, a Checkpoint, a Module or a mapping of tensors.
       ``fresh`` are patterns of the keys that must keep their initial values, such as the keys of a new head.
+      ``require`` are patterns of the keys that ``init`` must fill, and ``min_coverage`` is the least share of the
+      elements, between 0 and 1. A requirement that is not met is an error of the report.
     - ``rules``, or the path of a rule file, rename the keys of ``init``. Without ``init``, they rename the keys of
       ``resume``.
     - ``groups``: a param-group spec, or the path of its file. ``optimizer``: a live optimizer, a list of them, a class,
@@ -114,6 +121,9 @@ def preflight(
         >>> [group.name for group in report.groups]
         ['head', 'base']
     """
+    requirements = parse_requirements(require, min_coverage)
+    if requirements and init is None:
+        refuse(None, "init", "given, because require and min_coverage are about what it fills")
     read_live_model(model)  # refuses what is not a model, or cannot list its parameters
     with contextlib.ExitStack() as stack:
         return _preflight(
@@ -121,6 +131,7 @@ def preflight(
             init=None if init is None else stack.enter_context(opened(init, "init")),
             rules=rules,
             fresh=fresh,
+            requirements=requirements,
             groups=groups,
             optimizer=optimizer,
             schedulers=schedulers,
@@ -137,6 +148,7 @@ def _preflight(
     init: Checkpoint | None,
     rules: RulesLike | None,
     fresh: str | Sequence[str],
+    requirements: Requirements,
     groups: SpecLike | None,
     optimizer: OptimizerLike | None,
     schedulers: Any,
@@ -158,7 +170,7 @@ def _preflight(
     with restored_flags(model):
         training = find_training(model, groups, optimizer, schedulers)
         inspected = InspectedModel(model, state, training.frozen)
-        init_section, findings = _check_init(inspected, init, rules, fresh, not_judged)
+        init_section, findings = _check_init(inspected, init, rules, fresh, requirements, not_judged=not_judged)
         findings += [*idle_findings(training, model), *training.findings]
         findings += check_dtypes(model, training.frozen, training.optimizers)
         not_judged += training.not_judged
@@ -254,6 +266,8 @@ def _check_init(
     init: Checkpoint | None,
     rules: RulesLike | None,
     fresh: str | Sequence[str],
+    requirements: Requirements,
+    *,
     not_judged: list[str],
 ) -> tuple[Init | None, list[Finding]]:
     if inspected.on_meta:
@@ -266,7 +280,8 @@ def _check_init(
     problems = find_quantized_problems(inspected.state, init, key_map, "initial checkpoint")
     section = compare_init(inspected, result, init, problems)
     findings = [*unread_findings(init.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
-    findings += [*check_init(inspected, section, result, init, fresh)]
+    findings += check_requirements(result, requirements, problems)
+    findings += check_init(inspected, section, result, init, fresh)
     return section, [*findings, *check_values(inspected, section)]
 
 

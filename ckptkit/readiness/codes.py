@@ -12,6 +12,9 @@ INIT_QUANTIZED = Code(
     ("error",),
     "A weight is quantised in the initial checkpoint and plain in the model, or the reverse.",
 )
+REQUIRED = Code(
+    "preflight.required", ("error",), "The initial checkpoint does not fill what require or min_coverage asks for."
+)
 INIT_CAST = Code("preflight.init-cast", ("warning",), "Loading casts tensors to a dtype with fewer bits.")
 NOT_FRESH = Code("preflight.not-fresh", ("error",), "The initial checkpoint fills a tensor that must stay at init.")
 KEPT = Code("preflight.kept", ("warning", "note"), "Tensors that train are not in the initial checkpoint.")

@@ -7,10 +7,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckptkit.comparison import StateDictDiff
+from ckptkit.comparison import StateDictDiff, find_unmet_in, loaded_keys
 from ckptkit.core.arguments import require_strings
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.coverage import coverage_by_module, group_by_module
+from ckptkit.core.coverage import coverage_by_module, group_by_module, measure_coverage
+from ckptkit.core.coverage.requirements import Requirements
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
@@ -31,6 +32,7 @@ __all__ = [
     "InspectedModel",
     "check_init",
     "check_quantized",
+    "check_requirements",
     "check_values",
     "compare_init",
     "find_quantized_problems",
@@ -89,10 +91,7 @@ def compare_init(
     """
     quantized = {key for problem in problems for key in problem.outs}
     refused = quantized.union(pair.key for pair in result.uncopyable)
-    loaded = {pair.key for pair in result.matched} - refused
-    for keys in tied_keys(inspected.state.values()):
-        if loaded.intersection(keys):
-            loaded |= set(keys)
+    loaded = loaded_keys(result, quantized)
     shapes = {pair.key: list(pair.found.shape) for pair in result.shape_mismatched}
     kept = []
     for key, info in inspected.state.items():
@@ -101,12 +100,12 @@ def compare_init(
             why = "only one of the model and init has it quantised" if key in quantized else why
             judgement = inspected.judgement(key)
             kept.append(Kept(key, why, info.elements, "" if judgement is None else judgement.text))
-    filled = [info for key, info in inspected.state.items() if key in loaded]
+    covered = measure_coverage(inspected.state, loaded)
     return Init(
-        len(filled),
+        len(covered.filled),
         len(inspected.state),
-        sum(info.elements for info in filled),
-        sum(info.elements for info in inspected.state.values()),
+        covered.filled_elements,
+        covered.elements,
         coverage_by_module(inspected.state.values(), loaded),
         tuple(kept),
         _in_model(inspected, result, init, refused),
@@ -152,6 +151,19 @@ def check_quantized(problems: Sequence[QuantizedProblem], code: Code) -> Iterato
         more = f" (and {plural(others, 'more weight')})" if others else ""
         keys = (problem.key for problem in problems)
         yield code.finding(first.key, f"{first.message}{more}", first.hint, keys=keys)
+
+
+def check_requirements(
+    result: StateDictDiff, requirements: Requirements, problems: Sequence[QuantizedProblem]
+) -> Iterator[Finding]:
+    """Yield a finding for each requirement that init does not meet.
+
+    Raises ``RuleError`` for a pattern that matches no key of the model.
+    """
+    refused = frozenset(key for problem in problems for key in problem.outs)
+    for unmet in find_unmet_in(result, requirements, refused, of="the model", source="init"):
+        hint = result.hints[0].message if result.hints else "require less, or rename the keys of init with rules"
+        yield codes.REQUIRED.finding(unmet.keys[0], unmet.message, hint, keys=unmet.keys)
 
 
 def check_init(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.text import percent, plural, printable
-from ckptkit.render.page import Line, Page, Row, Table, table_rows
+from ckptkit.render.page import Code, Line, Page, Row, Table, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["diff_document", "diff_page"]
@@ -33,7 +33,11 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
             {"key": key.key, "scheme": key.weight.scheme, "side": key.side, "parts": list(key.weight.parts)}
             for key in result.quantized
         ],
-        "values": None,
+        "values": "not read" if result.has_unread_values else None,
+        "unmet": [
+            {"requirement": unmet.requirement, "message": unmet.message, "keys": list(unmet.keys)}
+            for unmet in result.unmet
+        ],
         "hints": [{"message": hint.message, "rename": hint.rename or None} for hint in result.hints],
         "summary": {
             "matched": len(result.matched),
@@ -70,12 +74,15 @@ def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool =
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
         *([f"{len(result.quantized):,} quantised differently"] if result.quantized else []),
     ]
+    elements = plural(result.expected_checkpoint.elements, "element")
+    unread = "; values were not read" if result.has_unread_values else ""
     return [
         Line(("expected  ", *describe(result.expected_checkpoint))),
         Line(("found     ", *describe(result.found_checkpoint))),
         *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
         Line((", ".join(counts),)),
-        Line((f"coverage {percent(result.coverage)} of {plural(result.expected_checkpoint.elements, 'element')}",)),
+        Line((f"coverage {percent(result.coverage)} of {elements}{unread}",)),
+        *(Line(("not met: ", Code(unmet.message))) for unmet in result.unmet),
         Line((_verdict(result),)),
     ]
 

@@ -25,7 +25,7 @@ _RARE: Final = (
     "--keep-unknown", "--only-tensors", "--allow-overflow", "--skip-unread", "--elementwise", "--allow-unused",
     "--markdown", "--expand", "--set", "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names",
     "--form", "--on-missing", "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer",
-    "--shapes-only", "--ignore", "--carry", "--strip", "--weight",
+    "--shapes-only", "--ignore", "--carry", "--strip", "--weight", "--min-coverage", "--require",
 )  # fmt: skip
 
 

@@ -202,6 +202,7 @@ CODE_NAMES = frozenset(
         "preflight.nothing-trains",
         "preflight.optimizer",
         "preflight.partly-loaded",
+        "preflight.required",
         "preflight.resume-class",
         "preflight.resume-groups",
         "preflight.resume-lost",
