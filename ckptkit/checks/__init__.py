@@ -99,7 +99,7 @@ def _check(
     values: bool,
     progress: Progress | None,
 ) -> list[Finding]:
-    key_map = apply_rules(rules, checkpoint)
+    key_map = apply_rules(rules, checkpoint, expected)
     chosen = key_map.renamed
     quantized = quantized_weights(checkpoint)
     findings = list(_check_headers(checkpoint, chosen, quantized))

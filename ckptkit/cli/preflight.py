@@ -137,7 +137,8 @@ def _load(live: Module, init: Checkpoint, rules: Rules) -> None:
     from ckptkit.readiness.init import find_quantized_problems
     from ckptkit.rules.apply import apply_rules
 
-    state, key_map = as_checkpoint(live, "model"), apply_rules(rules, init)
+    state = as_checkpoint(live, "model")
+    key_map = apply_rules(rules, init, state)
     result = diff_checkpoints(state, init, key_map)
     if result.matched and not result.uncopyable and not find_quantized_problems(state, init, key_map, "init"):
         load_into(live, init, rules, on_mismatch="skip")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 from ckptkit.core.checkpoint import (
     Access,
     Checkpoint,
+    Configuration,
     Description,
     Entry,
     Part,
@@ -318,7 +319,17 @@ def _describe_module(model: Module, role: str) -> Checkpoint:
         raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
-    return describe_state_dict(state, role).with_entries(*_absent(model))
+    described = describe_state_dict(state, role).with_entries(*_absent(model))
+    return described.with_configuration(_configuration(model))
+
+
+def _configuration(model: Module) -> Configuration | None:
+    """Return the configuration of a model of transformers, whose classes have ``config_class``, else None."""
+    config = getattr(model, "config", None)
+    if not callable(getattr(config, "to_dict", None)) or not hasattr(type(model), "config_class"):
+        return None
+    names = [item.__name__ for item in type(model).__mro__ if item.__module__.startswith("transformers.")]
+    return Configuration(config, tuple(names)) if names else None
 
 
 def _is_module(value: object) -> TypeGuard[Module]:

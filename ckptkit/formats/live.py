@@ -231,5 +231,12 @@ def open_live(target: str, path: str) -> Checkpoint:
     return Checkpoint(
         shapes,
         Access(payload, span),
-        Description(path, "live model", entries=shapes.entries, warnings=shapes.warnings, versions=shapes.versions),
+        Description(
+            path,
+            "live model",
+            entries=shapes.entries,
+            warnings=shapes.warnings,
+            versions=shapes.versions,
+            configuration=shapes.configuration,
+        ),
     )

@@ -207,7 +207,9 @@ def _describe(model: Module) -> Checkpoint:
         if info is not None and (info.kind != "dense" or info.dtype != code_of(tensor.dtype)):
             tied = View(id(tensor), 0, row_major(info.shape)) if is_dtensor(tensor) else None
             infos[key] = replace(info, dtype=code_of(tensor.dtype), kind="dense", view=tied)
-    description = Description(base.path, base.format, entries=base.entries, versions=base.versions)
+    description = Description(
+        base.path, base.format, entries=base.entries, versions=base.versions, configuration=base.configuration
+    )
     return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description)
 
 

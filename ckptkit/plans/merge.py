@@ -318,7 +318,7 @@ def _make_overlay(
 ) -> _Overlay:
     base = quantized.sources["base"]
     refuse_suspicious(donor, role)
-    key_map = apply_rules(rules, donor)
+    key_map = apply_rules(rules, donor, base)
     outputs = key_map.outputs()
     quantized.refuse_operations(role, outputs)
     quantized.refuse_overlay(role, outputs)

@@ -80,7 +80,7 @@ def _plan(
     refuse_suspicious(checkpoint, "source")
     checkpoint, skipped = without_unread(checkpoint, "source") if skip_unread else (checkpoint, [])
     quantized = QuantizedInputs({"source": checkpoint}, expected, where="like")
-    key_map = apply_rules(rules, checkpoint)
+    key_map = apply_rules(rules, checkpoint, expected)
     outputs = key_map.outputs()
     quantized.refuse_operations("source", outputs)
     if to_dtype is not None:

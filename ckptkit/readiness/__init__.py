@@ -183,7 +183,7 @@ def _preflight(
         from ckptkit.readiness.resume import check_resume
 
         saved_state = None if resume_optimizer is None else read_state(resume_optimizer)
-        key_map = apply_rules(rules_for(rules, resume) if init is None else Rules(), resume)
+        key_map = apply_rules(rules_for(rules, resume) if init is None else Rules(), resume, inspected.state)
         resumed = diff_checkpoints(inspected.state, resume, key_map)
         problems = find_quantized_problems(inspected.state, resume, key_map, "run")
         resume_section, more = check_resume(model, training, resumed, saved_state, schedulers, takes_rules=init is None)
@@ -275,7 +275,7 @@ def _check_init(
     if init is None:
         not_judged.append("loading: no init given")
         return None, list(check_values(inspected, None))
-    key_map = apply_rules(rules_for(rules, init), init)
+    key_map = apply_rules(rules_for(rules, init), init, inspected.state)
     result = diff_checkpoints(inspected.state, init, key_map)
     problems = find_quantized_problems(inspected.state, init, key_map, "initial checkpoint")
     section = compare_init(inspected, result, init, problems)

@@ -10,10 +10,12 @@ from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import PathError, RuleError
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.rules.parse import FILE_KEYS, are_strings, parse_rules, rule_lines
+from ckptkit.rules.transformers import LIBRARY_PREFIX, library_rules
 
 __all__ = ["PRESET_PREFIX", "as_rules", "load_rules", "preset_rules"]
 
 PRESET_PREFIX = "preset:"
+_FORMS = 'rules is the path of a rule file, "preset:NAME", "transformers:auto", or a list of renames "OLD=NEW"'
 _CONFIG = "config.json"
 
 
@@ -26,7 +28,9 @@ def load_rules(
     """Return the rules in a rule file, for ``diff``, ``load_into``, ``plan_remap`` and any other ``rules``.
 
     Args:
-        path: A TOML, JSON or YAML file, or ``preset:NAME`` for a preset.
+        path: A TOML, JSON or YAML file, or ``preset:NAME`` for a preset. ``transformers:MODEL_TYPE`` stands for what
+            ``from_pretrained`` does to the names and tensors of a file, ``transformers:auto`` for that of the model
+            type in ``config.json``. ``:reverse`` after either stands for what ``save_pretrained`` does.
         variables: Values that replace those in ``[vars]`` of the file: integers, or arithmetic as text.
         config: The configuration of the model, from which ``"config:NAME"`` in ``[vars]`` takes integers: the path of
             ``config.json`` or of its directory, its content, or an object with ``to_dict()``. A file is read only
@@ -48,6 +52,10 @@ def load_rules(
     from ckptkit.rules.variables import Settings
 
     name = os.fsdecode(path)
+    if name.startswith(LIBRARY_PREFIX):
+        if variables:
+            raise RuleError(f"{quoted(name)} has no variables", hint="its numbers are in config.json")
+        return library_rules(name, config)
     given = {variable: str(value) for variable, value in (variables or {}).items()}
     settings = Settings(given, None if config is None else lambda: read_settings(config, _CONFIG))
     with default_error_path(name):
@@ -117,7 +125,7 @@ def _rules_at(path: str, config: object) -> Rules:
     try:
         return load_rules(path, config=config)
     except PathError as error:
-        error.hint = error.hint or 'rules is the path of a rule file, "preset:NAME", or a list of renames "OLD=NEW"'
+        error.hint = error.hint or _FORMS
         raise
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint import Configuration, TensorInfo
 from ckptkit.core.patterns import Pattern, Template
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import RuleError
@@ -16,7 +16,18 @@ if TYPE_CHECKING:  # commands that only rename or list keys need no operations
     from ckptkit.tensor_ops.operation import Operation
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["Derivation", "KeyMap", "OnCollision", "Rule", "Rules", "RulesLike", "Stage", "describe_output", "with_rule"]
+__all__ = [
+    "Derivation",
+    "KeyMap",
+    "MakesStages",
+    "OnCollision",
+    "Rule",
+    "Rules",
+    "RulesLike",
+    "Stage",
+    "describe_output",
+    "with_rule",
+]
 
 OnCollision: TypeAlias = Literal["error", "first", "last", "equal"]
 
@@ -60,16 +71,31 @@ class Rule:
         return f"--drop {shell_word(old)}" if self.drops else f"--rename {shell_word(f'{old}={new}')}"
 
 
+class MakesStages(Protocol):
+    """A description of stages that depend on the keys, such as the conversions of a library."""
+
+    def stages(
+        self, infos: Mapping[str, TensorInfo | None], live: Configuration | None
+    ) -> tuple[list[Stage], list[str]]:
+        """Return the stages for these keys, and notes for the user.
+
+        A key has None where only its name is known. ``live`` describes the live model that is on one side.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One pass over the keys: a filter, then prefixes to remove, then the first rule that matches each key.
 
     An empty ``keep`` keeps every key. ``strip`` holds prefixes, or ``"auto"`` for the prefixes of known wrappers.
+    ``made`` makes further stages in place of this one, when the keys are known.
     """
 
     keep: tuple[Pattern, ...] = ()
     rules: tuple[Rule, ...] = ()
     strip: tuple[str, ...] = ()
+    made: MakesStages | None = None
 
 
 @dataclass(frozen=True, slots=True)

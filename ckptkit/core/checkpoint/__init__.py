@@ -32,6 +32,7 @@ __all__ = [
     "Access",
     "Check",
     "Checkpoint",
+    "Configuration",
     "Container",
     "Description",
     "Entry",
@@ -115,6 +116,18 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True)
+class Configuration:
+    """The configuration of a live model of a library that has one, such as ``model.config`` of transformers.
+
+    ``value`` is the configuration itself. ``classes`` names the classes of the model that the library has, the most
+    special one first.
+    """
+
+    value: object
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """The description that a reader gives of a checkpoint; ``Checkpoint`` has a property for each field."""
 
@@ -129,6 +142,7 @@ class Description:
     warnings: Sequence[str] = ()
     references: Sequence[str] = ()
     suspicious: bool = False
+    configuration: Configuration | None = None
 
     def __post_init__(self) -> None:
         """Copy every field that a caller could still change."""
@@ -249,6 +263,11 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         return self._description.suspicious
 
     @property
+    def configuration(self) -> Configuration | None:
+        """Return the configuration of a live model of a library that has one, else None."""
+        return self._description.configuration
+
+    @property
     def nested(self) -> Nested | None:
         """Return the nested mapping of a torch file; None for every flat format."""
         return self._nested
@@ -278,6 +297,16 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             3
         """
         return self._with(replace(self._description, entries=(*self.entries, *entries)))
+
+    def with_configuration(self, configuration: Configuration | None) -> Checkpoint:
+        """Return this checkpoint with the configuration of a live model; both share the open files.
+
+        Example:
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth")
+            >>> checkpoint.with_configuration(None).configuration is None
+            True
+        """
+        return self._with(replace(self._description, configuration=configuration))
 
     def without(self, keys: Collection[str]) -> Checkpoint:
         """Return this checkpoint without the tensors at ``keys``; both share the open files.

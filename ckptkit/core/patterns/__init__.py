@@ -88,6 +88,11 @@ class Pattern:
         """Whether the pattern was written as ``re:...``."""
         return self.text.startswith("re:")
 
+    @property
+    def is_literal(self) -> bool:
+        """Whether the pattern is the only key that it matches."""
+        return not (self.stars or self.captures or self.is_regex)
+
 
 @lru_cache(maxsize=4096)
 def parse_pattern(text: str) -> Pattern:
