@@ -145,8 +145,8 @@ REFUSED: dict[str, tuple[dict[str, Any], State, str]] = {
     ),
     "no partner": ({}, {f"{P}head.lora_A.weight": torch.ones(2, 6)}, "has no partner in the adapter"),
     "another rank": ({"r": 4}, {}, "but the rank in the config is 4"),
-    "DoRA": ({"use_dora": True}, {}, "uses use_dora, which cannot be folded"),
-    "no LoRA": ({"peft_type": "IA3"}, {}, "is IA3, and only LORA can be folded"),
+    "DoRA": ({"use_dora": True}, {}, "belongs to DoRA, and has no lora_magnitude_vector beside it"),
+    "another formula": ({"peft_type": "OFT"}, {}, "is OFT, which cannot be folded"),
     "no shape": (
         {},
         {f"{P}head.lora_A.weight": torch.ones(2, 9), f"{P}head.lora_B.weight": torch.ones(3, 2)},

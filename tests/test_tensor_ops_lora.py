@@ -293,15 +293,28 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("adapter", "config", "reason"),
     [
-        (factors("q", 16, 24), {"peft_type": "LOHA"}, "the type of the adapter is LOHA, and only LORA can be folded"),
         (
-            factors("q", 16, 24) | {f"{P}q.lora_magnitude_vector": (24,)}, {"use_dora": True},
-            f"'{P}q.lora_magnitude_vector' belongs to DoRA, which cannot be folded",
+            factors("q", 16, 24), {"peft_type": "VERA"},
+            (
+                "the type of the adapter is VERA, which cannot be folded; "
+                "LORA, ADALORA, LOHA, LOKR, IA3, LN_TUNING, TRAINABLE_TOKENS can"
+            ),
         ),
-        (factors("q", 16, 24), {"use_dora": True}, "the adapter uses use_dora, which cannot be folded"),
         (
-            factors("q", 16, 24), {"target_parameters": ["w"]},
-            "the adapter uses target_parameters, which cannot be folded",
+            factors("q", 16, 24), {"peft_type": "LOHA", "alpha": 1},
+            f"'{P}q.lora_A.weight' is not a factor of LOHA",
+        ),
+        (
+            factors("q", 16, 24) | {f"{P}q.lora_magnitude_vector": (24,)}, {},
+            f"'{P}q.lora_magnitude_vector' belongs to DoRA, and use_dora of the config is not true",
+        ),
+        (
+            factors("q", 16, 24), {"use_dora": True},
+            f"'{P}q.lora_A.weight' belongs to DoRA, and has no lora_magnitude_vector beside it",
+        ),
+        (
+            factors("q", 16, 24), {"use_bdlora": {"nblocks": 2}},
+            "the adapter uses use_bdlora, which cannot be folded",
         ),
         (
             factors("q", 16, 24), {"init_lora_weights": "pissa_niter_4"},
@@ -322,7 +335,7 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
         ),
         (factors("k", 16, 24) | {f"{P}q.lora_A.bias": (4,)}, {}, f"'{P}q.lora_A.bias' is not a tensor of an adapter"),
         ({f"{P}q.lora_A.weight": (RANK, 16)}, {}, f"'{P}q.lora_A.weight' has no partner in the adapter"),
-        ({f"{P}head.weight": (5, 8)}, {}, "none of 1 tensor is a factor lora_A or lora_B"),
+        ({f"{P}head.weight": (5, 8)}, {}, "none of 1 tensor is a factor of the adapter, such as lora_A or lora_B"),
         (
             factors("q", 16, 24, name=".one") | factors("k", 16, 24, name=".two"), {},
             "there are 2 adapters ('one', 'two')",

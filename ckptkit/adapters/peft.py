@@ -1,14 +1,25 @@
-"""Adapters of peft: what their tensors mean, by keys, shapes and ``adapter_config.json``."""
+"""Adapters of PEFT: what their tensors mean, by keys, shapes and ``adapter_config.json``."""
 
 from __future__ import annotations
 
-import math
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
-from ckptkit.adapters.model import AdaptedModule, Adapter
-from ckptkit.core.patterns.matching import compile_regex
+from ckptkit.adapters.model import AdaptedModule, Adapter, Kind, Orientation, TokenRows
+from ckptkit.adapters.peft_config import (
+    KINDS,
+    WITH_PEFT,
+    Scales,
+    adalora_scale,
+    is_feedforward,
+    names_module,
+    peft_type,
+    refuse_unsupported,
+    replaced_rows,
+)
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
@@ -16,149 +27,244 @@ from ckptkit.tensor_ops.operation import Shape
 __all__ = ["read_peft"]
 
 _PREFIX = "base_model.model."
+_NAME = r"(?:\.(?P<name>[^.]+))??"
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.(?P<name>[^.]+))??(?:\.(?P<leaf>weight|bias))?"
+    r"(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<side>[ABE])|lora_(?P<magnitude>magnitude)_vector"
+    rf"|(?:hada|lokr)_(?P<part>w[12](?:_[ab])?|t[12])|ia3_(?P<l>l)){_NAME}(?:\.(?P<leaf>weight|bias))?"
 )
-_TO_SAVE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?:(?P<name>[^.]+)\.)?(?P<leaf>.+)")
+_ROWS = re.compile(rf"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAME}")
+_TO_SAVE = re.compile(r"(?P<module>.+)\.(?:modules_to_save|ln_tuning_layers)\.(?:(?P<name>[^.]+)\.)?(?P<leaf>.+)")
 _BASE_LAYER = re.compile(r"(?<![^.])base_layer\.")
-# An adapter with one of these options does not compute W + scale * B @ A.
-_UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "alora_invocation_tokens",
-    "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices",
-)  # fmt: skip
-_KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-_MAX_REPEATS = 3
+_NEEDED: Mapping[str, tuple[tuple[str, ...], ...]] = {  # one of each group of roles
+    "lora": (("A",), ("B",)), "dora": (("A",), ("B",), ("magnitude",)), "adalora": (("A",), ("B",), ("E",)),
+    "loha": (("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)), "lokr": (("w1", "w1_a"), ("w2", "w2_a")), "ia3": (("l",),),
+}  # fmt: skip
+_PAIRS = (("w1_a", "w1_b"), ("w2_a", "w2_b"), ("t1", "t2"))
+_ROLES: Mapping[str, frozenset[str]] = {
+    kind: frozenset(role for group in groups for role in group)
+    | frozenset(role for pair in _PAIRS for role in pair if kind in ("loha", "lokr"))
+    for kind, groups in _NEEDED.items()
+}
+_CONFIG = "adapter_config.json"
+_NO_SHAPES: Mapping[str, Shape] = MappingProxyType({})
 
 
-def read_peft(adapter: Mapping[str, Shape], config: Mapping[str, object]) -> Adapter:
+def read_peft(
+    adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape] = _NO_SHAPES
+) -> Adapter:
     """Return what the tensors of an adapter with this ``adapter_config.json`` mean, from keys and shapes alone.
 
-    Raises ``RuleError`` where lora_A or lora_B is missing, and where a rank differs from the config. It is also raised
-    for adapters with another formula (such as DoRA), and for initialisations that changed the base.
+    ``base`` has the shapes of the base, which tell the parameter that factors of ``target_parameters`` belong to.
+
+    Raises ``RuleError`` where a factor is missing, and where a rank differs from the config. It is also raised for
+    adapters with another formula, and for initialisations that changed the base.
     """
-    _refuse_unsupported(adapter, config)
-    parts = _parse_keys(adapter)
-    scales = _Scales(config)
-    modules = []
-    for module, sides in parts.factors.items():
-        down, up = _pair(sides)
-        scale = scales.scale(module, down, adapter[down])
-        is_embedding = down.rpartition(".lora_")[2].startswith("embedding_")
-        modules.append(
-            AdaptedModule(
-                module,
-                "lora",
-                {"A": down, "B": up},
-                scale,
-                "adapter_config.json",
-                "transposed" if is_embedding else "by shape",
-                parts.biases.pop(module, ""),
-            )
-        )
-    if parts.biases:
-        raise RuleError(f"{quoted(next(iter(parts.biases.values())))} has no factors lora_A and lora_B")
-    return Adapter("peft", tuple(modules), parts.replacements, bool(config.get("fan_in_fan_out")))
+    refuse_unsupported(config)
+    kind = KINDS[peft_type(config)]
+    parts = _parse_keys(adapter, has_factors=kind is not None)
+    reader = _Modules(adapter, config, base, kind)
+    modules = [reader.module(factors) for factors in parts.factors.values()]
+    rows = tuple(
+        TokenRows(f"{module}.weight", key, replaced_rows(config, module)) for module, key in parts.rows.items()
+    )
+    made = Adapter("peft", tuple(modules), parts.replacements, bool(config.get("fan_in_fan_out")), rows)
+    return _with_ties(made, config)
 
 
-def _refuse_unsupported(adapter: Mapping[str, Shape], config: Mapping[str, object]) -> None:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise RuleError(f"the type of the adapter is {printable(str(kind))}, and only LORA can be folded")
-    dora = next((key for key in adapter if ".lora_magnitude_vector" in key), None)
-    if dora is not None:
-        raise RuleError(f"{quoted(dora)} belongs to DoRA, which cannot be folded", hint="merge with peft")
-    named = next((name for name in _UNSUPPORTED if config.get(name)), None)
-    if named is not None:
-        raise RuleError(f"the adapter uses {named}, which cannot be folded", hint="merge with peft")
-    start = config.get("init_lora_weights")
-    if not isinstance(start, bool | str | None) or start not in _KEEP_BASE:
-        raise RuleError(
-            f"init_lora_weights is {quoted(str(start))}, which changed the base before training",
-            hint="convert it to a plain adapter: save_pretrained(path_initial_model_for_weight_conversion=...)",
-        )
+def _with_ties(adapter: Adapter, config: Mapping[str, object]) -> Adapter:
+    """Return the adapter with the keys whose change also holds for what is tied to them.
+
+    PEFT ties new rows, and with ``ensure_weight_tying`` everything. An embedding that is saved whole without being in
+    ``modules_to_save`` is a copy of the model's, because PEFT saves both embeddings of a resized vocabulary.
+    """
+    if config.get("ensure_weight_tying"):
+        return _following(adapter, adapter.changed_keys())
+    listed = config.get("modules_to_save")
+    trained = [str(name) for name in listed] if isinstance(listed, Sequence) and not isinstance(listed, str) else []
+    adapted = {module.key for module in adapter.modules}
+    copies = [
+        key
+        for key in adapter.replacements
+        if key not in adapted and not any(key.rpartition(".")[0].endswith(name) for name in trained)
+    ]
+    rows = [each.key for each in adapter.rows]
+    return _following(adapter, [*copies, *(rows if len(rows) == 1 else ())])
+
+
+def _following(adapter: Adapter, keys: Collection[str]) -> Adapter:
+    return replace(adapter, follows_ties=frozenset(keys))
+
+
+@dataclass(slots=True)
+class _Factors:
+    """The tensors of one module; ``depth`` counts the wrappers around the parameter, which PEFT nests."""
+
+    module: str
+    depth: int
+    is_embedding: bool = False
+    by_role: dict[str, str] = field(default_factory=dict)
+    bias: str = ""
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.by_role.values()), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    factors: dict[str, dict[str, str]]  # module -> A or B -> adapter key
-    biases: dict[str, str]  # module -> adapter key of the update
+    factors: dict[tuple[str, int], _Factors]
+    rows: dict[str, str]  # module -> adapter key
     replacements: dict[str, str]  # base key -> adapter key
 
 
-def _parse_keys(adapter: Collection[str]) -> _Parts:
+def _parse_keys(adapter: Collection[str], *, has_factors: bool) -> _Parts:
     parts = _Parts({}, {}, {})
     names: set[str] = set()
     for key in adapter:
-        plain = _BASE_LAYER.sub("", key.removeprefix(_PREFIX))
-        found = _FACTOR.fullmatch(plain) or _TO_SAVE.fullmatch(plain)
+        whole = key.removeprefix(_PREFIX)
+        plain = _BASE_LAYER.sub("", whole)
+        found = _FACTOR.fullmatch(plain) or _ROWS.fullmatch(plain) or _TO_SAVE.fullmatch(plain)
         names.add((found["name"] if found is not None else None) or "")
+        if found is not None and found.re is _FACTOR:
+            _add_factor(parts, key, found, _depth(whole))
+            continue
         if found is None:
-            table, place, value = parts.replacements, plain, key
-        elif found.re is _TO_SAVE:
-            table, place, value = parts.replacements, f"{found['module']}.{found['leaf']}", key
-        elif found["leaf"] == "bias":
-            if found["side"] == "A":
-                raise RuleError(f"{quoted(key)} is not a tensor of an adapter")
-            table, place, value = parts.biases, found["module"], key
+            table, place = parts.replacements, plain
+        elif found.re is _ROWS:
+            table, place = parts.rows, found["module"]
         else:
-            table, place, value = parts.factors.setdefault(found["module"], {}), found["side"], key
+            table, place = parts.replacements, f"{found['module']}.{found['leaf']}"
         if place in table:
             raise RuleError(f"{quoted(table[place])} and {quoted(key)} have the same place in the base")
-        table[place] = value
+        table[place] = key
     several = sorted(names - {""})
     if len(several) > 1:
         raise RuleError(f"there are {len(several)} adapters ({', '.join(map(quoted, several[:4]))})", hint="keep one")
-    if not parts.factors:
-        raise RuleError(f"none of {plural(len(adapter), 'tensor')} is a factor lora_A or lora_B")
+    if has_factors and not parts.factors and not parts.rows:
+        raise RuleError(
+            f"none of {plural(len(adapter), 'tensor')} is a factor of the adapter, such as lora_A or lora_B"
+        )
     return parts
 
 
-def _pair(sides: Mapping[str, str]) -> tuple[str, str]:
-    if len(sides) != 2:
-        raise RuleError(f"{quoted(next(iter(sides.values())))} has no partner in the adapter")
-    return sides["A"], sides["B"]
+def _depth(key: str) -> int:
+    """Return the number of wrappers around the wrapper that a factor belongs to."""
+    return len(re.findall(r"(?<![^.])base_layer(?=\.)", key))
 
 
-class _Scales:
-    """The scale of each module, by the config and its patterns."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        self._is_rslora = bool(config.get("use_rslora"))
-        self._rank = _number(config, "r", config.get("r"))
-        self._alpha = _number(config, "lora_alpha", config.get("lora_alpha"))
-        self._ranks = _patterns(config, "rank_pattern")
-        self._alphas = _patterns(config, "alpha_pattern")
-
-    def scale(self, module: str, key: str, down: Shape) -> float:
-        rank = _first_match(self._ranks, module, self._rank)
-        if not down or rank != down[0]:
-            raise RuleError(f"{quoted(key)} is {list(down)}, but the rank in the config is {rank:g}")
-        return _first_match(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._is_rslora else rank)
+def _add_factor(parts: _Parts, key: str, found: re.Match[str], depth: int) -> None:
+    factors = parts.factors.setdefault((found["module"], depth), _Factors(found["module"], depth))
+    if found["leaf"] == "bias":
+        if found["side"] != "B":
+            raise RuleError(f"{quoted(key)} is not a tensor of an adapter")
+        same, factors.bias = factors.bias, key
+    else:
+        role = found["side"] or found["magnitude"] or found["part"] or found["l"]
+        same = factors.by_role.get(role, "")
+        factors.by_role[role] = key
+        factors.is_embedding |= found["embedding"] is not None
+    if same:
+        raise RuleError(f"{quoted(same)} and {quoted(key)} have the same place in the base")
 
 
-def _number(config: Mapping[str, object], name: str, value: object) -> float:
-    if name not in config:
-        raise RuleError(f"the config has no {name}", hint="give the content of the adapter's adapter_config.json")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
-        raise RuleError(f"the config's {name} is {printable(repr(value))}")
-    return value
+class _Modules:
+    """Describe each adapted module, by the shapes of its factors and the configuration."""
+
+    def __init__(
+        self, adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape], kind: Kind | None
+    ) -> None:
+        self._adapter, self._config, self._base = adapter, config, base
+        self._kind: Kind = kind or "lora"
+        given = config.get("target_parameters")
+        self._parameters = [str(name) for name in given] if isinstance(given, list | tuple | set) else []
+        self._taken: set[str] = set()
+
+    @functools.cached_property
+    def _scales(self) -> Scales:
+        return Scales(self._config, "alpha" if self._kind in ("loha", "lokr") else "lora_alpha")
+
+    def module(self, factors: _Factors) -> AdaptedModule:
+        """Return the description of one module; raise ``RuleError`` where its tensors do not fit the config."""
+        kind, module, roles = self._kind_of(factors), factors.module, factors.by_role
+        _refuse_incomplete(factors, kind)
+        if kind == "ia3":
+            per_input, shape = is_feedforward(self._config, module), self._adapter[roles["l"]]
+            if len(shape) == 2 and shape[int(per_input)] == 1 != shape[int(not per_input)]:
+                raise RuleError(
+                    f"{quoted(roles['l'])} is {list(shape)}, which feedforward_modules of the config contradicts"
+                )
+            return AdaptedModule(module, kind, roles, 1.0, per_input=per_input)
+        parameter, experts = self._parameter(factors) if self._parameters else ("weight", 1)
+        scale = self._scale(factors, kind, experts)
+        orientation: Orientation = "transposed" if factors.is_embedding else "by shape"
+        return AdaptedModule(module, kind, roles, scale, _CONFIG, orientation, factors.bias, parameter)
+
+    def _kind_of(self, factors: _Factors) -> Kind:
+        """Return the kind of a module; raise ``RuleError`` for a tensor that the type of the adapter does not have."""
+        roles, is_dora = factors.by_role, self._kind == "lora" and bool(self._config.get("use_dora"))
+        if "magnitude" in roles and not is_dora:
+            raise RuleError(f"{quoted(roles['magnitude'])} belongs to DoRA, and use_dora of the config is not true")
+        kind: Kind = "dora" if is_dora else self._kind
+        other = next((key for role, key in roles.items() if role not in _ROLES[kind]), None)
+        if other is not None:
+            raise RuleError(f"{quoted(other)} is not a factor of {printable(peft_type(self._config))}")
+        if kind != "lora" and factors.bias:
+            raise RuleError(f"{quoted(factors.bias)} is a bias, and only a plain LoRA has one")
+        return kind
+
+    def _scale(self, factors: _Factors, kind: Kind, experts: int) -> float:
+        module, roles = factors.module, factors.by_role
+        if kind == "adalora":
+            return adalora_scale(self._config)
+        if kind == "lokr":
+            whole = roles.get("w2", "")
+            if whole and len(self._adapter[whole]) == 3:
+                raise RuleError(
+                    f"{quoted(whole)} is the kernel of a Conv1d, which PEFT multiplies in another way than LoKr says",
+                    hint=WITH_PEFT,
+                )
+            return self._scales.scale(module)
+        key = roles["w1_b" if kind == "loha" else "A"]
+        self._scales.check_rank(module, key, self._adapter[key], experts)
+        return self._scales.scale(module)
+
+    def _parameter(self, factors: _Factors) -> tuple[str, int]:
+        """Return the parameter of a module that the factors fit, and the number of its experts.
+
+        Raises ``RuleError`` where they fit none of the ``target_parameters``, or more than one.
+        """
+        module, down, up = factors.module, *(self._adapter[factors.by_role[role]] for role in ("A", "B"))
+        owned = [name.rpartition(".") for name in self._parameters]
+        named = [parameter for owner, _, parameter in owned if not owner or names_module(owner, module)]
+        shapes = {name: self._base[f"{module}.{name}"] for name in named if f"{module}.{name}" in self._base}
+        if not shapes:
+            is_plain = not named or f"{module}.weight" in self._base
+            return ("weight" if is_plain else named[0]), 1
+        fitting = {}
+        for name, shape in shapes.items():
+            experts, sizes = (shape[0] if len(shape) == 3 else 1), sorted(shape[-2:])
+            ranks = int(self._scales.rank(module)) * experts
+            if down[:1] == up[1:] == (ranks,) and sizes == sorted((*up[:1], *down[1:])) and name not in self._taken:
+                fitting[name] = experts
+        if len(fitting) != 1:
+            fits = "fit more than one" if fitting else "do not fit one"
+            found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise RuleError(
+                f"{quoted(factors.first)} {list(down)} and its partner {list(up)} {fits} of the target_parameters: "
+                f"{found}",
+                hint=WITH_PEFT,
+            )
+        return next(iter(fitting.items()))
 
 
-def _patterns(config: Mapping[str, object], name: str) -> Sequence[tuple[re.Pattern[str], float]]:
-    table = config.get(name) or {}
-    if not isinstance(table, Mapping):
-        raise RuleError(f"the config's {name} is not a table")
-    patterns = []
-    for text, value in table.items():
-        # The pattern is from a file, so patterns that can run for minutes on a short name are refused.
-        if len(text) > 1000 or re.search(r"\)[*+{]", text) or sum(map(text.count, "*+{")) > _MAX_REPEATS:
-            raise RuleError(f"the pattern {quoted(text)} of {name} has too many repetitions")
-        try:
-            patterns.append((compile_regex(rf"(.*\.)?({text})", 0), _number(config, name, value)))
-        except (re.error, RecursionError, OverflowError, ValueError):
-            raise RuleError(f"the pattern {quoted(text)} of {name} is not a valid regular expression") from None
-    return patterns
-
-
-def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)
+def _refuse_incomplete(factors: _Factors, kind: Kind) -> None:
+    roles = factors.by_role
+    if not roles:
+        raise RuleError(f"{quoted(factors.bias)} has no factors lora_A and lora_B")
+    if kind == "dora" and "magnitude" not in roles:
+        raise RuleError(f"{quoted(factors.first)} belongs to DoRA, and has no lora_magnitude_vector beside it")
+    pairs = _PAIRS[:2] if kind == "lokr" else _PAIRS
+    if any((left in roles) != (right in roles) for left, right in pairs) or not all(
+        any(role in roles for role in group) for group in _NEEDED[kind]
+    ):
+        raise RuleError(f"{quoted(factors.first)} has no partner in the adapter")

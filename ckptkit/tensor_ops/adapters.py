@@ -71,6 +71,8 @@ class FoldAdalora(Arithmetic):
         weight, down, up, values = inputs
         if len(down) != 2 or values != (down[0], 1):
             raise self.refusal(f"A is {list(down)}, and E is {list(values)}")
+        if len(up) == 2 and down[0] == up[1] == 0:  # every singular value was cut
+            down, up = (1, down[1]), (up[0], 1)
         return _lora(self.scale, fan_in_fan_out=self.fan_in_fan_out).shapes([weight, down, up])
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -58,7 +58,7 @@ def read_adapter(
     if named is not None:
         return Reading(on_base(named, base), named.notes)
     shapes = {new: donor[old].shape for new, old in names.items()}
-    return Reading(read_peft(shapes, read_config(given, donor)))
+    return Reading(read_peft(shapes, read_config(given, donor), base))
 
 
 def read_named(donor: Checkpoint, names: Mapping[str, str]) -> NamedAdapter | None:
