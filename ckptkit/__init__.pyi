@@ -48,12 +48,14 @@ from ckptkit.param_groups.rebind import rebind as rebind
 from ckptkit.param_groups.spec import ParamGroupSpec as ParamGroupSpec
 from ckptkit.param_groups.validate import assert_param_groups as assert_param_groups
 from ckptkit.param_groups.validate import validate_param_groups as validate_param_groups
+from ckptkit.plans.adapters.convert import plan_convert_adapter as plan_convert_adapter
 from ckptkit.plans.adapters.extract import plan_extract_lora as plan_extract_lora
 from ckptkit.plans.adapters.fold import plan_lora as plan_lora
 from ckptkit.plans.execute import Written as Written
 from ckptkit.plans.execute import execute as execute
 from ckptkit.plans.merge import plan_merge as plan_merge
 from ckptkit.plans.one_call import convert as convert
+from ckptkit.plans.one_call import convert_adapter as convert_adapter
 from ckptkit.plans.one_call import extract_lora as extract_lora
 from ckptkit.plans.one_call import merge as merge
 from ckptkit.plans.one_call import merge_lora as merge_lora
@@ -115,6 +117,7 @@ __all__ = [
     "build_param_groups",
     "choose_output",
     "convert",
+    "convert_adapter",
     "diff",
     "diff_locks",
     "execute",
@@ -137,6 +140,7 @@ __all__ = [
     "param_group_preset_names",
     "parse_lock",
     "parse_rules",
+    "plan_convert_adapter",
     "plan_extract_lora",
     "plan_lora",
     "plan_merge",

@@ -46,6 +46,7 @@ TABLES: dict[str, tuple[dict[str, Any], list[Shape]]] = {
     "fold_ia3": ({"per_input": True, "fan_in_fan_out": True}, [(6, 4), (6, 1)]),
     "fold_ia3 bias": ({}, [(6,), (1, 6, 1)]),
     "replace_rows": ({"indices": [4, 0]}, [(5, 3), (2, 3)]),
+    "lora_alpha": ({"alpha": 0.1}, [(2, 6)]),
     "extract_lora": ({"rank": 2}, [(4, 3, 2, 2), (4, 3, 2, 2)]),
 }
 

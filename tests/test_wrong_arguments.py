@@ -68,6 +68,11 @@ def _lora() -> dict[str, object]:
     }
 
 
+def _adapter() -> dict[str, object]:
+    lora = _lora()
+    return {"source": lora["adapter"], "adapter": "kohya", "lora_config": lora["lora_config"]}
+
+
 def _tuned() -> dict[str, object]:
     return {"base": {"fc.weight": torch.zeros(2, 2)}, "tuned": {"fc.weight": torch.ones(2, 2)}}
 
@@ -83,6 +88,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "build_param_groups": lambda: {"model": model, "spec": SPEC},
         "choose_output": lambda: {"path": folder / "a.safetensors"},
         "convert": lambda: {"source": state, "out": folder / "d.safetensors", "force": True},
+        "convert_adapter": lambda: {**_adapter(), "out": folder / "h.safetensors", "force": True},
         "diff": lambda: {"expected": model, "found": state},
         "diff_locks": lambda: {"expected": _lock(), "found": _lock()},
         "execute": lambda: {
@@ -110,6 +116,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "param_group_preset_names": dict,
         "parse_lock": lambda: {"document": ckptkit.lock_document(_lock())},
         "parse_rules": dict,
+        "plan_convert_adapter": _adapter,
         "plan_extract_lora": lambda: {**_tuned(), "rank": 1},
         "plan_lora": _lora,
         "plan_merge": lambda: {"base": state, "donors": state},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptkit.adapters.model import AdaptedModule, Adapter
+from ckptkit.adapters.model import Adapter
 from ckptkit.adapters.module_names import COMPONENTS, layers_per_block, other_names, split_component
 from ckptkit.adapters.named import NamedAdapter, NamedModule
 from ckptkit.core.patterns import literal
@@ -13,7 +13,7 @@ from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
 
-__all__ = ["BaseModules", "on_base"]
+__all__ = ["BaseModules", "find_modules", "on_base"]
 
 _WEIGHT = ".weight"
 
@@ -73,13 +73,20 @@ def _pattern(module: NamedModule) -> str:
 
 
 def on_base(adapter: NamedAdapter, base: Mapping[str, Shape]) -> Adapter:
-    """Return the adapter with the modules of ``base`` that its names mean.
+    """Return the adapter with the modules of ``base`` that its names mean. Raises as ``find_modules`` does."""
+    placed = find_modules(adapter, base)
+    modules = tuple(replace(each.adapted, module=found) for found, each in placed.items())
+    return Adapter(adapter.format, modules, fan_in_fan_out=adapter.fan_in_fan_out)
+
+
+def find_modules(adapter: NamedAdapter, base: Mapping[str, Shape]) -> dict[str, NamedModule]:
+    """Return the modules of the adapter by the modules of ``base`` that their names mean.
 
     Raises ``RuleError`` with every tensor that has no place in the base, where a name can mean two modules, and where
     two modules of the adapter mean one module of the base.
     """
     modules = BaseModules(base)
-    placed: dict[str, AdaptedModule] = {}
+    placed: dict[str, NamedModule] = {}
     unplaced: list[NamedModule] = []
     for module in adapter.modules:
         found = modules.find(module)
@@ -87,16 +94,16 @@ def on_base(adapter: NamedAdapter, base: Mapping[str, Shape]) -> Adapter:
             unplaced.append(module)
             continue
         if found in placed:
-            first, second = (next(iter(each.factors.values())) for each in (placed[found], module.adapted))
+            first, second = (next(iter(each.adapted.factors.values())) for each in (placed[found], module))
             drop = shell_word(f"{module.prefix}*") if module.prefix else _pattern(module)
             raise RuleError(
                 f"{quoted(first)} and {quoted(second)} both change {quoted(found + _WEIGHT)}",
                 hint=f"keep one of them: --drop {drop}",
             )
-        placed[found] = replace(module.adapted, module=found)
+        placed[found] = module
     if unplaced:
         _refuse_unplaced(unplaced, adapter)
-    return Adapter(adapter.format, tuple(placed.values()))
+    return placed
 
 
 def _refuse_unplaced(unplaced: Sequence[NamedModule], adapter: NamedAdapter) -> None:

@@ -51,7 +51,8 @@ def read_diffusers(
     for prefix, names in by_prefix.items():
         modules += _modules(prefix, names, shapes, configs[_model_of(prefix, configs) or ""])
     old = read_kohya(rest, alphas) if rest else NamedAdapter("diffusers", ())
-    return replace(old, format="diffusers", modules=(*modules, *old.modules))
+    transposed = any(bool(config.get("fan_in_fan_out")) for config in configs.values())
+    return NamedAdapter("diffusers", (*modules, *old.modules), old.notes, transposed)
 
 
 def _modules(

@@ -81,12 +81,13 @@ class NamedModule:
 class NamedAdapter:
     """An adapter whose modules have the names of its file.
 
-    ``notes`` are about scales that the file does not say.
+    ``notes`` are about scales that the file does not say. ``fan_in_fan_out`` is as in ``Adapter``.
     """
 
     format: str
     modules: tuple[NamedModule, ...]
     notes: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
 
 
 def named_format(keys: Iterable[str], metadata: Mapping[str, str]) -> str:

@@ -7,21 +7,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_path
+from ckptkit.core.arguments import require_choice, require_path
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.core.progress import Progress
 from ckptkit.core.torch_types import DType
 from ckptkit.formats.atomic import write_small_file
 from ckptkit.inputs import CheckpointLike, opened
-from ckptkit.plans.adapters.fold import LoraConfigLike
+from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat, adapter_path
+from ckptkit.plans.adapters.reading import LoraConfigLike
 from ckptkit.plans.execute import Written, execute
 from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
 from ckptkit.rules.model import RulesLike
 
-__all__ = ["convert", "extract_lora", "merge", "merge_lora"]
+__all__ = ["convert", "convert_adapter", "extract_lora", "merge", "merge_lora"]
 
 
 def convert(
@@ -243,6 +244,61 @@ def extract_lora(
             plan = plan_extract_lora(sources["base"], sources["donor"], rank, rules)
         written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)
         write_small_file(target, json_bytes(adapter_config(plan)))
+    return written
+
+
+def convert_adapter(
+    source: CheckpointLike,
+    out: str | os.PathLike[str],
+    adapter: AdapterFormat,
+    *,
+    base: CheckpointLike | None = None,
+    lora_config: LoraConfigLike | None = None,
+    force: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write an adapter in the format of PEFT, kohya or diffusers, as ``ckpt convert --adapter`` does.
+
+    The bytes of every factor stay the same. ``source``, ``adapter``, ``base`` and ``lora_config`` are as in
+    ``plan_convert_adapter``. For ``peft``, ``out`` is a directory, or an ``adapter_model.safetensors`` in it, and
+    ``adapter_config.json`` is written beside that; for the others it is a file. ``force``, ``verify`` and ``progress``
+    are as in ``convert``.
+
+    Raises:
+        PathError: An input cannot be read.
+        FormatError: An input is not a valid checkpoint.
+        RuleError: The format cannot hold the adapter, or a tensor has no place in the base.
+        PlanError: The scale of the adapter is unknown.
+        OutputError: The output exists (without ``force``), or cannot be written.
+
+    Example:
+        >>> import ckptkit, os, tempfile, torch
+        >>> source = {"fc.lora_A.weight": torch.ones(1, 2), "fc.lora_B.weight": torch.ones(2, 1)}
+        >>> config = {"r": 1, "lora_alpha": 2}
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     out = os.path.join(directory, "kohya.safetensors")
+        ...     written = ckptkit.convert_adapter(source, out, "kohya", lora_config=config)
+        ...     with ckptkit.open_checkpoint(out) as kohya:
+        ...         kohya.read("lycoris_fc.alpha").item()
+        2.0
+    """
+    require_path(out, "out")
+    from ckptkit.plans.adapters.convert import plan_conversion
+    from ckptkit.plans.adapters.extract import adapter_config_target
+
+    require_choice(adapter, ADAPTER_FORMATS, "adapter")
+    output = choose_output(adapter_path(out, adapter), force=force)
+    given = {"source": source} if base is None else {"source": source, "base": base}
+    with (
+        adapter_config_target(output) if adapter == "peft" else contextlib.nullcontext() as target,
+        _opened(given) as sources,
+    ):
+        with default_error_path(_path(source)):
+            conversion = plan_conversion(sources["source"], adapter, sources.get("base"), lora_config)
+        written = execute(conversion.plan, sources["source"], output, verify=verify, progress=progress)
+        if target is not None and conversion.config is not None:
+            write_small_file(target, json_bytes(conversion.config))
     return written
 
 

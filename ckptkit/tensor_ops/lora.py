@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptkit.core.text import plural
+from ckptkit.core.torch_bridge import torch_dtype
 from ckptkit.core.torch_types import Tensor
-from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Shape, working_dtype
+from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Operation, Rounded, Shape, working_dtype
 
-__all__ = ["ExtractLora", "FoldLora"]
+__all__ = ["ExtractLora", "FoldLora", "LoraAlpha"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,46 @@ class FoldLora(Arithmetic):
         update = up.flatten(1) @ down.flatten(1)
         update = (update.T if self.fan_in_fan_out else update.reshape(weight.shape)) * self.scale_for(down.shape[0])
         return [update.add_(weight)]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAlpha(Operation):
+    """Make the tensor ``alpha`` of a file of kohya, a number without dims, beside the factor that is the input.
+
+    The dtype is F32, or F64 where F32 does not hold the number.
+    """
+
+    alpha: Number
+    name: ClassVar[str] = "lora_alpha"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the input cannot be restored: it cannot."""
+        return True
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape without dims."""
+        self.only_shape(inputs)
+        return ((),)
+
+    def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
+        """Return the dtype that holds the number."""
+        del inputs
+        return ("F32" if _fits_f32(self.alpha) else "F64",)
+
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
+        """Make the tensor."""
+        del rounded
+        import torch
+
+        return (torch.tensor(self.alpha, dtype=torch_dtype(self.dtypes([])[0]), device=tensors[0].device),)
+
+
+def _fits_f32(number: float) -> bool:
+    try:
+        return bool(struct.unpack("<f", struct.pack("<f", number))[0] == number)
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from ckptkit.cli.common.options import (
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
 from ckptkit.formats.atomic import prepare_side_file, present_state, small_file
+from ckptkit.plans.adapters.adapter_formats import adapter_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         **others: object,
     ) -> object:
         chosen = choose_output(
-            output,
+            adapter_path(output, "peft") if others.get("adapter") == "peft" else output,
             format=output_format,
             max_shard_size=max_shard_size,
             force=force,
