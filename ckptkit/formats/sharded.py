@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from itertools import chain
 from pathlib import PureWindowsPath
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
-from ckptkit.core.config_files import parse_json
+from ckptkit.core.config_files import json_value, parse_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, listed, plural, quoted, shell_word
@@ -257,9 +258,7 @@ def _join(
     if similar is not None:
         other = folded[similar.casefold()]
         warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
-    metadata: dict[str, str] = {}
-    for shard in opened.values():
-        metadata |= shard.metadata
+    metadata = _joined_metadata([shard.metadata for shard in opened.values()])
 
     def close() -> None:
         for shard in opened.values():
@@ -293,6 +292,20 @@ def _join(
             suspicious=any(shard.suspicious for shard in opened.values()),
         ),
     )
+
+
+def _joined_metadata(shards: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the metadata of all shards, with the lists of names joined that each shard has, as torchao's do."""
+    joined: dict[str, str] = {}
+    for key in dict.fromkeys(key for shard in shards for key in shard):
+        texts = list(dict.fromkeys(shard[key] for shard in shards if key in shard))
+        joined[key] = texts[-1]
+        if len(texts) > 1 and all(text.startswith("[") for text in texts):
+            with contextlib.suppress(ValueError, TypeError):  # TypeError: lists in the list
+                lists = [json_value(text) for text in texts]
+                items = dict.fromkeys(item for one in lists if isinstance(one, list) for item in one)
+                joined[key] = json.dumps(list(items), ensure_ascii=False)
+    return joined
 
 
 def _total_warning(index: Mapping[str, object], infos: Mapping[str, TensorInfo]) -> Iterator[ReaderWarning]:

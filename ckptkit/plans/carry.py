@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptkit.core.checkpoint import Checkpoint, Payload
-from ckptkit.core.config_files import read_json
+from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile, is_same_file
 from ckptkit.core.text import listed, plural, quoted
@@ -23,11 +23,13 @@ from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, real_path
 from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
+from ckptkit.plans.metadata import gone_names, names_in
+from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.steps import is_float
 from ckptkit.quantized import quantized_weights
-from ckptkit.quantized.configuration import CONFIGURATION_FILES
+from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 
 __all__ = ["Adapted", "Carried", "plan_carried", "write_carried"]
 
@@ -124,6 +126,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
     notes += _notes_about_keys(plan, role, sources[role])
+    notes += _notes_about_names(carried, plan, sources[role])
     return replace(carried, notes=tuple(notes))
 
 
@@ -230,6 +233,31 @@ def _notes_about_keys(plan: Plan, role: str, owner: Checkpoint) -> Iterator[str]
             f"{plural(len(other), 'tensor')} of another shape than in the {role}: compare {MODEL_CONFIG} with "
             f"{listed(other, _MOST_NAMED)}"
         )
+
+
+def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Iterator[str]:
+    """Yield where a carried configuration names modules that have another name in the output."""
+    moves = moves_of(carried.role, {}, owner.keys(), plan.steps)
+    gone = gone_names(moves)
+    if not gone:
+        return
+    for name in carried.names:
+        if name in CONFIGURATION_FILES or name == ADAPTER_CONFIG:
+            changed = carried.contents.get(name)
+            content = read_json(carried.directory, name) if changed is None else json_value(changed.decode())
+            found = names_in(content, gone)
+            if found:
+                yield f"{name} still names {found}, which the output does not have"
+    configuration = read_configuration(owner)
+    for old, new in ((old, new) for old, all_new in moves.copies.items() for new in all_new if old != new):
+        if configuration.leaves_plain(old) != configuration.leaves_plain(new):
+            yield (
+                f"the list of modules that are not quantised does not follow the new names: it has {quoted(old)}, and "
+                f"not {quoted(new)}"
+                if configuration.leaves_plain(old)
+                else f"the list of modules that are not quantised also has {quoted(new)}, which was {quoted(old)}"
+            )
+            return
 
 
 def _target(carried: Carried, name: str, directory: str, *, force: bool) -> Target | None:

@@ -31,6 +31,7 @@ from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, w
 from ckptkit.formats.sharded import is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
+from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
 from ckptkit.plans.verify import Verification, verify_dcp, verify_index, verify_safetensors, verify_torch
@@ -129,7 +130,9 @@ def _with_kept_entries(
     plan = replace(plan, dropped=tuple(drop for drop in plan.dropped if not carried.takes(drop)))
     lost: list[Dropped] = []
     if output.format != "safetensors" and any(key != "format" for key in plan.metadata):
-        lost.append(Dropped("output", "__metadata__", f"{_NOUNS[output.format]} cannot hold it", is_entry=True))
+        loss = loss_of_metadata(plan.metadata, [step.out.key for step in plan.steps])
+        why = f"{_NOUNS[output.format]} cannot hold it{loss}"
+        lost.append(Dropped("output", "__metadata__", why, is_entry=True))
     if output.format != "torch" and plan.versions:
         why = f"{_NOUNS[output.format]} cannot hold module versions"
         lost.append(Dropped("output", "_metadata", why, is_entry=True))
@@ -142,7 +145,9 @@ def _with_kept_entries(
     dropped = (*(drop for drop in plan.dropped if drop not in kept), *lost)
     kept_keys = {drop.key for drop in kept}.union(plan.kept)
     kept_entries = tuple(entry for entry in entries if entry in kept_keys)
-    return _with_notes(replace(plan, dropped=dropped, kept=kept_entries), editor.notes)
+    owner = sources[plan.edited_role]
+    stale = names_in_entries((entry for entry in owner.entries if entry.path in kept_keys), plan.steps, owner)
+    return _with_notes(replace(plan, dropped=dropped, kept=kept_entries), [*editor.notes, *stale])
 
 
 def execute(

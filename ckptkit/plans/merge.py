@@ -20,6 +20,7 @@ from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
@@ -200,14 +201,14 @@ def _plan(
     plan = Plan(
         all_steps,
         tuple(dropped),
-        base.metadata,
+        {},
         tuple(notes),
         base.versions,
         role_to_edit(base, "base"),
         command="merge",
         covered=measure_coverage(base, from_donor.keys()),
     )
-    return check_quantized(plan, quantized)
+    return check_quantized(follow_metadata(plan, {"base": base, **sources}), quantized)
 
 
 def _refuse_unmet(

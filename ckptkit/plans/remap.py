@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
-from ckptkit.errors import PlanError
+from ckptkit.errors import PlanError, RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.plans.metadata import follow_metadata
+from ckptkit.plans.metadata.moves import Rename, renamed_alike
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -27,7 +29,7 @@ from ckptkit.plans.steps import (
     without_unread,
 )
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.rules.model import KeyMap, Rules, RulesLike
 
 __all__ = ["plan_remap"]
 
@@ -104,8 +106,22 @@ def _plan(
     moved = moved_modules(checkpoint.versions, key_map.renamed)
     versions = {new: checkpoint.versions[old] for old, new in moved.items()}
     edited_role = role_to_edit(checkpoint, "source")
-    plan = Plan(tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, edited_role)
+    plan = Plan(tuple(steps), tuple(dropped), {}, key_map.notes, versions, edited_role)
+    plan = follow_metadata(plan, {"source": checkpoint}, _renamer(checkpoint, rules, key_map))
     return check_quantized(plan, quantized)
+
+
+def _renamer(checkpoint: Checkpoint, rules: Rules, key_map: KeyMap) -> Rename | None:
+    """Return the function that gives further names the new names that the rules give them."""
+
+    def rename(names: Collection[str]) -> Mapping[str, str]:
+        try:
+            renamed = apply_rules(replace(rules, allow_unused=True), [*checkpoint, *names]).renamed
+        except RuleError:  # such as an operation that the further names would be inputs of
+            return renamed_alike(names, key_map.renamed)
+        return {name: renamed[name] for name in names if name in renamed}
+
+    return rename if rules.stages else None
 
 
 def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -16,6 +16,7 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.formats.atomic import prepare_side_file, write_small_file
 from ckptkit.plans.inputs import Sources, opened_roles
+from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -270,6 +271,17 @@ _ROLE = "source"
 _MOST_NAMED = 4
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """The names in the output of a plan, from which its inverse begins."""
+
+    metadata: Mapping[str, str]
+    names: tuple[str, ...]
+
+    def keys(self) -> tuple[str, ...]:
+        return self.names
+
+
 def invert_plan(saved: SavedPlan) -> SavedPlan:
     """Return the plan that makes the source of ``saved`` from its output, with every bit of every tensor.
 
@@ -307,7 +319,8 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     moved = moved_modules(saved.plan.versions, names)
     versions = {old: saved.plan.versions[new] for new, old in moved.items()}
     edited_role = _ROLE if saved.plan.edited_role else ""
-    plan = Plan(tuple(steps.values()), (), saved.plan.metadata, notes, versions, edited_role)
+    plan = Plan(tuple(steps.values()), (), {}, notes, versions, edited_role)
+    plan = follow_metadata(plan, {_ROLE: _Output(saved.plan.metadata, tuple(info.key for info in outs))})
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
 
 

@@ -18,6 +18,7 @@ from ckptkit.plans.adapters.combine import PlacedAdapter, combine
 from ckptkit.plans.adapters.inputs import BASE, opened_roles
 from ckptkit.plans.adapters.reading import LoraConfigLike, read_adapter
 from ckptkit.plans.merge import follow_ties
+from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, role_to_edit
@@ -123,13 +124,13 @@ def _plan_lora(
     plan = Plan(
         tuple(steps),
         (*dropped, *combined.dropped),
-        base.metadata,
+        {},
         (*tie_notes, *combined.notes, *notes),
         base.versions,
         role_to_edit(base, BASE),
         command="merge",
     )
-    return check_quantized(plan, quantized)
+    return check_quantized(follow_metadata(plan, {BASE: base}), quantized)
 
 
 def _place(

@@ -1,0 +1,110 @@
+"""Where the tensors of one input are in an output, for what names them in metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+from ckptkit.plans.plan.step import Step
+
+__all__ = ["Followed", "Moves", "Rename", "moves_of", "rename_like", "renamed_alike"]
+
+Rename: TypeAlias = Callable[[Collection[str]], Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """The names of one input before and after: its ``metadata`` and ``keys``, and the new keys of each key.
+
+    ``copies`` has the keys that are copied or cast, ``made`` those that an operation reads. ``outputs`` has every key
+    of the output, and ``other_outputs`` those that come from other inputs only. ``rename`` gives the new names of names
+    that no tensor of the input has; it leaves out those that are dropped.
+    """
+
+    metadata: Mapping[str, str]
+    keys: Collection[str]
+    copies: Mapping[str, tuple[str, ...]]
+    made: Mapping[str, tuple[str, ...]]
+    outputs: Collection[str]
+    other_outputs: tuple[str, ...]
+    rename: Rename
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Every key of the input that the output does not have under this name."""
+        return frozenset(key for key in self.keys if key not in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """The metadata of an output, and sentences about what did not follow the tensors."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def moves_of(
+    role: str,
+    metadata: Mapping[str, str],
+    keys: Collection[str],
+    steps: Iterable[Step],
+    rename: Rename | None = None,
+) -> Moves:
+    """Return where the tensors of the input ``role`` are in the output of ``steps``.
+
+    Without ``rename``, other names change their beginning as the tensors do: see ``rename_like``.
+    """
+    copies: dict[str, list[str]] = {}
+    made: dict[str, list[str]] = {}
+    outputs: dict[str, None] = {}
+    others: list[str] = []
+    for step in steps:
+        outputs[step.out.key] = None
+        own = [source.key for source in step.sources if source.role == role]
+        if not own:
+            others.append(step.out.key)
+        for key in dict.fromkeys(own):
+            (copies if step.recipe is None else made).setdefault(key, []).append(step.out.key)
+    frozen = {key: tuple(new) for key, new in copies.items()}
+    given = rename or (lambda names: renamed_alike(names, {key: new[0] for key, new in frozen.items()}))
+    computed = {key: tuple(new) for key, new in made.items()}
+    return Moves(metadata, keys, frozen, computed, outputs, tuple(others), given)
+
+
+def rename_like(name: str, old: str, new: str) -> str:
+    """Return ``name`` with its beginning changed as the beginning of ``old`` is in ``new``, or as it is.
+
+    Example:
+        >>> rename_like("head.weight", "emb.weight", "model.emb.weight")
+        'model.head.weight'
+        >>> rename_like("module.head.weight", "module.emb.weight", "emb.weight")
+        'head.weight'
+    """
+    before, after = old.split("."), new.split(".")
+    while before and after and before[-1] == after[-1]:
+        before.pop()
+        after.pop()
+    segments = name.split(".")
+    if segments[: len(before)] != before or len(segments) <= len(before):
+        return name
+    return ".".join([*after, *segments[len(before) :]])
+
+
+def renamed_alike(names: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
+    """Return the new name of each name that no tensor has, by the tensor whose name begins like it for longest."""
+    new = dict.fromkeys(names, "")
+    for name in new if renamed else ():
+        near = max(renamed, key=partial(_common, name))
+        new[name] = rename_like(name, near, renamed[near])
+    return {name: text or name for name, text in new.items()}
+
+
+def _common(first: str, second: str) -> int:
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
