@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptkit import plan_extract_lora
+from ckptkit import extract_lora, merge_lora, plan_extract_lora
 from ckptkit.errors import PlanError, RuleError
+from ckptkit.plans.adapters.layers import AsLayer
 from ckptkit.rules.load import as_rules
+from ckptkit.tensor_ops.lora import ExtractLora
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]
@@ -95,13 +98,111 @@ def test_nothing_is_written_where_the_configuration_would_be_lost(
 
 
 def test_tensors_that_cannot_be_compared_are_named() -> None:
-    """A key that the base lacks, another shape, a rank that is too large, and no weight are refused."""
+    """A key that the base lacks, another shape, and no change are refused; ``whole`` takes what the base lacks."""
     base, tuned = states(1)
+    whole: AsLayer = {"q.*": "whole", "conv.*": "whole", "norm.*": "whole"}
     with pytest.raises(PlanError, match=r"'q\.weight' is \[12, 8\] in the tuned model, and the base does not have it"):
         plan_extract_lora({"w": torch.zeros(1)}, {"q.weight": tuned["q.weight"]}, 1)
     with pytest.raises(PlanError, match=r"and the base has it as \[8, 12\]"):
         plan_extract_lora({"q.weight": torch.zeros(8, 12)}, {"q.weight": tuned["q.weight"]}, 1)
-    with pytest.raises(RuleError, match=r"'\w+\.weight': .* a rank of at most 6 \(choose a lower rank, or .*--drop"):
-        plan_extract_lora(base, tuned, 7)
-    with pytest.raises(PlanError, match="there is no weight of a module"):
+    with pytest.raises(PlanError, match="no tensor of the tuned model differs"):
         plan_extract_lora(base, tuned, 1, as_rules({"keep": ["norm.*"]}))
+    plan = plan_extract_lora({"w.weight": torch.zeros(2, 2)}, tuned | {"w.weight": torch.ones(2, 2)}, 1, as_layer=whole)
+    assert "base_model.model.q.bias" in {step.out.key for step in plan.steps}
+
+
+def test_a_rank_that_a_weight_cannot_have_becomes_its_largest(tmp_path: Path) -> None:
+    """The configuration has the rank of each such module, and alpha follows so that the scale stays 1."""
+    base, tuned = states(1)
+    extract_lora(base, tuned, tmp_path / "adapter_model.safetensors", 7)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (7, 7)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"^conv": 6}
+    state = merge_lora(base, tmp_path, tmp_path / "out.safetensors")
+    assert state.plan is not None
+    made = load_file(tmp_path / "out.safetensors")
+    for key, value in tuned.items():
+        torch.testing.assert_close(made[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_what_did_not_change_gets_no_adapter_and_is_named() -> None:
+    """An unchanged weight is listed, also if a rule renames it; without any change there is no adapter."""
+    base, tuned = states(1)
+    tuned["q.weight"] = base["q.weight"].clone()
+    plan = plan_extract_lora(base, {f"m.{key}": value for key, value in tuned.items()}, 1, ["m.*=*"])
+    assert [step.sources[0].key for step in plan.steps] == ["conv.weight", "conv.weight"]
+    unchanged = {drop.key for drop in plan.dropped if drop.reason == "it did not change"}
+    assert unchanged == {"m.q.weight", "m.q.bias", "m.norm.weight"}
+    with pytest.raises(PlanError, match="no tensor of the tuned model differs from the base"):
+        plan_extract_lora(base, base, 1)
+    with pytest.raises(PlanError, match="no linear layer, embedding or convolution changed"):
+        plan_extract_lora(base, base | {"norm.weight": torch.zeros(8)}, 1)
+
+
+def test_the_layers_of_a_file_are_decided_by_evidence_and_named() -> None:
+    """Names tell embeddings, biases tell Conv1D of GPT-2, and the option decides otherwise."""
+    shapes = {
+        "wte.weight": (50, 8), "h.0.c_attn.weight": (8, 24), "h.0.c_attn.bias": (24,), "h.0.c_proj.weight": (8, 8),
+        "h.0.c_proj.bias": (8,), "codes.weight": (20, 8), "up.weight": (3, 5, 2, 2), "up.bias": (5,),
+        "stem.weight": (5, 3, 2, 2), "depthwise.weight": (5, 1, 3, 3), "head.weight": (4, 8), "head.bias": (4,),
+    }  # fmt: skip
+    base = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    tuned = {key: torch.randn(shape) for key, shape in shapes.items()}
+    plan = plan_extract_lora(base, tuned, 1, as_layer={"codes.*": "embedding"})
+    made = {step.out.key.removeprefix("base_model.model."): step.out.shape for step in plan.steps}
+    assert made["wte.lora_embedding_A"] == (1, 50)
+    assert made["wte.lora_embedding_B"] == (8, 1)
+    assert made["codes.lora_embedding_A"] == (1, 20)
+    assert made["h.0.c_attn.lora_A.weight"] == (1, 8)
+    assert made["h.0.c_attn.lora_B.weight"] == (24, 1)
+    assert made["stem.lora_A.weight"] == (1, 3, 2, 2)
+    assert {"up.weight", "up.bias", "depthwise.weight"} <= made.keys()
+    square = next(step.recipe for step in plan.steps if step.out.key.endswith("c_proj.lora_A.weight"))
+    assert square is not None
+    assert square.operations == (ExtractLora(1, fan_in_fan_out=True),)
+    notes = "\n".join(plan.notes)
+    assert "'wte.weight' taken for embeddings: by their names" in notes
+    assert "'h.0.c_attn.weight' taken for Conv1D of GPT-2" in notes
+    linear = plan_extract_lora(base, tuned, 1, as_layer={"wte.*": "linear", "up.*": "whole"})
+    assert "base_model.model.wte.lora_A.weight" in {step.out.key for step in linear.steps}
+    with pytest.raises(RuleError, match="--as-layer 'wtf' matches none of 12 keys of the model"):
+        plan_extract_lora(base, tuned, 1, as_layer={"wtf": "linear"})
+
+
+def test_both_halves_of_a_tie_are_saved_whole() -> None:
+    """A file with a tie, or with the same bytes twice, gets no factors that a merge would add twice."""
+    weight = torch.randn(20, 4)
+    fc = {"fc.weight": torch.zeros(4, 4)}
+    base = {"embed_tokens.weight": weight, "lm_head.weight": weight, **fc}
+    changed = torch.randn(20, 4)
+    tuned = {"embed_tokens.weight": changed, "lm_head.weight": changed.clone(), "fc.weight": torch.ones(4, 4)}
+    for given in (base, {key: value.clone() for key, value in base.items()}):
+        plan = plan_extract_lora(given, tuned, 1)
+        kept = [step.out.key for step in plan.steps if step.is_copy]
+        assert kept == ["base_model.model.embed_tokens.weight", "base_model.model.lm_head.weight"]
+        asked = plan_extract_lora(given, tuned, 1, as_layer={"embed_tokens.*": "embedding"})
+        assert {step.sources[0].key for step in asked.steps} == {"embed_tokens.weight", "fc.weight"}
+        assert ("lm_head.weight", "one tensor with 'embed_tokens.weight'") in {(d.key, d.reason) for d in asked.dropped}
+    with pytest.raises(PlanError, match="are one tensor in the base, and differ in the tuned model"):
+        plan_extract_lora(base, tuned | {"lm_head.weight": torch.randn(20, 4)}, 1)
+
+
+def test_a_live_model_tells_its_layers() -> None:
+    """A class that PEFT does not adapt is saved whole, and a name does not matter."""
+    base = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Bilinear(4, 4, 2))
+    tuned = {key: value + 1 for key, value in base.state_dict().items()}
+    plan = plan_extract_lora(base, tuned, 1)
+    keys = {step.out.key.removeprefix("base_model.model.") for step in plan.steps}
+    assert keys == {
+        "0.lora_embedding_A", "0.lora_embedding_B", "1.lora_A.weight", "1.lora_B.weight", "1.base_layer.bias",
+        "2.weight", "2.bias",
+    }  # fmt: skip
+
+
+def test_only_the_modules_that_have_factors_are_targets(tmp_path: Path) -> None:
+    """PEFT adapts every module whose name ends with a target, so a target that is the end of another is exact."""
+    base = {"fc.weight": torch.zeros(4, 4), "block.fc.weight": torch.zeros(4, 4)}
+    extract_lora(base, base | {"fc.weight": torch.ones(4, 4)}, tmp_path / "adapter_model.safetensors", 1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert re.fullmatch(config["target_modules"], "fc")
+    assert not re.fullmatch(config["target_modules"], "block.fc")

@@ -19,6 +19,7 @@ from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.formats import codes
 from ckptkit.formats.atomic import Target, write_small_file
+from ckptkit.plans.adapters.layers import AS_LAYER, AsLayer
 from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.output import Output
@@ -37,7 +38,7 @@ __all__ = ["merge"]
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
     "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread", "require", "min_coverage"),
     "lora": ("scale", "weight"),
-    "extract-lora": ("rank",),
+    "extract-lora": ("rank", "as_layer"),
 }
 
 
@@ -68,6 +69,9 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
               "or its file's name without the suffix.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True,
               help="extract-lora only: the rank of the adapter.")  # fmt: skip
+@policy_option(
+    "--as-layer", AS_LAYER, "auto", "extract-lora only: which layer has the weight of a key, where a file cannot tell."
+)
 def merge(
     base: str,
     donors: tuple[str, ...],
@@ -84,6 +88,7 @@ def merge(
     scale: float,
     weight: tuple[str, ...],
     rank: int,
+    as_layer: AsLayer,
 ) -> None:
     """Copy the values of each DONOR into BASE where key and shape agree.
 
@@ -128,7 +133,7 @@ def merge(
             elif method == "extract-lora":
                 from ckptkit.plans.adapters.extract import plan_extract_lora
 
-                plan = plan_extract_lora(first, others[0], rank, rules)
+                plan = plan_extract_lora(first, others[0], rank, rules, as_layer=as_layer)
             else:
                 plan = plan_merge(
                     first,
@@ -143,9 +148,9 @@ def merge(
                 )
         run_plan(plan, roles_of(first, others), options)
         if config is not None and not options.dry_run:
-            from ckptkit.plans.adapters.extract import adapter_config
+            from ckptkit.plans.adapters.peft_config import adapter_config
 
-            write_small_file(config, json_bytes(adapter_config(plan)))
+            write_small_file(config, json_bytes(adapter_config(plan, first)))
 
 
 def _refuse_options_of_other_methods(method: str) -> None:
@@ -158,6 +163,6 @@ def _refuse_options_of_other_methods(method: str) -> None:
 
 
 def _adapter_config(output: Output) -> AbstractContextManager[Target]:
-    from ckptkit.plans.adapters.extract import adapter_config_target
+    from ckptkit.plans.adapters.peft_config import adapter_config_target
 
     return adapter_config_target(output)

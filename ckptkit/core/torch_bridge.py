@@ -319,7 +319,7 @@ def _describe_module(model: Module, role: str) -> Checkpoint:
         raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
-    described = describe_state_dict(state, role).with_entries(*_absent(model))
+    described = describe_state_dict(state, role, layers=_layers(model)).with_entries(*_absent(model))
     return described.with_configuration(_configuration(model))
 
 
@@ -345,11 +345,34 @@ def _absent(model: Module) -> Iterator[Entry]:
                 yield Entry(f"{path}.{name}" if path else name, ABSENT, None)
 
 
+def _layers(model: Module) -> dict[str, str]:
+    return {path: _kind_of_layer(module) for path, module in named_of(model, "modules") if path}
+
+
+def _kind_of_layer(module: Module) -> str:
+    from torch import nn
+
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "convolution" if module.groups == 1 else "other"
+    # transformers is not imported: its Conv1D is known by its name and by its attribute for the output features.
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return "transposed" if "Conv1D" in names and hasattr(module, "nf") else "other"
+
+
 def _no_bytes(info: TensorInfo) -> Payload:
     raise PlanError(f"{quoted(info.key)} is a description without values")
 
 
-def describe_state_dict(state: Mapping[str, object], path: str, format: str = "live model") -> Checkpoint:  # noqa: A002
+def describe_state_dict(
+    state: Mapping[str, object],
+    path: str,
+    format: str = "live model",  # noqa: A002
+    layers: Mapping[str, str] | None = None,
+) -> Checkpoint:
     """Return a Checkpoint of a mapping from keys to live tensors; any other value becomes an entry.
 
     Tensors on the meta device are described and cannot be read. Raises ``ModelError`` for a key that is not a string
@@ -398,6 +421,7 @@ def describe_state_dict(state: Mapping[str, object], path: str, format: str = "l
             entries=entries,
             versions=module_versions(getattr(state, "_metadata", {})),
             references=_foreign_classes(tensors[key] for key, info in infos.items() if info.kind == "subclass"),
+            layers=layers or {},
         ),
     )
 

@@ -238,5 +238,6 @@ def open_live(target: str, path: str) -> Checkpoint:
             warnings=shapes.warnings,
             versions=shapes.versions,
             configuration=shapes.configuration,
+            layers=shapes.layers,
         ),
     )

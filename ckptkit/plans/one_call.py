@@ -15,6 +15,7 @@ from ckptkit.core.torch_types import DType
 from ckptkit.formats.atomic import write_small_file
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat, adapter_path
+from ckptkit.plans.adapters.layers import AsLayer
 from ckptkit.plans.adapters.reading import LoraConfigLike
 from ckptkit.plans.execute import Written, execute
 from ckptkit.plans.inputs import roles_of
@@ -208,6 +209,7 @@ def extract_lora(
     rank: int = 8,
     rules: RulesLike | None = None,
     *,
+    as_layer: AsLayer = "auto",
     force: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
@@ -218,32 +220,33 @@ def extract_lora(
     ``base`` and ``tuned`` are a path, a Checkpoint, a Module or a mapping of tensors. ``out`` is the path of an
     ``adapter_model.safetensors``. ``adapter_config.json`` is written beside it, so that peft loads the directory. The
     directory is made if it does not exist.
-    ``rank`` and ``rules`` are as in ``plan_extract_lora``; the other arguments are as in ``convert``.
+    ``rank``, ``rules`` and ``as_layer`` are as in ``plan_extract_lora``; the other arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
-        RuleError: ``rank`` is larger than the rank that a weight can have, or a rule is not valid.
-        PlanError: The tensors of the two inputs cannot be compared, or a weight is quantised.
+        RuleError: A rule or a pattern is not valid.
+        PlanError: The tensors of the two inputs cannot be compared, no weight changed, or a weight is quantised.
         OutputError: One of both files exists (without ``force``), or cannot be written.
 
     Example:
         >>> import ckptkit, os, tempfile
-        >>> base, tuned = "fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors"
+        >>> base, tuned = "py:fixtures.lenet:build(num_classes=10)", "fixtures/lenet_10class.pth"
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     written = ckptkit.extract_lora(base, tuned, os.path.join(directory, "adapter_model.safetensors"), 2)
         ...     sorted(os.listdir(directory))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     require_path(out, "out")
-    from ckptkit.plans.adapters.extract import adapter_config, adapter_config_target, plan_extract_lora
+    from ckptkit.plans.adapters.extract import plan_extract_lora
+    from ckptkit.plans.adapters.peft_config import adapter_config, adapter_config_target
 
     output = choose_output(out, force=force)
     with adapter_config_target(output) as target, _opened(roles_of(base, [tuned])) as sources:
         with default_error_path(_path(tuned)):
-            plan = plan_extract_lora(sources["base"], sources["donor"], rank, rules)
+            plan = plan_extract_lora(sources["base"], sources["donor"], rank, rules, as_layer=as_layer)
         written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)
-        write_small_file(target, json_bytes(adapter_config(plan)))
+        write_small_file(target, json_bytes(adapter_config(plan, sources["base"])))
     return written
 
 

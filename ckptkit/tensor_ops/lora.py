@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Operation, Rounded, Shape, working_dtype
 
-__all__ = ["ExtractLora", "FoldLora", "LoraAlpha"]
+__all__ = ["ExtractLora", "FoldLora", "LoraAlpha", "largest_rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +149,9 @@ class ExtractLora(Arithmetic):
         shape = inputs[0]
         if len(shape) < 2 or (self.fan_in_fan_out and len(shape) != 2):
             raise self.refusal(f"{list(shape)} is not a {'matrix' if self.fan_in_fan_out else 'weight'} to decompose")
+        if self.rank > largest_rank(shape):
+            raise self.refusal(f"an update of {list(shape)} has a rank of at most {largest_rank(shape)}")
         out, *ins = reversed(shape) if self.fan_in_fan_out else shape
-        if self.rank > min(out, math.prod(ins)):
-            raise self.refusal(f"an update of {list(shape)} has a rank of at most {min(out, math.prod(ins))}")
         return (self.rank, *ins), (out, self.rank, *(1 for _ in ins[1:]))
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -159,6 +159,8 @@ class ExtractLora(Arithmetic):
         import torch
 
         update = _difference(tensors, fan_in_fan_out=self.fan_in_fan_out)
+        if not torch.isfinite(update).all():
+            raise self.refusal("the change has values that are not finite")
         left, values, right = torch.linalg.svd(update.flatten(1), full_matrices=False)
         left, values, right = left[:, : self.rank], values[: self.rank].sqrt(), right[: self.rank]
         signs = torch.gather(left, 0, left.abs().argmax(0, keepdim=True)).sign()
@@ -176,6 +178,12 @@ class ExtractLora(Arithmetic):
         down, up = (factor.to(wide).flatten(1) for factor in factors)
         whole = float(update.norm())
         return float((update - up @ down).norm()) / whole if whole else 0.0
+
+
+def largest_rank(shape: Shape) -> int:
+    """Return the largest rank that the update of a weight of this shape can have."""
+    out, *ins = shape
+    return min(out, math.prod(ins))
 
 
 def _difference(tensors: Sequence[Tensor], *, fan_in_fan_out: bool) -> Tensor:

@@ -143,12 +143,13 @@ class Description:
     references: Sequence[str] = ()
     suspicious: bool = False
     configuration: Configuration | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Copy every field that a caller could still change."""
         for name in ("files", "entries", "warnings", "references"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("metadata", "versions", "ambiguous"):
+        for name in ("metadata", "versions", "ambiguous", "layers"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
 
 
@@ -266,6 +267,15 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     def configuration(self) -> Configuration | None:
         """Return the configuration of a live model of a library that has one, else None."""
         return self._description.configuration
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """Return the kind of each layer of a live model, by the path of its module; empty for a file.
+
+        The kinds are ``linear``, ``embedding``, ``convolution`` (without groups), ``transposed`` (a linear layer whose
+        weight is ``[in, out]``, such as Conv1D of GPT-2) and ``other``.
+        """
+        return self._description.layers
 
     @property
     def nested(self) -> Nested | None:

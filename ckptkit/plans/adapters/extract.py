@@ -1,126 +1,298 @@
-"""Plans of a LoRA adapter that is extracted from the change of a model, with its configuration."""
+"""Plans of a LoRA adapter that is extracted from the change of a model."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.config_files import read_settings
+from ckptkit.core.files import same_bytes
 from ckptkit.core.patterns import literal
-from ckptkit.core.text import quoted, shell_word
-from ckptkit.errors import OutputError, PlanError, RuleError
-from ckptkit.formats.atomic import Target, output_errors, prepare_target
-from ckptkit.formats.directories.adapters import CONFIG
+from ckptkit.core.text import human_bytes, listed, quoted, shell_word
+from ckptkit.core.ties import tied_keys
+from ckptkit.errors import CkptkitError, ModelError, PlanError
+from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.inputs import CheckpointLike, rules_for
 from ckptkit.plans.adapters.inputs import BASE, DONOR, opened_roles
-from ckptkit.plans.output import Output
+from ckptkit.plans.adapters.layers import AsLayer, AsLayerAction, LayerJudge, as_layer_policy
+from ckptkit.plans.adapters.peft_config import PEFT_PREFIX
+from ckptkit.plans.adapters.tied import TiedChanges
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.policies import Policy, pattern_for
 from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
 from ckptkit.plans.steps import complete_step, dropped_entries
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
-from ckptkit.tensor_ops.lora import ExtractLora
+from ckptkit.tensor_ops.lora import ExtractLora, largest_rank
+from ckptkit.tensor_ops.operation import ARITHMETIC
 from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["adapter_config", "adapter_config_target", "plan_extract_lora"]
+__all__ = ["plan_extract_lora"]
 
-_PREFIX = "base_model.model."  # peft puts it before the keys of the base
 _EXTRACT = "extract-lora"
-_WEIGHTS = "adapter_model.safetensors"  # the name under which peft looks for an adapter
 _FACTORS = ("lora_A.weight", "lora_B.weight")
+_ATTENTION = ("in_proj_weight", "q_proj_weight")  # of nn.MultiheadAttention
+_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+_SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size", "n_positions")
+_WHOLE = "saved whole"
+_UNCHANGED = "it did not change"
 
 
-def plan_extract_lora(base: CheckpointLike, tuned: CheckpointLike, rank: int, rules: RulesLike | None = None) -> Plan:
+def plan_extract_lora(
+    base: CheckpointLike,
+    tuned: CheckpointLike,
+    rank: int,
+    rules: RulesLike | None = None,
+    *,
+    as_layer: AsLayer = "auto",
+) -> Plan:
     """Return the plan of the LoRA adapter of rank ``rank`` that is nearest to the change from ``base`` to ``tuned``.
 
-    Each weight of a module with two dims or more gives two factors of its change, by singular value decomposition.
-    The factors have the keys that peft uses. Every other tensor is listed as dropped, whether it changed or not.
+    Each weight of a linear layer, an embedding or a convolution that changed gives two factors of its change, by
+    singular value decomposition. A weight that cannot have this rank gets the largest rank that it can have. The other
+    layers that changed, such as norms, are saved whole. The names and shapes are those that PEFT loads. A tensor that
+    did not change is listed as dropped, and so is one that changed and has no place in an adapter of PEFT.
+
+    Whether a tensor changed is a fact about values, so both inputs are read once, in chunks and without torch. That
+    takes the time of a copy of the model: about a second for each 2 GB that the disk gives in a second. Without values,
+    as for a mapping of ``TensorInfo``, every tensor counts as changed.
+
+    A file does not say which weights are embeddings, or are stored as ``[in, out]``, as in Conv1D of GPT-2. The classes
+    of a live model tell; for a file, names, biases and ``config.json`` do. The notes of the plan say what was decided.
+    ``as_layer`` decides instead: ``linear``, ``embedding``, ``transposed`` (``[in, out]``) or ``whole``, or a mapping
+    of patterns of keys to these. ``whole`` saves the layer without a decomposition.
 
     ``base`` and ``tuned`` are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
     opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
     rule file, its parsed content, or ``Rules``; they rename and filter the keys of ``tuned`` first.
 
     Raises ``PlanError`` where the base does not have a key or has it in another shape, where a weight is quantised,
-    and where no weight is left. Raises ``RuleError`` where ``rank`` is larger than the rank that a weight can have.
+    and where no weight changed. It is also raised where tensors that are one in the base differ in ``tuned``.
 
     Example:
-        >>> plan = plan_extract_lora("fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors", 2)
-        >>> plan.steps[0].out.key
-        'base_model.model.conv1.lora_A.weight'
+        >>> base, tuned = {"fc.weight": torch.zeros(2, 2)}, {"fc.weight": torch.ones(2, 2)}
+        >>> [step.out.key for step in plan_extract_lora(base, tuned, rank=1).steps]
+        ['base_model.model.fc.lora_A.weight', 'base_model.model.fc.lora_B.weight']
     """
     require_number(rank, "rank", "an int of at least 1", at_least=1, whole=True)
+    policy = as_layer_policy(as_layer)
     with opened_roles(base, tuned) as roles:
-        return _plan_extract(roles, rank, rules)
+        base_side, donor = roles.values()
+        parsed = rules_for(rules, donor)
+        key_map = apply_rules(parsed, donor)
+        if key_map.copied_or_computed:
+            raise PlanError("rules may rename and drop the tensors of the tuned model, not copy or compute them")
+        quantized = QuantizedInputs(roles, base_side, BASE)
+        for old, key in key_map.renamed.items():
+            refuse_part(quantized.weights[DONOR], old, change_reason(_EXTRACT))
+            quantized.refuse_change(key, _EXTRACT)
+        extraction = _Extraction(roles, {new: old for old, new in key_map.renamed.items()}, rank, policy)
+        steps = tuple(extraction.steps())
+        unused = policy.unused(extraction.keys, "the model", allow_unused=parsed.allow_unused)
+        left_out = [Dropped(DONOR, key, reason) for key, reason in key_map.dropped.items()]
+        plan = Plan(
+            steps,
+            (*left_out, *extraction.dropped, *dropped_entries(donor, DONOR)),
+            {"format": "pt"},
+            (*key_map.notes, *extraction.notes, *unused),
+            command="merge",
+        )
+        return check_quantized(plan, quantized)
 
 
-def _plan_extract(roles: Mapping[str, Checkpoint], rank: int, rules: RulesLike | None) -> Plan:
-    base, donor = roles.values()
-    key_map = apply_rules(rules_for(rules, donor), donor)
-    if key_map.copied_or_computed:
-        raise PlanError("rules may rename and drop the tensors of the tuned model, not copy or compute them")
-    operation = ExtractLora(rank)
-    quantized = QuantizedInputs(roles, base, BASE)
-    for old, key in key_map.renamed.items():
-        refuse_part(quantized.weights[DONOR], old, change_reason(_EXTRACT))
-        quantized.refuse_change(key, _EXTRACT)
-    steps: list[Step] = []
-    dropped = [Dropped(DONOR, key, reason) for key, reason in key_map.dropped.items()]
-    for old, key in key_map.renamed.items():
-        info = donor[old]
-        if key not in base or base[key].shape != info.shape:
-            has = f"has it as {list(base[key].shape)}" if key in base else "does not have it"
-            raise PlanError(f"{quoted(key)} is {list(info.shape)} in the tuned model, and the base {has}")
-        if not key.endswith(".weight") or len(info.shape) < 2:
-            dropped.append(Dropped(DONOR, old, "not a weight of two dims or more, which an adapter can change"))
-            continue
+class _Extraction:
+    """The plan of an extraction while it is made; ``names`` has the key of the tuned model for each key of the base."""
+
+    def __init__(
+        self, roles: Mapping[str, Checkpoint], names: Mapping[str, str], rank: int, policy: Policy[AsLayerAction]
+    ) -> None:
+        self._roles, self._names, self._rank = roles, names, rank
+        self._base, self._donor = roles[BASE], roles[DONOR]
+        self._config = {**_config(self._donor), **_config(self._base)}
+        sizes = {name: size for name in _SIZES if type(size := self._config.get(name)) is int and size > 1}
+        live = self._base.layers or _renamed_layers(self._donor.layers, names)
+        self._judge = LayerJudge(self._base, policy, live, sizes)
+        self._modules: dict[str, list[str]] = {}  # module -> the keys below it
+        self.keys = list(dict.fromkeys((*self._base, *names)))
+        for key in self.keys:
+            for module in _modules_above(key):
+                self._modules.setdefault(module, []).append(key)
+        self._same_as: Mapping[str, str] = {}  # of tied keys that are saved whole: the key whose values they have
+        self.dropped: list[Dropped] = []
+        self.notes: list[str] = []
+
+    def steps(self) -> list[Step]:
+        """Return the steps of the adapter, and record what is left out and what was decided."""
+        ties = TiedChanges(self._base, self._donor, self._names, self._judge, self._config)
+        changed = ties.resolve(list(self._changed_keys()))
+        self.dropped += ties.dropped
+        self._same_as = ties.same_as
+        adapted = {key for key in changed if self._is_adapted(key)}
+        whole = self._saved_modules(changed, adapted)
+        steps: list[Step] = []
+        for key in changed:
+            module, _, leaf = key.rpartition(".")
+            block = _block_of(module, whole)
+            if block is not None:
+                steps += self._steps_of_module(block) if whole[block] else ()
+                whole[block] = False
+            elif key in adapted:
+                steps += self._factors(key)
+            elif leaf == "bias":
+                name = f"{module}.base_layer.bias" if f"{module}.weight" in adapted else key
+                steps.append(self._copy(key, name, "the bias"))
+            else:
+                self.dropped.append(Dropped(DONOR, self._names[key], self._no_place(key, module)))
+        for block, is_left in whole.items():  # modules that PEFT saves too, because their names end alike
+            steps += self._steps_of_module(block) if is_left else ()
+        if not any(step.recipe is not None for step in steps):
+            raise PlanError(
+                "no linear layer, embedding or convolution changed, so there is nothing that LoRA could hold"
+                if changed
+                else "no tensor of the tuned model differs from the base",
+                hint="compare the values of both: ckpt diff BASE TUNED --values",
+            )
+        self.notes += [*self._judge.notes(), *ties.notes]
+        if whole:
+            size = sum(step.out.nbytes for step in steps if step.rule.endswith(_WHOLE))
+            self.notes.append(f"saved whole, as modules_to_save: {listed(whole, 4)} ({human_bytes(size)})")
+        return steps
+
+    def _changed_keys(self) -> Iterator[str]:
+        unknown = False
+        for key, old in self._names.items():
+            if key not in self._base or self._base[key].shape != self._donor[old].shape:
+                if self._is_named_whole(key, old):
+                    yield key
+                continue
+            try:
+                differs = self._differs(key, old)
+            except (PlanError, ModelError):  # a description, or a tensor on the meta device
+                differs = unknown = True
+            if differs:
+                yield key
+            else:
+                self.dropped.append(Dropped(DONOR, old, _UNCHANGED))
+        if unknown:
+            self.notes.append("some values could not be read, so these tensors count as changed")
+
+    def _is_named_whole(self, key: str, old: str) -> bool:
+        """Return whether a tensor that the base does not have in this shape is saved whole; refuse any other."""
+        info, base = self._donor[old], self._base
+        if self._judge.policy.action(key) == "whole":
+            return True
+        group = next((group for group in tied_keys(self._donor.values()) if old in group), [])
+        others = [new for new, name in self._names.items() if name in group and new in base]
+        if key not in base and others:
+            self.dropped.append(Dropped(DONOR, old, f"one tensor with {quoted(others[0])}"))
+            return False
+        has = f"has it as {list(base[key].shape)}" if key in base else "does not have it"
+        pattern = pattern_for(key, self._names)
+        raise PlanError(
+            f"{quoted(key)} is {list(info.shape)} in the tuned model, and the base {has}",
+            hint=f"leave it out: --drop {shell_word(literal(old))}; or save its module whole: "
+            f"--as-layer {shell_word(f'{pattern}=whole')}",
+            call=f"leave it out: parse_rules(drop=[{literal(old)!r}]); or save its module whole: "
+            f'as_layer={{{pattern!r}: "whole"}}',
+        )
+
+    def _differs(self, key: str, old: str) -> bool:
+        first, second = self._base[key], self._donor[old]
+        if first.dtype == second.dtype:
+            return not same_bytes(self._base.payload(key), self._donor.payload(old))
+        import torch
+
+        left, right = self._base.read(key), self._donor.read(old)
+        wide = torch.promote_types(left.dtype, right.dtype)
+        return not torch.equal(left.to(wide), right.to(wide))
+
+    def _is_adapted(self, key: str) -> bool:
+        """Return whether a changed tensor gets factors."""
+        info, base = self._donor[self._names[key]], self._base.get(key)
+        if base is None or base.shape != info.shape or self._attention_block(key.rpartition(".")[0]) is not None:
+            return False
+        can_compute = {info.dtype, base.dtype} <= ARITHMETIC or info.kind != "dense"  # complete_step says why not
+        return can_compute and self._judge.layer(key, info.shape) != "whole"
+
+    def _attention_block(self, module: str) -> str | None:
+        """Return the attention block of torch that owns a module; its out_proj is called without its adapter."""
+        parent = module.rpartition(".")[0] if module.rpartition(".")[2] == "out_proj" else module
+        return parent if any(f"{parent}.{name}" in self._base for name in _ATTENTION) else None
+
+    def _saved_modules(self, changed: Sequence[str], adapted: Collection[str]) -> dict[str, bool]:
+        """Return the modules that the adapter holds whole, each with True."""
+        known = self._modules.keys() | self._base.layers.keys()
+        inner = {above for module in known for above in _modules_above(module)}
+        whole: set[str] = set()
+        for key in (*changed, *self._same_as):
+            module, _, leaf = key.rpartition(".")
+            is_asked = self._judge.policy.action(key) == "whole"
+            if key in adapted or (leaf == "bias" and not is_asked):
+                continue
+            block = self._attention_block(module) or module
+            if block and (is_asked or module not in inner or self._attention_block(module)):
+                whole.add(block)
+        # PEFT saves every module whose name ends with the name of a saved one.
+        ends = tuple(whole)
+        whole.update(name for name in self._modules if name.endswith(ends))
+        return {name: True for name in sorted(whole) if not whole.intersection(_modules_above(name))}
+
+    def _no_place(self, key: str, module: str) -> str:
+        if not module:
+            return "it changed, and PEFT has no place for a parameter of the model itself"
+        option = f"--as-layer {shell_word(literal(key) + '=whole')}"
+        return f"it changed, and PEFT can only save all of {quoted(module)} with it: {option}"
+
+    def _steps_of_module(self, module: str) -> Iterator[Step]:
+
+        return (self._copy(key, key, _WHOLE) for key in self._modules[module])
+
+    def _copy(self, key: str, name: str, what: str) -> Step:
+        origin = key if key in self._names else self._same_as.get(key, key)
+        source = Source(DONOR, self._names[origin]) if origin in self._names else Source(BASE, key)
+        out = replace(self._roles[source.role][source.key], key=f"{PEFT_PREFIX}{name}")
+        return complete_step(Step(out, (source,), "", f"{_EXTRACT}, {what}"), self._roles)
+
+    def _factors(self, key: str) -> Iterator[Step]:
+        old = self._names[key]
+        info = self._donor[old]
+        layer = self._judge.layer(key, info.shape)
+        rank = min(self._rank, largest_rank(info.shape))
+        operation = ExtractLora(rank, fan_in_fan_out=layer in ("embedding", "transposed"))
         sources = Source(BASE, key), Source(DONOR, old)
-        try:
-            shapes = operation.shapes([info.shape] * 2)
-        except RuleError as error:
-            drop = f"--drop {shell_word(literal(old))}"
-            hint = f"choose a lower rank, or leave the weight out: {drop} (parse_rules(drop=[{old!r}]))"
-            raise RuleError(f"{quoted(key)}: {error.reason}", hint=hint) from None
-        for part, (factor, shape) in enumerate(zip(_FACTORS, shapes, strict=True)):
-            out = TensorInfo(f"{_PREFIX}{key.removesuffix('weight')}{factor}", info.dtype, shape)
-            recipe = Recipe((0, 1), (operation,), part)
-            steps.append(complete_step(Step(out, sources, "", f"{_EXTRACT}, rank {rank}", recipe), roles))
-    if not steps:
-        raise PlanError("there is no weight of a module to extract a change from")
-    left_out = (*dropped, *dropped_entries(donor, DONOR))
-    plan = Plan(tuple(steps), left_out, {"format": "pt"}, key_map.notes, command="merge")
-    return check_quantized(plan, quantized)
+        names = _EMBEDDING_FACTORS if layer == "embedding" else _FACTORS
+        for part, (factor, shape) in enumerate(zip(names, operation.shapes([info.shape] * 2), strict=True)):
+            out = TensorInfo(f"{PEFT_PREFIX}{key.removesuffix('weight')}{factor}", info.dtype, shape)
+            step = Step(out, sources, "", f"{_EXTRACT}, rank {rank}", Recipe((0, 1), (operation,), part))
+            yield complete_step(step, self._roles)
 
 
-@contextlib.contextmanager
-def adapter_config_target(output: Output) -> Iterator[Target]:
-    """Give the target of ``adapter_config.json`` beside the output of ``plan_extract_lora``.
-
-    A directory that does not exist is made, and removed at the end of the block if nothing was written into it. Raises
-    ``OutputError`` where peft would not find the output under its name, and where the configuration exists
-    (without ``force``) or cannot be created.
-    """
-    directory, name = os.path.split(output.path)
-    if name != _WEIGHTS:
-        raise OutputError(f"PEFT looks for {_WEIGHTS}", hint=f"give -o DIRECTORY/{_WEIGHTS}", path=output.path)
-    is_new = False
-    with output_errors(directory), contextlib.suppress(FileExistsError, FileNotFoundError):  # prepare_target says more
-        os.mkdir(directory)
-        is_new = True
-    try:
-        yield prepare_target(os.path.join(directory, CONFIG), force=output.force)
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it has the adapter
-                os.rmdir(directory)
+def _modules_above(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
-def adapter_config(plan: Plan) -> dict[str, object]:
-    """Return the ``adapter_config.json`` with which peft loads the output of ``plan_extract_lora``; its scale is 1."""
-    rank = plan.steps[0].out.shape[0]
-    modules = dict.fromkeys(step.sources[0].key.removesuffix(".weight") for step in plan.steps)
-    return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "task_type": None, "base_model_name_or_path": None,
-    }  # fmt: skip
+def _block_of(module: str, whole: Mapping[str, bool]) -> str | None:
+    return next((name for name in (module, *_modules_above(module)) if name in whole), None)
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return the settings of the ``config.json`` beside a checkpoint, and those of the text model in it."""
+    path = file_beside(checkpoint.path, "config.json") if checkpoint.files else None
+    if path is None:
+        return {}
+    with contextlib.suppress(CkptkitError):  # evidence only: a broken config.json is no reason to refuse
+        config = read_settings(path, "config.json")
+        text = config.get("text_config")
+        return {**(text if isinstance(text, Mapping) else {}), **config}
+    return {}
+
+
+def _renamed_layers(layers: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the layers of the tuned model by the modules that their tensors have in the base."""
+    modules = {new.rpartition(".")[0]: old.rpartition(".")[0] for new, old in names.items()}
+    return {new: layers[old] for new, old in modules.items() if old in layers}

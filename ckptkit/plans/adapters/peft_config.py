@@ -1,0 +1,111 @@
+"""The ``adapter_config.json`` with which PEFT loads an extracted adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.errors import OutputError
+from ckptkit.formats.atomic import Target, output_errors, prepare_target
+from ckptkit.formats.directories.adapters import CONFIG
+from ckptkit.plans.output import Output
+from ckptkit.plans.plan import Plan
+from ckptkit.tensor_ops.lora import ExtractLora
+
+__all__ = ["PEFT_PREFIX", "adapter_config", "adapter_config_target"]
+
+PEFT_PREFIX = "base_model.model."  # PEFT puts it before the keys of the base
+_TIED = ["embed_tokens", "lm_head"]  # the names that PEFT knows as tied; of others it makes linear layers
+_WEIGHTS = "adapter_model.safetensors"  # the name under which PEFT looks for an adapter
+_BASE_LAYER_BIAS = ".base_layer.bias"
+
+
+@contextlib.contextmanager
+def adapter_config_target(output: Output) -> Iterator[Target]:
+    """Give the target of ``adapter_config.json`` beside the output of ``plan_extract_lora``.
+
+    A directory that does not exist is made, and removed at the end of the block if nothing was written into it. Raises
+    ``OutputError`` where PEFT would not find the output under its name, and where the configuration exists
+    (without ``force``) or cannot be created.
+    """
+    directory, name = os.path.split(output.path)
+    if name != _WEIGHTS:
+        raise OutputError(f"PEFT looks for {_WEIGHTS}", hint=f"give -o DIRECTORY/{_WEIGHTS}", path=output.path)
+    is_new = False
+    with output_errors(directory), contextlib.suppress(FileExistsError, FileNotFoundError):  # prepare_target says more
+        os.mkdir(directory)
+        is_new = True
+    try:
+        yield prepare_target(os.path.join(directory, CONFIG), force=output.force)
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it has the adapter
+                os.rmdir(directory)
+
+
+def adapter_config(plan: Plan, base: Checkpoint) -> dict[str, object]:
+    """Return the ``adapter_config.json`` with which PEFT loads the output of ``plan_extract_lora``; its scale is 1."""
+    ranks: dict[str, int] = {}
+    is_transposed = False
+    saved: dict[str, list[str]] = {}  # module -> the names of its tensors in the adapter
+    bias = "none"
+    for step in plan.steps:
+        name = step.out.key.removeprefix(PEFT_PREFIX)
+        operation = step.recipe.operations[-1] if step.recipe is not None else None
+        if isinstance(operation, ExtractLora):
+            ranks[step.sources[0].key.rpartition(".")[0]] = operation.rank
+            is_transposed |= operation.fan_in_fan_out and ".lora_embedding_" not in name
+        elif name.endswith(_BASE_LAYER_BIAS):
+            bias = "lora_only" if bias == "none" else bias
+        else:
+            module, _, leaf = name.rpartition(".")
+            saved.setdefault(module, []).append(leaf)
+    whole = [module for module, leaves in saved.items() if leaves != ["bias"]]
+    if len(whole) < len(saved):  # PEFT reads the bias of a layer without factors only with "all"
+        bias = "all"
+    whole = [module for module in whole if not any(module.startswith(f"{other}.") for other in whole)]
+    names = [module.rpartition(".")[2] for module in whole]
+    rank = max(ranks.values())
+    lower = {_exactly(module): own for module, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": lower, "alpha_pattern": lower,
+        "target_modules": _targets(list(ranks), _modules(base)), "modules_to_save": whole or None, "bias": bias,
+        "ensure_weight_tying": sorted(name for name in names if name in _TIED) == _TIED,
+        "fan_in_fan_out": is_transposed, "inference_mode": True, "task_type": None, "base_model_name_or_path": None,
+    }  # fmt: skip
+
+
+def _modules(base: Checkpoint) -> set[str]:
+    modules = set(base.layers)
+    for key in base:
+        while "." in key:
+            key = key.rpartition(".")[0]  # noqa: PLW2901
+            modules.add(key)
+    return modules
+
+
+def _exactly(module: str) -> str:
+    """Return a pattern of PEFT that only this module matches: PEFT takes it for a regular expression."""
+    return f"^{module}" if re.fullmatch(r"[\w.]+", module) else f"^{re.escape(module)}"
+
+
+def _targets(adapted: list[str], modules: set[str]) -> list[str] | str:
+    """Return the names of the adapted modules, or one regular expression where names would match other modules too.
+
+    PEFT adapts each module whose name ends with a listed name. A number alone could also be that of a layer without
+    tensors, which no file names.
+    """
+    known = set(adapted)
+    also = {name for name in modules - known for part in _ends(name) if part in known}
+    if also or any(name.isdecimal() for name in adapted):
+        return f"(?:{'|'.join(map(re.escape, adapted))})"
+    return adapted
+
+
+def _ends(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
