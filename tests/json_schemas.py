@@ -340,6 +340,17 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
                     },
                 ),
             ),
+            "extracted": _list(
+                "The weights whose change was factored with --method extract-lora.",
+                _object(
+                    "How much of one change the factors hold.",
+                    {
+                        "key": _KEY,
+                        "change": _number("The norm of the change."),
+                        "left_out": _number("The norm of what the factors leave out."),
+                    },
+                ),
+            ),
             "carried": _texts("The names of the files that --carry copied."),
             "adapted": _list(
                 "The statements in carried files that were changed to what the output holds.",

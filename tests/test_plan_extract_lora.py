@@ -53,6 +53,7 @@ def test_the_extracted_adapter_is_the_change(tmp_path: Path, capsys: pytest.Capt
     ran = run_ckpt(capsys, "merge", *arguments, "-o", target, "--method", "extract-lora")
     assert ran.code == 0, ran.err
     assert "norm.weight" in ran.err
+    assert "the factors of 2 weights leave out < 0.1 % of the change (norm), at most < 0.1 %, in" in ran.err
     factors = load_file(target)
     assert sorted(factors) == [
         f"base_model.model.{module}.lora_{factor}.weight" for module in ("conv", "q") for factor in "AB"

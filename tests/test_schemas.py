@@ -41,6 +41,7 @@ COMMANDS = f"""
 1 diff OUT/plain.safetensors OUT/odd.safetensors
 0 merge {MODEL} {DDP} --rename module.*=* --on-mismatch skip -o OUT/merged.safetensors --plan OUT/merge.json
 0 merge {TEN} {DDP} --rename module.*=* -o OUT/none.pt --dry-run
+0 merge {MODEL}(num_classes=10) {TEN} --method extract-lora --rank 1 -o OUT/extracted/adapter_model.safetensors
 0 remap {DDP} --rename module.*=* -o OUT/remapped.pt
 0 remap {TEN} --rules OUT/rules.toml -o OUT/split.safetensors --plan OUT/plan.json
 0 remap OUT/plain.safetensors --rules OUT/equal.toml -o OUT/equal.safetensors --plan OUT/equal.json

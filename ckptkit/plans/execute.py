@@ -40,6 +40,7 @@ from ckptkit.wrappers.envelopes import Selection
 if TYPE_CHECKING:
     from ckptkit.formats.torch.write import TorchZipLayout
     from ckptkit.plans.edit_torch import PlanEditor
+    from ckptkit.tensor_ops.lora import ExtractedChange
 
 __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
 
@@ -58,6 +59,7 @@ class Written(Result):
     ``verified`` names the reader that found the planned bytes of every tensor, such as ``safetensors 0.8.0``; it is
     None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
+    ``extracted`` says how much of each change the factors of an extracted adapter hold.
     ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
     ``plan`` is the plan that was executed, with the entries that this output keeps and leaves out.
 
@@ -79,6 +81,7 @@ class Written(Result):
     verified: str | None = None
     read_back: str | None = None
     untied: tuple[tuple[str, ...], ...] = ()
+    extracted: tuple[ExtractedChange, ...] = ()
     carried: tuple[str, ...] = ()
     adapted: tuple[Adapted, ...] = ()
     plan: Plan | None = field(default=None, compare=False)
@@ -231,6 +234,7 @@ def _execute(
         written,
         untied=written.untied if output.format == "torch" else tuple(find_broken_ties(plan)),
         losses=inputs.losses(),
+        extracted=tuple(inputs.producer.extracted.values()),
         verified=verified[0].reader if verified and alone is None else None,
         read_back=None if alone is None else alone.alone,
         carried=carried.names,

@@ -16,6 +16,8 @@ from ckptkit.plans.steps import describe_step
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.casting import RecipeCounter
+    from ckptkit.tensor_ops.lora import ExtractedChange
+    from ckptkit.tensor_ops.operation import Rounded
 
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
 
@@ -31,10 +33,12 @@ class Producer:
     split are read once for all its parts, even where the plan has other steps between the parts.
 
     ``losses`` has the losses of each tensor that was cast or computed, by its key, once the tensor was read to its end.
+    ``extracted`` says of each weight whose change was factored how much the factors hold, by the key of the weight.
     """
 
     roles: Mapping[str, Checkpoint]
     losses: dict[str, CastLoss] = field(default_factory=dict)
+    extracted: dict[str, ExtractedChange] = field(default_factory=dict)
     _outputs: dict[object, tuple[tuple[Tensor, ...], RecipeCounter]] = field(default_factory=dict, repr=False)
 
     def payload(self, step: Step) -> Payload:
@@ -71,7 +75,8 @@ class Producer:
         if evaluated is None:
             self._shrink_cache()
             counter = RecipeCounter()
-            outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number), counter.add)
+            rounded = self._recorded(step, counter.add)
+            outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number), rounded)
             evaluated = outputs, counter
         self._outputs[chain] = evaluated
         outputs, counter = evaluated
@@ -80,6 +85,25 @@ class Producer:
         cast = tensor if tensor.dtype == dtype else self._cast(tensor, found, step.out)
         self.losses[step.out.key] = loss + self.losses[step.out.key] if cast is not tensor else loss
         return cast
+
+    def _recorded(self, step: Step, count: Rounded) -> Rounded:
+        """Return ``count``, or for an extraction a function that also records how much of the change it holds."""
+        from ckptkit.tensor_ops.lora import ExtractedChange, ExtractLora
+
+        operation = step.recipe.operations[-1] if step.recipe is not None else None
+        if not isinstance(operation, ExtractLora):
+            return count
+        factors: list[Tensor] = []
+        key = step.sources[0].key
+
+        def record(inputs: Sequence[Tensor], before: Tensor, after: Tensor) -> None:
+            count(inputs, before, after)
+            factors.append(after)
+            if len(factors) == operation.outputs:
+                self.extracted[key] = ExtractedChange(key, *operation.norms(inputs, factors))
+                factors.clear()
+
+        return record
 
     def loss(self, step: Step) -> CastLoss | None:
         """Return the losses of the step's tensor, or None for a step that cannot lose a value to inf.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -61,6 +62,9 @@ def written_document(written: Written) -> dict[str, object]:
         "verified": written.verified,
         "read_back": written.read_back,
         "cast_losses": [_cast_document(loss) for loss in written.losses],
+        "extracted": [
+            {"key": change.key, "change": change.change, "left_out": change.left_out} for change in written.extracted
+        ],
         "carried": list(written.carried),
         "adapted": [
             {"file": change.file, "statement": change.statement, "found": change.found, "written": change.written}
@@ -101,11 +105,11 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
     """
     plan = _NO_PLAN if written.plan is None else written.plan
     if tensors:
-        about = [*_kept(plan), *_losses(written), *_verified(written)]
+        about = [*_kept(plan), *_extracted(written), *_losses(written), *_verified(written)]
         lines = [*(Line((sentence,)) for sentence in about), Line(_written(plan, written))]
         lines += [Line((sentence,)) for sentence in _coverage(plan, expand=expand)]
         return [*_tables(plan, expand=expand), *lines]
-    before = [*_kept(plan), *_losses(written)]
+    before = [*_kept(plan), *_extracted(written), *_losses(written)]
     page: list[Block] = [*(Line((note,)) for note in plan.notes), Line(_written(plan, written))]
     page += [Line((sentence,)) for sentence in before]
     dropped = [drop for drop in plan.dropped if not drop.is_entry]
@@ -142,6 +146,19 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
     for group in written.untied:
         yield f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}"
     yield from _verified(written)
+
+
+def _extracted(written: Written) -> list[str]:
+    """Return the sentence about how much of the changes the factors of an extracted adapter leave out."""
+    shares = {change.key: change.left_out / change.change for change in written.extracted if change.change}
+    if not shares:
+        return []
+    most = max(shares, key=shares.__getitem__)
+    whole = math.hypot(*(change.change for change in written.extracted))
+    left_out = math.hypot(*(change.left_out for change in written.extracted))
+    count = plural(len(shares), "weight")
+    total, largest = (percent(min(share, 1.0)) for share in (left_out / whole, shares[most]))
+    return [f"the factors of {count} leave out {total} of the change (norm), at most {largest}, in {printable(most)}"]
 
 
 def _verified(written: Written) -> list[str]:

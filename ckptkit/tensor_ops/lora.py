@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Operation, Rounded, Shape, working_dtype
 
-__all__ = ["ExtractLora", "FoldLora", "LoraAlpha", "largest_rank"]
+__all__ = ["ExtractLora", "ExtractedChange", "FoldLora", "LoraAlpha", "largest_rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,18 @@ def _fits_f32(number: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtractedChange:
+    """How much of the change of one weight its extracted factors hold.
+
+    ``change`` is the norm of the change, and ``left_out`` the norm of what the factors leave out of it.
+    """
+
+    key: str
+    change: float
+    left_out: float
+
+
+@dataclass(frozen=True, slots=True)
 class ExtractLora(Arithmetic):
     """Compute ``[A, B]`` of rank ``rank`` from ``[base, tuned]``, so that ``B @ A`` is nearest to ``tuned - base``.
 
@@ -173,11 +185,15 @@ class ExtractLora(Arithmetic):
 
     def residual(self, tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> float:
         """Return the norm of ``tuned - base - B @ A`` divided by the norm of ``tuned - base``."""
+        whole, left_out = self.norms(tensors, factors)
+        return left_out / whole if whole else 0.0
+
+    def norms(self, tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[float, float]:
+        """Return the norms of ``tuned - base`` and of ``tuned - base - B @ A``."""
         wide = working_dtype(tensors)
         update = _difference([tensor.to(wide) for tensor in tensors], fan_in_fan_out=self.fan_in_fan_out).flatten(1)
         down, up = (factor.to(wide).flatten(1) for factor in factors)
-        whole = float(update.norm())
-        return float((update - up @ down).norm()) / whole if whole else 0.0
+        return float(update.norm()), float((update - up @ down).norm())
 
 
 def largest_rank(shape: Shape) -> int:
