@@ -65,7 +65,7 @@ def convert(
 
 def _convert_adapter(source: str, options: OutputOptions, adapter: AdapterFormat, base: str | None) -> None:
     from ckptkit.plans.adapters.convert import plan_conversion
-    from ckptkit.plans.adapters.extract import adapter_config_target
+    from ckptkit.plans.adapters.peft_config import adapter_config_target
 
     expected = [codes.ADAPTER_BASE]
     with (

@@ -288,7 +288,7 @@ def convert_adapter(
     """
     require_path(out, "out")
     from ckptkit.plans.adapters.convert import plan_conversion
-    from ckptkit.plans.adapters.extract import adapter_config_target
+    from ckptkit.plans.adapters.peft_config import adapter_config_target
 
     require_choice(adapter, ADAPTER_FORMATS, "adapter")
     output = choose_output(adapter_path(out, adapter), force=force)
