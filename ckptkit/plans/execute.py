@@ -34,13 +34,13 @@ from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
+from ckptkit.plans.plan.extracted import ExtractedChange
 from ckptkit.plans.verify import Verification, verify_dcp, verify_index, verify_safetensors, verify_torch
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch.write import TorchZipLayout
     from ckptkit.plans.edit_torch import PlanEditor
-    from ckptkit.tensor_ops.lora import ExtractedChange
 
 __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
 

@@ -11,12 +11,12 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
+from ckptkit.plans.plan.extracted import ExtractedChange
 from ckptkit.plans.plan.step import Step
 from ckptkit.plans.steps import describe_step
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.casting import RecipeCounter
-    from ckptkit.tensor_ops.lora import ExtractedChange
     from ckptkit.tensor_ops.operation import Rounded
 
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
@@ -88,7 +88,7 @@ class Producer:
 
     def _recorded(self, step: Step, count: Rounded) -> Rounded:
         """Return ``count``, or for an extraction a function that also records how much of the change it holds."""
-        from ckptkit.tensor_ops.lora import ExtractedChange, ExtractLora
+        from ckptkit.tensor_ops.lora import ExtractLora
 
         operation = step.recipe.operations[-1] if step.recipe is not None else None
         if not isinstance(operation, ExtractLora):

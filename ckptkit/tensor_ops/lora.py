@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Operation, Rounded, Shape, working_dtype
 
-__all__ = ["ExtractLora", "ExtractedChange", "FoldLora", "LoraAlpha", "largest_rank"]
+__all__ = ["ExtractLora", "FoldLora", "LoraAlpha", "largest_rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +117,6 @@ def _fits_f32(number: float) -> bool:
         return bool(struct.unpack("<f", struct.pack("<f", number))[0] == number)
     except OverflowError:
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractedChange:
-    """How much of the change of one weight its extracted factors hold.
-
-    ``change`` is the norm of the change, and ``left_out`` the norm of what the factors leave out of it.
-    """
-
-    key: str
-    change: float
-    left_out: float
 
 
 @dataclass(frozen=True, slots=True)
