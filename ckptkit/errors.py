@@ -20,7 +20,14 @@ Every other exception that leaves ckptkit is a bug.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Final
+
 __all__ = [
+    "COMMAND",
+    "OPTION",
+    "RULE_OPTIONS",
     "ArgumentError",
     "ChangedError",
     "CkptkitError",
@@ -32,6 +39,7 @@ __all__ = [
     "PathError",
     "PlanError",
     "RuleError",
+    "hint_for_python",
     "one_line",
 ]
 
@@ -43,16 +51,110 @@ def one_line(sentence: str) -> str:
     return joined if joined.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
 
 
+# What a Python call has in place of each command that hints name.
+_FUNCTIONS: Final[Mapping[str, str]] = {
+    "show": "open_checkpoint", "check": "run_checks", "diff": "diff", "align": "suggest_rules", "remap": "plan_remap",
+    "merge": "merge", "convert": "convert", "stats": "stats", "preflight": "preflight",
+    "groups table": "plan_param_groups", "groups validate": "validate_param_groups",
+    "groups explain": "explain_param_group", "groups lock": "lock_param_groups", "groups diff": "diff_locks",
+    "optim show": "open_optimizer", "optim remap": "optimizer_state.remap",
+    "optim resplit": "optimizer_state.resplit", "optim prune": "optimizer_state.prune",
+    "optim diff": "optimizer_state_diff",
+}  # fmt: skip
+_FLAGS: Final = frozenset(
+    ("allow-overflow", "allow-unused", "carry", "force", "keep-unknown", "only-tensors", "skip-unread", "verify")
+)
+RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
+_REPEATED: Final = (*RULE_OPTIONS, "reset")
+_OPTIMIZER: Final = "optimizer_state."
+_QUOTED: Final = r"""\$?'(?:[^'\\]|\\.)*'|"[^"]*\""""
+_VALUE: Final = rf"{_QUOTED}|[A-Z][\w=]*|(?:(?<=--hyper )|(?<=--on-unexpected )|(?<=--format ))\w+"
+OPTION: Final = re.compile(rf"--(?P<name>[a-z][a-z-]+)(?:[ =](?P<value>{_VALUE}))?")
+COMMAND: Final = re.compile(
+    rf"\bckpt (?P<name>{'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})\b"
+    rf"(?P<words>(?: (?:-o \S+|--[a-z-]+(?: (?:{_VALUE}))?|[A-Z][A-Z0-9]+\b|{_QUOTED}"
+    r"|[\w-]*[./][\w./-]*\w(?:::[\w.]+)?))*)"
+)
+_WORD: Final = re.compile(rf"-o (?P<out>\S+)|{OPTION.pattern}|(?P<word>{_QUOTED}|\S+)")
+
+
+def hint_for_python(hint: str) -> str:
+    """Return a hint that names commands and options of ``ckpt`` with the functions and arguments of Python.
+
+    Example:
+        >>> from ckptkit.errors import hint_for_python
+        >>> hint_for_python("--force replaces it; ckpt remap FILE -o OUT --drop 'fc.*' leaves it out")
+        "force=True replaces it; plan_remap(file, parse_rules(drop=['fc.*'])) leaves it out"
+    """
+    return OPTION.sub(_argument, COMMAND.sub(_call, hint))
+
+
+def _call(match: re.Match[str]) -> str:
+    """Return the call of the function that does what a command does, or its name if no argument follows."""
+    name = _FUNCTIONS[match["name"]]
+    if not match["words"]:
+        return name
+    inputs: list[str] = []
+    rules: dict[str, list[str]] = {}
+    others, out = [], ""
+    for word in _WORD.finditer(match["words"]):
+        if word["out"]:
+            out = _python_word(word["out"])
+        elif word["word"]:
+            inputs.append(_python_word(word["word"]))
+        elif word["name"] == "model" and word["value"]:
+            inputs.insert(0, _python_word(word["value"]))
+        elif word["name"] in RULE_OPTIONS and word["value"]:
+            rules.setdefault(word["name"], []).append(_python_word(word["value"]))
+        else:
+            others.append(_argument(word))
+    if name == "merge":
+        inputs = [inputs[0], f"[{', '.join(inputs[1:])}]"] if len(inputs) > 2 else inputs
+    if name in ("merge", "convert") and out:
+        inputs.append(out)
+    lists = [f"{option}=[{', '.join(values)}]" for option, values in rules.items()]
+    is_state = name.startswith(_OPTIMIZER)
+    if lists:
+        others = [*lists, *others] if is_state else [f"parse_rules({', '.join(lists)})", *others]
+    if not inputs:
+        inputs = ["state" if is_state else "..."]
+    return f"{name}({', '.join((*inputs, *others))})"
+
+
+def _argument(match: re.Match[str]) -> str:
+    """Return the argument that does what an option does."""
+    name, value = match["name"], match["value"]
+    if name in RULE_OPTIONS:
+        if value is None:
+            return "rules" if name == "rename" else f"parse_rules({name}=...)"
+        is_list = name == "rename"
+        return f"rules=[{_python_word(value)}]" if is_list else f"parse_rules({name}=[{_python_word(value)}])"
+    argument = name.replace("-", "_")
+    if name == "set" and value is not None:
+        variable, _, text = value.partition("=")
+        return f"settings={{{variable!r}: {text.lower()}}}"
+    if name == "allow-unused":
+        return "parse_rules(..., allow_unused=True)"
+    if value is not None:
+        word = _python_word(value)
+        return f"{argument}=[{word}]" if name in _REPEATED else f"{argument}={word}"
+    return f"{argument}=True" if name in _FLAGS else argument
+
+
+def _python_word(word: str) -> str:
+    """Return a word of a command as Python writes it: a placeholder is a variable, everything else a string."""
+    if word[:1] in "'\"" or word.startswith("$'"):
+        return word.removeprefix("$")
+    return word.lower() if re.fullmatch(r"[A-Z][A-Z_]+", word) else repr(word)
+
+
 class CkptkitError(Exception):
     """Raised, as one of its subclasses, whenever ckptkit refuses a request.
 
     ``reason`` is one sentence that says why ckptkit refused, ``hint`` says what to do instead, and ``path`` is the
-    file, or None. The text of the error is all three on one line. Where ``hint`` names options of the command line,
-    ``call`` may name the arguments of a Python call, and the text has it in place of ``hint``.
-
-    Hints name the options of the command line. In Python the argument has the same name: ``--on-missing 'fc.*=keep'``
-    is ``on_missing={"fc.*": "keep"}``. ``--rename``, ``--keep``, ``--drop`` and ``--strip`` are arguments of
-    ``parse_rules``.
+    file, or None. The text of the error is all three on one line. ``hint`` names the options of the command line.
+    ``call`` is the hint for Python, which the text of the error has in place of ``hint``: it names arguments and
+    functions. ``--rename``, ``--keep``, ``--drop`` and ``--strip`` are arguments of ``parse_rules``.
 
     Example:
         >>> try:
@@ -75,7 +177,8 @@ class CkptkitError(Exception):
     def __str__(self) -> str:
         """Return path, reason and hint on one line."""
         where = f"{self.path}: " if self.path else ""
-        hint = f" ({self.call or self.hint})" if self.call or self.hint else ""
+        call = self.call or hint_for_python(self.hint or "")
+        hint = f" ({call})" if call else ""
         return one_line(f"{where}{self.reason}{hint}")
 
 

@@ -119,7 +119,7 @@ def test_tensors_that_cannot_be_copied_are_refused_by_name(value: Any, why: str)
     error = refusal(lambda: plan_remap({"w": plain, "odd": value}))
     assert error.reason.startswith("'odd' cannot be copied: ")
     assert why in error.reason
-    assert str(error.hint).endswith("or leave out this one: ckpt remap --drop 'odd'")
+    assert str(error.hint).endswith("or leave out this one: ckpt remap PATH -o OUT --drop 'odd'")
     assert [step.out.key for step in plan_remap({"w": plain, "odd": value}, parse_rules(drop=["odd"])).steps] == ["w"]
 
 
@@ -168,7 +168,7 @@ def test_values_are_cast_to_the_dtype_of_the_base() -> None:
     assert (step.out.dtype, step.operation) == ("BF16", "cast")
     error = refusal(lambda: plan_merge(base, {"w": TensorInfo("w", "C64", (2,))}))
     assert error.reason == "'w' is C64, and a cast to BF16 would lose its imaginary part"
-    assert error.hint == "leave it out: ckpt remap --drop 'w'"
+    assert error.hint == "leave it out: ckpt remap PATH -o OUT --drop 'w'"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_mismatch_may_be_skipped() -> None:
             described(fc1__bias=(6,)),
             {"on_mismatch": "skip"},
             "the donor has no tensor with a key and shape of the base",
-            "ckpt diff base donor",
+            "ckpt diff BASE DONOR",
         ),
     ],
     ids=["mismatch", "missing", "unexpected", "prefix", "no match", "only mismatches"],

@@ -28,7 +28,7 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     are ``unexpected``, ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing
     key to a stored key) and ``filled`` (a counter that torch fills in).
     """
-    hint = result.hints[0].message if result.hints else "ckpt diff lists all keys"
+    hint = result.hints[0].message if result.hints else "ckpt diff EXPECTED PATH lists all keys"
     matched = {pair.key for pair in result.matched}
     partners = {key: group for group in tied_keys(result.expected.values()) for key in group}
     missing = [info.key for info in result.missing if info.key not in result.filled]

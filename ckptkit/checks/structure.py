@@ -23,7 +23,7 @@ _STACK_NAMES = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks"
 _MIN_IN_STACK = 3
 _MAX_NESTED_LISTS = 4
 _MAX_DIGITS = 6
-_DIFF_HINT = "ckpt diff with the model as EXPECTED lists all keys that would not load"
+_DIFF_HINT = "ckpt diff MODEL PATH lists all keys that would not load"
 _NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 

@@ -41,7 +41,6 @@ _EXTRA_STATE = "_extra_state"
 _EXTRA_STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
 _BATCH_COUNTER = "num_batches_tracked"
 _MAX_HINTS = 3
-_WITHOUT_FILE = frozenset({"", "live model", "description"})  # the formats of sides that are not files
 _MAX_PREFIX_SEGMENTS = 64  # a hostile key can have a million segments
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -171,7 +170,7 @@ class StateDictDiff(Result):
     @property
     def has_unread_values(self) -> bool:
         """Whether both sides are files, whose values were not read."""
-        return all(side.format not in _WITHOUT_FILE for side in (self.expected_checkpoint, self.found_checkpoint))
+        return self.expected_checkpoint.is_stored and self.found_checkpoint.is_stored
 
     @cached_property
     def parted(self) -> tuple[PartedTensor, ...]:

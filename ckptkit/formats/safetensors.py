@@ -15,6 +15,7 @@ from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
+from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import first_line, plural, quoted
 from ckptkit.errors import FormatError, PlanError
 
@@ -242,13 +243,13 @@ def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
         if dtype is None or not dtype.storable:
             raise PlanError(
                 f"{quoted(info.key)} would be {info.dtype}, which safetensors cannot store",
-                hint="write a .pt file, or drop the tensor: ckpt remap with --drop",
+                hint=f"write a .pt file, or drop the tensor: {drop_options([info.key])}",
             )
         # Only packed dtypes are questionable, and to read them again is worth an import of torch.
         if dtype.bits < 8 and (refusal := reader_refusal(info.dtype, info.shape)):
             raise PlanError(
                 f"{quoted(info.key)} would be {info}, which the safetensors library cannot read again: {refusal}",
-                hint="drop the tensor: ckpt remap with --drop",
+                hint=f"drop the tensor: {drop_options([info.key])}",
             )
 
 

@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report, Severity
+from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_optim import OPTIONS, scheduled_options
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
@@ -65,7 +66,8 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
     saved_sizes, live_sizes = ([len(group.names) for group in state.groups] for state in (saved, live))
     if saved_sizes != live_sizes:
         message = f"groups of {listed(saved_sizes)} parameters were saved, and now they have {listed(live_sizes)}"
-        yield codes.GROUPS.finding("", message, "ckpt optim resplit assigns them to the new groups by name")
+        hint = "ckpt optim resplit SAVED -o OUT --groups FILE assigns them to the new groups by name"
+        yield codes.GROUPS.finding("", message, hint)
     if differences.missing:
         message = f"{listed(differences.missing)} has no saved state"
         yield codes.PARAMETERS.finding(
@@ -73,12 +75,17 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
         )
     if differences.unexpected:
         message = f"{listed(differences.unexpected)} was saved but is not in the live groups"
-        yield codes.PARAMETERS.finding(differences.unexpected[0], message, "use ckpt optim remap or prune")
+        hint = (
+            "rename it: ckpt optim remap SAVED -o OUT --rename OLD=NEW; or drop it: ckpt optim prune SAVED -o OUT "
+            f"{drop_options(differences.unexpected[:1])}"
+        )
+        yield codes.PARAMETERS.finding(differences.unexpected[0], message, hint)
     moved = [(name, group.expected, number) for group in differences.groups for name, number in group.moved]
     if moved:
         name, now, before = moved[0]
         message = f"{listed([one for one, _, _ in moved])}: saved in group {before}, now in group {now}"
-        yield codes.MEMBERSHIP.finding(name, message, "ckpt optim resplit moves it with its options")
+        hint = "ckpt optim resplit SAVED -o OUT --as LIVE moves it with its options"
+        yield codes.MEMBERSHIP.finding(name, message, hint)
     elif saved_sizes == live_sizes and not differences.missing and not differences.unexpected:
         for order in differences.order:
             message = f"position {order.position} held {quoted(order.found)} and now holds {quoted(order.expected)}"
@@ -90,7 +97,8 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
             shape.name,
             f"the state of {quoted(shape.name)} was saved with shape {list(shape.found)} and now has "
             f"{list(shape.expected)}",
-            "ckpt optim prune --like drops it, ckpt optim remap pads or cuts it",
+            "ckpt optim prune SAVED -o OUT --like MODEL drops it; ckpt optim remap SAVED -o OUT --rules FILE pads or "
+            "cuts it",
         )
     saved_names = set(saved.names)
     without = [name for name in live.names if name in saved_names and name not in saved.state]
@@ -136,7 +144,7 @@ def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Ite
         names.sort(key=position.__getitem__)
         effect = "turns it off" if key in _RECENT else "deletes it"
         message = f"{key} of {listed(names)} was not saved, and loading {effect}"
-        yield codes.OPTIONS_LOST.finding(names[0], message, "ckpt optim resplit --as keeps it")
+        yield codes.OPTIONS_LOST.finding(names[0], message, "ckpt optim resplit SAVED -o OUT --as LIVE keeps it")
 
 
 def _is_restored(option: OptionDifference) -> bool:
@@ -204,5 +212,5 @@ def _missing_slots(state: OptimizerState, names: Sequence[str]) -> Iterator[Find
             lacking = [name for name in with_state if slot not in state.state[name]]
             verb = "has" if len(lacking) == 1 else "have"
             message = f"{listed(lacking)} {verb} no {slot}, but other parameters of the group do"
-            hint = "a step raises KeyError; ckpt optim prune --reset drops the incomplete state"
+            hint = "a step raises KeyError; ckpt optim prune SAVED -o OUT --reset PATTERN drops the incomplete state"
             yield codes.SLOT_MISSING.finding(lacking[0], message, hint)

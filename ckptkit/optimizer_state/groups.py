@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ckptkit.core.arguments import require_choice
+from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import kind_of, listed, plural, printable, quoted
 from ckptkit.core.torch_optim import options_of_kind, scheduled_options
 from ckptkit.errors import PlanError
@@ -67,7 +68,8 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     left = [name for name in state.names if name not in known]
     if left:
         raise PlanError(
-            f"{listed(left)} would be in no group", hint="give them a group, or drop them first: ckpt optim prune"
+            f"{listed(left)} would be in no group",
+            hint=f"give them a group, or drop them first: ckpt optim prune PATH -o OUT {drop_options(left)}",
         )
     saved = {name: group.options for group in state.groups for name in group.names}
     merger = _OptionMerger(saved, [group.options for group in state.groups], hyper)
@@ -229,7 +231,8 @@ def order_like(state: OptimizerState, model: ModelLike) -> OptimizerState:
     unknown = [name for name in require_named(state).names if name not in place]
     if unknown:
         raise PlanError(
-            f"{parameters.source} has no {listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"
+            f"{parameters.source} has no {listed(unknown)}",
+            hint=f"rename it with rules, or drop it: ckpt optim prune PATH -o OUT {drop_options(unknown)}",
         )
     groups = tuple(replace(group, names=tuple(sorted(group.names, key=place.__getitem__))) for group in state.groups)
     return replace(state, groups=groups)

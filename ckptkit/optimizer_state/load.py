@@ -51,7 +51,7 @@ OnSkip: TypeAlias = SkipAction | Mapping[str, SkipAction]
 # These options tell how a step is computed, not its result. What a file from a GPU has may not work on this machine.
 _SPEED_OPTIONS = options_of_kind("speed")
 _MEMBER_OPTIONS = options_of_kind("members")
-_DROP_STATE = "drop its state first: ckpt optim prune --reset PATTERN"
+_DROP_STATE = "drop its state first: ckpt optim prune PATH -o OUT --reset PATTERN"
 
 
 @dataclass(frozen=True, repr=False)

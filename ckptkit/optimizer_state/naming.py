@@ -11,6 +11,7 @@ from typing import cast
 from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
+from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import CkptkitError, FormatError, PlanError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
@@ -215,7 +216,8 @@ def _compare_with_model(found: FoundState, names: Mapping[object, str], model: P
         if name not in model.shapes:
             raise PlanError(
                 f"the state has a parameter {quoted(name)}, which the model does not have",
-                hint="rename it first (ckpt optim remap), or drop it (ckpt optim prune)",
+                hint="rename it first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop it: ckpt optim prune PATH "
+                f"-o OUT {drop_options([name])}",
             )
         shape = parameter_shape(found.state.get(param, {}))
         if shape is not None and shape != shapes[param] and not (allows_less and is_less(shape, shapes[param])):
@@ -252,7 +254,7 @@ def structure_findings(found: FoundState) -> Iterator[Finding]:
         yield codes.STATE_STRAY.finding(
             str(strays[0]),
             f"there is state of {listed(strays, _MAX_SHOWN)}, which no group has",
-            "drop it: ckpt optim prune",
+            "drop it: ckpt optim prune PATH -o OUT",
         )
     if found.form == "param-names":
         yield from _param_names_findings(found)

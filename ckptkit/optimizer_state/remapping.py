@@ -45,7 +45,7 @@ _INITIAL_VALUE_OPTIONS = {
     if slot.initial_value_option
 }
 _MUON_OPTION = "ns_steps"  # only groups of torch.optim.Muon have this option
-_RESET = "drop its state first: ckpt optim prune --reset PATTERN"
+_RESET = "drop its state first: ckpt optim prune PATH -o OUT --reset PATTERN"
 
 
 def remap(state: OptimizerState, rules: RulesLike | None, *, elementwise: Collection[str] = ()) -> OptimizerState:
@@ -108,7 +108,7 @@ def _remap_groups(state: OptimizerState, outputs: Mapping[str, Derivation]) -> t
             if different:
                 raise PlanError(
                     f"{quoted(name)} would be made from groups {first} and {other}, which differ in {min(different)}",
-                    hint="put its sources into one group first: ckpt optim resplit",
+                    hint="put its sources into one group first: ckpt optim resplit PATH -o OUT --groups FILE",
                 )
         members[first].append(name)
     return with_members(state.groups, members)

@@ -70,7 +70,7 @@ def explain_param_group(model: CheckpointLike, spec: SpecLike, name: str) -> Exp
         why = "is a buffer, which no optimizer trains" if name in table.buffers else "is not a parameter of the model"
         raise GroupsError(
             f"{quoted(name)} {why}",
-            hint=f"did you mean {quoted(near)}?" if near else "ckpt show lists the names of the parameters",
+            hint=f"did you mean {quoted(near)}?" if near else "ckpt show MODEL lists the names of the parameters",
         )
     matcher = RuleMatcher(spec, table)
     owner = matcher.owner(parameter)

@@ -45,7 +45,7 @@ __all__ = [
 SCHEMA = "ckptkit.groups-lock/1"
 # The lock has separate fields for names, and stores initial_lr as lr.
 _NOT_LOCKED = options_of_kind("members", "name") | {"initial_lr"}
-_WRITE_AGAIN = "write it again with ckpt groups lock"
+_WRITE_AGAIN = "write it again: ckpt groups lock --model MODEL SPEC -o LOCK"
 
 
 def plain_option(value: Any) -> Any:
@@ -304,7 +304,9 @@ def parse_lock(document: object) -> ParamGroupsLock:
         with default_error_path(path):
             return parse_lock(read_table_file(path, as_json=True))
     if not isinstance(document, Mapping) or not is_lock(document):
-        raise GroupsError("not a valid lock of param groups", hint="ckpt groups lock writes one")
+        raise GroupsError(
+            "not a valid lock of param groups", hint="ckpt groups lock --model MODEL SPEC -o LOCK writes one"
+        )
     lock = ParamGroupsLock(
         tuple(
             LockedGroup(

@@ -82,7 +82,8 @@ def resolve_options(
         if fault is not None:
             raise GroupsError(
                 f"{quoted(step.key)} of group {quoted(rule.name)} {fault} after all its multiples",
-                hint=f"ckpt groups explain shows every factor; one of them is from {quoted(step.source)}",
+                hint="ckpt groups explain --model MODEL SPEC KEY shows every factor; one of them is from "
+                f"{quoted(step.source)}",
             )
     return options, steps
 

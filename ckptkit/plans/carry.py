@@ -140,9 +140,7 @@ def _find_owner(sources: Mapping[str, Checkpoint]) -> tuple[str, str, list[str]]
             names = find_model_files(list_directory(directory).files)
             if names:
                 return role, directory, names
-    raise PlanError(
-        "no input has a configuration or a tokenizer beside its weights", hint="leave out --carry (carry=True)"
-    )
+    raise PlanError("no input has a configuration or a tokenizer beside its weights", hint="leave out --carry")
 
 
 def _is_quantized(plan: Plan, sources: Mapping[str, Checkpoint]) -> bool:

@@ -15,6 +15,7 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_m
 from ckptkit.core.checkpoint.reading import read_tensor, torch_dtype_of
 from ckptkit.core.checkpoint.state_dict import read_state_dict
 from ckptkit.core.files import same_bytes
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
@@ -116,7 +117,10 @@ def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkp
     wider = wider_dtype(overflowed)
     if wider is None:
         return ""
-    return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"{wider} holds them"
+    if "base" not in roles:
+        return f"{wider} holds them"
+    path = CheckpointSummary.of(roles["base"], ()).argument or "BASE"
+    return f"cast the base first: ckpt convert {path} -o OUT --dtype {wider}"
 
 
 def roles_of(base: _Input, donors: Sequence[_Input]) -> dict[str, _Input]:

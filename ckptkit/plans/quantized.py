@@ -84,7 +84,8 @@ class QuantizedInputs:
         for derivation in keys.values() if by_key else ():
             weight = by_key.get(derivation.sources[0])
             if weight is not None:
-                hint = f"{weight.way_out}; to cast only other tensors, use a rule of ckpt remap: {_cast_rule(dtype)}"
+                rule = f"to cast only other tensors, write a rule file for --rules: {_cast_rule(dtype)}"
+                hint = f"{weight.way_out}; {rule}"
                 raise _problem(weight, weight.coded, (), _cast_reason(dtype), hint).error()
 
     def refuse_change(self, key: str, doing: str, way: str = "") -> None:

@@ -139,6 +139,6 @@ def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[st
         raise PlanError(
             f"{len(problems):,} of {plural(len(wanted), 'tensor')} cannot be filled: "
             f"{listed(problems, show=str, separator='; ')}",
-            hint="rename or reshape the tensors with rules, or merge them into a model: ckpt merge",
+            hint="rename or reshape the tensors with rules, or merge them into a model: ckpt merge MODEL PATH -o OUT",
         )
     return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}

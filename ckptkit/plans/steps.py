@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.dtypes import DTYPES, dtype_code
-from ckptkit.core.patterns import literal
-from ckptkit.core.text import printable, quoted, shell_word
+from ckptkit.core.patterns import drop_options
+from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
@@ -81,11 +82,16 @@ def refuse_unread(keys: Iterable[str], checkpoint: Checkpoint) -> None:
         named = [f"{quoted(info.key)} ({reason})" for info, reason in zip(unread, reasons, strict=False)]
         others = f" and {len(unread) - _MOST_UNREAD:,} more" if len(unread) > _MOST_UNREAD else ""
         message = f"{len(unread):,} tensors cannot be copied: {', '.join(named[:_MOST_UNREAD])}{others}"
-    drop = f"ckpt remap --drop {shell_word(literal(first.key))}"
-    hint = f"--skip-unread leaves out all such tensors; or leave out this one: {drop}"
+    hint = f"--skip-unread leaves out all such tensors; or leave out this one: {_drop_command(first.key, checkpoint)}"
     if (weight := weights.get(first.key)) is not None:
         hint = f"{weight.way_out}; or {hint}"
     raise PlanError(message, hint=_WAYS_OUT.get(first.kind, hint))
+
+
+def _drop_command(key: str, checkpoint: Checkpoint) -> str:
+    """Return the command that leaves a tensor out of a copy of the checkpoint."""
+    path = CheckpointSummary.of(checkpoint, ()).argument or "PATH"
+    return f"ckpt remap {path} -o OUT {drop_options([key])}"
 
 
 def _why_not(info: TensorInfo) -> str:
@@ -135,7 +141,7 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     if found.kind != "dense":
         refuse_unread([sources[0].key], roles[sources[0].role])
     if out.dtype != found.dtype:
-        _refuse_cast(found, out.dtype, f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}")
+        _refuse_cast(found, out.dtype, f"leave it out: {_drop_command(sources[0].key, roles[sources[0].role])}")
     for source in step.equals:
         other = _find(source, roles)
         if (other.dtype, other.shape) != (infos[0].dtype, infos[0].shape):
@@ -252,7 +258,7 @@ def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
         f"{quoted(others[0])} and {quoted(key)} would both be called {quoted(dotted)}"
         if others
         else f"the file has no unambiguous name for {quoted(key)}",
-        hint=f"leave it out: --drop {shell_word(literal(key))}, or give it a name with --rename",
+        hint=f"leave it out: {drop_options([key])}, or give it a name with --rename",
         path=checkpoint.path,
     )
 

@@ -175,7 +175,8 @@ def check_init(
     """
     patterns = fresh_patterns(fresh, inspected.state)
     if not init.loaded:
-        hint = result.hints[0].message if result.hints else "compare the names: ckpt diff MODEL INIT"
+        path = result.found_checkpoint.argument or "INIT"
+        hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff MODEL {path}"
         yield codes.INIT_NOTHING.finding("", "init fills no tensor of the model", hint)
         return
     by_key = {kept.key: kept for kept in init.kept}
@@ -194,7 +195,8 @@ def check_init(
     yield from _tie_findings(inspected, result, opened)
     for pair in result.uncopyable:
         message = f"{quoted(pair.key)} is {pair.expected}, and {pair.found} in init, which torch does not copy"
-        yield codes.INIT_REFUSED.finding(pair.key, message, "convert the checkpoint first: ckpt convert")
+        path = result.found_checkpoint.argument or "INIT"
+        yield codes.INIT_REFUSED.finding(pair.key, message, f"convert the checkpoint first: ckpt convert {path} -o OUT")
     yield from _cast_findings(result)
     if init.in_model == "none":
         message = "the model does not have the values of init yet"

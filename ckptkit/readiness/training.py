@@ -157,7 +157,7 @@ def build_optimizers(
             built.append(kind(params))
         except Exception as error:  # noqa: BLE001 - a class of the user may raise anything
             message = f"{kind.__name__} refuses these groups: {first_line(error)}"
-            return (), [codes.OPTIMIZER.finding("", message, "ckpt groups table shows the groups")]
+            return (), [codes.OPTIMIZER.finding("", message, "ckpt groups table --model MODEL SPEC shows the groups")]
     return tuple(built), ()
 
 

@@ -435,7 +435,7 @@ def _refuse_unused(
         if not optional and not allow_unused:
             raise RuleError(
                 message,
-                hint="correct it, or pass --allow-unused if the command has that option",
+                hint="correct it, or pass --allow-unused",
                 call="correct it, or allow it with parse_rules(..., allow_unused=True)",
             )
         notes.append(message)

@@ -132,7 +132,8 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     key_map = apply_rules(rules, found)
     if key_map.copied_or_computed:
         computed = quoted(next(iter(key_map.copied_or_computed)))
-        raise RuleError(f"an operation would compute {computed}", hint="write the tensors first, with ckpt remap")
+        hint = "write the tensors first: ckpt remap PATH -o OUT --rules FILE"
+        raise RuleError(f"an operation would compute {computed}", hint=hint)
     first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in key_map.renamed) for key in group[1:]}
     quantized = quantized_weights(found)
     tensors: dict[str, TensorStats] = {}

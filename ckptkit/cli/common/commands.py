@@ -7,6 +7,9 @@ from typing import Any, Final
 
 import click
 
+from ckptkit.cli.common.hints import hint_for_command
+from ckptkit.errors import CkptkitError
+
 __all__ = ["MOST_OPTIONS", "Command", "CommandGroup", "NoCommandError"]
 
 MOST_OPTIONS: Final = 12  # that --help lists, beside the options for help
@@ -41,6 +44,16 @@ class Command(click.Command):
         self.first = tuple(first)
         self._shows_all = False
         self.params.append(_help_all_option(hidden=len(self._options()) <= MOST_OPTIONS))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; the hint of an error names only what this command takes."""
+        try:
+            return super().invoke(ctx)
+        except CkptkitError as error:
+            if error.hint:
+                known = {*_RARE, *(name for names in _SECTIONS.values() for name in names)}
+                error.hint = hint_for_command(error.hint, self._options(), known) or None
+            raise
 
     def _options(self) -> dict[str, click.Option]:
         """Return the options by their long name, in the order of the help page."""

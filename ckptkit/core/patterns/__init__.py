@@ -23,13 +23,14 @@ from ckptkit.core.patterns.matching import (
     match_tokens,
     repetitions,
 )
-from ckptkit.core.text import listed, nearest, quoted
+from ckptkit.core.text import listed, nearest, quoted, shell_word
 from ckptkit.errors import RuleError
 
 __all__ = [
     "KeyMatch",
     "Pattern",
     "Template",
+    "drop_options",
     "literal",
     "matches_any",
     "parse_pattern",
@@ -152,6 +153,11 @@ def _has_several_lengths(token: Token, following: Token | None) -> bool:
 def literal(key: str) -> str:
     """Return a pattern that matches ``key`` and no other key."""
     return f"re:{re.escape(key)}" if not key or _SPECIAL.search(key) else key
+
+
+def drop_options(keys: Iterable[str]) -> str:
+    """Return the options of a command that leave out exactly these keys."""
+    return " ".join(f"--drop {shell_word(literal(key))}" for key in keys)
 
 
 def matches_any(patterns: Iterable[Pattern], key: str) -> bool:

@@ -14,7 +14,7 @@ from ckptkit.core.text import shell_word
 __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
 
 _PLAIN_WORD = re.compile(r"[\w./:@%+-]+", re.ASCII)  # a shell takes it as it is
-_LIVE = "live model"
+_IN_MEMORY = frozenset({"", "live model", "description"})
 _LIVE_PATH = "py:"
 
 
@@ -39,9 +39,14 @@ class CheckpointSummary:
         return cls(checkpoint.path, checkpoint.format, checkpoint.envelope, *counts)
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the checkpoint is a file or a directory, and not in memory."""
+        return self.format not in _IN_MEMORY
+
+    @property
     def argument(self) -> str:
         """The word that gives the checkpoint to a command, or an empty string for one that is only in memory."""
-        if not self.format or (self.format == _LIVE and not self.path.startswith(_LIVE_PATH)):
+        if not self.is_stored and not self.path.startswith(_LIVE_PATH):
             return ""
         path = f"{self.path}::{self.envelope}" if self.envelope else self.path
         return path if _PLAIN_WORD.fullmatch(path) else shell_word(path)

@@ -120,7 +120,7 @@ def _open_trainer_file(directory: str, name: str, key: str) -> Checkpoint:
     if name.endswith(".json"):
         raise FormatError(
             "a JSON file, which holds no tensors",
-            hint="ckpt show DIRECTORY lists the values of the file",
+            hint=f"ckpt show {shell_word(directory)} lists the values of the file",
             path=os.path.join(directory, name),
         )
     return open_file(os.path.join(directory, name), Selection(key))

@@ -160,7 +160,7 @@ def build_checkpoint(
     if selection.key and not isinstance(value, Mapping | list | tuple):
         raise FormatError(
             f"holds {quoted(type_name(value))} at {quoted(selection.key)}, not a mapping",
-            hint="ckpt show without the :: part shows the value",
+            hint="ckpt show PATH, without the :: part, shows the value",
         )
     if isinstance(value, Placeholder):
         raise FormatError(
