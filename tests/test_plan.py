@@ -229,7 +229,7 @@ def test_a_mismatch_may_be_skipped() -> None:
             described(x=(1,)),
             {},
             "the donor has no tensor with a key and shape of the base",
-            "ckpt align base donor -o rules.toml",
+            "suggest_rules(expected, found)",
         ),
         (
             described(fc1__bias=(6,)),

@@ -216,8 +216,8 @@ def _compare_with_model(found: FoundState, names: Mapping[object, str], model: P
         if name not in model.shapes:
             raise PlanError(
                 f"the state has a parameter {quoted(name)}, which the model does not have",
-                hint="rename it first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop it: ckpt optim prune PATH "
-                f"-o OUT {drop_options([name])}",
+                hint="rename it first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop it: ckpt optim prune "
+                f"PATH -o OUT {drop_options([name])}",
             )
         shape = parameter_shape(found.state.get(param, {}))
         if shape is not None and shape != shapes[param] and not (allows_less and is_less(shape, shapes[param])):
