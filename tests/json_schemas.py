@@ -470,6 +470,7 @@ SCHEMAS: dict[str, Schema] = dict(
                             "key": _text("The expected key."),
                             "found_key": _text("The key in the found checkpoint, before rules."),
                             **_LOOKS,
+                            "by_own_code": _flag("Whether the model's own code loads it from that other key."),
                         },
                     ),
                 ),
@@ -477,6 +478,32 @@ SCHEMAS: dict[str, Schema] = dict(
                 "unexpected": _list("Found tensors that are not expected.", "tensor"),
                 "shape_mismatched": _list("Tensors with another shape.", "pair"),
                 "dtype_mismatched": _list("Tensors with another dtype; torch casts them.", "pair"),
+                "computed": _list(
+                    "Tensors that the model's own code makes of found tensors.",
+                    _object(
+                        "A tensor.",
+                        {
+                            "key": _text("The expected key."),
+                            "found_keys": _texts("The found tensors that it is made of, after rules."),
+                        },
+                    ),
+                ),
+                "reported": _texts("Further keys that the model's own code reports as missing or unexpected."),
+                "own_code": {
+                    "description": "The model's own code for loading; null without it, or if EXPECTED is not live.",
+                    "anyOf": [
+                        _object(
+                            "What was tried.",
+                            {
+                                "tried": _flag("Whether it was tried on a copy without values; if not, names decided."),
+                                "reason": _text_or_null("Why it was not tried, or null."),
+                                "refusals": _texts("What it says where it refuses the checkpoint."),
+                                "not_reported": _texts("Missing and unexpected keys that load_state_dict accepts."),
+                            },
+                        ),
+                        {"type": "null"},
+                    ],
+                },
                 "quantized": _list(
                     "Weights that are quantised on one side only, or in two ways.",
                     _object(
@@ -513,6 +540,7 @@ SCHEMAS: dict[str, Schema] = dict(
                         "shape_mismatched": _count("The length of shape_mismatched."),
                         "dtype_mismatched": _count("The length of dtype_mismatched."),
                         "quantized": _count("The length of quantized."),
+                        "computed": _count("The length of computed."),
                         "coverage": _share("The share of expected elements that would be loaded."),
                         "loads_strict": _flag("Whether load_state_dict(strict=True) accepts the checkpoint."),
                         "loads": _flag("Whether load_state_dict(strict=False) accepts the checkpoint."),

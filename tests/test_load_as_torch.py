@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ckptkit import LoadError, load_into, open_checkpoint, plan_remap
+from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.loading.own_code import modules_with_own_code
 from tests.helpers_outputs import raw, same_state
 
 

@@ -39,6 +39,7 @@ COMMANDS = f"""
 1 diff {TEN} {DDP} --require fc3.* --min-coverage 95%
 1 diff OUT/plain.safetensors OUT/quantised.safetensors
 1 diff OUT/plain.safetensors OUT/odd.safetensors
+1 diff py:tests.helpers_own_loading:joining_and_refusing OUT/parts.safetensors
 0 merge {MODEL} {DDP} --rename module.*=* --on-mismatch skip -o OUT/merged.safetensors --plan OUT/merge.json
 0 merge {TEN} {DDP} --rename module.*=* -o OUT/none.pt --dry-run
 0 merge {MODEL}(num_classes=10) {TEN} --method extract-lora --rank 1 -o OUT/extracted/adapter_model.safetensors
@@ -151,7 +152,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     save_file(codes, folder / "quantised.safetensors")
     torch.save({"w": plain, "w\u200b": plain.clone(), "loss": NAN, "epoch": 3}, folder / "alike.pt")
+    parts = {"a.1.part1": (2, 3), "a.1.part2": (1, 3), "a.2.old_weight": (3, 3), "c.1.bias": (3,)}
     for name, shapes in {
+        "parts": parts,
         "llama_meta": llama.meta(2, 16, 24, 30, 8),
         "llama_hf": llama.hf(2, 16, 24, 30, 8),
         "vit_timm": vit.timm(2, 8, 12, patch=2, patches=4, classes=3),

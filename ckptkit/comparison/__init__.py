@@ -6,12 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
+from ckptkit.comparison.by_model import Answer, Place, ask_model
+from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
+from ckptkit.comparison.rehearsal import Given, Outside
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, Unmet, find_unmet, parse_requirements
@@ -95,12 +98,21 @@ class StateDictDiff(Result):
             without casts.
         foreign: Found keys that are not expected and hold no tensor.
         extra_state: Keys of extra state that only one side has.
-        filled: Missing keys that torch fills in for checkpoints from before version 0.4.1.
+        filled: Missing keys that torch fills in for checkpoints from before version 0.4.1, or the model's own code.
         notes: Remarks of the rules.
-        unseen: Unexpected keys below a submodule that is None; torch ignores them.
+        unseen: Unexpected keys that torch ignores: those below a submodule that is None, and those that the model's own
+            code removes.
         quantized: Weights that only one side has quantised, or in another way. Their codes are not ``matched`` with
             numbers, although ``load_state_dict`` copies the codes where shapes are equal.
         unmet: The requirements of ``require`` and ``min_coverage`` that the checkpoint does not meet.
+        moved: Expected keys that the model's own code loads from a tensor of another name, each with that name. It is
+            the name after the rules.
+        computed: Expected keys that the model's own code makes of found tensors, each with their names after the rules.
+        excused: Missing keys that keep their value, and that the model's own code does not report as missing.
+        reported: Further keys that the model's own code reports as missing or unexpected.
+        refusals: What the model's own code says where it refuses the found tensors, even with ``strict=False``.
+        has_own_code: Whether the expected side is a live model with own code for loading: hooks or methods.
+        undecided: Why this code could not be tried, so that names alone decide; or an empty string.
         expected_checkpoint: Path, format and size of the expected side.
         found_checkpoint: Path, format and size of the found side.
 
@@ -131,6 +143,13 @@ class StateDictDiff(Result):
     unseen: frozenset[str] = frozenset()
     quantized: tuple[QuantizedKey, ...] = ()
     unmet: tuple[Unmet, ...] = ()
+    moved: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    excused: frozenset[str] = frozenset()
+    reported: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    has_own_code: bool = False
+    undecided: str = ""
     expected_checkpoint: CheckpointSummary = NO_CHECKPOINT
     found_checkpoint: CheckpointSummary = NO_CHECKPOINT
 
@@ -145,14 +164,16 @@ class StateDictDiff(Result):
     @property
     def loads(self) -> bool:
         """Whether ``load_state_dict(strict=False)`` accepts the found tensors."""
-        return not self.blocked and not self.uncopyable and all(pair.loads for pair in self.shape_mismatched)
+        refused = self.blocked or self.uncopyable or self.refusals
+        return not refused and all(pair.loads for pair in self.shape_mismatched)
 
     @property
     def loads_strict(self) -> bool:
         """Whether ``load_state_dict(strict=True)`` accepts the found tensors."""
-        missing = any(info.key not in self.filled for info in self.missing)
+        missing = any(info.key not in self.filled | self.excused for info in self.missing)
         unexpected = any(info.key not in self.unseen for info in self.unexpected)
-        return self.loads and not missing and not unexpected and not self.foreign and not self.extra_state
+        others = self.foreign or self.extra_state or self.reported
+        return self.loads and not missing and not unexpected and not others
 
     @property
     def different(self) -> bool:
@@ -160,6 +181,7 @@ class StateDictDiff(Result):
         return bool(
             self.missing or self.unexpected or self.shape_mismatched or self.dtype_mismatched
             or self.quantized or self.uncopyable or self.blocked or self.foreign or self.extra_state
+            or self.reported or self.refusals
         )  # fmt: skip
 
     @property
@@ -236,11 +258,13 @@ def diff(
 def loaded_keys(result: StateDictDiff, refused: AbstractSet[str] = frozenset()) -> frozenset[str]:
     """Return the expected keys that a load fills: the matched ones that torch can copy, and what is tied to them.
 
+    The model's own code fills the computed ones.
+
     ``refused`` names further keys that cannot be copied.
     """
     refused = {*refused, *(pair.key for pair in result.uncopyable)}
     scalars = (pair.key for pair in result.shape_mismatched if pair.is_old_scalar)
-    loaded = {pair.key for pair in result.matched}.union(scalars) - refused
+    loaded = {pair.key for pair in result.matched}.union(scalars, result.computed) - refused
     for keys in tied_keys(result.expected.values()):
         if loaded.intersection(keys):
             loaded.update(keys)
@@ -269,7 +293,10 @@ def find_unmet_in(
 
 
 def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
-    """Return the differences, with the keys of ``found`` renamed and filtered by ``key_map``."""
+    """Return the differences, with the keys of ``found`` renamed and filtered by ``key_map``.
+
+    Where the expected side is a live model with own code for loading, a copy of its modules decides.
+    """
     expected_infos, found_infos = dict(expected.items()), dict(found.items())
     by_new_name = key_map.describe(found_infos)
     not_tensors = _keys_without_tensor(found, by_new_name)
@@ -278,39 +305,62 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     quantized = find_quantized_keys(expected, found, by_new_name, key_map.renamed)
     codes = {part for weight in quantized for part in weight.parts}
     absent_modules = tuple(f"{entry.path}." for entry in expected.entries if entry.type == ABSENT)
+    answer = _ask(expected, found, key_map, by_new_name, absent_modules)
     matched: list[KeyPair] = []
     missing: list[TensorInfo] = []
     shape_mismatched: list[KeyPair] = []
     dtype_mismatched: list[KeyPair] = []
     uncopyable: list[KeyPair] = []
     blocked: list[str] = []
+    moved: dict[str, str] = {}
+    computed: dict[str, tuple[str, ...]] = {}
+    without: dict[str, str] = {}  # the keys that no tensor is loaded for, and why
     for key, info in expected_infos.items():
-        found_info = by_new_name.get(key)
-        if found_info is None:
+        place = _place(info, answer, by_new_name, not_tensors)
+        if place.kind == "computed":
+            computed[key] = place.sources
+        elif place.kind != "loaded":
             if _extra_state_key(key, expected) not in found_states:
                 missing.append(info)
-                if key in not_tensors:
+                without[key] = place.kind
+                if place.kind == "blocked":
                     blocked.append(key)
-        elif info.shape != found_info.shape:
-            shape_mismatched.append(KeyPair(info, found_info))
         else:
-            pair = KeyPair(info, found_info)
-            if key in codes and found_info.kind == "dense":
+            pair = KeyPair(info, by_new_name[place.sources[0]])
+            if place.sources != (key,):
+                moved[key] = place.sources[0]
+            if info.shape != pair.found.shape:
+                shape_mismatched.append(pair)
+                continue
+            if key in codes and pair.found.kind == "dense":
                 continue
             matched.append(pair)
-            if info.dtype != found_info.dtype:
+            if info.dtype != pair.found.dtype:
                 dtype_mismatched.append(pair)
-            is_plain_copy = (info.dtype, info.kind) == (found_info.dtype, found_info.kind) and info.dtype != "F4"
-            if not is_plain_copy and not _is_copyable(pair):
+            same = (info.dtype, info.kind) == (pair.found.dtype, pair.found.kind) and info.dtype != "F4"
+            if not same and not _is_copyable(pair):
                 uncopyable.append(pair)
     unexpected = {
         new: info
         for new, info in by_new_name.items()
-        if new not in expected_infos and _extra_state_key(new, found) not in expected_states
+        if _is_unexpected(new, answer, expected_infos) and _extra_state_key(new, found) not in expected_states
     }
-    foreign = [key for key in not_tensors if key not in expected_infos and _extra_state_key(key, found) is None]
+    foreign = [
+        key
+        for key in not_tensors
+        if _is_unexpected(key, answer, expected_infos)
+        and not answer.ignores(key)
+        and _extra_state_key(key, found) is None
+    ]
     listed = {info.key for info in missing} | unexpected.keys()
-    one_sided_states = sorted((expected_states ^ found_states) - listed)
+    one_sided_states = [
+        key
+        for key in sorted((expected_states ^ found_states) - listed)
+        if not answer.decides(key) or key in answer.missing or key in answer.unexpected
+    ]
+    by_name = [info for info in missing if not answer.decides(info.key)]
+    filled = _filled_counters(by_name, expected, _versions_for(found, key_map))
+    reported = (*(answer.missing - without.keys() - expected_states), *(answer.unexpected - unexpected.keys()))
     return StateDictDiff(
         expected_infos,
         found_infos,
@@ -324,13 +374,78 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         uncopyable=tuple(uncopyable),
         foreign=tuple(key for key in foreign if not key.startswith(absent_modules)),
         extra_state=tuple(key for key in one_sided_states if not key.startswith(absent_modules)),
-        filled=_filled_counters(missing, expected, found, key_map),
+        filled=filled.union(key for key, kind in without.items() if kind == "filled"),
         notes=key_map.notes,
-        unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent_modules)),
+        unseen=frozenset(
+            info.key for new, info in unexpected.items() if new.startswith(absent_modules) or answer.ignores(new)
+        ),
         quantized=quantized,
+        moved=moved,
+        computed=computed,
+        excused=frozenset(key for key, kind in without.items() if kind == "excused" and key not in filled),
+        reported=tuple(sorted(set(reported) - not_tensors.keys() - found_states)),
+        refusals=answer.refusals,
+        has_own_code=bool(answer.paths),
+        undecided=answer.reason,
         expected_checkpoint=CheckpointSummary.of(expected),
         found_checkpoint=CheckpointSummary.of(found),
     )
+
+
+def _ask(
+    expected: Checkpoint,
+    found: Checkpoint,
+    key_map: KeyMap,
+    tensors: Mapping[str, TensorInfo],
+    absent_modules: tuple[str, ...],
+) -> Answer:
+    """Ask the model about its modules with own code; the names tell what torch reports about its other modules."""
+    paths = () if expected.model is None else modules_with_own_code(expected.model, saving=True)
+    if expected.model is None or not paths:
+        return Answer()
+    states = _extra_state_keys(found, tensors)
+    # A file lists the parts of a nested extra state, and torch gets the whole state at one key.
+    whole = {key: info for key, info in tensors.items() if _extra_state_key(key, found) in (None, key)}
+    others = {key for key in _keys_without_tensor(found, tensors) if _extra_state_key(key, found) is None}
+    given = whole.keys() | others | states
+    lost = [info for key, info in expected.items() if key not in given]
+    versions = _versions_for(found, key_map)
+    filled = _filled_counters(lost, expected, versions)
+    missing = [info.key for info in lost if info.key not in filled]
+    wanted = expected.keys() | _extra_state_keys(expected, expected)
+    unexpected = [key for key in given if key not in wanted and not key.startswith(absent_modules)]
+    outside = Outside(missing, unexpected)
+    return ask_model(expected.model, paths, Given(whole, sorted(others | states), versions), outside)
+
+
+def _place(
+    info: TensorInfo, answer: Answer, tensors: Mapping[str, TensorInfo], not_tensors: Mapping[str, None]
+) -> Place:
+    """Return what happens to an expected key, as the model says, or by its name."""
+    key = info.key
+    if not answer.decides(key):
+        if key in tensors:
+            return Place("loaded", (key,))
+        if key in not_tensors:
+            return Place("blocked")
+        return Place("missing" if answer.rehearsal is None or key in answer.missing else "excused")
+    place = answer.place(key)
+    known = tuple(source for source in place.sources if source in tensors)
+    is_scalar = known == (key,) and KeyPair(info, tensors[key]).is_old_scalar
+    if place.kind == "computed":
+        return Place("loaded" if is_scalar else "computed", known)
+    if place.kind == "loaded" and not known:  # the value of an extra state
+        return Place("computed")
+    return place
+
+
+def _is_unexpected(key: str, answer: Answer, expected: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a found key has no place in the model."""
+    if not answer.decides(key):
+        return key not in expected
+    if key in expected and answer.place(key) == Place("loaded", (key,)):
+        return False
+    return key in answer.unexpected or key not in answer.used
 
 
 def _keys_without_tensor(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
@@ -364,11 +479,9 @@ def _is_copyable(pair: KeyPair) -> bool:
 
 
 def _filled_counters(
-    missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap
+    missing: Iterable[TensorInfo], expected: Checkpoint, versions: Mapping[str, int]
 ) -> frozenset[str]:
     """Return the missing counters that torch fills in, because the state_dict has batch norm in a version below 2."""
-    is_renamed = bool(key_map.copied_or_computed) or any(old != new for old, new in key_map.renamed.items())
-    versions = {} if is_renamed else found.versions
     filled = set()
     for key in (info.key for info in missing):
         prefix, _, name = key.rpartition(".")
@@ -378,6 +491,12 @@ def _filled_counters(
         if name == _BATCH_COUNTER and is_norm and versions.get(prefix, 0) < 2:
             filled.add(key)
     return frozenset(filled)
+
+
+def _versions_for(found: Checkpoint, key_map: KeyMap) -> Mapping[str, int]:
+    """Return the versions of modules that torch would see: none where keys were renamed."""
+    is_renamed = bool(key_map.copied_or_computed) or any(old != new for old, new in key_map.renamed.items())
+    return {} if is_renamed else found.versions
 
 
 def _hints(result: StateDictDiff) -> list[Hint]:

@@ -319,7 +319,7 @@ def _describe_module(model: Module, role: str) -> Checkpoint:
         raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
-    described = describe_state_dict(state, role, layers=_layers(model)).with_entries(*_absent(model))
+    described = describe_state_dict(state, role, layers=_layers(model), model=model).with_entries(*_absent(model))
     return described.with_configuration(_configuration(model))
 
 
@@ -372,8 +372,12 @@ def describe_state_dict(
     path: str,
     format: str = "live model",  # noqa: A002
     layers: Mapping[str, str] | None = None,
+    *,
+    model: Module | None = None,
 ) -> Checkpoint:
     """Return a Checkpoint of a mapping from keys to live tensors; any other value becomes an entry.
+
+    ``model`` is the live model whose state_dict the mapping is.
 
     Tensors on the meta device are described and cannot be read. Raises ``ModelError`` for a key that is not a string
     and for an uninitialised tensor.
@@ -423,6 +427,7 @@ def describe_state_dict(
             references=_foreign_classes(tensors[key] for key, info in infos.items() if info.kind == "subclass"),
             layers=layers or {},
         ),
+        model=model,
     )
 
 

@@ -240,4 +240,5 @@ def open_live(target: str, path: str) -> Checkpoint:
             configuration=shapes.configuration,
             layers=shapes.layers,
         ),
+        model=shapes.model,
     )

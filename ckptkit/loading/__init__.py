@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from ckptkit.comparison.own_code import modules_with_own_code
+from ckptkit.comparison.rehearsal import Given, Untried, rehearse
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, measure_coverage
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.findings import Finding, Report, Severity
-from ckptkit.core.text import kind_of, percent, plural, quoted
+from ckptkit.core.text import kind_of, listed, percent, plural, quoted
 from ckptkit.core.torch_bridge import as_checkpoint, code_of
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
@@ -22,6 +24,7 @@ from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.loading import codes
 from ckptkit.loading.decision import (
     Decision,
+    Handing,
     decide,
     followers,
     is_extra_state,
@@ -29,9 +32,7 @@ from ckptkit.loading.decision import (
     refuse_overflow,
     uncast,
 )
-from ckptkit.loading.own_code import modules_with_own_code
 from ckptkit.loading.regions import is_dtensor
-from ckptkit.loading.rehearsal import rehearse
 from ckptkit.loading.snapshot import Snapshot
 from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_that_hold, refuse_gradients
 from ckptkit.loading.watch import Digests, Watch, named_tensors
@@ -165,7 +166,7 @@ def load_into(
     base = _describe(model)
     requirements = parse_requirements(require, min_coverage)
     with opened(checkpoint, "checkpoint") as donor, ExitStack() as stack:
-        plan = plan_loading(
+        plan, own = plan_loading(
             base,
             donor,
             rules,
@@ -178,7 +179,8 @@ def load_into(
         steps = [step for step in plan.steps if step.sources[0].role == "donor"]
         if assign:
             steps = [uncast(step, donor) for step in steps]
-        loading = _Loading(model, base, Producer({"donor": donor}), steps, assign=assign)
+        handing = Handing(tuple(steps), own)
+        loading = _Loading(model, base, Producer({"donor": donor}), handing, assign=assign)
         if not allow_overflow:
             refuse_overflow(loading.producer, steps, donor.path)
         donor.check_unchanged()
@@ -190,7 +192,7 @@ def load_into(
         parse_policy("on_missing", "keep" if on_missing is None else on_missing, MISSING_ACTIONS),
         parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
     )
-    return _report(base, plan, steps, found, donor.warnings, asked=asked)
+    return _report(base, plan, handing, found, donor.warnings, asked=asked)
 
 
 def _describe(model: Module) -> Checkpoint:
@@ -210,7 +212,7 @@ def _describe(model: Module) -> Checkpoint:
     description = Description(
         base.path, base.format, entries=base.entries, versions=base.versions, configuration=base.configuration
     )
-    return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description)
+    return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description, model=model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,33 +229,40 @@ class _Found:
 class _Loading:
     """One call of ``load_into``, from the decision of what is written to the check of the result."""
 
-    def __init__(
-        self, model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step], *, assign: bool
-    ) -> None:
+    def __init__(self, model: Module, base: Checkpoint, producer: Producer, handing: Handing, *, assign: bool) -> None:
         """Decide how each tensor is loaded. Raises ``ModelError`` where one cannot be; nothing is changed."""
         self._model = model
         self._base = base
         self.producer = producer
-        self._steps = steps
-        self._loaded = {step.out.key for step in steps}
+        self._handing = handing
+        self._loaded = set(handing.loaded())
         before = Watch(model)
         self._before = before
         self._decision: Decision | None = None
         if assign:
             _refuse_assigned_shards(before, self._loaded)
-            refuse_gradients(before, steps)
-            followers(base, producer, steps)  # only to refuse two values for one tensor
+            refuse_gradients(before, handing.steps)
+            followers(base, producer, handing.steps)  # only to refuse two values for one tensor
             self._runs_code = bool(modules_with_own_code(model))
         else:
             refuse_meta(base, before)
-            self._decision = decide(model, base, before, producer, steps)
+            self._decision = decide(model, base, before, producer, handing)
             self._runs_code = self._decision.runs_code
 
     def rehearse(self) -> None:
         """Try the model's own code on a copy of the model. Raises ``ModelError`` where it fails."""
         if self._decision is not None and self._runs_code:
-            infos = {step.out.key: step.out for step in self._steps}
-            rehearse(self._model, infos, module_versions_for(self.producer, self._steps))
+            infos = {self._handing.name(step.out.key): step.out for step in self._handing.steps}
+            infos |= {step.out.key: step.out for step in self._handing.own.others}
+            given = Given(infos, (), module_versions_for(self.producer, self._handing))
+            tried = rehearse(self._model, [""], given)
+            if isinstance(tried, Untried):
+                return
+            for refusal in (*tried.refusals, *(f"size mismatch for {key}" for key in tried.mismatched)):
+                raise ModelError(f"load_state_dict failed: {refusal}")
+            if tried.replaced:
+                name = quoted(tried.replaced[0])
+                raise ModelError(f"{name} would be replaced while loading, and optimizers would hold the old tensor")
 
     def watch(self) -> Watch:
         """Return the watch that can tell afterwards what changed, without a copy of the model."""
@@ -263,7 +272,7 @@ class _Loading:
 
     def run(self, before: Watch) -> _Found:
         """Load and check. A failure restores the model from ``before`` if that is a snapshot."""
-        transfer = Transfer(self._model, before, self.producer, self._steps)
+        transfer = Transfer(self._model, before, self.producer, self._handing)
         try:
             if self._decision is None:
                 transfer.assign()
@@ -299,7 +308,7 @@ class _Loading:
         written = _sharing_memory(before, self._loaded)
         changed = [name for name in before.tensors if name not in written and not before.is_unchanged(name)]
         for name in changed:
-            if name in self._base:
+            if name in self._base and name not in self._handing.own.filled:
                 raise ModelError(
                     f"{quoted(name)} was not loaded, but it changed",
                     hint="a hook of the model wrote to it while loading",
@@ -357,17 +366,19 @@ class _Asked:
 
 
 def _report(
-    base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str], *, asked: _Asked
+    base: Checkpoint, plan: Plan, handing: Handing, found: _Found, warnings: Sequence[str], *, asked: _Asked
 ) -> LoadReport:
-    loaded = {step.out.key for step in steps}
+    computed = {**handing.own.computed, **{name: () for name in found.rewritten if name in base}}
+    loaded = {step.out.key for step in handing.steps} | computed.keys()
     covered = measure_coverage(base, loaded)
     findings = (
         *unread_findings(warnings),
         *found.findings,
         *_kept_findings(covered.kept, plan, found.shared, {finding.key for finding in found.findings}, asked),
-        *_tied_findings(steps),
+        *_tied_findings(handing.steps),
         *_loss_findings(found.losses),
         *_dropped_findings(plan, asked),
+        *_computed_findings(computed),
         *_unverified_findings(found, loaded),
     )
     findings = tuple(dict.fromkeys(findings))  # both inputs drop an extra state, with equal findings
@@ -386,6 +397,13 @@ def _tied_findings(steps: Sequence[Step]) -> Iterator[Finding]:
         if step.tied_to is not None:
             key = step.out.key
             yield codes.TIED.finding(key, f"{quoted(key)} is tied to {quoted(step.tied_to)}, which was loaded")
+
+
+def _computed_findings(computed: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    for key, names in computed.items():
+        of = f" of {listed(names, 3)}" if names else ""
+        message = f"{quoted(key)} was made{of} by the model's own code, so its value was not compared"
+        yield codes.UNPROVED.finding(key, message)
 
 
 def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
@@ -425,7 +443,7 @@ def _severity(policy: Policy[MissingAction] | Policy[MismatchAction], key: str) 
 
 
 def _unverified_findings(found: _Found, loaded: AbstractSet[str]) -> Iterator[Finding]:
-    for name in found.rewritten:
+    for name in (name for name in found.rewritten if name not in loaded):
         message = f"a hook of the model rewrote {quoted(name)}, a buffer that is in no checkpoint"
         yield codes.DERIVED.finding(name, message)
     for name in filter(is_extra_state, loaded):

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+from ckptkit.comparison.own_code import is_below, modules_with_own_code
 from ckptkit.core.cast_losses import describe_overflow, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, memory_order
 from ckptkit.core.files import same_bytes
@@ -15,15 +17,16 @@ from ckptkit.core.ties import shared_keys, tied_keys
 from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.loading.own_code import is_below, modules_with_own_code
 from ckptkit.loading.regions import held_memory, is_dtensor, local_part, region_of
 from ckptkit.loading.watch import Watch
+from ckptkit.plans.merge import OwnLoading
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
 
 __all__ = [
     "Copy",
     "Decision",
+    "Handing",
     "decide",
     "followers",
     "is_extra_state",
@@ -62,9 +65,37 @@ class Decision:
         return bool(self.handed or self.own_code)
 
 
-def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, steps: Sequence[Step]) -> Decision:
+@dataclass(frozen=True)
+class Handing:
+    """What is loaded, and under which names ``load_state_dict`` gets it.
+
+    Attributes:
+        steps: The steps of the plan that take a value from the checkpoint.
+        own: What the model's own code does with the checkpoint.
+    """
+
+    steps: tuple[Step, ...]
+    own: OwnLoading
+
+    def name(self, key: str) -> str:
+        """Return the name under which the model's own code wants the value of a key."""
+        return self.own.moved.get(key, key)
+
+    @cached_property
+    def versions_hold(self) -> bool:
+        """Whether the names are those of the file, so that its module versions belong to them."""
+        plain = (step for step in self.steps if step.tied_to is None)
+        return all(self.name(step.out.key) == step.sources[0].key for step in plain)
+
+    def loaded(self) -> dict[str, None]:
+        """Return every key of the model that gets a value."""
+        return dict.fromkeys((*(step.out.key for step in self.steps), *self.own.computed))
+
+
+def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, handing: Handing) -> Decision:
     """Return how each tensor is loaded in place. Raises ``ModelError`` where one cannot be."""
     own_code = modules_with_own_code(model)
+    steps = handing.steps
     tied = followers(base, producer, steps)
     moved = _moved_within(base, producer, steps)
     copies: list[Copy] = []

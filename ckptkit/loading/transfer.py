@@ -15,9 +15,8 @@ from ckptkit.core.torch_bridge import same_values, torch_dtype
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, LoadError, ModelError
 from ckptkit.loading.copying import Copier
-from ckptkit.loading.decision import Decision, is_extra_state, local_payload
+from ckptkit.loading.decision import Decision, Handing, is_extra_state, local_payload
 from ckptkit.loading.regions import held_memory, is_dtensor, like_dtensor, local_part
-from ckptkit.loading.rehearsal import load_state_dict_error
 from ckptkit.loading.watch import Watch
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import Producer
@@ -33,12 +32,13 @@ _SHOWN = 4
 class Transfer:
     """The loading of some steps into a model; it knows at any time which tensors of the model have new values."""
 
-    def __init__(self, model: Module, watch: Watch, producer: Producer, steps: Sequence[Step]) -> None:
+    def __init__(self, model: Module, watch: Watch, producer: Producer, handing: Handing) -> None:
         """Take what phase 1 found; nothing is read yet."""
         self._model = model
         self._watch = watch
         self._producer = producer
-        self._steps = steps
+        self._handing = handing
+        self._steps = handing.steps
         self._replaced: dict[str, None] = {}
         self._partly: tuple[str, ...] = ()
 
@@ -59,7 +59,7 @@ class Transfer:
             if not copier.copy(copy.payload, copy.target) and copy.key not in decision.overlapping:
                 raise self._other_value(copy.key)
             self._replaced[copy.key] = None
-        self._partly = tuple(step.out.key for step in decision.handed)
+        self._partly = (*(step.out.key for step in decision.handed), *self._handing.own.computed)
         if decision.runs_code:
             self._hand_over({step.out.key for step in decision.handed})
         self._replaced |= dict.fromkeys(self._partly)
@@ -85,11 +85,12 @@ class Transfer:
                     new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
                 if old is not None:
                     assigned[id(old)] = new
-            values[step.out.key] = new
+            values[self._handing.name(step.out.key)] = new
+        values.update(self._others())
         self._check_files()
-        self._partly = tuple(values)
+        self._partly = tuple(self._handing.loaded())
         self._load_state_dict(values, assign=True)
-        self._replaced, self._partly = dict.fromkeys(values), ()
+        self._replaced, self._partly = dict.fromkeys(self._partly), ()
         copier, after = Copier(), self._model.state_dict(keep_vars=True)
         for step in self._steps:
             key = step.out.key
@@ -122,13 +123,15 @@ class Transfer:
 
         Every other loaded tensor is given as it is in the model by now, or hooks would see its key as missing.
         """
-        values = OrderedDict(
-            (step.out.key, self._value(step) if step.out.key in handed else self._watch.tensors[step.out.key].detach())
+        by_key = {
+            step.out.key: self._value(step) if step.out.key in handed else self._watch.tensors[step.out.key].detach()
             for step in self._steps
-        )
+        }
+        values = OrderedDict((self._handing.name(key), value) for key, value in by_key.items())
+        values.update(self._others())
         self._load_state_dict(values)
         after = self._model.state_dict(keep_vars=True)
-        for key, value in values.items():
+        for key, value in by_key.items():
             if key not in handed or is_extra_state(key):
                 continue
             found, expected = (held_memory(one.detach()) for one in (after[key], value))
@@ -136,6 +139,10 @@ class Transfer:
                 found, expected = after[key].detach(), value
             if not same_values(found.to("cpu").resolve_conj().resolve_neg(), expected.to("cpu")):
                 raise self._other_value(key)
+
+    def _others(self) -> dict[str, Tensor]:
+        """Return the tensors that the model does not have, and that its own code sees."""
+        return {step.out.key: self._producer.tensor(step) for step in self._handing.own.others}
 
     def _value(self, step: Step) -> Tensor:
         old = self._watch.tensors.get(step.out.key)
@@ -147,7 +154,7 @@ class Transfer:
         return like_dtensor(local.view(local_part(old).sizes).to(old.device), old)
 
     def _load_state_dict(self, values: OrderedDict[str, Tensor], *, assign: bool = False) -> None:
-        versions = module_versions_for(self._producer, self._steps)
+        versions = module_versions_for(self._producer, self._handing)
         if versions:
             # A module converts values that have no version as if its oldest version had saved them.
             values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
@@ -169,10 +176,17 @@ class Transfer:
         )
 
 
-def module_versions_for(producer: Producer, steps: Sequence[Step]) -> Mapping[str, int]:
+def load_state_dict_error(error: Exception) -> ModelError:
+    """Return the error for an exception of ``load_state_dict`` or of a hook in it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, KeyError):  # its text is the key alone
+        message = f"there is no key {message}"
+    return ModelError(f"load_state_dict failed: {message}")
+
+
+def module_versions_for(producer: Producer, handing: Handing) -> Mapping[str, int]:
     """Return the versions of the modules that saved the values; none where keys were renamed."""
-    renamed = any(step.out.key != step.sources[0].key for step in steps if step.tied_to is None)
-    return {} if renamed else producer.roles["donor"].versions
+    return producer.roles["donor"].versions if handing.versions_hold else {}
 
 
 def refuse_gradients(watch: Watch, steps: Sequence[Step]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints
@@ -51,7 +52,7 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, Rules, RulesLike
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
-__all__ = ["follow_ties", "plan_loading", "plan_merge"]
+__all__ = ["OwnLoading", "follow_ties", "plan_loading", "plan_merge"]
 
 _SKIP: MismatchAction = "skip"
 _MOST_RESIZES = 3  # operations that a hint names for one tensor
@@ -132,7 +133,8 @@ def plan_merge(
         opened_base = stack.enter_context(opened(base, "base"))
         sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
         rules = rules_for(rules, sources[roles[0]])
-        return _plan(opened_base, sources, rules, policies, requirements, skip_unread=skip_unread)
+        plan, _ = _plan(opened_base, sources, rules, policies, requirements, skip_unread=skip_unread)
+        return plan
 
 
 def plan_loading(
@@ -145,11 +147,31 @@ def plan_loading(
     on_mismatch: OnMismatch,
     skip_unread: bool,
     requirements: Requirements,
-) -> Plan:
-    """Return the plan that ``plan_merge`` makes of two checkpoints; errors speak of the model and the checkpoint."""
+) -> tuple[Plan, OwnLoading]:
+    """Return the plan that ``plan_merge`` makes of two checkpoints; errors speak of the model and the checkpoint.
+
+    The second value says what the model's own code does with the checkpoint.
+    """
     policies = _policies(on_missing, on_unexpected, on_mismatch, _Sides("model", "checkpoint"))
     sources = {"donor": checkpoint}
     return _plan(model, sources, rules_for(rules, checkpoint), policies, requirements, skip_unread=skip_unread)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLoading:
+    """What the own code of a live model does with the tensors of a checkpoint.
+
+    Attributes:
+        moved: The keys of the model that are loaded from a tensor of another name, each with that name.
+        computed: The keys that the code makes of other tensors, each with their names; no plan has their values.
+        filled: The keys that are missing in the checkpoint, and that the code may fill in.
+        others: Steps that read the tensors which the model does not have, for the code to see them.
+    """
+
+    moved: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    filled: AbstractSet[str] = frozenset()
+    others: tuple[Step, ...] = ()
 
 
 def _plan(
@@ -160,7 +182,7 @@ def _plan(
     requirements: Requirements,
     *,
     skip_unread: bool,
-) -> Plan:
+) -> tuple[Plan, OwnLoading]:
     refuse_suspicious(base, "base")
     refuse_ambiguous(base, base)
     notes = policies.unused(base, sources, allow_unused=rules.allow_unused)
@@ -175,13 +197,14 @@ def _plan(
     from_donor, tie_notes = follow_ties(base, from_donor)
     notes += tie_notes
     mismatched = {key for overlay in overlays for key in overlay.mismatched}
-    missing = [key for key in base if key not in from_donor and key not in mismatched]
+    own = overlays[-1].own if policies.sides.is_loading else OwnLoading()
+    missing = [key for key in base if key not in from_donor and key not in mismatched and key not in own.computed]
     _refuse_missing([key for key in missing if policies.on_missing.action(key) == "error"], policies.sides)
     if not policies.keeps_parted:
         for role, overlay in zip(sources, overlays, strict=True):
             _refuse_parted(base, missing, sources[role], overlay, policies.sides)
     if requirements:
-        _refuse_unmet(requirements, base, from_donor.keys(), overlays, policies.sides)
+        _refuse_unmet(requirements, base, from_donor.keys() | own.computed.keys(), overlays, policies.sides)
     if skip_unread:
         base, unread = without_unread(base, "base", from_donor)
         skipped += unread
@@ -206,9 +229,9 @@ def _plan(
         base.versions,
         role_to_edit(base, "base"),
         command="merge",
-        covered=measure_coverage(base, from_donor.keys()),
+        covered=measure_coverage(base, from_donor.keys() | own.computed.keys()),
     )
-    return check_quantized(follow_metadata(plan, {"base": base, **sources}), quantized)
+    return check_quantized(follow_metadata(plan, {"base": base, **sources}), quantized), own
 
 
 def _refuse_unmet(
@@ -312,6 +335,7 @@ class _Overlay:
     dropped: Sequence[Dropped]
     notes: Sequence[str]
     hints: Sequence[Hint]  # renames that would make more keys match
+    own: OwnLoading
 
 
 def _make_overlay(
@@ -330,35 +354,66 @@ def _make_overlay(
     if refused:
         raise _mismatch_error(refused, role, policies.sides)
     resized = {
-        pair.key: _resized(pair, outputs[pair.key], role, donor, policies)
+        pair.key: _resized(pair, outputs[result.moved.get(pair.key, pair.key)], role, donor, policies)
         for pair in result.shape_mismatched
         if _mismatch_action(pair, on_mismatch) in MISMATCH_NAMES
     }
     unexpected = _unexpected(result, outputs, base, donor)
     # The key in the donor's file; that of the first source where an operation makes the tensor.
     actions = {new: policies.on_unexpected.action(outputs[new].sources[0]) for new in unexpected}
-    if not result.matched and not resized and base and "add" not in actions.values():
+    is_empty = not result.matched and not resized and not result.computed
+    if is_empty and base and "add" not in actions.values():
         raise _no_match_error(result, donor, role, policies.sides)
     _refuse_unexpected(
         [outputs[new].sources[0] for new, action in actions.items() if action == "error"], policies.sides
     )
-    matched = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
+    matched = {
+        pair.key: make_step(pair.expected, _derivation(pair.key, result, outputs), role, donor)
+        for pair in result.matched
+    }
     added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
     for pair in result.shape_mismatched:
         if pair.key not in resized:
             why = f"its shape is {list(pair.found.shape)}, not {list(pair.expected.shape)}"
-            dropped += dropped_sources(role, pair.key, outputs[pair.key], why, pair.key)
+            dropped += dropped_sources(role, pair.key, _derivation(pair.key, result, outputs), why, pair.key)
     for new, info in unexpected.items():
         if actions[new] == "skip":
             dropped += dropped_sources(role, new, outputs[new], "the base does not have it")
         else:
             derivation = _decided(outputs[new], policies.on_unexpected.rule(outputs[new].sources[0]))
             added[new] = make_step(replace(info, key=new), derivation, role, donor)
+    if not policies.sides.is_loading:
+        for key, names in result.computed.items():
+            why = f"the model's own code makes {quoted(key)} of it while it loads, and load_into runs that code"
+            left = [name for name in names if name not in matched and name not in result.moved.values()]
+            dropped += [drop for name in left for drop in dropped_sources(role, name, outputs[name], why)]
     dropped += dropped_entries(donor, role)
     mismatched = [pair.key for pair in result.shape_mismatched]
     hints = [hint for hint in result.hints if hint.rename]
-    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes, hints)
+    own = _own_loading(result, outputs, role, donor) if policies.sides.is_loading else OwnLoading()
+    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes, hints, own)
+
+
+def _derivation(key: str, result: StateDictDiff, outputs: Mapping[str, Derivation]) -> Derivation:
+    """Return how the value of a key of the base is made, which the model's own code can load from another name."""
+    if key not in result.moved:
+        return outputs[key]
+    return _decided(outputs[result.moved[key]], "the model's own code")
+
+
+def _own_loading(result: StateDictDiff, outputs: Mapping[str, Derivation], role: str, donor: Checkpoint) -> OwnLoading:
+    if not result.moved and not result.computed:
+        return OwnLoading(filled=result.filled)
+    used = {result.moved.get(pair.key, pair.key) for pair in (*result.matched, *result.shape_mismatched)}
+    given = {name for names in result.computed.values() for name in names}
+    unexpected = {info.key for info in result.unexpected}
+    others = []
+    for name, derivation in outputs.items():
+        info = derivation.describe(name, donor)
+        if (name in given or info.key in unexpected) and name not in used and info.kind == "dense":
+            others.append(make_step(replace(info, key=name), derivation, role, donor))
+    return OwnLoading(result.moved, result.computed, result.filled, tuple(others))
 
 
 def _unexpected(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ckptkit.comparison import KeyPair, StateDictDiff
-from ckptkit.core.text import percent, plural, printable
+from ckptkit.core.text import listed, percent, plural, printable
 from ckptkit.render.page import Code, Line, Page, Row, Table, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["diff_document", "diff_page"]
+
+_BY_OWN_CODE = ", by the model's own code"
 
 
 def diff_document(result: StateDictDiff) -> dict[str, object]:
@@ -22,6 +24,7 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
                 "found_key": pair.found.key,
                 "dtype": pair.expected.dtype,
                 "shape": list(pair.found.shape),
+                "by_own_code": pair.key in result.moved,
             }
             for pair in result.matched
         ],
@@ -29,6 +32,9 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
         "unexpected": [tensor_document(info) for info in result.unexpected],
         "shape_mismatched": [_pair_document(pair) for pair in result.shape_mismatched],
         "dtype_mismatched": [_pair_document(pair) for pair in result.dtype_mismatched],
+        "computed": [{"key": key, "found_keys": list(names)} for key, names in result.computed.items()],
+        "reported": list(result.reported),
+        "own_code": _own_code_document(result),
         "quantized": [
             {"key": key.key, "scheme": key.weight.scheme, "side": key.side, "parts": list(key.weight.parts)}
             for key in result.quantized
@@ -46,11 +52,27 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
             "shape_mismatched": len(result.shape_mismatched),
             "dtype_mismatched": len(result.dtype_mismatched),
             "quantized": len(result.quantized),
+            "computed": len(result.computed),
             "coverage": result.coverage,
             "loads_strict": result.loads_strict,
             "loads": result.loads,
             "different": result.different,
         },
+    }
+
+
+def _own_code_document(result: StateDictDiff) -> dict[str, object] | None:
+    """Return whether the model's own code for loading was tried; None where it has none, or is not a live model."""
+    if not result.has_own_code:
+        return None
+    return {
+        "tried": not result.undecided,
+        "reason": result.undecided or None,
+        "refusals": list(result.refusals),
+        "not_reported": [
+            *sorted(result.excused),
+            *(info.key for info in result.unexpected if info.key in result.unseen),
+        ],
     }
 
 
@@ -72,6 +94,7 @@ def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool =
         f"{len(result.unexpected):,} unexpected",
         f"{len(result.shape_mismatched):,} shape-mismatched",
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
+        *([f"{len(result.computed):,} computed by the model's own code"] if result.computed else []),
         *([f"{len(result.quantized):,} quantised differently"] if result.quantized else []),
     ]
     elements = plural(result.expected_checkpoint.elements, "element")
@@ -84,6 +107,11 @@ def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool =
         Line((f"coverage {percent(result.coverage)} of {elements}{unread}",)),
         *(Line(("not met: ", Code(unmet.message))) for unmet in result.unmet),
         Line((_verdict(result),)),
+        *(
+            [Line((f"names decided: the model's own code for loading was not tried, because {result.undecided}",))]
+            if result.undecided
+            else []
+        ),
     ]
 
 
@@ -91,11 +119,16 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows: list[Row] = []
     if everything:
         other_dtype = {pair.key for pair in (*result.dtype_mismatched, *result.uncopyable)}
-        rows += [_row("=", pair) for pair in result.matched if pair.key not in other_dtype]
+        rows += [_row("=", pair) for pair in result.matched if pair.key not in other_dtype | result.moved.keys()]
+    rows += [_row("=", pair, _BY_OWN_CODE) for pair in result.matched if pair.key in result.moved]
+    rows += [
+        Row(key, ("=", str(result.expected[key]), f"made of {listed(names, 3)}{_BY_OWN_CODE}"))
+        for key, names in result.computed.items()
+    ]
     remarks = {name: f"  {key.remark}" for key in result.quantized for name in (key.key, *key.parts)}
     rows += [_row("≈", pair, remarks[pair.key]) for pair in _codes_for_numbers(result)]
     rows += [
-        Row(info.key, ("-", str(info), remarks.get(info.key, "").strip()))
+        Row(info.key, ("-", str(info), _remark_on_missing(info.key, result) or remarks.get(info.key, "").strip()))
         for info in result.missing
         if info.key not in result.blocked
     ]
@@ -107,7 +140,12 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
     rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
     rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
+    rows += [Row(key, ("~", "", "load_state_dict reports it")) for key in result.reported]
     return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
+
+
+def _remark_on_missing(key: str, result: StateDictDiff) -> str:
+    return "load_state_dict does not report it" if key in result.excused else ""
 
 
 def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
@@ -125,6 +163,8 @@ def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
 
 
 def _verdict(result: StateDictDiff) -> str:
+    if result.refusals:
+        return f"load_state_dict raises, even with strict=False: {printable(result.refusals[0])}"
     if result.loads_strict:
         codes = ", but takes codes for numbers" if _codes_for_numbers(result) else ""
         return f"load_state_dict accepts the checkpoint{codes}"

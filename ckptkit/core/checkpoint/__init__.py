@@ -21,7 +21,7 @@ from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
 from ckptkit.core.closing import Closing
 from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.result import Result
-from ckptkit.core.torch_types import Tensor
+from ckptkit.core.torch_types import Module, Tensor
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -184,7 +184,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         F32 [10, 84] torch.float32
     """
 
-    __slots__ = ("__weakref__", "_access", "_container", "_description", "_infos", "_nested", "_open_files")
+    __slots__ = ("__weakref__", "_access", "_container", "_description", "_infos", "_model", "_nested", "_open_files")
 
     def __init__(
         self,
@@ -194,8 +194,10 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         *,
         nested: Nested | None = None,
         container: Container | None = None,
+        model: Module | None = None,
     ) -> None:
         """Take over the open files of a reader; ``access`` has the functions of the reader."""
+        self._model = model
         self._infos = infos
         self._access = access
         self._description = description
@@ -283,6 +285,11 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         return self._nested
 
     @property
+    def model(self) -> Module | None:
+        """Return the live model whose whole state_dict this is; None for a file or a mapping."""
+        return self._model
+
+    @property
     def container(self) -> Container | None:
         """Return the whole file if it holds more than the mapping of tensors, else None."""
         return self._container
@@ -347,6 +354,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             description,
             nested=self._nested,
             container=self._container,
+            model=self._model if infos is None else None,
         )
         other._open_files = self._open_files
         return other

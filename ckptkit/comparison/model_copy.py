@@ -1,0 +1,181 @@
+"""Copy modules onto the meta device: their structure and attributes, without the values of their tensors."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import copyreg
+import functools
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ckptkit.core.torch_types import Module, Tensor
+
+__all__ = ["copy_on_meta"]
+
+_SHARED = (type(None), bool, int, float, complex, str, bytes, type, types.BuiltinFunctionType, types.ModuleType)
+_CONTAINERS = (list, dict, set, deque)
+
+
+def copy_on_meta(modules: Iterable[Module]) -> list[Module]:
+    """Return a deep copy of each module, whose tensors are on the meta device.
+
+    What two of the modules share, their copies share. A function that is a hook gets copies of the models, tensors and
+    containers that it uses from outside. So it changes no value of its closure, and no container of its file.
+
+    Raises any exception where a module cannot be copied.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Copying(TorchFunctionMode):
+        """Copies a tensor as a tensor on the meta device."""
+
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func is torch.Tensor.clone:  # the copy of a parameter calls it
+                return torch.empty_like(args[0], device="meta")
+            if func is torch.Tensor.__deepcopy__:
+                tensor, memo = args
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = torch.empty_like(tensor.detach(), device="meta")
+                return memo[id(tensor)]
+            return func(*args, **(kwargs or {}))
+
+    wanted = list(modules)
+    copying = _Copying()
+    copying.note(wanted)
+    with Copying():
+        return [copying.copy(module) for module in wanted]
+
+
+class _Copying:
+    """One copy of some modules; ``memo`` has the copies by the ``id()`` of the originals, as for ``deepcopy``."""
+
+    def __init__(self) -> None:
+        self._memo: dict[int, Any] = {}
+        self._plain: list[tuple[Module, Module]] = []
+
+    def note(self, modules: Iterable[Module]) -> None:
+        """Make an empty copy of each module inside that needs no code of its own to be copied."""
+        import torch
+
+        for root in modules:
+            for module in torch.nn.Module.modules(root):
+                if id(module) not in self._memo and _is_plain(type(module)):
+                    twin = self._memo[id(module)] = object.__new__(type(module))
+                    self._plain.append((module, twin))
+
+    def copy(self, value: Any) -> Any:
+        """Return the copy of a value, after all modules that were noted are filled."""
+        while self._plain:
+            module, twin = self._plain.pop()
+            twin.__dict__.update({name: self._attribute(one) for name, one in module.__dict__.items()})
+        return self._attribute(value)
+
+    def _attribute(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _SHARED:
+            return value
+        known = self._memo.get(id(value))
+        if known is not None:
+            return known
+        if kind is dict or kind is OrderedDict:
+            made = self._memo[id(value)] = kind()
+            for key, one in value.items():
+                made[key] = self._attribute(one)
+            return made
+        if kind is tuple and all(type(one) in _SHARED for one in value):
+            return value
+        if kind is types.FunctionType:
+            return self._function(value)
+        if kind is types.MethodType:
+            return types.MethodType(value.__func__, self._attribute(value.__self__))
+        if kind is functools.partial:
+            keywords = {name: self._attribute(one) for name, one in value.keywords.items()}
+            return functools.partial(self._attribute(value.func), *map(self._attribute, value.args), **keywords)
+        if kind.__module__ == "torch.nn.modules.module" and hasattr(value, "hook"):  # torch's wrapper of a hook
+            return kind(self._attribute(value.hook), self._attribute(value.module()) if value.with_module else None)
+        if isinstance(value, weakref.ReferenceType):
+            target = value()
+            return value if target is None else weakref.ref(self._attribute(target))
+        copied = self._tensor(value)
+        return copy.deepcopy(value, self._memo) if copied is None else copied
+
+    def _tensor(self, value: Any) -> Tensor | None:
+        """Return the copy of a tensor of torch's own classes; None for anything else."""
+        import torch
+        from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+        made: Any
+        lazy: Any = UninitializedParameter if type(value) is UninitializedParameter else UninitializedBuffer
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided:
+            if value.is_quantized or value.is_nested:
+                return None
+            made = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            if type(value) is torch.nn.Parameter:
+                made = torch.nn.Parameter(made, requires_grad=value.requires_grad)
+            elif value.requires_grad:
+                made.requires_grad_()
+        elif type(value) is lazy:
+            made = lazy(value.requires_grad, device="meta", dtype=value.dtype)
+        else:
+            return None
+        self._memo[id(value)] = made
+        for name, one in value.__dict__.items():
+            setattr(made, name, self._attribute(one))
+        copied: Tensor = made
+        return copied
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Return the function with copies of what it uses from outside and could change."""
+        cells = function.__closure__ or ()
+        used = {
+            name: value
+            for name in function.__code__.co_names
+            if (value := function.__globals__.get(name, builtins)) is not builtins and _is_changeable(value)
+        }
+        inside = [cell.cell_contents for cell in cells if cell != types.CellType()]
+        if not used and not inside and not function.__defaults__:
+            return function
+        made = self._memo[id(function)] = types.FunctionType(
+            function.__code__,
+            {**function.__globals__, **{name: self._attribute(value) for name, value in used.items()}}
+            if used
+            else function.__globals__,
+            function.__name__,
+            None,
+            tuple(types.CellType() for _ in cells),
+        )
+        made.__dict__.update(function.__dict__)
+        for cell, copied in zip(cells, made.__closure__ or (), strict=True):
+            if cell != types.CellType():
+                copied.cell_contents = self._attribute(cell.cell_contents)
+        made.__defaults__ = tuple(map(self._attribute, function.__defaults__ or ())) or None
+        made.__kwdefaults__ = {name: self._attribute(one) for name, one in (function.__kwdefaults__ or {}).items()}
+        return made
+
+
+def _is_plain(cls: type) -> bool:
+    """Return whether an object of this class is copied by its attributes alone."""
+    names = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
+    return all(_is_usual(getattr(cls, name, None)) for name in names) and not copyreg._slotnames(cls)  # type: ignore[attr-defined]  # noqa: SLF001 - as copy itself asks
+
+
+def _is_usual(method: object) -> bool:
+    """Return whether a method of copying is that of every object, or one of torch that copies the attributes."""
+    return method is None or getattr(method, "__module__", None) in (
+        None,
+        "torch.nn.modules.module",
+        "torch.nn.utils.parametrize",
+    )
+
+
+def _is_changeable(value: object) -> bool:
+    import torch
+
+    return isinstance(value, (torch.nn.Module, torch.Tensor, *_CONTAINERS))
