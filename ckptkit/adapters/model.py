@@ -78,6 +78,7 @@ class Adapter:
     to the key of a tensor that the adapter saves whole, such as those of ``modules_to_save``. ``fan_in_fan_out`` says
     how square weights are stored whose orientation is ``by shape``: true means ``[in, out]``. ``follows_ties`` has the
     keys of the model whose change is also that of every tensor tied to them. The change of another key ends its tie.
+    ``left_out`` are the tensors of the file that change nothing, each with the reason.
     """
 
     format: str
@@ -86,6 +87,7 @@ class Adapter:
     fan_in_fan_out: bool = False
     rows: tuple[TokenRows, ...] = ()
     follows_ties: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def places(self) -> Iterator[tuple[str, str]]:
         """Yield each key of the adapter after the key of the model that it changes."""

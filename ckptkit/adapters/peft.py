@@ -33,8 +33,9 @@ _FACTOR = re.compile(
     rf"|(?:hada|lokr)_(?P<part>w[12](?:_[ab])?|t[12])|ia3_(?P<l>l)){_NAME}(?:\.(?P<leaf>weight|bias))?"
 )
 _ROWS = re.compile(rf"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAME}")
+_ORIGINAL = re.compile(r".+\.original_module\..+")
 _TO_SAVE = re.compile(r"(?P<module>.+)\.(?:modules_to_save|ln_tuning_layers)\.(?:(?P<name>[^.]+)\.)?(?P<leaf>.+)")
-_BASE_LAYER = re.compile(r"(?<![^.])base_layer\.")
+_BASE_LAYER = re.compile(r"(?<![^.])(?:token_adapter\.)?base_layer\.")
 _NEEDED: Mapping[str, tuple[tuple[str, ...], ...]] = {  # one of each group of roles
     "lora": (("A",), ("B",)), "dora": (("A",), ("B",), ("magnitude",)), "adalora": (("A",), ("B",), ("E",)),
     "loha": (("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)), "lokr": (("w1", "w1_a"), ("w2", "w2_a")), "ia3": (("l",),),
@@ -67,28 +68,31 @@ def read_peft(
     rows = tuple(
         TokenRows(f"{module}.weight", key, replaced_rows(config, module)) for module, key in parts.rows.items()
     )
-    made = Adapter("peft", tuple(modules), parts.replacements, bool(config.get("fan_in_fan_out")), rows)
+    is_turned = bool(config.get("fan_in_fan_out"))
+    made = Adapter("peft", tuple(modules), parts.replacements, is_turned, rows, left_out=parts.left_out)
     return _with_ties(made, config)
 
 
 def _with_ties(adapter: Adapter, config: Mapping[str, object]) -> Adapter:
     """Return the adapter with the keys whose change also holds for what is tied to them.
 
-    PEFT ties new rows, and with ``ensure_weight_tying`` everything. An embedding that is saved whole without being in
-    ``modules_to_save`` is a copy of the model's, because PEFT saves both embeddings of a resized vocabulary.
+    PEFT ties new rows of the same indices, and with ``ensure_weight_tying`` everything. An embedding that is saved
+    whole without being in ``modules_to_save`` is a copy of the model's, because PEFT saves both embeddings of a resized
+    vocabulary.
     """
     if config.get("ensure_weight_tying"):
         return _following(adapter, adapter.changed_keys())
     listed = config.get("modules_to_save")
     trained = [str(name) for name in listed] if isinstance(listed, Sequence) and not isinstance(listed, str) else []
     adapted = {module.key for module in adapter.modules}
+    is_one_set = len({rows.indices for rows in adapter.rows}) == 1
     copies = [
         key
         for key in adapter.replacements
         if key not in adapted and not any(key.rpartition(".")[0].endswith(name) for name in trained)
     ]
-    rows = [each.key for each in adapter.rows]
-    return _following(adapter, [*copies, *(rows if len(rows) == 1 else ())])
+    rows = [each.key for each in adapter.rows] if is_one_set else []
+    return _following(adapter, [*copies, *rows])
 
 
 def _following(adapter: Adapter, keys: Collection[str]) -> Adapter:
@@ -115,12 +119,16 @@ class _Parts:
     factors: dict[tuple[str, int], _Factors]
     rows: dict[str, str]  # module -> adapter key
     replacements: dict[str, str]  # base key -> adapter key
+    left_out: dict[str, str]  # adapter key -> reason
 
 
 def _parse_keys(adapter: Collection[str], *, has_factors: bool) -> _Parts:
-    parts = _Parts({}, {}, {})
+    parts = _Parts({}, {}, {}, {})
     names: set[str] = set()
     for key in adapter:
+        if _ORIGINAL.fullmatch(key):
+            parts.left_out[key] = "the values before the training"
+            continue
         whole = key.removeprefix(_PREFIX)
         plain = _BASE_LAYER.sub("", whole)
         found = _FACTOR.fullmatch(plain) or _ROWS.fullmatch(plain) or _TO_SAVE.fullmatch(plain)
@@ -134,6 +142,9 @@ def _parse_keys(adapter: Collection[str], *, has_factors: bool) -> _Parts:
             table, place = parts.rows, found["module"]
         else:
             table, place = parts.replacements, f"{found['module']}.{found['leaf']}"
+            if f"{_PREFIX}{place}" in adapter:  # PEFT can save a trained embedding twice
+                parts.left_out[key] = f"saved twice, also as {quoted(_PREFIX + place)}"
+                continue
         if place in table:
             raise RuleError(f"{quoted(table[place])} and {quoted(key)} have the same place in the base")
         table[place] = key

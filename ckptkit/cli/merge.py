@@ -37,7 +37,7 @@ __all__ = ["merge"]
 
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
     "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread", "require", "min_coverage"),
-    "lora": ("scale", "weight"),
+    "lora": ("scale", "weight", "on_unexpected"),
     "extract-lora": ("rank", "as_layer"),
 }
 
@@ -52,7 +52,11 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
               "extract-lora: find the adapter nearest to the changes in a fine-tuned DONOR.")  # fmt: skip
 @policy_option("--on-missing", MISSING_ACTIONS, "keep", "What to do with a key of BASE that no DONOR has.")
 @policy_option(
-    "--on-unexpected", UNEXPECTED_ACTIONS, "skip", "What to do with a key of a DONOR that BASE does not have."
+    "--on-unexpected",
+    UNEXPECTED_ACTIONS,
+    "skip",
+    "What to do with a key of a DONOR that BASE does not have. With --method lora the default is error, and add writes "
+    "a tensor that the adapter saves whole.",
 )
 @policy_option(
     "--on-mismatch",
@@ -112,7 +116,7 @@ def merge(
     ckpt merge base.safetensors tuned.safetensors -o adapter/adapter_model.safetensors --method extract-lora
     """  # noqa: D301 - \b is click's mark
     _refuse_options_of_other_methods(method)
-    keeps = click.get_current_context().get_parameter_source("on_missing") is not ParameterSource.DEFAULT
+    keeps = _is_given("on_missing")
     if method == "extract-lora" and len(donors) > 1:
         raise click.UsageError(f"--method {method} takes one DONOR")
     weights = donor_weights(weight, donors)
@@ -129,7 +133,8 @@ def merge(
             if method == "lora":
                 from ckptkit.plans.adapters.fold import plan_lora
 
-                plan = plan_lora(first, others, None, rules, scale=scale, weights=weights)
+                unexpected = on_unexpected if _is_given("on_unexpected") else "error"
+                plan = plan_lora(first, others, None, rules, scale=scale, weights=weights, on_unexpected=unexpected)
             elif method == "extract-lora":
                 from ckptkit.plans.adapters.extract import plan_extract_lora
 
@@ -153,12 +158,14 @@ def merge(
             write_small_file(config, json_bytes(adapter_config(plan, first)))
 
 
+def _is_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
 def _refuse_options_of_other_methods(method: str) -> None:
-    context = click.get_current_context()
     for names in _METHODS.values():
         for name in names:
-            given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-            if given and name not in _METHODS[method]:
+            if _is_given(name) and name not in _METHODS[method]:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
 
 

@@ -152,6 +152,7 @@ def merge_lora(
     *,
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
+    on_unexpected: OnUnexpected = "error",
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -165,7 +166,7 @@ def merge_lora(
     """Write ``base`` with one or several LoRA adapters folded into its weights, as ``ckpt merge --method lora`` does.
 
     ``base`` and each adapter are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules``,
-    ``scale`` and ``weights`` are as in ``plan_lora``; the other arguments are as in ``convert``.
+    ``scale``, ``weights`` and ``on_unexpected`` are as in ``plan_lora``; the other arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
@@ -196,7 +197,9 @@ def merge_lora(
     with _opened(roles_of(base, given)) as sources:
         opened_base, *donors = sources.values()
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
-            plan = plan_lora(opened_base, donors, lora_config, rules, scale=scale, weights=weights)
+            plan = plan_lora(
+                opened_base, donors, lora_config, rules, scale=scale, weights=weights, on_unexpected=on_unexpected
+            )
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
         )

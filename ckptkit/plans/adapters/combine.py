@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from ckptkit.adapters.model import AdapterPlan, Fold
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
 from ckptkit.plans.adapters.inputs import BASE
@@ -18,16 +19,21 @@ from ckptkit.tensor_ops.recipes import Recipe
 __all__ = ["Combined", "PlacedAdapter", "combine"]
 
 _REPLACED = "saved whole with the adapter"
+_NONE: Mapping[str, str] = MappingProxyType({})
 _WIDE = ("F32", "F64")  # a sum in one of these is not cast before it is rounded to the dtype of the base
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedAdapter:
-    """The changes of one adapter, the role of its file, and the key in that file of each key of the plan."""
+    """The changes of one adapter, the role of its file, and the key in that file of each key of the plan.
+
+    ``ends_ties`` are the keys whose change is not that of what the base ties to them.
+    """
 
     role: str
     plan: AdapterPlan
     names: Mapping[str, str]
+    ends_ties: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +45,12 @@ class Combined:
     notes: tuple[str, ...]
 
 
-def combine(adapters: Sequence[PlacedAdapter], roles: Mapping[str, Checkpoint]) -> Combined:
+def combine(
+    adapters: Sequence[PlacedAdapter], roles: Mapping[str, Checkpoint], absent: Mapping[str, str] = _NONE
+) -> Combined:
     """Return the steps that add the update of every adapter, in their order, and round each sum once.
+
+    ``absent`` maps a key that the base does not have to the key of the base that has its values.
 
     Of two adapters that replace one tensor the last counts, and a note says so. Raises ``PlanError`` where an adapter
     replaces a tensor that another one before it changes, whose update would be lost.
@@ -67,16 +77,18 @@ def combine(adapters: Sequence[PlacedAdapter], roles: Mapping[str, Checkpoint]) 
             folds.setdefault(fold.key, []).append((adapter, fold))
     steps = {}
     for key in dict.fromkeys((*folds, *replaced)):
-        first_source = replaced.get(key, Source(BASE, key))
-        steps[key] = complete_step(_step(key, first_source, folds.get(key, ()), roles), roles)
+        in_base = absent.get(key, key)
+        first_source = replaced.get(key, Source(BASE, in_base))
+        out = replace(roles[BASE][in_base], key=key)
+        steps[key] = complete_step(_step(out, first_source, folds.get(key, ()), roles), roles)
     return Combined(steps, tuple(dropped), tuple(notes))
 
 
 def _step(
-    key: str, first: Source, folds: Sequence[tuple[PlacedAdapter, Fold]], roles: Mapping[str, Checkpoint]
+    out: TensorInfo, first: Source, folds: Sequence[tuple[PlacedAdapter, Fold]], roles: Mapping[str, Checkpoint]
 ) -> Step:
     """Return the step of a tensor that begins as ``first``, and to which the folds add in order."""
-    out = replace(roles[BASE][key], shape=roles[first.role][first.key].shape)
+    out = replace(out, shape=roles[first.role][first.key].shape)
     if not folds:
         return Step(out, (first,), "", _REPLACED)
     dtype = roles[first.role][first.key].dtype

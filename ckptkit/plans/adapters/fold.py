@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ckptkit.adapters.model import Adapter
 from ckptkit.adapters.placing import place_adapter
 from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.text import plural, quoted
-from ckptkit.core.ties import tied_keys
+from ckptkit.core.text import listed, plural
 from ckptkit.errors import PlanError
+from ckptkit.formats.directories.model_files import MODEL_CONFIG
+from ckptkit.formats.directories.tied_head import TiedHead
 from ckptkit.inputs import CheckpointLike, rules_for
 from ckptkit.plans.adapters.combine import PlacedAdapter, combine
 from ckptkit.plans.adapters.inputs import BASE, opened_roles
 from ckptkit.plans.adapters.reading import LoraConfigLike, read_adapter
-from ckptkit.plans.merge import follow_ties
+from ckptkit.plans.adapters.ties import head_of, resolve_ties
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnUnexpected, Policy, UnexpectedAction, parse_policy
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, role_to_edit
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
+from ckptkit.tensor_ops.operation import Shape
 
 __all__ = ["LoraConfigLike", "plan_lora"]
 
+_NO_PLACE = "the base does not have it"
 _FOLD_ELSEWHERE = "fold into a dequantised base, here or with merge_and_unload of peft; "
 
 
@@ -38,6 +44,7 @@ def plan_lora(
     *,
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
+    on_unexpected: OnUnexpected = "error",
 ) -> Plan:
     """Return the plan that folds one or several LoRA adapters into ``base``: ``W + scale * B @ A``.
 
@@ -53,9 +60,18 @@ def plan_lora(
     directory of the adapter. ``rules`` are a list of renames, the path of a rule file, its parsed content, or
     ``Rules``; they rename and filter the keys of the adapters first.
 
+    ``on_unexpected`` is for a tensor of an adapter without a matching key in the base, as in ``plan_merge``: an action,
+    or a mapping of patterns to actions. ``add`` writes a tensor that is saved whole, such as a task head, under its key
+    in the model. ``skip`` leaves a tensor out.
+
+    Where the adapter changes only one of several tied tensors, the others keep the values of the base, as in the model
+    with the adapter, and the output has both. New rows of an embedding, and all changes of an adapter with
+    ``ensure_weight_tying``, hold for what is tied to it. Output weights that the file of the base leaves to their tie
+    are known by the ``config.json`` beside it.
+
     Raises ``RuleError`` for a tensor of an adapter without a matching key in the base. Raises ``PlanError`` where
-    an adapter changes a quantised weight, and where two folds would change one tied tensor. It is also raised where
-    ``scale`` or a weight is not finite, and where there is no configuration.
+    an adapter changes a quantised weight, and where nothing says whether an adapted embedding is tied. It is also
+    raised where ``scale`` or a weight is not finite, and where there is no configuration.
 
     Example:
         >>> import torch
@@ -64,9 +80,10 @@ def plan_lora(
         >>> plan_lora(base, adapter, {"r": 1, "lora_alpha": 2}).steps[0].rule
         'lora, scale 2'
     """
+    policy = parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS)
     adapters, configs, factors = _several(adapter, lora_config, scale, weights)
     with opened_roles(base, *adapters) as roles:
-        return _plan_lora(roles, configs, rules, factors)
+        return _plan_lora(roles, configs, rules, factors, policy)
 
 
 def _several(
@@ -103,67 +120,108 @@ def _plan_lora(
     configs: Sequence[LoraConfigLike | None],
     rules: RulesLike | None,
     factors: Sequence[float],
+    policy: Policy[UnexpectedAction],
 ) -> Plan:
     base = roles[BASE]
     donors = {role: checkpoint for role, checkpoint in roles.items() if role != BASE}
     refuse_ambiguous(base, base)
-    quantized = QuantizedInputs(roles, base, BASE)
+    context = _Context(QuantizedInputs(roles, base, BASE), head_of(base), rules, policy)
     dropped = dropped_entries(base, BASE)
     notes: list[str] = []
     placed = []
+    added: dict[str, Step] = {}
     for (role, donor), config, factor in zip(donors.items(), configs, factors, strict=True):
         with default_error_path(donor.path if len(donors) > 1 else None):
-            adapter, own_notes, own_dropped = _place(role, donor, quantized, config=config, rules=rules, factor=factor)
-        placed.append(adapter)
-        dropped += own_dropped
-        notes += [f"{role}: {note}" if len(donors) > 1 else note for note in own_notes]
-    combined = combine(placed, roles)
-    _refuse_two_folds(base, combined.steps)
-    changed, tie_notes = follow_ties(base, combined.steps)
-    steps = [changed.get(key) or complete_step(Step(info, (Source(BASE, key),)), roles) for key, info in base.items()]
+            one = _place(role, donor, context, config=config, factor=factor)
+        placed.append(one.adapter)
+        dropped += one.dropped
+        dropped += [
+            Dropped(step.sources[0].role, step.sources[0].key, f"{role} adds it too", key)
+            for key, step in added.items()
+            if key in one.added
+        ]
+        added |= one.added
+        notes += [f"{role}: {note}" if len(donors) > 1 else note for note in one.notes]
+    head = context.head
+    absent = {} if head is None or head.head in base else {head.head: head.embedding}
+    combined = combine(placed, roles, absent)
+    ends_ties = {key for each in placed for key in each.ends_ties}
+    ties = resolve_ties(roles, combined.steps, combined.steps.keys() - ends_ties, head)
+    made = ties.steps
+    steps = [made.get(key) or complete_step(Step(info, (Source(BASE, key),)), roles) for key, info in base.items()]
+    steps += [step for key, step in made.items() if key not in base]
     plan = Plan(
-        tuple(steps),
-        (*dropped, *combined.dropped),
-        {},
-        (*tie_notes, *combined.notes, *notes),
+        (*steps, *added.values()),
+        (*dropped, *combined.dropped, *ties.dropped),
+        base.metadata,
+        (*ties.notes, *combined.notes, *notes),
         base.versions,
         role_to_edit(base, BASE),
         command="merge",
     )
-    return check_quantized(follow_metadata(plan, {BASE: base}), quantized)
+    return check_quantized(follow_metadata(plan, {BASE: base}), context.quantized)
 
 
-def _place(
-    role: str,
-    donor: Checkpoint,
-    quantized: QuantizedInputs,
-    *,
-    config: LoraConfigLike | None,
-    rules: RulesLike | None,
-    factor: float,
-) -> tuple[PlacedAdapter, list[str], list[Dropped]]:
-    """Return the changes of one adapter, notes about it, and what of its file is left out."""
-    base = quantized.sources[BASE]
-    key_map = apply_rules(rules_for(rules, donor), donor)
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What every adapter is placed with."""
+
+    quantized: QuantizedInputs
+    head: TiedHead | None
+    rules: RulesLike | None
+    policy: Policy[UnexpectedAction]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The changes of one adapter, the steps of the tensors that it adds, notes, and what is left out of its file."""
+
+    adapter: PlacedAdapter
+    added: Mapping[str, Step]
+    notes: Sequence[str]
+    dropped: Sequence[Dropped]
+
+
+def _place(role: str, donor: Checkpoint, context: _Context, *, config: LoraConfigLike | None, factor: float) -> _Placed:
+    base, policy = context.quantized.sources[BASE], context.policy
+    rules = rules_for(context.rules, donor)
+    key_map = apply_rules(rules, donor)
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
+    notes = policy.unused(donor, f"the {role}", allow_unused=rules.allow_unused)
     names = {new: old for old, new in key_map.renamed.items()}
     shapes = {new: donor[old].shape for new, old in names.items()}
-    base_shapes = {key: info.shape for key, info in base.items()}
-    reading = read_adapter(donor, names, config, base_shapes)
+    reading = read_adapter(donor, names, config, {key: info.shape for key, info in base.items()})
     adapter = reading.adapter.scaled(factor)
-    for key in adapter.changed_keys() if quantized else ():
-        quantized.refuse_change(key, "lora", _FOLD_ELSEWHERE)
+    for key in adapter.changed_keys() if context.quantized else ():
+        context.quantized.refuse_change(key, "lora", _FOLD_ELSEWHERE)
+    actions = {name: policy.action(old) for name, old in names.items()}
+    whole = set(adapter.replacements.values())
+    optional = {name for name, action in actions.items() if action == "skip" or (action == "add" and name in whole)}
+    plan = place_adapter(adapter, shapes, _model_shapes(base, context.head, adapter), optional)
+    left_out = {**adapter.left_out, **dict.fromkeys(plan.left_out, _NO_PLACE)}
+    added = {}
+    for key, name in plan.unplaced.items():
+        if actions[name] == "add":
+            old = names[name]
+            step = Step(replace(donor[old], key=key), (Source(role, old),), "", policy.rule(old))
+            added[key] = complete_step(step, {role: donor})
+        else:
+            left_out[name] = _NO_PLACE
+    if added:
+        notes.append(
+            f"{listed(added)} {'is' if len(added) == 1 else 'are'} added from the {role}: {MODEL_CONFIG} must describe "
+            "the model with it, such as architectures and num_labels"
+        )
     dropped = [*dropped_entries(donor, role), *(Dropped(role, old, why) for old, why in key_map.dropped.items())]
-    plan = place_adapter(adapter, shapes, base_shapes)
-    return PlacedAdapter(role, plan, names), [*reading.notes, *key_map.notes], dropped
+    dropped += [Dropped(role, names[name], why) for name, why in left_out.items()]
+    placed = PlacedAdapter(role, plan, names, frozenset(adapter.changed_keys()) - adapter.follows_ties)
+    return _Placed(placed, added, [*notes, *reading.notes, *key_map.notes], dropped)
 
 
-def _refuse_two_folds(base: Checkpoint, changed: Mapping[str, Step]) -> None:
-    for keys in tied_keys(base.values()):
-        adapted = [key for key in keys if key in changed]
-        if len(adapted) > 1 and any(changed[key].recipe is not None for key in adapted):
-            raise PlanError(
-                f"{quoted(adapted[0])} and {quoted(adapted[1])} are one tensor in the base, and both are adapted",
-                hint="merge with peft",
-            )
+def _model_shapes(base: Checkpoint, head: TiedHead | None, adapter: Adapter) -> dict[str, Shape]:
+    """Return the shapes of the base, with output weights that its file leaves to their tie."""
+    shapes = {key: info.shape for key, info in base.items()}
+    if head is not None and head.head not in base and (head.is_sure or head.head in adapter.replacements):
+        shapes[head.head] = shapes[head.embedding]
+    return shapes

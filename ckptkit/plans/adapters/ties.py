@@ -1,0 +1,139 @@
+"""What an adapter of one of several tied tensors does to the others: follow it, or keep values of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import read_settings
+from ckptkit.core.text import listed, quoted
+from ckptkit.core.ties import tied_keys
+from ckptkit.errors import PlanError
+from ckptkit.formats.directories.model_files import MODEL_CONFIG
+from ckptkit.formats.directories.side_files import file_beside
+from ckptkit.formats.directories.tied_head import TiedHead, tied_head
+from ckptkit.plans.adapters.inputs import BASE
+from ckptkit.plans.plan import Dropped, Source, Step
+from ckptkit.plans.steps import complete_step
+
+__all__ = ["ResolvedTies", "head_of", "resolve_ties"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTies:
+    """The steps of the changed keys and of what is tied to them, by key, what is left out for that, and notes."""
+
+    steps: Mapping[str, Step]
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
+
+
+def head_of(base: Checkpoint) -> TiedHead | None:
+    """Return the output weights that a model ties to its embedding, by the ``config.json`` beside its weights."""
+    found = file_beside(base.path, MODEL_CONFIG) if base.files else None
+    config = read_settings(found, MODEL_CONFIG) if found is not None else None
+    return tied_head({key: info.shape for key, info in base.items()}, config)
+
+
+def resolve_ties(
+    roles: Mapping[str, Checkpoint], changed: Mapping[str, Step], follows: Collection[str], head: TiedHead | None
+) -> ResolvedTies:
+    """Return the steps that give every tied tensor the values that it has in the model with the adapters.
+
+    A change of a key in ``follows`` holds for all that is tied to it. The change of another key is that of one module,
+    so what is tied to it keeps the values of the base, and the output has both. A note says so.
+
+    Raises ``PlanError`` where the output cannot say this: where the embeddings of an encoder and a decoder are tied,
+    where no ``config.json`` says whether output weights are tied, and where the halves have different vocabularies.
+    """
+    base = roles[BASE]
+    steps, notes, dropped = dict(changed), [], []
+    for keys, reason in _groups(base, head):
+        adapted = [key for key in keys if key in changed]
+        if not adapted:
+            continue
+        own = [key for key in adapted if key not in follows]
+        if not own:
+            leader = next((key for key in adapted if key in base), adapted[0])
+            dropped += _follow(keys, leader, steps, base)
+            continue
+        if head is not None and head.head in keys:
+            _refuse_unknown(head, own)
+        for key in keys:
+            if key not in steps and (key in base or key == (head.head if head else "")):
+                steps[key] = _kept(key, keys, steps, roles)
+        _refuse_sizes(keys, steps)
+        ending = "load the output into a model that does not tie them"
+        if head is not None and head.head in keys:
+            ending = f"its {MODEL_CONFIG} must say tie_word_embeddings: false, which --carry writes"
+        notes.append(
+            f"{listed(own, 2)} {'is' if len(own) == 1 else 'are'} adapted by itself, and tied in the base: the output "
+            f"has {' and '.join(map(quoted, keys))} ({reason}); {ending}"
+        )
+    return ResolvedTies(steps, tuple(dropped), tuple(notes))
+
+
+def _groups(base: Checkpoint, head: TiedHead | None) -> list[tuple[list[str], str]]:
+    """Return the keys that are one tensor in the model, and how that is known."""
+    groups = [(keys, "one tensor in the base") for keys in tied_keys(base.values())]
+    if head is None:
+        return groups
+    pair = [head.embedding, head.head]
+    others = [(keys, reason) for keys, reason in groups if not set(keys) & set(pair)]
+    joined = dict.fromkeys([*pair, *(key for keys, _ in groups if set(keys) & set(pair) for key in keys)])
+    return [*others, (list(joined), head.reason)]
+
+
+def _follow(keys: Sequence[str], leader: str, steps: dict[str, Step], base: Checkpoint) -> list[Dropped]:
+    """Give every key of a group the step of ``leader``; return the tensors that are left out for that."""
+    dropped = []
+    first = steps[leader]
+    for key in keys:
+        if key != leader and key in steps:
+            used = set(first.sources)
+            other = [source for source in steps.pop(key).sources if source.role != BASE and source not in used]
+            dropped += [Dropped(role.role, role.key, f"tied to {quoted(leader)}", key) for role in other]
+        if key != leader and key in base:
+            steps[key] = replace(
+                first, out=replace(first.out, key=key), rule=f"tied to {quoted(leader)}", tied_to=leader
+            )
+    return dropped
+
+
+def _kept(key: str, keys: Sequence[str], steps: Mapping[str, Step], roles: Mapping[str, Checkpoint]) -> Step:
+    """Return the step of a tied key that no adapter changes: the values of the base, or of the base that it saves."""
+    base = roles[BASE]
+    present = key if key in base else next(other for other in keys if other in base)
+    source, info = Source(BASE, present), base[present]
+    for other in keys:
+        step = steps.get(other)
+        if step is not None and step.recipe is not None and step.sources[0].role != BASE:
+            source = step.sources[0]  # the base of a fold, in the size of the model that was adapted
+            info = replace(info, shape=roles[source.role][source.key].shape)
+    return complete_step(Step(replace(info, key=key, view=None), (source,), "", "tied in the base"), roles)
+
+
+def _refuse_unknown(head: TiedHead, own: Sequence[str]) -> None:
+    if head.is_shared_further:
+        raise PlanError(
+            f"the base ties the embeddings of its encoder, its decoder and its output, and {quoted(own[0])} is adapted "
+            "alone: no file of the model can say that",
+            hint=f"leave it out: --drop {quoted('*' + own[0].removesuffix('.weight') + '*')}",
+        )
+    if not head.is_sure and head.head not in own:
+        raise PlanError(
+            f"{quoted(own[0])} is adapted, and the base has no output weights: without a {MODEL_CONFIG}, nothing says "
+            "whether they are tied to it",
+            hint=f"put the {MODEL_CONFIG} of the base beside it, and give the path of its file or directory",
+        )
+
+
+def _refuse_sizes(keys: Sequence[str], steps: Mapping[str, Step]) -> None:
+    sizes = {steps[key].out.shape: key for key in keys if key in steps}
+    if len(sizes) > 1:
+        (first, key), (second, other), *_ = sizes.items()
+        raise PlanError(
+            f"{quoted(key)} would be {list(first)} and {quoted(other)} {list(second)}, and the base ties both",
+            hint="the adapter was trained after the vocabulary was resized, and saves only one of both",
+        )
