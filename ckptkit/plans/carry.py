@@ -1,7 +1,8 @@
 """Take the files that describe a model along: its configuration and its tokenizer, from an input to an output.
 
-What is taken, and how ``config.json`` changes, is decided before anything is written. Only two statements of
-``config.json`` ever change: the dtype, where the output has another one, and the quantisation, where it is gone.
+What is taken, and how ``config.json`` changes, is decided before anything is written. Only three statements of
+``config.json`` ever change: the dtype, where the output has another one, the quantisation, where it is gone, and the
+tie of the embedding, where the output has output weights with other values.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile, is_same_file
 from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats import errors_about
 from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, real_path
 from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
+from ckptkit.formats.directories.tied_head import TIE_FLAG, is_head_group, tied_head
 from ckptkit.plans.metadata import gone_names, names_in
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
-from ckptkit.plans.plan import Dropped, Plan
+from ckptkit.plans.plan import Dropped, Plan, Source
 from ckptkit.plans.steps import is_float
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
@@ -61,6 +64,8 @@ class Adapted:
         """Return the change as a sentence."""
         if self.written is None:
             return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
+        if self.found is None:
+            return f"{self.file}: {self.statement} was not there and is now {quoted(str(self.written))}"
         return f"{self.file}: {self.statement} was {quoted(str(self.found))} and is now {quoted(str(self.written))}"
 
 
@@ -111,6 +116,8 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         new = dict(config)
         adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
         notes += about_dtype
+        if role == "base" and _unties(plan, sources[role], config):
+            adapted += _untie(new)
         for path, section in list(_sections(new)) if is_plain else ():
             if _QUANTIZATION in section:
                 found_statement = section.pop(_QUANTIZATION)
@@ -192,6 +199,29 @@ def _sections(config: dict[str, object], path: str = "") -> Iterator[tuple[str, 
     for key, value in config.items():
         if key.endswith(_SECTION) and key != _QUANTIZATION and isinstance(value, dict):
             yield from _sections(value, f"{path}{key}.")
+
+
+def _unties(plan: Plan, base: Checkpoint, config: Mapping[str, object]) -> bool:
+    """Return whether output weights that the base ties to its embedding get other values than the embedding."""
+    steps = {step.out.key: step for step in plan.steps}
+    head = tied_head({key: info.shape for key, info in base.items()}, config)
+    groups = [keys for keys in tied_keys(base.values()) if is_head_group(keys)]
+    groups += [[head.embedding, head.head]] if head is not None else []
+    for keys in groups:
+        made = [steps[key] for key in keys if key in steps]
+        if all(step.is_copy and step.sources[0] == Source("base", step.out.key) for step in made):
+            continue  # as it was
+        if len({(step.sources, step.recipe) for step in made}) > 1:
+            return True
+    return False
+
+
+def _untie(config: dict[str, object]) -> Iterator[Adapted]:
+    """Change every statement of a tie in ``config``; add one where there is none, because the default can be a tie."""
+    stated = [(path, section) for path, section in _sections(config) if section.get(TIE_FLAG) is True]
+    for path, section in stated or [("", config)]:
+        yield Adapted(MODEL_CONFIG, path + TIE_FLAG, section.get(TIE_FLAG), False)
+        section[TIE_FLAG] = False
 
 
 def _notes_about_code(directory: str, config: Mapping[str, object]) -> Iterator[str]:

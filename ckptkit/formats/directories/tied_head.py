@@ -5,14 +5,14 @@ A file of transformers has one tensor for both, under the key of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.text import quoted
 
-__all__ = ["TiedHead", "tied_head"]
+__all__ = ["TIE_FLAG", "TiedHead", "embeddings_of", "is_head_group", "tied_head"]
 
-_FLAG = "tie_word_embeddings"
+TIE_FLAG = "tie_word_embeddings"
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "embed_in", "embeddings", "shared", "tok_embeddings", "tokens_embed", "word_embeddings",
      "word_embedding", "wte"}
@@ -73,7 +73,7 @@ def tied_head(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object] 
         return _likely(base, embedding)
     classes = config.get("architectures")
     name = str(classes[0]) if isinstance(classes, list) and classes else ""
-    stated = [section[_FLAG] for section in _sections(config) if isinstance(section.get(_FLAG), bool)]
+    stated = [section[TIE_FLAG] for section in _sections(config) if isinstance(section.get(TIE_FLAG), bool)]
     if (stated and not stated[0]) or (name and not name.endswith(_HAS_HEAD)):
         return None
     head = _head(embedding, str(config.get("model_type", "")))
@@ -81,11 +81,23 @@ def tied_head(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object] 
     if not (stated and stated[0]) and not (name and is_absent):
         return None
     reason = (
-        f"config.json says {_FLAG}: true" if stated else f"config.json names {quoted(name)}, and the file has no {head}"
+        f"config.json says {TIE_FLAG}: true"
+        if stated
+        else f"config.json names {quoted(name)}, and the file has no {head}"
     )
     if not name and "." not in embedding.removesuffix(".weight"):
         return None  # the keys of a model without its head
     return TiedHead(head, embedding, reason, is_shared_further=bool(config.get("is_encoder_decoder")))
+
+
+def is_head_group(keys: Sequence[str]) -> bool:
+    """Return whether keys that are one tensor look like an embedding and output weights."""
+    return len(embeddings_of(keys)) not in (0, len(keys))
+
+
+def embeddings_of(keys: Iterable[str]) -> list[str]:
+    """Return the keys that are named like the weight of an input embedding."""
+    return [key for key in keys if key.endswith(".weight") and key.split(".")[-2] in _EMBEDDINGS]
 
 
 def _likely(base: Mapping[str, tuple[int, ...]], embedding: str) -> TiedHead | None:
@@ -99,11 +111,7 @@ def _likely(base: Mapping[str, tuple[int, ...]], embedding: str) -> TiedHead | N
 
 def _embedding(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) -> str | None:
     """Return the key of the only input embedding; of several, the one that all share."""
-    found = [
-        key
-        for key, shape in base.items()
-        if len(shape) == 2 and key.endswith(".weight") and key.split(".")[-2] in _EMBEDDINGS
-    ]
+    found = [key for key in embeddings_of(base) if len(base[key]) == 2]
     sizes = {section.get("vocab_size") for section in _sections(config)}
     found = [key for key in found if base[key][0] in sizes] or found
     shared = [key for key in found if key.split(".")[-2] == "shared"]

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_settings
-from ckptkit.core.text import listed, quoted
+from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
 from ckptkit.formats.directories.model_files import MODEL_CONFIG
 from ckptkit.formats.directories.side_files import file_beside
-from ckptkit.formats.directories.tied_head import TiedHead, tied_head
+from ckptkit.formats.directories.tied_head import TiedHead, embeddings_of, is_head_group, tied_head
 from ckptkit.plans.adapters.inputs import BASE
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.plans.steps import complete_step
@@ -41,8 +41,9 @@ def resolve_ties(
 ) -> ResolvedTies:
     """Return the steps that give every tied tensor the values that it has in the model with the adapters.
 
-    A change of a key in ``follows`` holds for all that is tied to it. The change of another key is that of one module,
-    so what is tied to it keeps the values of the base, and the output has both. A note says so.
+    A change of a key in ``follows`` holds for all that is tied to it. The change of another key is that of one module.
+    Where an embedding and output weights are tied, or a tensor is replaced, the others keep the values of the base, and
+    the output has both. A fold into one of other tied tensors changes all, as PEFT merges it. Notes say so.
 
     Raises ``PlanError`` where the output cannot say this: where the embeddings of an encoder and a decoder are tied,
     where no ``config.json`` says whether output weights are tied, and where the halves have different vocabularies.
@@ -53,19 +54,23 @@ def resolve_ties(
         adapted = [key for key in keys if key in changed]
         if not adapted:
             continue
-        own = [key for key in adapted if key not in follows]
+        is_head = is_head_group(keys)
+        own = [key for key in adapted if key not in follows and (is_head or changed[key].recipe is None)]
         if not own:
             leader = next((key for key in adapted if key in base), adapted[0])
+            if not is_head and leader not in follows:
+                _refuse_two_folds(adapted)
+                notes.append(f"{listed(keys, 4)} are {reason}: all change with {quoted(leader)}, as in a merge by PEFT")
             dropped += _follow(keys, leader, steps, base)
             continue
-        if head is not None and head.head in keys:
-            _refuse_unknown(head, own)
+        if is_head:
+            _refuse_unknown(keys, head if head is not None and head.head in keys else None, own)
         for key in keys:
-            if key not in steps and (key in base or key == (head.head if head else "")):
+            if key not in steps:
                 steps[key] = _kept(key, keys, steps, roles)
         _refuse_sizes(keys, steps)
         ending = "load the output into a model that does not tie them"
-        if head is not None and head.head in keys:
+        if is_head:
             ending = f"its {MODEL_CONFIG} must say tie_word_embeddings: false, which --carry writes"
         notes.append(
             f"{listed(own, 2)} {'is' if len(own) == 1 else 'are'} adapted by itself, and tied in the base: the output "
@@ -114,14 +119,23 @@ def _kept(key: str, keys: Sequence[str], steps: Mapping[str, Step], roles: Mappi
     return complete_step(Step(replace(info, key=key, view=None), (source,), "", "tied in the base"), roles)
 
 
-def _refuse_unknown(head: TiedHead, own: Sequence[str]) -> None:
-    if head.is_shared_further:
+def _refuse_two_folds(adapted: Sequence[str]) -> None:
+    if len(adapted) > 1:
+        raise PlanError(
+            f"{quoted(adapted[0])} and {quoted(adapted[1])} are one tensor in the base, and both are adapted",
+            hint="merge with peft",
+        )
+
+
+def _refuse_unknown(keys: Sequence[str], head: TiedHead | None, own: Sequence[str]) -> None:
+    """Raise ``PlanError`` where no file can untie the keys, and where nothing says whether they are tied."""
+    if len(embeddings_of(keys)) > 1 or (head is not None and head.is_shared_further):
         raise PlanError(
             f"the base ties the embeddings of its encoder, its decoder and its output, and {quoted(own[0])} is adapted "
-            "alone: no file of the model can say that",
-            hint=f"leave it out: --drop {quoted('*' + own[0].removesuffix('.weight') + '*')}",
+            "by itself: no file of the model can say that",
+            hint=f"leave it out: --drop {shell_word('*' + own[0].removesuffix('.weight') + '*')}",
         )
-    if not head.is_sure and head.head not in own:
+    if head is not None and not head.is_sure and head.head not in own:
         raise PlanError(
             f"{quoted(own[0])} is adapted, and the base has no output weights: without a {MODEL_CONFIG}, nothing says "
             "whether they are tied to it",
