@@ -15,6 +15,7 @@ from importlib import import_module
 _HOMES = {
     "Alignment": "align",
     "ArgumentError": "errors",
+    "AsLayer": "plans.adapters.layers",
     "ChangedError": "errors",
     "Checkpoint": "core.checkpoint",
     "CkptkitError": "errors",

@@ -51,6 +51,7 @@ from ckptkit.param_groups.validate import validate_param_groups as validate_para
 from ckptkit.plans.adapters.convert import plan_convert_adapter as plan_convert_adapter
 from ckptkit.plans.adapters.extract import plan_extract_lora as plan_extract_lora
 from ckptkit.plans.adapters.fold import plan_lora as plan_lora
+from ckptkit.plans.adapters.layers import AsLayer as AsLayer
 from ckptkit.plans.execute import Written as Written
 from ckptkit.plans.execute import execute as execute
 from ckptkit.plans.merge import plan_merge as plan_merge
@@ -83,6 +84,7 @@ __version__: str
 __all__ = [
     "Alignment",
     "ArgumentError",
+    "AsLayer",
     "ChangedError",
     "Checkpoint",
     "CkptkitError",

@@ -155,6 +155,8 @@ class _Extraction:
                 else "no tensor of the tuned model differs from the base",
                 hint="compare the values of both: ckpt diff BASE TUNED --values",
             )
+        kept = {source.key for step in steps for source in step.sources if source.role == DONOR}
+        self.dropped = [drop for drop in self.dropped if drop.key not in kept]
         self.notes += [*self._judge.notes(), *ties.notes]
         if whole:
             size = sum(step.out.nbytes for step in steps if step.rule.endswith(_WHOLE))
