@@ -68,15 +68,15 @@ def tiny_model(model_class: Any, **more: Any) -> Any:
     config_class = model_class.config_class
     with _quiet():
         for left_out in _ATTEMPTS:
-            small = {name: value for name, value in _SMALL.items() if name not in left_out} | more
+            small = {name: value for name, value in _SMALL.items() if name not in left_out}
             try:
-                config = _config(config_class, small)
+                config = _config(config_class, small, more)
                 with torch.device("meta"):
                     elements = sum(tensor.numel() for tensor in model_class(config).state_dict().values())
                 if elements > _MOST_ELEMENTS:
                     raise ValueError(f"{elements:,} elements")
                 torch.manual_seed(0)
-                model = model_class(_config(config_class, small))
+                model = model_class(_config(config_class, small, more))
             except Exception as raised:  # noqa: BLE001 - any error of the library means the next attempt
                 error = raised
                 continue
@@ -100,8 +100,8 @@ _ATTEMPTS: tuple[frozenset[str], ...] = (
 )
 
 
-def _config(config_class: Any, small: dict[str, Any]) -> Any:
-    """Return the configuration of a class with small numbers, in its parts too."""
+def _config(config_class: Any, small: dict[str, Any], more: dict[str, Any]) -> Any:
+    """Return the configuration of a class with small numbers, in its parts too; ``more`` are values of any kind."""
     default = config_class()
     values: dict[str, Any] = {}
     parts = getattr(config_class, "sub_configs", {})
@@ -110,10 +110,11 @@ def _config(config_class: Any, small: dict[str, Any]) -> Any:
         current = getattr(default, name, None)
         if name in attributes and isinstance(current, int) and not isinstance(current, bool) and current:
             values[name] = value
+    values |= {name: value for name, value in more.items() if name in attributes or hasattr(default, name)}
     for name in parts:
         part = getattr(default, name, None)
         if part is not None and hasattr(part, "to_dict"):
-            values[name] = _config(type(part), small).to_dict()
+            values[name] = _config(type(part), small, more).to_dict()
     return config_class(**values)
 
 
