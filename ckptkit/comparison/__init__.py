@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from ckptkit.comparison.by_model import Answer, Place, ask_model
+from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
@@ -515,11 +516,21 @@ def _hints(result: StateDictDiff) -> list[Hint]:
 
 def _align_hints(result: StateDictDiff) -> list[Hint]:
     sides = result.expected_checkpoint, result.found_checkpoint
+    if (result.parted or not result.matched) and result.missing and result.unexpected:
+        by_library = library_hint(sides[0].library_names, _library_command(*sides))
+        if by_library:
+            return [Hint(by_library, "")]
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
     if result.missing and result.unexpected and not result.matched and not result.quantized:
         return [Hint(f"no key matches; {align_command(*sides)} looks for rules that rename them", "")]
     return []
+
+
+def _library_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
+    if expected.argument and found.argument:
+        return f"ckpt diff {expected.argument} {found.argument} --rules transformers:auto"
+    return 'ckptkit.diff(expected, found, "transformers:auto")'
 
 
 def _hint_message(matches: int, wanted: int, rename: str) -> str:

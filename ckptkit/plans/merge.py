@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints
+from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.parts import align_command, find_parted
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
@@ -541,12 +542,21 @@ def _refuse_parted(
     others = len(keys) - len(parted[0].expected)
     more = f"; so it is with {plural(others, 'more key')}" if others else ""
     sentence = parted[0].sentence(f"the {sides.base}", f"the {sides.donor or overlay.role}")
-    command = align_command(CheckpointSummary.of(base), CheckpointSummary.of(donor))
+    summary = CheckpointSummary.of(base)
+    by_library = library_hint(summary.library_names, "{}").partition("{}")[0]
+    command = align_command(summary, CheckpointSummary.of(donor))
     call = f"{{}} looks for the rules; {{}} keeps the {sides.base}'s values"
+    if by_library:
+        call = f"{by_library}{{}}; {{}} keeps the {sides.base}'s values"
     raise PlanError(
         f"{sentence}{more}",
-        hint=call.format(command, "--on-missing keep"),
-        call=call.format(f"suggest_rules({sides.base}, {sides.donor or overlay.role})", "on_missing='keep'"),
+        hint=call.format("--rules transformers:auto" if by_library else command, "--on-missing keep"),
+        call=call.format(
+            "rules='transformers:auto'"
+            if by_library
+            else f"suggest_rules({sides.base}, {sides.donor or overlay.role})",
+            "on_missing='keep'",
+        ),
     )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ckptkit import diff, execute, load_into, load_rules, plan_remap
+from ckptkit import diff, execute, load_into, load_rules, plan_merge, plan_remap
 from ckptkit.errors import CkptkitError, RuleError
 from tests.helpers_tiny import model_classes, tiny_model
 
@@ -126,7 +127,7 @@ def test_a_model_with_operations_goes_both_ways(name: str, tmp_path: Path) -> No
 def test_each_set_of_operations_is_tried() -> None:
     """Each distinct set of operations has a model type that is built here, or is refused by name."""
     tried = {WITH_OPERATIONS[name] for name in WITH_OPERATIONS if name not in NOT_BUILT or name in REFUSED}
-    left_out = [chains for chains in set(WITH_OPERATIONS.values()) - tried]
+    left_out = set(WITH_OPERATIONS.values()) - tried
     assert {chain for chains in left_out for chain in chains} <= {
         ("Interleave",), ("Interleave", "Chunk"),  # inkling_mm_model
         ("MergeModulelist",), ("MergeModulelist", "Concatenate"), ("Split",),  # sarvam_moe
@@ -134,9 +135,159 @@ def test_each_set_of_operations_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_an_operation_that_rules_lack_is_named(name: str, tmp_path: Path) -> None:
+def test_an_operation_that_rules_lack_is_named(name: str) -> None:
     """The error names the operation of the library."""
-    model = _tiny(name)
     with pytest.raises(RuleError, match=REFUSED[name]):
-        plan_remap(model, "transformers:auto:reverse")
-    del tmp_path
+        plan_remap(_tiny(name), "transformers:auto:reverse")
+
+
+def _mixtral(**settings: Any) -> Any:
+    from transformers import MixtralForCausalLM
+
+    return tiny_model(MixtralForCausalLM, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tie_word_embeddings": True}, {"num_local_experts": 12, "num_hidden_layers": 11}]
+)
+def test_ties_and_numbers_of_two_digits(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A tied head is copied, and left out again; experts go by number, and not by the order of their names."""
+    check_both_directions(_mixtral(**settings), tmp_path)
+
+
+def test_a_head_that_is_not_tied_in_fact_is_not_left_out(tmp_path: Path) -> None:
+    """Where the configuration ties the head, another head in the file is refused before the output is written."""
+    model = _mixtral(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "saved")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["lm_head.weight"] += 1
+    torch.save(state, tmp_path / "saved" / "live.pt")
+    plan = plan_remap(tmp_path / "saved" / "live.pt", "transformers:auto:reverse")
+    with pytest.raises(CkptkitError, match="lm_head"):
+        execute(plan, tmp_path / "saved" / "live.pt", tmp_path / "disk.safetensors")
+
+
+def test_shards_are_converted_across_files(tmp_path: Path) -> None:
+    """Experts of one layer may be in several files."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20kB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 5
+    execute(plan_remap(tmp_path / "saved", "transformers:auto"), tmp_path / "saved", tmp_path / "live.safetensors")
+    _assert_same(load_file(tmp_path / "live.safetensors"), dict(model.state_dict()))
+
+
+def test_load_into_diff_and_merge_take_the_rules(tmp_path: Path) -> None:
+    """A live model gets the values of a directory, and ``diff`` and ``merge`` see that they fit."""
+    from transformers import MixtralForCausalLM, MixtralModel
+
+    model = _mixtral()
+    model.save_pretrained(tmp_path)
+    other = MixtralForCausalLM(model.config)
+    assert not diff(other, tmp_path, "transformers:auto").different
+    assert len(plan_merge(other, tmp_path, "transformers:auto").steps) == len(other.state_dict())
+    load_into(other, tmp_path, "transformers:auto")
+    _assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    body = MixtralModel(model.config)
+    result = diff(body, tmp_path, "transformers:auto")
+    assert [info.key for info in result.unexpected] == ["lm_head.weight"]
+    assert not result.missing
+    body.save_pretrained(tmp_path / "body")
+    result = diff(other, tmp_path / "body", "transformers:auto")
+    assert [info.key for info in result.missing] == ["lm_head.weight"]
+    assert not result.unexpected
+
+
+def test_live_names_in_a_file_stay(tmp_path: Path) -> None:
+    """A file that has the model's own names and shapes already is not changed."""
+    model = _mixtral()
+    model.config.architectures = ["MixtralForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "live.pt")
+    assert not diff(model, tmp_path / "live.pt", "transformers:auto").different
+
+
+def test_a_model_type_without_its_configuration(tmp_path: Path) -> None:
+    """Experts need only names; the order of rotated rows needs the number of heads, and says so."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    execute(plan_remap(tmp_path, "transformers:mixtral"), tmp_path, tmp_path / "live.pt")
+    _assert_same(torch.load(tmp_path / "live.pt"), dict(model.state_dict()))
+    with pytest.raises(RuleError, match=r"no config\.json"):
+        plan_remap(tmp_path / "live.pt", "transformers:auto")
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    """A file that lacks one expert of one layer is refused, whichever it is."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path / "saved")
+    state = _files(tmp_path / "saved")
+    for expert in (0, 1, 3):
+        lacking = {
+            key: value for key, value in state.items() if f"layers.1.block_sparse_moe.experts.{expert}.w3" not in key
+        }
+        with pytest.raises(RuleError, match=r"lacks .*experts"):
+            plan_remap(lacking, load_rules("transformers:auto", config=tmp_path / "saved"))
+
+
+OLD_PREFIXES = [
+    name for name, transforms in _mapping().items() if any(type(item).__name__ == "PrefixChange" for item in transforms)
+]
+
+
+@pytest.mark.parametrize("name", OLD_PREFIXES)
+def test_older_names_become_what_from_pretrained_makes_of_them(name: str, tmp_path: Path) -> None:
+    """A file with the names of before is converted as ``from_pretrained`` converts it."""
+    from transformers import conversion_mapping, core_model_loading
+
+    model = _tiny(name)
+    model.save_pretrained(tmp_path / "saved")
+    state = _files(tmp_path / "saved")
+    # PrefixChange is not reverted by save_pretrained; it is here.
+    changes = [
+        item.reverse_transform()
+        for item in reversed(conversion_mapping.get_model_conversion_mapping(model, add_legacy=False))
+        if isinstance(item, core_model_loading.PrefixChange)
+    ]
+    for file in (tmp_path / "saved").glob("*.safetensors*"):
+        file.unlink()
+    old = {core_model_loading.apply_renamings(key, changes): value.clone() for key, value in state.items()}
+    save_file(old, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    execute(plan_remap(tmp_path / "saved", "transformers:auto"), tmp_path / "saved", tmp_path / "live.safetensors")
+    wanted = {key: value for key, value in loaded.state_dict().items() if key not in _unsaved(model)}
+    _assert_same(load_file(tmp_path / "live.safetensors"), wanted)
+
+
+def test_nothing_of_the_configuration_is_run(tmp_path: Path) -> None:
+    """Code, other weights and other implementations that config.json names are left alone; numbers have limits."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
+    evil = {
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+        "attn_implementation": "kernels-community/evil",
+        "_attn_implementation": "flash_attention_2",
+        "quantization_config": {"quant_method": "evil"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | evil))
+    assert not diff(model, tmp_path, load_rules("transformers:auto", config=tmp_path)).different
+    assert "evil" not in sys.modules
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(RuleError, match="num_hidden_layers"):
+        plan_remap(tmp_path, "transformers:auto")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    with pytest.raises(RuleError, match="evil"):
+        plan_remap(tmp_path, "transformers:auto")
+
+
+def test_the_hint_of_diff_names_the_rules(tmp_path: Path) -> None:
+    """Without rules, ``diff`` of a live model and its directory says which rules fit."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path)
+    (hint,) = diff(model, tmp_path).hints
+    assert "transformers:auto" in hint.message
+    with pytest.raises(CkptkitError) as caught:
+        plan_merge(model, tmp_path)
+    assert "--rules transformers:auto" in str(caught.value.hint)

@@ -126,6 +126,12 @@ class Configuration:
     value: object
     classes: tuple[str, ...]
 
+    @property
+    def model_type(self) -> str:
+        """The model type that the configuration has, or an empty string."""
+        found = getattr(self.value, "model_type", None)
+        return found if isinstance(found, str) else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Description:

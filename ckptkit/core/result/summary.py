@@ -22,7 +22,8 @@ _LIVE_PATH = "py:"
 class CheckpointSummary:
     """Path, format, selected mapping (``envelope``), and the numbers of tensors, elements and bytes.
 
-    ``format`` is empty if the checkpoint could not be opened.
+    ``format`` is empty if the checkpoint could not be opened. ``library_names`` has the model type of a live model of a
+    library, and its classes.
     """
 
     path: str = ""
@@ -31,12 +32,15 @@ class CheckpointSummary:
     tensors: int = 0
     elements: int = 0
     nbytes: int = 0
+    library_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, infos: Iterable[TensorInfo] | None = None) -> Self:
         """Return the description of a checkpoint, with the totals of ``infos``, or of all its tensors."""
         counts = totals(checkpoint.values() if infos is None else infos)
-        return cls(checkpoint.path, checkpoint.format, checkpoint.envelope, *counts)
+        live = checkpoint.configuration
+        names = () if live is None else (live.model_type, *live.classes)
+        return cls(checkpoint.path, checkpoint.format, checkpoint.envelope, *counts, names)
 
     @property
     def is_stored(self) -> bool:

@@ -101,10 +101,28 @@ def follow(operation: Any, state: State, conversion: Conversion) -> State:
 
 def _merge_modulelist(operation: Any, state: State, conversion: Conversion) -> State:
     merged: State = {}
+    count = max(map(len, state.values()))
     for pattern, names in state.items():
+        missing = _missing_number(names, count)
+        if missing is not None:
+            raise conversion.refusal(f"lacks {quoted(missing)}")
         target = conversion.only_target() if len(state) == 1 else pattern
         merged[target] = [conversion.one([Stack(operation.dim)], names)]
     return merged
+
+
+def _missing_number(names: Sequence[str], count: int) -> str | None:
+    """Return the name that is missing of ``count`` names that differ in one number from 0, or None."""
+    rows = [name.split(".") for name in names]
+    differing = [at for at, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1]
+    if len({len(row) for row in rows}) != 1 or len(differing) != 1:
+        return None
+    (at,) = differing
+    there = {row[at] for row in rows}
+    if not all(text.isdigit() for text in there):
+        return None
+    missing = next((str(number) for number in range(count) if str(number) not in there), None)
+    return None if missing is None else ".".join([*rows[0][:at], missing, *rows[0][at + 1 :]])
 
 
 def _split_modulelist(operation: Any, state: State, conversion: Conversion) -> State:

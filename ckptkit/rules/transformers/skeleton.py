@@ -15,9 +15,11 @@ from ckptkit.core.text import first_line, nearest, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
 
-__all__ = ["Skeleton", "check_library", "check_model_type", "skeleton_of"]
+__all__ = ["Skeleton", "check_library", "check_model_type", "has_conversions", "skeleton_of"]
 
-_MOST_MODULES = 200_000  # of a model that a config.json describes
+# Of a model that a config.json describes; the largest published models have 8,000 layers and experts in all.
+_MOST_MODULES, _MOST_LAYERS = 200_000, 2_000
+_LAYERS = re.compile(r".*layers?|depth")
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 # What a configuration may name that is code, other weights, or another implementation of the same model.
 _LEFT_OUT = re.compile(r"auto_map|_name_or_path|quantization_config|.*_implementation.*|use_kernels|_commit_hash")
@@ -52,6 +54,15 @@ def check_model_type(name: str) -> None:
         f"transformers has no model type {quoted(name)}",
         hint=f"did you mean transformers:{near}?" if near else "see model_type in config.json",
     )
+
+
+def has_conversions(name: str) -> bool:
+    """Return whether the library has conversions for a model type or model class."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return False
+    return bool(get_checkpoint_conversion_mapping(name))
 
 
 def _class_named(name: str) -> Any:
@@ -146,6 +157,7 @@ def skeleton_of(name: str, config: Mapping[str, Any] | None, classes: Sequence[s
     candidates = [item for item in map(_class_named, filter(_is_text, named)) if item is not None]
     owner = next((item for item in candidates if item.config_class is config_class), None)
     model_class = chosen or owner or _default_class(config_class)
+    _refuse_many_layers(settings)
     with _quiet(), _refusing(f"transformers cannot build {model_class.__name__}"):
         settings = None if settings is None else _without_code(settings)
         built = config_class() if settings is None else config_class.from_dict(settings)
@@ -174,6 +186,18 @@ def _matching(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
         f"config.json says model_type {quoted(str(config.get('model_type')))}, not {quoted(model_type)}",
         hint="--rules transformers:auto takes the model type from config.json",
     )
+
+
+def _refuse_many_layers(settings: object) -> None:
+    """Raise ``RuleError`` for a configuration with more layers than any real model: they would take long to build."""
+    if not isinstance(settings, Mapping):
+        return
+    for name, value in settings.items():
+        if _LAYERS.fullmatch(str(name)) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise RuleError(
+                f"config.json says {quoted(str(name))} is {value:,}, and at most {_MOST_LAYERS:,} are built"
+            )
+        _refuse_many_layers(value)
 
 
 def _default_class(config_class: Any) -> Any:
