@@ -15,6 +15,7 @@ from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_fil
 from ckptkit.comparison import count_prefixes
 from ckptkit.core.arguments import require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.patterns import literal
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
@@ -23,11 +24,13 @@ from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.load import as_rules
 from ckptkit.rules.model import Rules
+from ckptkit.rules.positions import PositionNames, name_positions
 
 __all__ = ["Alignment", "Ambiguity", "Suggestion", "suggest_rules"]
 
 _MAX_CANDIDATES = 16
 _PREFIX_CONFIDENCE = 0.98
+_POSITION_CONFIDENCE = 0.9
 SourcesByKey = dict[str, tuple[str, ...]]  # expected key -> found keys
 
 
@@ -157,12 +160,42 @@ def suggest_rules(
 
 
 def _suggest(expected: Checkpoint, found: Checkpoint, *, digests: bool, progress: Progress | None) -> Alignment:
+    named = name_positions(found, expected)
+    if named is not None:
+        return _by_position(named, expected, found)
     known_digests = read_digests(expected, found, progress) if digests else Digests()
     prefix, found_infos = _apply_common_prefix(expected, found)
     sides = QuantizedSides(expected, found)
     matching = sides.without_wrong_pairs(match_checkpoints(expected, found_infos, known_digests))
     same, suggestions = _verified_rules(matching, expected, found, found_infos, prefix)
     return _alignment(matching, sides, same, tuple(_add_digests(rule, known_digests) for rule in suggestions))
+
+
+def _by_position(named: PositionNames, expected: Checkpoint, found: Checkpoint) -> Alignment:
+    """Return a rule for each numbered tensor, which names alone could not give."""
+    filled = {name for names in named.names.values() for name in names}
+    return Alignment(
+        expected,
+        found,
+        (),
+        tuple(
+            Suggestion(
+                (literal(key),),
+                tuple(map(literal, names)),
+                (),
+                named.rule,
+                _POSITION_CONFIDENCE,
+                dict.fromkeys(names, (key,)),
+                sum(expected[name].elements for name in names),
+            )
+            for key, names in named.names.items()
+        ),
+        (),
+        (),
+        tuple(info for key, info in expected.items() if key not in filled),
+        tuple(found[key] for key in named.dropped),
+        note=named.note,
+    )
 
 
 def _add_digests(suggestion: Suggestion, digests: Digests) -> Suggestion:

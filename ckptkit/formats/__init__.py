@@ -68,7 +68,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
             if error.hint is None and _IMPORTABLE.fullmatch(name) and not os.path.lexists(name):
                 error.hint = f"for a live model write {LIVE_PREFIX}{name}"
             raise
-        return _warn_of_similar_keys(_leave_out_optimizers(opened, key))
+        return _note_positions(_warn_of_similar_keys(_leave_out_optimizers(opened, key)))
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -154,6 +154,21 @@ def _warn_of_similar_keys(checkpoint: Checkpoint) -> Checkpoint:
     if (pair := look_alikes(checkpoint)) is None:
         return checkpoint
     return checkpoint.with_warnings(f"two names look alike: {pair[0][:200]!a} and {pair[1][:200]!a}")
+
+
+def _note_positions(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with a note where its tensors are only numbered."""
+    first = next(iter(checkpoint), "")
+    if not first.rpartition(".")[2].isdecimal():
+        return checkpoint
+    from ckptkit.wrappers.positions import find_positions
+
+    numbered = find_positions({key: info.shape for key, info in checkpoint.items()})
+    if numbered is None or not numbered.is_certain:
+        return checkpoint
+    text = f"{numbered.name} holds {numbered.content} by position, without names and buffers"
+    hint = "diff, align, merge and --like of a live model give the names"
+    return checkpoint.with_warnings(ReaderWarning(f"{text}: {hint}", codes.POSITIONS))
 
 
 def split_path(name: str) -> tuple[str, str]:

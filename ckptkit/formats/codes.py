@@ -81,6 +81,7 @@ NUMPY_ARRAYS = Code(
     "numpy-arrays", ("note",), "Tensors of the file are numpy arrays, which load_state_dict does not take."
 )
 NOT_WEIGHTS = Code("not-weights", ("note",), "The file holds values beside the weights, such as an optimizer state.")
+POSITIONS = Code("positions", ("note",), "The tensors are numbered in the order of the parameters, and have no names.")
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 
 CODES = codes_in(globals())

@@ -52,6 +52,7 @@ from ckptkit.plans.policies import (
 )
 from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import RulesLike
+from ckptkit.rules.positions import NamedByPosition
 
 __all__ = ["LoadReport", "load_into"]
 
@@ -210,7 +211,11 @@ def _describe(model: Module) -> Checkpoint:
             tied = View(id(tensor), 0, row_major(info.shape)) if is_dtensor(tensor) else None
             infos[key] = replace(info, dtype=code_of(tensor.dtype), kind="dense", view=tied)
     description = Description(
-        base.path, base.format, entries=base.entries, versions=base.versions, configuration=base.configuration
+        base.path,
+        base.format,
+        entries=base.entries,
+        versions=base.versions,
+        configuration=base.configuration,
     )
     return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description, model=model)
 
@@ -373,6 +378,7 @@ def _report(
     covered = measure_coverage(base, loaded)
     findings = (
         *unread_findings(warnings),
+        *(codes.NAMED.finding("", note) for note in plan.notes if isinstance(note, NamedByPosition)),
         *found.findings,
         *_kept_findings(covered.kept, plan, found.shared, {finding.key for finding in found.findings}, asked),
         *_tied_findings(handing.steps),

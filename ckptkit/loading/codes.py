@@ -9,6 +9,7 @@ __all__ = [
     "DERIVED",
     "META",
     "MISSING",
+    "NAMED",
     "OVERFLOW",
     "REPLACED",
     "SHAPE",
@@ -22,6 +23,7 @@ __all__ = [
 MISSING = Code(
     "load.missing", ("warning", "note"), "A tensor of the model is not in the checkpoint and keeps its value."
 )
+NAMED = Code("load.named", ("note",), "The checkpoint numbers its tensors, which were taken in the model's order.")
 OVERFLOW = Code("load.overflow", ("warning",), "The dtype of the model cannot hold a value, which became inf.")
 SHAPE = Code("load.shape", ("warning", "note"), "A tensor of the checkpoint has another shape and was not loaded.")
 SHARED = Code(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
@@ -30,6 +31,7 @@ from ckptkit.plans.steps import (
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, Rules, RulesLike
+from ckptkit.wrappers.positions import find_positions
 
 __all__ = ["plan_remap"]
 
@@ -94,7 +96,7 @@ def _plan(
     }
     surplus: list[Dropped] = []
     if expected is not None:
-        outs = _outputs_like(expected, outs)
+        outs = _outputs_like(expected, outs, _hint_for(checkpoint))
         for key, derivation in outputs.items():
             surplus += [] if key in outs else dropped_sources("source", key, derivation, _NOT_WANTED)
     refuse_unread((old for key in outs for old in outputs[key].sources), checkpoint)
@@ -124,7 +126,16 @@ def _renamer(checkpoint: Checkpoint, rules: Rules, key_map: KeyMap) -> Rename | 
     return rename if rules.stages else None
 
 
-def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _hint_for(checkpoint: Checkpoint) -> str:
+    """Return the hint for outputs that cannot be filled from a checkpoint."""
+    numbered = find_positions({key: info.shape for key, info in checkpoint.items()})
+    if numbered is not None and numbered.is_certain:
+        path = CheckpointSummary.of(checkpoint).argument or "SOURCE"
+        return f"{numbered.name} has no buffers: take them from the trained weights with ckpt merge WEIGHTS {path}"
+    return "rename or reshape the tensors with rules, or merge them into a model: ckpt merge MODEL PATH -o OUT"
+
+
+def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo], hint: str) -> dict[str, TensorInfo]:
     """Return the outputs with the keys, order and dtypes of ``wanted``; raise ``PlanError`` for missing outputs.
 
     The error lists every key that is missing or has another shape.
@@ -139,6 +150,6 @@ def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[st
         raise PlanError(
             f"{len(problems):,} of {plural(len(wanted), 'tensor')} cannot be filled: "
             f"{listed(problems, show=str, separator='; ')}",
-            hint="rename or reshape the tensors with rules, or merge them into a model: ckpt merge MODEL PATH -o OUT",
+            hint=hint,
         )
     return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}

@@ -38,7 +38,7 @@ def apply_rules(rules: Rules, keys: Iterable[str], expected: Checkpoint | None =
     unused rules are allowed.
     """
     if not rules.stages:
-        return KeyMap({key: key for key in keys})
+        return _named_by_position(KeyMap({key: key for key in keys}), keys, expected)
     state = {key: Derivation((key,)) for key in keys}
     dropped: dict[str, str] = {}
     notes: list[str] = []
@@ -76,7 +76,26 @@ def apply_rules(rules: Rules, keys: Iterable[str], expected: Checkpoint | None =
                 state = run(strip_stage)
         if stage.rules:
             state = run(Stage((), stage.rules))
-    return KeyMap.from_derivations(state, dropped, notes)
+    return _named_by_position(KeyMap.from_derivations(state, dropped, notes), keys, expected)
+
+
+def _named_by_position(key_map: KeyMap, keys: Iterable[str], expected: Checkpoint | None) -> KeyMap:
+    """Return the map with names of the model in place of numbers, where the tensors are only numbered."""
+    if expected is None or not isinstance(keys, Checkpoint) or not key_map.has_numbers_only:
+        return key_map
+    from ckptkit.rules.positions import name_positions
+
+    named = name_positions(key_map.describe(keys), expected)
+    if named is None:
+        return key_map
+    outputs = key_map.outputs()
+    state: dict[str, Derivation] = {}
+    for number, names in named.names.items():
+        derivation = outputs[number]
+        rule = f"{derivation.rule}, {named.rule}" if derivation.rule else named.rule
+        state |= dict.fromkeys(names, replace(derivation, rule=rule))
+    dropped = {old: named.dropped[new] for new in named.dropped for old in outputs[new].sources}
+    return KeyMap.from_derivations(state, {**key_map.dropped, **dropped}, [*key_map.notes, named.note])
 
 
 def _configuration(*sides: object) -> Configuration | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from ckptkit.core.checkpoint import Configuration, TensorInfo
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 OnCollision: TypeAlias = Literal["error", "first", "last", "equal"]
+_MOST_COUNTERS = 8  # before a list of numbered tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,12 @@ class KeyMap:
     equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     order: Sequence[str] | None = None
+
+    @property
+    def has_numbers_only(self) -> bool:
+        """Whether the keys can be those of a list of parameters, and of few counters before it."""
+        keys = self.renamed.values() if self.order is None else self.order
+        return any(key.rpartition(".")[2].isdecimal() for key in islice(keys, _MOST_COUNTERS))
 
     def outputs(self) -> Mapping[str, Derivation]:
         """Return the derivation of each new key, in the order of the new keys."""
