@@ -181,3 +181,43 @@ def test_the_command_folds_a_kohya_file(tmp_path: Path, capsys: pytest.CaptureFi
     with open_checkpoint(tmp_path / "out.safetensors") as out:
         found = out.read(f"{QUERY}.weight")
     assert math.isclose(float((found - folded(base[f"{QUERY}.weight"], adapter, 1.5)).abs().max()), 0, abs_tol=1e-6)
+
+
+def test_an_adapter_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command says in one sentence that the file is an adapter, and hints at the command that folds it."""
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    save_file({f"{QUERY}.weight": randn(6, 4, seed=0)}, base)
+    save_file(kohya(FLAT), adapter)
+    sentence = "this is an adapter (kohya): the file does not contain the weights of its base model"
+    assert sentence in run_ckpt(capsys, "show", adapter).err
+    checked = run_ckpt(capsys, "check", adapter)
+    assert checked.code == 0
+    assert sentence in checked.out
+    ran = run_ckpt(capsys, "diff", base, adapter)
+    assert f"ckpt merge {base} {adapter} -o OUT --method lora adds it" in ran.err
+    assert "align" not in ran.err
+    ran = run_ckpt(capsys, "merge", base, adapter, "-o", tmp_path / "out.safetensors")
+    assert (ran.code, "--method lora" in ran.err) == (2, True)
+    ran = run_ckpt(capsys, "merge", base, adapter, "-o", tmp_path / "out.safetensors", "--method", "lora")
+    assert "this is an adapter" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (factors(f"unet.{QUERY}", down=".lora_A", up=".lora_B"), "and no scale, for which loaders take 1"),
+        (kohya(FLAT, None), "and no scale, for which loaders take 1"),
+        ({"lycoris_a.hada_w1_a": torch.ones(2, 2), "lycoris_a.hada_w1_b": torch.ones(2, 2)}, "(kohya)"),
+        ({"a.lora_B.weight": torch.ones(2, 2), "a.base_layer.weight": torch.ones(2, 2)}, ""),
+        ({"unet.a.base_layer.weight": torch.ones(2), "unet.a.base_layer.bias": torch.ones(2)}
+         | factors("unet.a", down=".lora_A.x", up=".lora_B.x"), ""),
+        ({"blocks.0.att.w_lora.0.weight": torch.ones(2, 2), "explorarium.alpha": torch.ones(2)}, ""),
+    ],
+)  # fmt: skip
+def test_only_an_adapter_is_called_one(tmp_path: Path, state: State, words: str) -> None:
+    """A model with an adapter in it, and a model with such words in its names, are not called an adapter."""
+    save_file(state, tmp_path / "file.safetensors")
+    with open_checkpoint(tmp_path / "file.safetensors") as checkpoint:
+        text = "; ".join(checkpoint.warnings)
+    assert words in text
+    assert ("this is an adapter" in text) == bool(words)

@@ -90,6 +90,13 @@ class NamedAdapter:
     fan_in_fan_out: bool = False
 
 
+def is_adapter(keys: Collection[str]) -> bool:
+    """Return whether most of the keys are those of factors of an adapter, in any format."""
+    hits = sum(1 for key in keys if _IS_ADAPTER.search(key) and _ENDING.fullmatch(key))
+    alphas = sum(1 for key in keys if key.endswith(".alpha"))
+    return hits > 0 and 2 * (hits + alphas) > len(keys)
+
+
 def named_format(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
     """Return ``kohya``, ``diffusers``, or the empty string, by the names of the tensors and the metadata."""
     if "lora_adapter_metadata" in metadata:

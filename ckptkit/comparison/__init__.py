@@ -13,7 +13,7 @@ from typing import ClassVar
 from ckptkit.comparison.by_model import Answer, Place, ask_model
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.own_code import modules_with_own_code
-from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, parted_hint
+from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, fold_command, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.comparison.rehearsal import Given, Outside
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
@@ -523,6 +523,10 @@ def _align_hints(result: StateDictDiff) -> list[Hint]:
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
     if result.missing and result.unexpected and not result.matched and not result.quantized:
+        from ckptkit.adapters.named import is_adapter
+
+        if is_adapter([info.key for info in result.unexpected]):
+            return [Hint(f"the found tensors are an adapter; {fold_command(*sides)} adds it to the expected ones", "")]
         return [Hint(f"no key matches; {align_command(*sides)} looks for rules that rename them", "")]
     return []
 

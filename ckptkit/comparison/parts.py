@@ -13,7 +13,7 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import plural, quoted
 
-__all__ = ["PartedTensor", "align_command", "find_parted", "parted_hint"]
+__all__ = ["PartedTensor", "align_command", "find_parted", "fold_command", "parted_hint"]
 
 _MAX_SEGMENTS = 32  # a hostile key can have a million
 _MAX_LISTS = 200  # of one layer; real layers have a dozen
@@ -72,6 +72,13 @@ def align_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
     if expected.argument and found.argument:
         return f"ckpt align {expected.argument} {found.argument} -o rules.toml"
     return "ckptkit.suggest_rules(expected, found)"
+
+
+def fold_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
+    """Return the command that folds an adapter into its base, or the call in Python, as ``align_command`` does."""
+    if expected.argument and found.argument:
+        return f"ckpt merge {expected.argument} {found.argument} -o OUT --method lora"
+    return "ckptkit.merge_lora(expected, found, out)"
 
 
 def parted_hint(parted: Sequence[PartedTensor], expected: CheckpointSummary, found: CheckpointSummary) -> str:

@@ -68,7 +68,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
             if error.hint is None and _IMPORTABLE.fullmatch(name) and not os.path.lexists(name):
                 error.hint = f"for a live model write {LIVE_PREFIX}{name}"
             raise
-        return _note_positions(_warn_of_similar_keys(_leave_out_optimizers(opened, key)))
+        return _note_positions(_warn_of_adapter(_warn_of_similar_keys(_leave_out_optimizers(opened, key))))
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -169,6 +169,21 @@ def _note_positions(checkpoint: Checkpoint) -> Checkpoint:
     text = f"{numbered.name} holds {numbered.content} by position, without names and buffers"
     hint = "diff, align, merge and --like of a live model give the names"
     return checkpoint.with_warnings(ReaderWarning(f"{text}: {hint}", codes.POSITIONS))
+
+
+def _warn_of_adapter(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with a note where it is an adapter of kohya or diffusers; PEFT has a file that says so."""
+    if not any("lora" in key or ".hada_w" in key or ".lokr_w" in key for key in checkpoint):
+        return checkpoint
+    from ckptkit.adapters.named import is_adapter, named_format
+
+    name = named_format(checkpoint, checkpoint.metadata) if is_adapter(checkpoint.keys()) else ""
+    if not name:
+        return checkpoint
+    text = f"this is an adapter ({name}): the file does not contain the weights of its base model"
+    if "lora_adapter_metadata" not in checkpoint.metadata and not any(key.endswith(".alpha") for key in checkpoint):
+        text += ", and no scale, for which loaders take 1"
+    return checkpoint.with_warnings(ReaderWarning(text, codes.ADAPTER_BASE))
 
 
 def split_path(name: str) -> tuple[str, str]:
