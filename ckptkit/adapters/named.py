@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from ckptkit.adapters.keys import ENDING, PEFT_PREFIX
 from ckptkit.adapters.model import AdaptedModule, Kind
 from ckptkit.adapters.module_names import COMPONENTS, DENOISER, split_component
 from ckptkit.core.text import listed, plural, quoted, shell_word
@@ -18,35 +19,22 @@ __all__ = [
     "NamedAdapter",
     "NamedModule",
     "group_tensors",
-    "named_format",
     "peft_key",
     "rank_of",
     "split_name",
 ]
 
-_PEFT_PREFIX = "base_model.model."
 # kohya writes "_" for "." in the name of a module, after one of these.
 FLAT_COMPONENTS: Mapping[str, str] = {
     "lora_unet_": DENOISER, "lora_transformer_": DENOISER, "lora_prior_unet_": DENOISER,
     "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3", "lycoris_": "",
 }  # fmt: skip
-_ENDING = re.compile(
-    r"(?P<stem>.+?)"
-    r"(?:\.lora_(?P<kohya>down|up|mid)\.weight"
-    r"|\.lora_(?P<peft>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.(?P<leaf>weight|bias)"
-    r"|[._]lora\.(?P<diffusers>down|up)\.weight"
-    r"|\.lora_linear_layer\.(?P<linear>down|up)\.weight"
-    r"|(?:[._]lora)?\.(?P<alpha>alpha)"
-    r"|\.(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.weight)?)"
-    r"|\.(?P<lycoris>hada|lokr)_(?P<part>w[12](?:_[ab])?|t[12]))"
-)
 _SIDES = {"down": "A", "up": "B", "mid": "mid", "A": "A", "B": "B"}
 _OTHER = re.compile(
     r".+\.(?P<what>diff|diff_b|w_norm|b_norm|oft_blocks|oft_diag|boft_blocks|on_input|a1\.weight|b1\.weight|scalar"
     r"|set_weight|reshape_weight)"
 )
-_IS_ADAPTER = re.compile(r"lora|hada_w|lokr_w|dora_scale")
 # Attention of an older diffusers: the processor has the factors, with names of its own.
 _PROCESSOR = re.compile(r"\.processor(?=\.|$)")
 _OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -90,32 +78,6 @@ class NamedAdapter:
     fan_in_fan_out: bool = False
 
 
-def is_adapter(keys: Collection[str]) -> bool:
-    """Return whether most of the keys are those of factors of an adapter, in any format."""
-    hits = sum(1 for key in keys if _IS_ADAPTER.search(key) and _ENDING.fullmatch(key))
-    alphas = sum(1 for key in keys if key.endswith(".alpha"))
-    return hits > 0 and 2 * (hits + alphas) > len(keys)
-
-
-def named_format(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """Return ``kohya``, ``diffusers``, or the empty string, by the names of the tensors and the metadata."""
-    if "lora_adapter_metadata" in metadata:
-        return "diffusers"
-    is_diffusers = False
-    for key in keys:
-        if _IS_ADAPTER.search(key) is None or key.startswith(_PEFT_PREFIX):
-            continue
-        found = _ENDING.fullmatch(key)
-        if found is None:
-            continue
-        if found["kohya"] or found["lycoris"] or found["magnitude"] == "dora_scale":
-            return "kohya"
-        prefix = split_component(key)[0]
-        is_old = bool(found["diffusers"] or found["linear"])
-        is_diffusers = is_diffusers or is_old or (prefix != "" and bool(found["peft"]))
-    return "diffusers" if is_diffusers else ""
-
-
 def group_tensors(keys: Collection[str]) -> dict[str, ModuleTensors]:
     """Return the tensors of each module, by the beginning of their keys.
 
@@ -124,7 +86,7 @@ def group_tensors(keys: Collection[str]) -> dict[str, ModuleTensors]:
     groups: dict[str, ModuleTensors] = {}
     other = []
     for key in keys:
-        found = _ENDING.fullmatch(key)
+        found = ENDING.fullmatch(key)
         if found is None:
             other.append(key)
             continue
@@ -175,7 +137,7 @@ def _stem(stem: str, old: str) -> str:
 
 def peft_key(key: str) -> str:
     """Return the key that PEFT gives to a factor; any other key is unchanged."""
-    found = _ENDING.fullmatch(key)
+    found = ENDING.fullmatch(key)
     if found is None or found["alpha"] or found["kohya"] == "mid":
         return key
     kind, role = _meaning(found)
@@ -240,5 +202,5 @@ def split_name(stem: str) -> tuple[str, str, str, bool]:
     flat = next((head for head in FLAT_COMPONENTS if stem.startswith(head)), None)
     if flat is not None and "." not in stem:
         return flat, FLAT_COMPONENTS[flat], stem.removeprefix(flat), True
-    prefix, name = split_component(stem.removeprefix(_PEFT_PREFIX))
+    prefix, name = split_component(stem.removeprefix(PEFT_PREFIX))
     return (f"{prefix}." if prefix else ""), COMPONENTS.get(prefix, ""), name, False

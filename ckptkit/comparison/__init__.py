@@ -523,7 +523,7 @@ def _align_hints(result: StateDictDiff) -> list[Hint]:
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
     if result.missing and result.unexpected and not result.matched and not result.quantized:
-        from ckptkit.adapters.named import is_adapter
+        from ckptkit.adapters.keys import is_adapter
 
         if is_adapter([info.key for info in result.unexpected]):
             return [Hint(f"the found tensors are an adapter; {fold_command(*sides)} adds it to the expected ones", "")]

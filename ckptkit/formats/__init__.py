@@ -175,7 +175,7 @@ def _warn_of_adapter(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a note where it is an adapter of kohya or diffusers; PEFT has a file that says so."""
     if not any("lora" in key or ".hada_w" in key or ".lokr_w" in key for key in checkpoint):
         return checkpoint
-    from ckptkit.adapters.named import is_adapter, named_format
+    from ckptkit.adapters.keys import is_adapter, named_format
 
     name = named_format(checkpoint, checkpoint.metadata) if is_adapter(checkpoint.keys()) else ""
     if not name:

@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeAlias
 
 from ckptkit.adapters.base_modules import on_base
 from ckptkit.adapters.diffusers import read_diffusers
+from ckptkit.adapters.keys import named_format
 from ckptkit.adapters.kohya import read_kohya
 from ckptkit.adapters.model import Adapter
-from ckptkit.adapters.named import NamedAdapter, named_format
+from ckptkit.adapters.named import NamedAdapter
 from ckptkit.adapters.peft import read_peft
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_settings
