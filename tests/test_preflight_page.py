@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def test_a_run_with_the_same_optimizer_class_is_ready(tmp_path: Path, capsys: py
 
 
 def test_rules_rename_the_weights_of_a_run_without_an_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The hint about the prefix of a wrapper works as it is printed; with an init, it says whose keys rules rename."""
+    """The hint about the prefix of a wrapper is a command that writes a run without it, also where there is an init."""
     state = torch.nn.ModuleDict({"module": Net(classes=4)}).state_dict()
     torch.save({"model": state, "epoch": 1}, tmp_path / "run.ckpt")
     arguments: list[str | Path] = ["preflight", "--model", MODEL, "--resume", tmp_path / "run.ckpt"]
@@ -56,7 +58,13 @@ def test_rules_rename_the_weights_of_a_run_without_an_init(tmp_path: Path, capsy
     assert (renamed.code, "10 of 10 tensors of the model are in the run" in renamed.out) == (0, True), renamed.out
     torch.save(Net(classes=4).state_dict(), tmp_path / "init.pt")
     both = run_ckpt(capsys, *arguments, "--init", tmp_path / "init.pt")
-    assert (both.code, "rules are for init alone" in both.out) == (1, True)
+    command = re.search(r"  all 10 keys match after (ckpt remap .*)", both.out)
+    assert both.code == 1
+    assert command is not None
+    words = shlex.split(command[1].replace(" OUT", f" {tmp_path / 'out.ckpt'}"))
+    assert run_ckpt(capsys, *words[1:]).code == 0
+    arguments[-1] = tmp_path / "out.ckpt"
+    assert run_ckpt(capsys, *arguments, "--init", tmp_path / "init.pt").code == 0
 
 
 def test_a_run_may_have_no_optimizer_state(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

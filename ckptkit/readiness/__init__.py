@@ -186,7 +186,7 @@ def _preflight(
         key_map = apply_rules(rules_for(rules, resume) if init is None else Rules(), resume, inspected.state)
         resumed = diff_checkpoints(inspected.state, resume, key_map)
         problems = find_quantized_problems(inspected.state, resume, key_map, "run")
-        resume_section, more = check_resume(model, training, resumed, saved_state, schedulers, takes_rules=init is None)
+        resume_section, more = check_resume(model, training, resumed, saved_state, schedulers)
         filled = {pair.key for pair in resumed.matched}
         findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled]
         findings += [*check_quantized(problems, codes.RESUME_QUANTIZED), *more]

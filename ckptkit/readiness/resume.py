@@ -61,15 +61,13 @@ def check_resume(
     result: StateDictDiff,
     found: FoundState | None,
     schedulers: Any = None,
-    *,
-    takes_rules: bool = True,
 ) -> tuple[Resume, list[Finding]]:
     """Return how far the weights and the optimizer state of a run fit, and the findings about both.
 
     ``result`` compares the model with the weights of the run. ``found`` is the optimizer state of the run, or None.
-    ``schedulers`` belong to the live optimizer. ``takes_rules`` tells whether rules can rename the keys of the run.
+    ``schedulers`` belong to the live optimizer.
     """
-    findings = list(_weight_findings(result, takes_rules=takes_rules))
+    findings = list(_weight_findings(result))
     matched = len(result.matched) - len(result.uncopyable)
     if found is None:
         return Resume(matched, len(result.expected)), findings
@@ -88,10 +86,12 @@ def check_resume(
     return Resume(matched, len(result.expected), count, len(found.state), found.form), findings
 
 
-def _weight_findings(result: StateDictDiff, *, takes_rules: bool) -> Iterator[Finding]:
-    hint = result.hints[0].message if result.hints else "ckpt diff MODEL RUN shows all of them"
-    if result.hints and not takes_rules:
-        hint = f"{hint} (here, rules are for init alone: check the run without init)"
+def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
+    path = result.found_checkpoint.argument or "RUN"
+    first = result.hints[0] if result.hints else None
+    hint = first.message if first else f"ckpt diff MODEL {path} shows all of them"
+    if first and first.rename:  # a rule would make this check pass, but torch would still refuse the run
+        hint = first.message.replace("--rename", f"ckpt remap {path} -o OUT --rename")
     kinds = (
         ("missing from the run", [info.key for info in result.missing if info.key not in result.filled]),
         ("of another shape in the run", [pair.key for pair in result.shape_mismatched if not pair.loads]),
