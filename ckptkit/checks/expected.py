@@ -14,7 +14,7 @@ from ckptkit.core.text import listed, plural
 from ckptkit.core.ties import tied_keys
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["check_as_expected", "check_at_init", "check_differences"]
+__all__ = ["check_as_expected", "check_at_init", "check_differences", "find_at_init"]
 
 _MIN_VALUES = 1024  # smaller samples are too often alike by chance
 _SIGMAS = 4.0
@@ -97,6 +97,22 @@ def check_at_init(
     constant. This is evidence, not proof: a short training can look the same. ``found_stats`` has the keys of the
     checkpoint, ``fresh_stats`` has the keys of the model.
     """
+    sampled, constant = find_at_init(pairs, found_stats, fresh_stats)
+    if sampled:
+        count = plural(len(sampled), "tensor")
+        message = f"{count} distributed as in a new model (mean, deviation, magnitudes): {listed(sampled)}"
+        hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
+        yield codes.AT_INIT.finding(sampled[0], message, hint, keys=sampled)
+    if constant:
+        count = plural(len(constant), "tensor")
+        message = f"{count} with the constant initial values of a new model (ones or zeros): {listed(constant)}"
+        yield codes.AT_INIT.finding(constant[0], message, severity="note", keys=constant)
+
+
+def find_at_init(
+    pairs: Iterable[KeyPair], found_stats: Mapping[str, ValueStats], fresh_stats: Mapping[str, ValueStats]
+) -> tuple[list[str], list[str]]:
+    """Return the keys of tensors that look newly initialised: those of random values, and those of one value."""
     sampled: list[str] = []
     constant: list[str] = []
     for pair in pairs:
@@ -108,15 +124,7 @@ def check_at_init(
                 constant.append(pair.key)
         elif _have_one_distribution(found, fresh, same_dtype=pair.found.dtype == pair.expected.dtype):
             sampled.append(pair.key)
-    if sampled:
-        count = plural(len(sampled), "tensor")
-        message = f"{count} distributed as in a new model (mean, deviation, magnitudes): {listed(sampled)}"
-        hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
-        yield codes.AT_INIT.finding(sampled[0], message, hint, keys=sampled)
-    if constant:
-        count = plural(len(constant), "tensor")
-        message = f"{count} with the constant initial values of a new model (ones or zeros): {listed(constant)}"
-        yield codes.AT_INIT.finding(constant[0], message, severity="note", keys=constant)
+    return sampled, constant
 
 
 def _have_one_distribution(found: ValueStats, fresh: ValueStats, *, same_dtype: bool) -> bool:

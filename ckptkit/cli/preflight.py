@@ -84,6 +84,7 @@ def preflight(
     """  # noqa: D301 - \b is click's mark
     from ckptkit.param_groups.parse import parse_spec
     from ckptkit.readiness import preflight as check_run
+    from ckptkit.statistics.state_dict_stats import stats
 
     if shapes_only and dry_step is not None:
         raise click.UsageError("--dry-step needs values, and --shapes-only builds none")
@@ -99,11 +100,13 @@ def preflight(
     live = build_module(model, with_values=not shapes_only)
     spec = None if groups is None else parse_spec(groups)
     loss = None if dry_step is None else _import_loss(dry_step)
+    initial = None
     with contextlib.ExitStack() as stack:
         paths = [path for path in (init, resume) if path is not None]
         checkpoints = dict(zip(paths, stack.enter_context(open_checkpoints(*paths, quiet=quiet)), strict=True))
         if init is not None and not shapes_only:
             with default_error_path(init):
+                initial = stats(live)
                 _load(live, checkpoints[init], rules)
         state = None
         if resume_optimizer is not None:
@@ -118,6 +121,7 @@ def preflight(
                 fresh=fresh,
                 require=require,
                 min_coverage=min_coverage,
+                initial=initial,
                 groups=spec,
                 optimizer=optimizer,
                 resume=checkpoints.get(resume or ""),

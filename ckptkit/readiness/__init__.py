@@ -23,6 +23,7 @@ from ckptkit.param_groups import codes as group_codes
 from ckptkit.param_groups.parameters import bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.readiness import codes
+from ckptkit.readiness.at_init import check_untrained, find_untrained
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
 from ckptkit.readiness.init import (
     UNLOADED,
@@ -33,6 +34,7 @@ from ckptkit.readiness.init import (
     check_values,
     compare_init,
     find_quantized_problems,
+    fresh_patterns,
 )
 from ckptkit.readiness.model import (
     DryStep,
@@ -57,6 +59,7 @@ from ckptkit.readiness.training import (
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.statistics.state_dict_stats import StateDictStats
 
 __all__ = [
     "DryStep",
@@ -80,6 +83,7 @@ def preflight(
     fresh: str | Sequence[str] = (),
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
+    initial: StateDictStats | None = None,
     groups: SpecLike | None = None,
     optimizer: OptimizerLike | None = None,
     schedulers: Any = None,
@@ -95,7 +99,9 @@ def preflight(
     - ``init``: the checkpoint that the model starts from: a path, a Checkpoint, a Module or a mapping of tensors.
       ``fresh`` are patterns of the keys that must keep their initial values, such as the keys of a new head.
       ``require`` are patterns of the keys that ``init`` must fill, and ``min_coverage`` is the least share of the
-      elements, between 0 and 1. A requirement that is not met is an error of the report.
+      elements, between 0 and 1. A requirement that is not met is an error of the report. ``initial`` are the
+      ``stats(model)`` from before ``init`` was loaded: with them, tensors that ``init`` has as a new model has them
+      are found, also where the model has an initialisation of its own.
     - ``rules``, or the path of a rule file, rename the keys of ``init``. Without ``init``, they rename the keys of
       ``resume``.
     - ``groups``: a param-group spec, or the path of its file. ``optimizer``: a live optimizer, a list of them, a class,
@@ -132,6 +138,7 @@ def preflight(
             rules=rules,
             fresh=fresh,
             requirements=requirements,
+            initial=initial,
             groups=groups,
             optimizer=optimizer,
             schedulers=schedulers,
@@ -149,6 +156,7 @@ def _preflight(
     rules: RulesLike | None,
     fresh: str | Sequence[str],
     requirements: Requirements,
+    initial: StateDictStats | None,
     groups: SpecLike | None,
     optimizer: OptimizerLike | None,
     schedulers: Any,
@@ -170,7 +178,9 @@ def _preflight(
     with restored_flags(model):
         training = find_training(model, groups, optimizer, schedulers)
         inspected = InspectedModel(model, state, training.frozen)
-        init_section, findings = _check_init(inspected, init, rules, fresh, requirements, not_judged=not_judged)
+        init_section, findings = _check_init(
+            inspected, init, rules, fresh, requirements, initial=initial, not_judged=not_judged
+        )
         findings += [*idle_findings(training, model), *training.findings]
         findings += check_dtypes(model, training.frozen, training.optimizers)
         not_judged += training.not_judged
@@ -268,6 +278,7 @@ def _check_init(
     fresh: str | Sequence[str],
     requirements: Requirements,
     *,
+    initial: StateDictStats | None,
     not_judged: list[str],
 ) -> tuple[Init | None, list[Finding]]:
     if inspected.on_meta:
@@ -281,7 +292,10 @@ def _check_init(
     section = compare_init(inspected, result, init, problems)
     findings = [*unread_findings(init.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
     findings += check_requirements(result, requirements, problems)
-    findings += check_init(inspected, section, result, init, fresh)
+    patterns = fresh_patterns(fresh, inspected.state)
+    untrained = find_untrained(inspected, section, result, init, initial)
+    findings += check_init(inspected, section, result, init, patterns, untrained=untrained)
+    findings += check_untrained(inspected, untrained, patterns)
     return section, [*findings, *check_values(inspected, section)]
 
 

@@ -12,6 +12,7 @@ INIT_QUANTIZED = Code(
     ("error",),
     "A weight is quantised in the initial checkpoint and plain in the model, or the reverse.",
 )
+AT_INIT = Code("preflight.at-init", ("warning", "note"), "Tensors of the initial checkpoint look newly initialised.")
 REQUIRED = Code(
     "preflight.required", ("error",), "The initial checkpoint does not fill what require or min_coverage asks for."
 )

@@ -26,6 +26,7 @@ from ckptkit.readiness.fresh import Judgement, judge_values
 from ckptkit.readiness.model import Init, InModel, Kept
 from ckptkit.rules.model import KeyMap
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = [
     "UNLOADED",
@@ -37,6 +38,7 @@ __all__ = [
     "compare_init",
     "find_quantized_problems",
     "fresh_patterns",
+    "tensors_of",
 ]
 
 _SHOWN = 4
@@ -72,7 +74,11 @@ class InspectedModel:
     def judgement(self, key: str) -> Judgement | None:
         """Return where the values of ``key`` probably come from, or None where the tensor has no values."""
         found = None if self.stats is None else self.stats.tensors[key].numbers
-        if found is None or not found.count:
+        return None if found is None else self.judge(key, found)
+
+    def judge(self, key: str, found: ValueStats) -> Judgement | None:
+        """Return where values with the statistics ``found`` probably come from, if ``key`` had them."""
+        if not found.count:
             return None
         path, _, _ = key.rpartition(".")
         try:
@@ -167,13 +173,18 @@ def check_requirements(
 
 
 def check_init(
-    inspected: InspectedModel, init: Init, result: StateDictDiff, opened: Checkpoint, fresh: str | Sequence[str]
+    inspected: InspectedModel,
+    init: Init,
+    result: StateDictDiff,
+    opened: Checkpoint,
+    patterns: Sequence[Pattern],
+    *,
+    untrained: AbstractSet[str],
 ) -> Iterator[Finding]:
-    """Yield findings about the initial checkpoint ``opened``; ``fresh`` are patterns of keys that must stay at init.
+    """Yield findings about the initial checkpoint ``opened``; ``patterns`` match the keys that must stay at init.
 
-    Raises ``RuleError`` for a pattern that matches no key of the model.
+    ``untrained`` are keys for which init has values as those of a new model.
     """
-    patterns = fresh_patterns(fresh, inspected.state)
     if not init.loaded:
         path = result.found_checkpoint.argument or "INIT"
         hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff MODEL {path}"
@@ -181,7 +192,7 @@ def check_init(
         return
     by_key = {kept.key: kept for kept in init.kept}
     for pattern in patterns:
-        filled = [key for key in inspected.state if pattern.match(key) and key not in by_key]
+        filled = [key for key in inspected.state if pattern.match(key) and key not in by_key and key not in untrained]
         if filled:
             yield codes.NOT_FRESH.finding(
                 filled[0],
@@ -239,7 +250,7 @@ def _kept_findings(
             verb, pronoun = ("is", "it keeps its") if len(frozen) == 1 else ("are", "they keep their")
             yield codes.FROZEN_AT_INIT.finding(
                 frozen[0],
-                f"{_tensors_of(module, frozen, keys)} {verb} frozen and not in init, so {pronoun} initial values",
+                f"{tensors_of(module, frozen, keys)} {verb} frozen and not in init, so {pronoun} initial values",
                 "unfreeze the tensors, or rename the keys of init so that they fill them",
                 keys=frozen,
             )
@@ -253,7 +264,7 @@ def _kept_findings(
             tie = f"if init ties it to {quoted(embedding)}, tie it in the model too; " if embedding else ""
             yield codes.KEPT.finding(
                 trains[0],
-                f"{_tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
+                f"{tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
                 "" if is_note else f"{tie}if this is intended, pass fresh = {pattern}",
                 severity="note" if is_note else "warning",
                 keys=trains,
@@ -309,7 +320,8 @@ def _are_equal(opened: Checkpoint, first: str, second: str) -> bool:
         return False
 
 
-def _tensors_of(module: str, some: Sequence[str], keys: Sequence[str]) -> str:
+def tensors_of(module: str, some: Sequence[str], keys: Sequence[str]) -> str:
+    """Return words for ``some`` of the ``keys`` of a module."""
     if len(some) == 1:
         return quoted(some[0])
     return f"{plural(len(some), 'tensor')} of {quoted(module)}" if len(some) < len(keys) else f"all of {quoted(module)}"

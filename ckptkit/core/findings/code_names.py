@@ -177,6 +177,7 @@ CODE_NAMES = frozenset(
         "part-of-several",
         "position-ids",
         "positions",
+        "preflight.at-init",
         "preflight.bf16-weights",
         "preflight.constant",
         "preflight.eps",
