@@ -340,3 +340,27 @@ def test_the_configuration_of_an_adapter_goes_with_the_adapter_alone(tmp_path: P
         out = tmp_path / str(number)
         out.mkdir()
         assert ("adapter_config.json" in convert(source / name, out / name).carried) is bool(number)
+
+
+def test_the_configuration_of_an_adapter_follows_the_names(tmp_path: Path) -> None:
+    """Names that no longer find their modules become whole names, and names that still do stay."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "model.layers.0.k"]}
+    config |= {"rank_pattern": {"model.layers.0.k": 2, "^model.layers.0.q": 2}, "alpha_pattern": {"q": 8}}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    names = [f"base_model.model.model.layers.0.{name}.lora_{side}.weight" for name in "qk" for side in "AB"]
+    save_file({name: torch.ones(2, 2) for name in names}, source / "adapter_model.safetensors")
+    rules = ["base_model.model.model.*=base_model.model.model.language_model.*"]
+    plan = plan_remap(source, rules)
+    written = execute(plan, source, out / "adapter_model.safetensors", carry=True)
+    found = json.loads((out / "adapter_config.json").read_text())
+    assert found["target_modules"] == ["q", "model.language_model.layers.0.k"]
+    assert found["rank_pattern"] == {"^model.language_model.layers.0.k": 2, "^model.language_model.layers.0.q": 2}
+    assert found["alpha_pattern"] == {"q": 8}
+    assert [change.statement for change in written.adapted] == ["target_modules", "rank_pattern"]
+    (source / "adapter_config.json").write_text(json.dumps(config | {"target_modules": r".*\.(q|k)"}))
+    execute(plan_remap(source, rules), source, choose_output(out / "adapter_model.safetensors", force=True), carry=True)
+    found = json.loads((out / "adapter_config.json").read_text())
+    assert found["target_modules"] == [f"model.language_model.layers.0.{name}" for name in "qk"]

@@ -1,8 +1,8 @@
 """Take the files that describe a model along: its configuration and its tokenizer, from an input to an output.
 
-What is taken, and how ``config.json`` changes, is decided before anything is written. Only three statements of
-``config.json`` ever change: the dtype, where the output has another one, the quantisation, where it is gone, and the
-tie of the embedding, where the output has output weights with other values.
+What is taken, and how it changes, is decided before anything is written. ``adapter_config.json`` follows the names of
+the modules. Only three statements of ``config.json`` ever change: the dtype, where the output has another one, the
+quantisation, where it is gone, and the tie of the embedding, where the output has output weights with other values.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
 from ckptkit.core.checkpoint import Checkpoint, Payload
 from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES
@@ -124,6 +125,8 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
                 adapted.append(Adapted(MODEL_CONFIG, path + _QUANTIZATION, found_statement, None))
         if adapted:
             contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
+    if ADAPTER_CONFIG in names:
+        adapted += _follow_modules(plan, role, directory, contents)
     carried = Carried(role, directory, tuple(names), contents, tuple(adapted))
     if not output.is_directory:
         for name in names:
@@ -132,9 +135,22 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     notes += map(str, adapted)
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
-    notes += _notes_about_keys(plan, role, sources[role])
+    if not is_adapter:  # its configuration follows the names, and PEFT asks for no other key
+        notes += _notes_about_keys(plan, role, sources[role])
     notes += _notes_about_names(carried, plan, sources[role])
     return replace(carried, notes=tuple(notes))
+
+
+def _follow_modules(plan: Plan, role: str, directory: str, contents: dict[str, bytes]) -> list[Adapted]:
+    """Let the configuration of an adapter name the modules as the output does."""
+    pairs = [(step.sources[0].key, step.out.key) for step in plan.steps if step.sources[0].role == role]
+    moved = moved_modules_of(pairs)
+    with errors_about(os.path.join(directory, ADAPTER_CONFIG)):
+        config = read_json(directory, ADAPTER_CONFIG)
+    changes = dict(rename_in_config(config, moved))
+    if changes:
+        contents[ADAPTER_CONFIG] = (json.dumps({**config, **changes}, indent=2) + "\n").encode()
+    return [Adapted(ADAPTER_CONFIG, name, config[name], value) for name, value in changes.items()]
 
 
 def _find_owner(sources: Mapping[str, Checkpoint]) -> tuple[str, str, list[str]]:
