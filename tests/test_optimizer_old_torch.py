@@ -17,6 +17,7 @@ from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.optimizer_state.compare import optimizer_state_diff
 from ckptkit.optimizer_state.naming import to_named
 from tests.features import require, require_option
+from tests.helpers_cli import run_ckpt
 from tests.helpers_optim import same_state
 from tests.make_old_torch import CLASSES, FOLDER, Net
 
@@ -153,3 +154,43 @@ def test_two_files_differ_in_what_a_load_changes(options: dict[str, Any], code: 
     with open_optimizer(f"{path}::runs.NAdam.optimizer") as saved:
         report = optimizer_state_diff(to_named(saved, model), to_named(optimizer.state_dict(), model))
     assert [finding.code for finding in report.findings] == ([code] if code else [])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_state_keyed_by_id_is_read_in_the_order_of_the_groups(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch up to 1.4 keyed the state by ``id(parameter)``; the order of the keys means nothing to torch's own load."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))
+    groups: list[dict[str, Any]] = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "lr": 0.1}]
+    optimizer = torch.optim.Adam(groups)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    ids = {number: 140178894849224 + 72 * (7 * number % 4) for number in range(4)}
+    for group in state["param_groups"]:
+        group["params"] = [ids[number] for number in group["params"]]
+    state["state"] = {ids[number]: state["state"][number] for number in (2, 0, 3, 1)}
+    path = tmp_path / "old.pt"
+    weights = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    torch.save({"model": weights, "optimizer": state}, path)
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        other = copy.deepcopy(model)
+        return other, torch.optim.Adam([{"params": other[1].parameters()}, {"params": other[0].parameters()}])
+
+    _, wanted = fresh()
+    wanted.load_state_dict(torch.load(path, weights_only=True)["optimizer"])
+    live, found = fresh()
+    load_optimizer_state(found, live, path, ["module.*=*"] if prefix else None)
+    for one, other in zip(wanted.param_groups, found.param_groups, strict=True):
+        for expected, loaded in zip(one["params"], other["params"], strict=True):
+            assert torch.equal(wanted.state[expected]["exp_avg"], found.state[loaded]["exp_avg"])
+    ran = run_ckpt(capsys, "optim", "show", path)
+    assert (ran.code, "keyed by id(parameter)" in ran.err + ran.out) == (0, True)
+    out = tmp_path / "new.pt"
+    ran = run_ckpt(capsys, "optim", "remap", path, "-o", out, "--strip", "auto")
+    assert ran.code == 0, ran.err
+    _, renamed = fresh()
+    renamed.load_state_dict(torch.load(out, weights_only=True)["optimizer"])
+    assert same_state(*(dict(sorted(side.state_dict()["state"].items())) for side in (renamed, wanted)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -37,6 +37,11 @@ _MAX_DEPTH = 100
 _MOST_BITS = 1023  # of an integer: no float can hold a larger one, and no optimizer makes one
 _EXPECTED = "give what optimizer.state_dict() or torch.distributed.checkpoint.state_dict returned"
 _OTHER_FORM = "write the form indexed, param-names or named"
+_LOWEST_ADDRESS = 1 << 16  # no operating system gives lower ones
+_KEYED_BY_ID = (
+    "the state is keyed by id(parameter), as torch wrote it up to 1.4, so its parameters are numbered in the order of "
+    "the groups, as torch reads them"
+)
 _PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None))
 # Returns the slot value of a leaf, given the leaf and its path.
 ReadLeaf = Callable[[object, KeyPath], SlotValue]
@@ -182,8 +187,19 @@ def _read_nested(value: Mapping[Any, Any], read: ReadLeaf, path: str) -> FoundSt
     remarks = (f"the state has values that are of no parameter: {listed(more.names)}",) if more else ()
     if is_named:
         return FoundState("named", state, groups, path, remarks, more)
+    if _are_ids(params):
+        places = {param: place for place, param in enumerate(params)}
+        state = {places.get(key, key): slots for key, slots in state.items()}
+        groups = tuple(replace(group, params=tuple(places[param] for param in group.params)) for group in groups)
+        remarks = (*remarks, _KEYED_BY_ID)
     form = "param-names" if any(group.param_names is not None for group in groups) else "indexed"
     return FoundState(form, state, groups, path, remarks, more)
+
+
+def _are_ids(params: Sequence[object]) -> bool:
+    """Return whether parameters are numbered by their addresses in memory, as torch did up to 1.4, and each once."""
+    lowest = max(len(params), _LOWEST_ADDRESS)
+    return len(set(params)) == len(params) > 0 and all(isinstance(param, int) and param >= lowest for param in params)
 
 
 def _read_group(number: int, table: object, read: ReadLeaf) -> FoundGroup:
