@@ -68,6 +68,15 @@ LINK_OUTSIDE = Code("link-outside", ("note",), "A file of the directory is a lin
 UNCOUNTED = Code("uncounted", ("note",), "A missing last shard of this format is not detected.")
 COMPRESSED = Code("compressed", ("note",), "The archive is compressed, so reading tensors is slower.")
 NO_CHECKSUM = Code("no-checksum", ("note",), "Stored bytes have no checksum, so damage cannot be detected.")
+NOT_IN_STATE_DICT = Code(
+    "not-in-state-dict", ("note",), "A module in the file has tensors that its state_dict does not have."
+)
+SCRIPT_CODE = Code(
+    "script-code", ("note",), "The code of a TorchScript archive, which is never read, says more about its tensors."
+)
+NOT_LISTED = Code(
+    "not-listed", ("note",), "Entries of the file are never loaded, such as compiled code, or are too many."
+)
 CONSTANTS = Code("constants", ("note",), "An exported program holds constants that are not in its state_dict.")
 AVERAGE_BESIDE = Code("average-beside", ("note",), "The file holds trained weights and an average of these weights.")
 PART_OF_SEVERAL = Code(

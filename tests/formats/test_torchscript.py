@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ckptkit import run_checks
 from ckptkit.cli import main
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
+from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import (
     assert_same,
     bits,
@@ -306,3 +308,15 @@ def test_code_that_pickles_name_is_listed_and_not_run(tmp_path: Path) -> None:
     with opened(tmp_path, script(body)) as checkpoint:
         assert checkpoint.references == ("os.system",)
         assert checkpoint.suspicious
+
+
+@pytest.mark.parametrize("name", ["attribute", "frozen"])
+def test_what_the_reader_cannot_know_is_a_note(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A healthy archive has no finding above a note, and ``show`` prints a note."""
+    module = torch.nn.Linear(2, 2)
+    module.extra = torch.ones(3)  # type: ignore[assignment]
+    script = torch.jit.script(module.eval())
+    torch.jit.save(torch.jit.freeze(script) if name == "frozen" else script, tmp_path / "script.pt")
+    assert {finding.severity for finding in run_checks(tmp_path / "script.pt").findings} == {"note"}
+    ran = run_ckpt(capsys, "show", tmp_path / "script.pt")
+    assert (ran.code, "script.pt: note: " in ran.err, "warning" in ran.err) == (0, True, False)

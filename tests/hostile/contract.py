@@ -124,7 +124,7 @@ def assert_refused(directory: Path, case: Refused, *, command: str = "show") -> 
     """Assert that the input is refused: exit code 2, one line with path and reason, empty stdout, no file written."""
     ran, argument, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
-    lines = [line for line in ran.err.split("\n") if ": warning: " not in line]
+    lines = [line for line in ran.err.split("\n") if ": warning: " not in line and ": note: " not in line]
     assert [line.partition(":")[0] for line in lines] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
     where = lines[0].removeprefix("ckpt: ")
     # The error names the given path, or the part that is wrong, such as a shard.

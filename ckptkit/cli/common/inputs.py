@@ -42,4 +42,5 @@ def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet:
 def _print_warnings(checkpoint: Checkpoint, *, quiet: bool, expected: Collection[Code] = ()) -> None:
     for warning in () if quiet else checkpoint.warnings:
         if not isinstance(warning, ReaderWarning) or warning.code not in expected:
-            print_message(f"ckpt: {printable(checkpoint.path)}: warning: {warning}")
+            kind = "note" if isinstance(warning, ReaderWarning) and warning.severity == "note" else "warning"
+            print_message(f"ckpt: {printable(checkpoint.path)}: {kind}: {warning}")

@@ -288,7 +288,8 @@ def _warnings(constants: _Contents, files: Sequence[str], root: str) -> Iterator
         yield ReaderWarning(f"{text}: ::constants selects them", codes.CONSTANTS)
     compiled = [name.removeprefix(root) for name in files if name.removeprefix(root).startswith(_COMPILED)]
     if compiled:
-        yield (f"holds compiled code, {plural(len(compiled), 'entry', 'entries')} such as {quoted(compiled[0])}: "
-               "listed, and never loaded")  # fmt: skip
+        what = f"holds compiled code, {plural(len(compiled), 'entry', 'entries')} such as {quoted(compiled[0])}"
+        yield ReaderWarning(f"{what}: listed, and never loaded", codes.NOT_LISTED)
     if len(files) > _MOST_FILES:
-        yield f"{plural(len(files) - _MOST_FILES, 'entry', 'entries')} more than {_MOST_FILES:,} are not listed"
+        text = f"{plural(len(files) - _MOST_FILES, 'entry', 'entries')} more than {_MOST_FILES:,} are not listed"
+        yield ReaderWarning(text, codes.NOT_LISTED)

@@ -7,7 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.pickle.values import CodeName, PickledMapping, Placeholder
 from ckptkit.formats.torch.checkpoint import build_file_checkpoint
 from ckptkit.formats.torch.modules import ModuleContents, ModuleWalker
@@ -48,7 +50,7 @@ def open_torchscript(archive: ZipDirectory, selection: Selection = WEIGHTS) -> C
     )
     weights = walker.state_dict(module)
     if weights and order is None:
-        notes.append(_ALL_LISTED)
+        notes.append(ReaderWarning(_ALL_LISTED, codes.SCRIPT_CODE))
     tree = weights
     if constants:
         named = PickledMapping("constants")
@@ -56,7 +58,8 @@ def open_torchscript(archive: ZipDirectory, selection: Selection = WEIGHTS) -> C
         tree = PickledMapping("TorchScript")
         tree.update({"state_dict": weights, _CONSTANTS: named} if weights else {_CONSTANTS: named})
         if not weights:
-            notes.append("a frozen module: its weights are constants of its code, and its state_dict is empty")
+            text = "a frozen module: its weights are constants of its code, and its state_dict is empty"
+            notes.append(ReaderWarning(text, codes.SCRIPT_CODE))
     return build_file_checkpoint(
         replace(file, tree=tree, warnings=(*notes, *walker.notes)), archive.file, "torchscript", selection
     )
