@@ -314,7 +314,7 @@ def test_code_that_pickles_name_is_listed_and_not_run(tmp_path: Path) -> None:
 def test_what_the_reader_cannot_know_is_a_note(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A healthy archive has no finding above a note, and ``show`` prints a note."""
     module = torch.nn.Linear(2, 2)
-    module.extra = torch.ones(3)  # type: ignore[assignment]
+    module.extra = torch.ones(3)
     script = torch.jit.script(module.eval())
     torch.jit.save(torch.jit.freeze(script) if name == "frozen" else script, tmp_path / "script.pt")
     assert {finding.severity for finding in run_checks(tmp_path / "script.pt").findings} == {"note"}
