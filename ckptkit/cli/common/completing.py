@@ -55,11 +55,12 @@ def complete_policies(context: click.Context, actions: Iterable[str], incomplete
 
 
 def complete_rules(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the presets of rules, and files."""
+    """Return the presets of rules, those of a library, and files."""
     from ckptkit.rules.load import PRESET_PREFIX
     from ckptkit.rules.presets import preset_names
 
     presets = [f"{PRESET_PREFIX}{name}" for name in preset_names()]
+    presets += ["transformers:auto", "transformers:auto:reverse"]
     found = [CompletionItem(preset) for preset in presets if preset.startswith(incomplete)] if incomplete else []
     return found or [CompletionItem(incomplete, type="file")]
 

@@ -101,7 +101,9 @@ _strip_option = click.option(
 _rules_option = click.option(
     "--rules", "rules_file", type=PATH_TYPE, metavar="FILE", is_eager=True, callback=_list_presets,
     shell_complete=complete_rules,
-    help="Read rules from a TOML file, or from preset:NAME (preset:? lists the presets).",
+    help="Read rules from a TOML file, or from preset:NAME (preset:? lists the presets). transformers:auto is what "
+    "from_pretrained does to the file of a model type, transformers:auto:reverse what save_pretrained does; "
+    "transformers:MODEL_TYPE names the model type.",
 )  # fmt: skip
 _set_option = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE",

@@ -1,4 +1,4 @@
-"""Rules made from the conversions of transformers, whose models hold some tensors otherwise than their files."""
+"""Rules made from the conversions of transformers: models hold some tensors in other ways than their files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LibraryStages:
             stages.append(stage_of(copies, names, str(self)))
         count = len({name for step in steps for name in step.inputs if name in infos})
         converted = len({name for step in steps if step.operations for name in step.inputs if name in infos})
-        note = f"--rules {self}: {plural(count, 'key')} of {len(infos):,} renamed or converted"
+        note = f"--rules {self}: {count:,} of {plural(len(infos), 'key')} renamed or converted"
         if converted:
             note += f", {converted:,} of them by operations"
         return stages, [note]

@@ -69,7 +69,7 @@ class Trace:
 
     def _new_name(self) -> str:
         self.made += 1
-        return f"{self.label}#{self.made}"
+        return f"{self.label}.#{self.made}"
 
     def _all_made(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names, with new names for keys of the checkpoint that are beside outputs of an earlier step."""
