@@ -274,3 +274,30 @@ def test_a_carried_configuration_that_names_modules_is_named(tmp_path: Path) -> 
     written = ckptkit.execute(plan, source, tmp_path / "out" / "model.safetensors", carry=True)
     assert written.plan is not None
     assert "config.json still names 'model.layers.0.q', which the output does not have" in written.plan.notes
+
+
+def test_a_copy_has_the_metadata_as_it_was(tmp_path: Path) -> None:
+    """Where no name changes, no text of the metadata does, also not of an entry that is not complete."""
+    source = ao_file(tmp_path / "ao.safetensors")
+    with safe_open(source, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open has no items()
+        texts = dict(file.metadata()) | {"tensor_names": '["net.l0.weight" , "absent.weight"]', "note": "[1,  2]"}
+    save_file(tensors, source, texts)
+    convert(source, tmp_path / "copy.safetensors")
+    assert metadata_of(tmp_path / "copy.safetensors") == texts
+
+
+def test_a_carried_adapter_configuration_has_patterns(tmp_path: Path) -> None:
+    """PEFT finds the modules of an adapter by patterns, which a rename of the tensors does not change."""
+    source = tmp_path / "adapter"
+    source.mkdir()
+    factors = {f"base_model.model.q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(factors, source / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q"], "rank_pattern": {}}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "adapter_model.safetensors"
+    written = execute(plan_remap(source, ["*.q.*=*.query.*"]), source, out, carry=True)
+    assert written.plan is not None
+    note = "adapter_config.json has patterns of names, which do not follow the tensors: 'target_modules'"
+    assert note in written.plan.notes

@@ -301,10 +301,10 @@ def _joined_metadata(shards: Sequence[Mapping[str, str]]) -> dict[str, str]:
         texts = list(dict.fromkeys(shard[key] for shard in shards if key in shard))
         joined[key] = texts[-1]
         if len(texts) > 1 and all(text.startswith("[") for text in texts):
-            with contextlib.suppress(ValueError, TypeError):  # TypeError: lists in the list
-                lists = [json_value(text) for text in texts]
-                items = dict.fromkeys(item for one in lists if isinstance(one, list) for item in one)
-                joined[key] = json.dumps(list(items), ensure_ascii=False)
+            with contextlib.suppress(ValueError):
+                items = [item for text in texts if isinstance(one := json_value(text), list) for item in one]
+                if all(isinstance(item, str) for item in items):
+                    joined[key] = json.dumps(list(dict.fromkeys(items)))
     return joined
 
 

@@ -28,6 +28,7 @@ from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.formats.directories.tied_head import TIE_FLAG, is_head_group, tied_head
 from ckptkit.plans.metadata import gone_names, names_in
+from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped, Plan, Source
@@ -292,6 +293,8 @@ def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Itera
             found = names_in(content, gone)
             if found:
                 yield f"{name} still names {found}, which the output does not have"
+            if name == ADAPTER_CONFIG and (fields := pattern_fields(content)):
+                yield f"{name} has patterns of names, which do not follow the tensors: {listed(fields, _MOST_NAMED)}"
     configuration = read_configuration(owner)
     for old, new in ((old, new) for old, all_new in moves.copies.items() for new in all_new if old != new):
         if configuration.leaves_plain(old) != configuration.leaves_plain(new):

@@ -42,8 +42,8 @@ def follow_metadata(plan: Plan, sources: Mapping[str, Named], rename: Rename | N
     owner = inputs[0]
     result = dict(owner.metadata)
     notes: list[str] = []
-    if not any(moves.metadata for moves in inputs):
-        return replace(plan, metadata={})
+    if (rename is None and owner.is_unchanged) or not any(moves.metadata for moves in inputs):
+        return replace(plan, metadata=result)
     known: set[str] = set()
     for layout in LAYOUTS:
         claimed = layout.claims(owner) - known

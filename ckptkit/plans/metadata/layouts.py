@@ -11,7 +11,7 @@ from ckptkit.core.config_files import json_value
 from ckptkit.core.text import listed, quoted
 from ckptkit.plans.metadata.moves import Followed, Moves
 
-__all__ = ["LAYOUTS", "MetadataLayout", "json_of", "strings_of"]
+__all__ = ["LAYOUTS", "MetadataLayout", "json_of", "pattern_fields", "strings_of"]
 
 _TORCHAO_NAMES = "tensor_names"
 _PLAIN_ENTRY = json.dumps({"_type": "Tensor"})
@@ -195,15 +195,15 @@ def _pattern_claims(moves: Moves) -> frozenset[str]:
 def _keep_patterns(inputs: Sequence[Moves]) -> Followed:
     owner = inputs[0]
     kept = {key: owner.metadata[key] for key in owner.metadata if key in _pattern_claims(owner)}
-    fields = sorted({text for value in kept.values() for text in _pattern_fields(value)})
+    fields = sorted({text for value in kept.values() for text in pattern_fields(json_of(value))})
     if not owner.gone or not fields:
         return Followed(kept)
     note = f"the metadata {listed(kept)} has patterns of names, which do not follow the tensors"
     return Followed(kept, (f"{note}: {listed(fields, _MOST_NAMED)}",))
 
 
-def _pattern_fields(text: str) -> list[str]:
-    content = json_of(text)
+def pattern_fields(content: object) -> list[str]:
+    """Return the fields of the configuration of an adapter that hold patterns of names."""
     fields = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
     keys = content if isinstance(content, Mapping) else {}
     return [str(key) for key, value in keys.items() if str(key).rpartition(".")[2] in fields and value]

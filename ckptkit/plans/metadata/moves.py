@@ -36,6 +36,12 @@ class Moves:
         """Every key of the input that the output does not have under this name."""
         return frozenset(key for key in self.keys if key not in self.outputs)
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the output has exactly the tensors of the input, each under its own key."""
+        is_same = all(new == (key,) for key, new in self.copies.items())
+        return is_same and not self.made and len(self.copies) == len(self.keys) == len(self.outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class Followed:
