@@ -89,7 +89,9 @@ def _with_ties(adapter: Adapter, config: Mapping[str, object]) -> Adapter:
     copies = [
         key
         for key in adapter.replacements
-        if key not in adapted and not any(key.rpartition(".")[0].endswith(name) for name in trained)
+        if key.endswith(".weight")
+        and key not in adapted
+        and not any(key.rpartition(".")[0].endswith(name) for name in trained)
     ]
     rows = [each.key for each in adapter.rows] if is_one_set else []
     return _following(adapter, [*copies, *rows])

@@ -12,12 +12,13 @@ from ckptkit.formats import codes
 from ckptkit.formats.directories.listing import (
     Listing,
     find_weights_files,
+    list_directory,
     read_module_folders,
 )
 from ckptkit.formats.foreign import find_foreign_weights
 from ckptkit.formats.shard_names import group_shards, index_shards, is_index
 
-__all__ = ["unread_warnings"]
+__all__ = ["unread_beside", "unread_warnings"]
 
 _MOST_NAMED = 8
 
@@ -33,6 +34,14 @@ def unread_warnings(listing: Listing, checkpoint: Checkpoint) -> Iterator[Reader
     if files := _unread_files(listing, read):
         yield ReaderWarning(f"{_named(files)} not read; {what}", codes.UNREAD_WEIGHTS)
     yield from _folder_warnings(listing, read, what)
+
+
+def unread_beside(files: Sequence[str]) -> list[str]:
+    """Return the paths of the weights in the directory of ``files``, the files of one checkpoint, that are not read."""
+    directory = os.path.dirname(files[0]) if files else ""
+    listing = list_directory(directory or ".") if files else None
+    names = _unread_files(listing, {os.path.basename(file) for file in files}) if listing is not None else []
+    return [os.path.join(directory, name) for name in names]
 
 
 def _describe_read(checkpoint: Checkpoint, inside: Sequence[str]) -> str:

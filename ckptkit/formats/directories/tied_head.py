@@ -28,19 +28,20 @@ _HAS_HEAD = (
 _TASK_HEADS = frozenset({"score", "classifier", "qa_outputs", "v_head", "regression_head"})
 _HEADS: Mapping[str, str] = {  # model_type -> the module of the output weights, where it is not lm_head
     **dict.fromkeys(
-        ("bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "mobilebert", "mra", "nomic_bert",
-         "nystromformer", "roc_bert", "roformer", "squeezebert", "tapas", "visual_bert", "yoso"),
+        ("bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "megatron-bert", "mobilebert", "mra",
+         "nomic_bert", "nystromformer", "roc_bert", "roformer", "squeezebert", "tapas", "visual_bert", "yoso"),
         "cls.predictions.decoder",
     ),
     **dict.fromkeys(
-        ("bert-generation", "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",
-         "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+        ("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "jina_embeddings_v3",
+         "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
         "lm_head.decoder",
     ),
     "albert": "predictions.decoder", "biogpt": "output_projection", "convbert": "generator_lm_head",
     "distilbert": "vocab_projector", "electra": "generator_lm_head", "flaubert": "pred_layer.proj", "git": "output",
     "gpt_neox_japanese": "embed_out", "modernbert": "decoder", "modernbert-decoder": "decoder", "rwkv": "head",
-    "trocr": "output_projection", "whisper": "proj_out", "xlm": "pred_layer.proj", "xlnet": "lm_loss",
+    "trocr": "output_projection", "ultrabert": "head.decoder", "whisper": "proj_out",
+    "xlm": "pred_layer.proj", "xlnet": "lm_loss",
 }  # fmt: skip
 _OLD_PREFIX = "language_model.model."  # of a text model inside another one, before transformers 4.52
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,12 @@ from ckptkit.adapters.placing import place_adapter
 from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.text import listed, plural
+from ckptkit.core.findings import ReaderWarning
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
+from ckptkit.formats import codes
+from ckptkit.formats.directories.beside import unread_beside
+from ckptkit.formats.directories.listing import ADAPTER_NAMES
 from ckptkit.formats.directories.model_files import MODEL_CONFIG
 from ckptkit.formats.directories.tied_head import TiedHead
 from ckptkit.inputs import CheckpointLike, rules_for
@@ -189,6 +194,7 @@ def _place(role: str, donor: Checkpoint, context: _Context, *, config: LoraConfi
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
     notes = policy.unused(donor, f"the {role}", allow_unused=rules.allow_unused)
+    notes += _notes_about_files(donor)
     names = {new: old for old, new in key_map.renamed.items()}
     shapes = {new: donor[old].shape for new, old in names.items()}
     reading = read_adapter(donor, names, config, {key: info.shape for key, info in base.items()})
@@ -217,6 +223,17 @@ def _place(role: str, donor: Checkpoint, context: _Context, *, config: LoraConfi
     dropped += [Dropped(role, names[name], why) for name, why in left_out.items()]
     placed = PlacedAdapter(role, plan, names, frozenset(adapter.changed_keys()) - adapter.follows_ties)
     return _Placed(placed, added, [*notes, *reading.notes, *key_map.notes], dropped)
+
+
+def _notes_about_files(donor: Checkpoint) -> Iterator[str]:
+    """Yield a note about weights beside an adapter of PEFT, which a training script can save in a file of its own."""
+    is_peft = any(os.path.basename(file) in ADAPTER_NAMES for file in donor.files)
+    is_said = any(isinstance(each, ReaderWarning) and each.code == codes.UNREAD_WEIGHTS for each in donor.warnings)
+    for file in unread_beside(donor.files) if is_peft and not is_said else ():
+        yield (
+            f"{quoted(os.path.basename(file))} beside the adapter has weights too, which are not folded: if they were "
+            "trained with it, add them to the output with a second ckpt merge"
+        )
 
 
 def _model_shapes(base: Checkpoint, head: TiedHead | None, adapter: Adapter) -> dict[str, Shape]:

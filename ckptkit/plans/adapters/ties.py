@@ -69,14 +69,19 @@ def resolve_ties(
             if key not in steps:
                 steps[key] = _kept(key, keys, steps, roles)
         _refuse_sizes(keys, steps)
-        ending = "load the output into a model that does not tie them"
-        if is_head:
-            ending = f"its {MODEL_CONFIG} must say tie_word_embeddings: false, which --carry writes"
-        notes.append(
-            f"{listed(own, 2)} {'is' if len(own) == 1 else 'are'} adapted by itself, and tied in the base: the output "
-            f"has {' and '.join(map(quoted, keys))} ({reason}); {ending}"
-        )
+        notes.append(_untied_note(keys, own, reason, is_head=is_head))
     return ResolvedTies(steps, tuple(dropped), tuple(notes))
+
+
+def _untied_note(keys: Sequence[str], own: Sequence[str], reason: str, *, is_head: bool) -> str:
+    ending = "load the output into a model that does not tie them"
+    if is_head:
+        ending = f"its {MODEL_CONFIG} must say tie_word_embeddings: false, which --carry writes"
+    others = [key for key in keys if key not in own]
+    what = (
+        f"{listed(own, 2)} is adapted without {listed(others, 2)}" if others else f"{listed(own, 2)} are adapted apart"
+    )
+    return f"{what}, and the base ties them ({reason}): the output has each with its own values; {ending}"
 
 
 def _groups(base: Checkpoint, head: TiedHead | None) -> list[tuple[list[str], str]]:
