@@ -620,6 +620,7 @@ SCHEMAS: dict[str, Schema] = dict(
                 "missing": _list("Expected tensors without a found tensor.", "tensor"),
                 "unexpected": _list("Found tensors without an expected tensor.", "tensor"),
                 "presets": _texts("The presets of rules that explain all expected tensors."),
+                "different": _texts("With digests, the expected keys that are filled with other bytes."),
                 "summary": _object(
                     "Counts, and whether all is explained.",
                     {
@@ -629,8 +630,10 @@ SCHEMAS: dict[str, Schema] = dict(
                         "ambiguous": _count("How many are ambiguous."),
                         "missing": _count("The length of missing."),
                         "unexpected": _count("The length of unexpected."),
-                        "share": _share("The share of expected elements that is explained."),
-                        "complete": _flag("Whether every expected tensor is explained."),
+                        "equal": _count_or_null("With digests, how many are filled with equal bytes."),
+                        "different": _count_or_null("With digests, how many are filled with other bytes."),
+                        "share": _share("The share of expected elements that is explained, without different bytes."),
+                        "complete": _flag("Whether every expected tensor is explained, and none is different."),
                     },
                 ),
             },

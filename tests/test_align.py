@@ -144,7 +144,7 @@ def test_a_model_without_a_preset(order: str, back: bool) -> None:
 
 
 def test_numbered_modules_that_have_names_elsewhere() -> None:
-    """Matrices with unique shapes in the same order are paired, unless the keys are sorted by name."""
+    """Matrices with unique shapes are paired; their order is evidence too, unless the keys are sorted by name."""
     widths = (3, 64, 64, 128, 128, 256, 256)
     shapes = [(outs, ins, 3, 3) for ins, outs in pairwise(widths)]
     found, expected = (
@@ -160,8 +160,13 @@ def test_numbered_modules_that_have_names_elsewhere() -> None:
     assert {one.confidence for one in result.suggestions} == {0.6}
     weights = {key: shape for key, shape in found.items() if key.endswith("weight")}
     turned = dict(zip(weights, reversed(weights.values()), strict=True))
-    assert aligned(expected, turned).suggestions == ()
-    assert aligned(expected, dict(sorted(found.items()))).suggestions == ()
+    for other in (turned, dict(sorted(found.items()))):
+        result = aligned(expected, other)
+        assert {key: expected[key] for key in renames(result).values()} == {
+            key: shape for key, shape in expected.items() if key.endswith("weight")
+        }
+        assert all(other[old] == expected[new] for old, new in renames(result).items())
+        assert {one.why for one in result.suggestions} == {"the only tensors of this shape"}
 
 
 def test_torchvision_and_timm_agree() -> None:
@@ -505,7 +510,7 @@ def test_align_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert ran.code == 1
     assert list(document) == [
         "schema", "expected", "found", "rules", "ambiguous", "shape_mismatched", "missing", "unexpected", "presets",
-        "summary",
+        "different", "summary",
     ]  # fmt: skip
     assert document["schema"] == "ckptkit.align/1"
     assert next(one for one in document["rules"] if one["from"] == ["tok_embeddings.weight"]) == {

@@ -1,19 +1,15 @@
-"""Compare two modules by the shapes of their tensors in every layer, and by equal bytes."""
+"""Compare two modules by the shapes of their tensors in every layer."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.align.modules import Index, LayeredModule, ModuleMember
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.progress import Progress
 from ckptkit.tensor_ops.operation import Operation, Shape
 from ckptkit.tensor_ops.suggestions import suggest
 
-__all__ = ["Digests", "ModuleMatch", "TensorLink", "best_shift", "index_shift", "match_modules", "read_digests"]
+__all__ = ["ModuleMatch", "TensorLink", "best_shift", "index_shift", "match_modules"]
 
 _COUNTERS = frozenset({"num_batches_tracked"})
 
@@ -120,63 +116,3 @@ def _operations(shapes: Sequence[tuple[Shape, Shape]]) -> tuple[Operation, ...] 
         if len(operations) == 1 and None not in operations:
             return tuple(operation for operation in operations if operation is not None)
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Digests:
-    """A digest of every tensor that was read, by key, for both sides; empty if nothing was read."""
-
-    expected: Mapping[str, Hashable] = field(default_factory=dict)
-    found: Mapping[str, Hashable] = field(default_factory=dict)
-
-    def are_equal(self, expected: str, found: str) -> bool | None:
-        """Return whether two tensors have equal bytes; None if one of them was not read."""
-        if expected not in self.expected or found not in self.found:
-            return None
-        return self.expected[expected] == self.found[found]
-
-    def unique_pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield the keys of two tensors with equal bytes that no third tensor has.
-
-        Tensors of zeros or ones usually have equals, so they are not evidence.
-        """
-        expected, found = (_keys_by_digest(digests) for digests in (self.expected, self.found))
-        for digest, keys in expected.items():
-            others = found.get(digest, [])
-            if len(keys) == len(others) == 1:
-                yield keys[0], others[0]
-
-
-def _keys_by_digest(digests: Mapping[str, Hashable]) -> dict[Hashable, list[str]]:
-    keys: dict[Hashable, list[str]] = defaultdict(list)
-    for key, digest in digests.items():
-        keys[digest].append(key)
-    return keys
-
-
-def read_digests(expected: Checkpoint, found: Checkpoint, progress: Progress | None = None) -> Digests:
-    """Return the digests of the tensors with a dtype and shape that both sides have; tensors are read in chunks.
-
-    Raises ``FormatError`` if bytes cannot be read, and ``PlanError`` if a side has no bytes.
-    """
-    kinds = [{_dtype_and_shape(info) for info in side.values() if info.kind == "dense"} for side in (expected, found)]
-    shared = kinds[0] & kinds[1]
-    report = progress or (lambda _: None)
-    return Digests(_read_side(expected, shared, report), _read_side(found, shared, report))
-
-
-def _dtype_and_shape(info: TensorInfo) -> Hashable:
-    return info.dtype, info.shape
-
-
-def _read_side(side: Checkpoint, kinds: set[Hashable], progress: Progress) -> dict[str, Hashable]:
-    digests: dict[str, Hashable] = {}
-    for key, info in side.items():
-        if info.kind != "dense" or _dtype_and_shape(info) not in kinds or not info.elements:
-            continue
-        digest = hashlib.sha256()
-        for chunk in side.payload(key).chunks():
-            digest.update(chunk)
-            progress(len(chunk))
-        digests[key] = (_dtype_and_shape(info), digest.digest())
-    return digests

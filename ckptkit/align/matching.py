@@ -6,20 +6,22 @@ checked again at the end.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 
-from ckptkit.align.evidence import Digests, ModuleMatch, TensorLink, best_shift, match_modules
+from ckptkit.align.digests import Digests, Places
+from ckptkit.align.evidence import ModuleMatch, TensorLink, best_shift
+from ckptkit.align.layouts import Arrangement
 from ckptkit.align.modules import LayeredModule, group_into_modules
 from ckptkit.align.pairing import ModulePair, Scope, Undecided
 from ckptkit.comparison.roles import split_words, word_overlap
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops.registry import parse_operation
 
-__all__ = ["EQUAL_BYTES", "Matching", "match_checkpoints"]
-
-EQUAL_BYTES = "equal bytes"
+__all__ = ["Matching", "match_checkpoints"]
 
 _MIN_OVERLAP, _MIN_MARGIN = 0.3, 0.05
 _MAX_STACK_PAIRS = 10_000
@@ -28,6 +30,7 @@ _EMBEDDING_ROLES = ("word_embedding", "position_embedding", "type_embedding")
 _ROTATED_ROLES = frozenset({"query", "key", "qkv"})
 _ROTARY = "with rotary embeddings the rows may be in another order (rope_permute), which the shape does not show"
 Stacks = dict[str, list[LayeredModule]]
+_FIRST_NUMBER = re.compile(r"(?<![0-9])[0-9]+(?=[./])")
 
 
 @dataclass(slots=True)
@@ -40,15 +43,21 @@ class Matching:
 
 
 def match_checkpoints(
-    expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], digests: Digests
+    expected: Mapping[str, TensorInfo],
+    found: Mapping[str, TensorInfo],
+    digests: Digests,
+    decided: Mapping[str, str],
+    arrangement: Arrangement | None = None,
 ) -> Matching:
-    """Return the pairs of expected and found modules; equal bytes, by ``digests``, decide before names and shapes."""
+    """Return the pairs of expected and found modules, by names and shapes.
+
+    ``decided`` are pairs of other tensors, which equal bytes show. They say which layers belong together.
+    ``arrangement`` says which tensors of a GGUF file are stored in another form.
+    """
     in_order = not (_is_sorted(expected) or _is_sorted(found))
     expected_modules, found_modules = group_into_modules(expected), group_into_modules(found)
     may_rotate = not any(map(_adds_positions, (*expected_modules, *found_modules)))
     result = Matching()
-    result.pairs += _pair_by_digests(expected_modules, found_modules, digests)
-    expected_modules, found_modules = _without_paired(expected_modules, found_modules, result.pairs)
     expected_stacks, found_stacks = _group_by_stack(expected_modules), _group_by_stack(found_modules)
     outside = Scope(
         [module for module in expected_modules if module.stack is None],
@@ -56,7 +65,7 @@ def match_checkpoints(
         in_order=in_order,
     )
     scopes = [outside]
-    stack_pairs, tied = _match_stacks(expected_stacks, found_stacks, result.pairs)
+    stack_pairs, tied = _match_stacks(expected_stacks, found_stacks, decided)
     for expected_names, found_names in tied:
         tied_expected, tied_found = (
             tuple(module for name in sorted(names) for module in stacks.pop(name))
@@ -84,10 +93,13 @@ def match_checkpoints(
         result.pairs += scope.pairs
         result.undecided += scope.undecided
         result.unequal += scope.unequal
-    _transpose_squares(result)
+    _transpose_squares(result, digests)
+    _order_fused_parts(result, digests)
+    if arrangement is not None:
+        result.pairs = [_arranged(pair, arrangement) for pair in result.pairs]
     if may_rotate:
-        _reject_rotary(result)
-    _reject_unequal_bytes(result, digests)
+        _reject_rotary(result, digests)
+    _reject_unequal_bytes(result, digests, decided)
     return result
 
 
@@ -113,58 +125,51 @@ def _split_stacks(stacks: Stacks) -> list[LayeredModule]:
     return [single for modules in stacks.values() for module in modules for single in module.split()]
 
 
-def _without_paired(
-    expected_modules: Iterable[LayeredModule], found_modules: Iterable[LayeredModule], pairs: Iterable[ModulePair]
-) -> tuple[list[LayeredModule], list[LayeredModule]]:
-    paired = {id(module) for pair in pairs for module in (*pair.expected, *pair.found)}
-    unpaired_expected, unpaired_found = (
-        [module for module in modules if id(module) not in paired] for modules in (expected_modules, found_modules)
-    )
-    return unpaired_expected, unpaired_found
-
-
-def _pair_by_digests(
-    expected_modules: Sequence[LayeredModule], found_modules: Sequence[LayeredModule], digests: Digests
-) -> list[ModulePair]:
-    """Return the pairs of modules that share bytes with each other and with no third module."""
-    owners: list[dict[str, LayeredModule]] = []
-    for modules in (expected_modules, found_modules):
-        members = [(module, member) for module in modules for member in module.members.values()]
-        owners.append({info.key: module for module, member in members for info in member.tensors.values()})
-    votes = {(owners[0][expected_key], owners[1][found_key]) for expected_key, found_key in digests.unique_pairs()}
-    expected_votes, found_votes = (Counter(vote[side] for vote in votes) for side in (0, 1))
-    pairs = []
-    for expected, found in sorted(votes, key=lambda vote: vote[0].order):
-        match = match_modules(expected, found) if expected_votes[expected] == found_votes[found] == 1 else None
-        if match is not None and not any(link.operations for link in match.links):
-            pairs.append(ModulePair((expected,), (found,), match, EQUAL_BYTES, 1.0, has_equal_bytes=True))
-    return pairs
-
-
-def _reject_unequal_bytes(result: Matching, digests: Digests) -> None:
-    """Make pairs with different bytes undecided if the bytes of most other pairs are equal: names may mislead."""
+def _reject_unequal_bytes(result: Matching, digests: Digests, decided: Mapping[str, str]) -> None:
+    """Make pairs undecided that equal bytes contradict, and pairs with different bytes if most others are equal."""
     shares = [_share_of_equal_bytes(pair, digests) for pair in result.pairs]
-    if 2 * sum(share == 1 for share in shares) <= sum(share is not None for share in shares):
-        return
+    known = [share for share in shares if share is not None]
+    equal = len(decided) + sum(share == 1 for share in known)
+    are_mostly_equal = 2 * equal > len(decided) + len(known)
+    places = Places.of(decided)
     accepted = []
     for pair, share in zip(result.pairs, shares, strict=True):
-        if share == 0:
+        if share == 0 and are_mostly_equal:
             why = "the bytes of the tensor differ, but the bytes of most tensors are equal"
-            result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
+        elif share is not None and share < 1 and any(digests.contradict(*keys) for keys in _plain_keys(pair)):
+            why = "the names agree, but another tensor has the bytes"
+        elif decided and any(_is_elsewhere(*keys, places) for keys in _plain_keys(pair)):
+            why = "the names agree, but other tensors of the layer have the bytes of another layer"
         else:
             accepted.append(pair)
+            continue
+        result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
     result.pairs = accepted
+
+
+def _is_elsewhere(expected: str, found: str, places: Places) -> bool:
+    """Return whether equal bytes show that a layer or block comes from another place than this pair says."""
+    head = places.found_head(expected)
+    return head is not None and not found.startswith(head)
+
+
+def _plain_keys(pair: ModulePair) -> Iterator[tuple[str, str]]:
+    """Yield the expected and the found key of each tensor that the pair does not change."""
+    for link in pair.match.links:
+        if not link.operations:
+            for shifted, index in pair.match.index_pairs(link):
+                yield link.expected[0].tensors[shifted].key, link.found[0].tensors[index].key
 
 
 def _share_of_equal_bytes(pair: ModulePair, digests: Digests) -> float | None:
     """Return the share of a pair's tensors that have equal bytes; None if no digests are known."""
-    keys = (
-        (link.expected[0].tensors[shifted].key, link.found[0].tensors[index].key)
-        for link in pair.match.links
-        if not link.operations
-        for shifted, index in pair.match.index_pairs(link)
-    )
-    results = [equal for expected, found in keys if (equal := digests.are_equal(expected, found)) is not None]
+    results = [equal for keys in _plain_keys(pair) if (equal := digests.are_equal(*keys)) is not None]
+    for link in pair.match.links if digests.sides is not None else ():
+        if len(link.expected) + len(link.found) > 2:
+            for shifted, index in pair.match.index_pairs(link):
+                expected = tuple(member.tensors[shifted].key for member in link.expected)
+                equal = digests.are_joined(expected, tuple(member.tensors[index].key for member in link.found))
+                results += [] if equal is None else [equal]
     return sum(results) / len(results) if results else None
 
 
@@ -177,49 +182,112 @@ def _count_shapes(modules: Iterable[LayeredModule]) -> Counter[tuple[int, ...]]:
     return shapes
 
 
+_StackPair = tuple[str, str]
+
+
 def _match_stacks(
-    expected: Stacks, found: Stacks, known: Iterable[ModulePair]
-) -> tuple[list[tuple[str, str]], list[tuple[set[str], set[str]]]]:
+    expected: Stacks, found: Stacks, decided: Mapping[str, str]
+) -> tuple[list[_StackPair], list[tuple[set[str], set[str]]]]:
     """Return which stacks of layers match by their shapes and names, and groups of stacks that look the same.
 
-    A pair in ``known`` is evidence that the stacks of its modules match.
+    Pairs of tensors in ``decided`` are evidence that their stacks match.
     """
-    votes = Counter((pair.expected[0].stack, pair.found[0].stack) for pair in known)
+    votes = {(_stack_of(wanted), _stack_of(given)) for wanted, given in decided.items()}
     expected_shapes, found_shapes = (
         {name: _count_shapes(modules) for name, modules in stacks.items()} for stacks in (expected, found)
     )
-    scores: dict[tuple[str, str], float] = {}
+    alike: dict[_StackPair, float] = {}  # by shapes alone
+    scores: dict[_StackPair, float] = {}
     if len(expected) * len(found) <= _MAX_STACK_PAIRS:
         for expected_name, shapes in expected_shapes.items():
             for found_name, other_shapes in found_shapes.items():
                 score = _share_of_common_elements(shapes, other_shapes)
-                if score >= _MIN_OVERLAP or expected_name == found_name or votes[expected_name, found_name]:
+                pair = expected_name, found_name
+                if score >= _MIN_OVERLAP or expected_name == found_name or pair in votes:
                     by_name = 0.2 * word_overlap(split_words(expected_name), split_words(found_name))
-                    by_name += expected_name == found_name
-                    scores[expected_name, found_name] = score + by_name + 2 * (votes[expected_name, found_name] > 0)
-    pairs: list[tuple[str, str]] = []
+                    alike[pair] = score
+                    scores[pair] = score + by_name + (expected_name == found_name) + 2 * (pair in votes)
+    pairs: list[_StackPair] = []
     tied: list[tuple[set[str], set[str]]] = []
     while scores:
         best = max(scores, key=lambda pair: scores[pair])
-        rivals = [
-            score for pair, score in scores.items() if pair != best and (pair[0] == best[0] or pair[1] == best[1])
-        ]
+        rivals = [score for pair, score in scores.items() if pair != best and _share_a_side(pair, best)]
         if all(score <= scores[best] - _MIN_MARGIN for score in rivals):
             pairs.append(best)
             expected_names, found_names = {best[0]}, {best[1]}
         else:
-            expected_names, found_names = {best[0]}, {best[1]}
-            for expected_name, found_name in scores:  # every stack that shares a candidate with these is undecided too
-                if expected_name in expected_names or found_name in found_names:
-                    expected_names.add(expected_name)
-                    found_names.add(found_name)
+            expected_names, found_names = _with_neighbours(best, scores)
             tied.append((expected_names, found_names))
         scores = {
             pair: score
             for pair, score in scores.items()
             if pair[0] not in expected_names and pair[1] not in found_names
         }
-    return pairs, tied
+    return _without_guessed_twins(pairs, tied, alike, votes)
+
+
+def _stack_of(key: str) -> str:
+    number = _FIRST_NUMBER.search(key)
+    return key[: number.start()] if number else key
+
+
+def _share_a_side(first: _StackPair, second: _StackPair) -> bool:
+    return first[0] == second[0] or first[1] == second[1]
+
+
+def _with_neighbours(start: _StackPair, pairs: Iterable[_StackPair]) -> tuple[set[str], set[str]]:
+    """Return the names of both sides that are linked with a pair, directly or through other pairs."""
+    expected_names, found_names = {start[0]}, {start[1]}
+    waiting, is_growing = list(pairs), True
+    while is_growing:
+        linked = [pair for pair in waiting if pair[0] in expected_names or pair[1] in found_names]
+        waiting = [pair for pair in waiting if not (pair[0] in expected_names or pair[1] in found_names)]
+        expected_names |= {pair[0] for pair in linked}
+        found_names |= {pair[1] for pair in linked}
+        is_growing = bool(linked)
+    return expected_names, found_names
+
+
+def _without_guessed_twins(
+    pairs: list[_StackPair],
+    tied: list[tuple[set[str], set[str]]],
+    alike: Mapping[_StackPair, float],
+    votes: set[_StackPair],
+) -> tuple[list[_StackPair], list[tuple[set[str], set[str]]]]:
+    """Return the pairs and the tied stacks, where pairs of twins are tied if their names do not tell them apart.
+
+    Twins are stacks of equal shapes, such as a student and a teacher. That one of them is left over is not evidence.
+    """
+    accepted = list(pairs)
+    for pair in pairs:
+        if pair not in accepted or pair[0] == pair[1] or pair in votes:
+            continue
+        twins = [
+            other
+            for other, score in alike.items()
+            if score > alike[pair] - _MIN_MARGIN and alike[pair] > score - _MIN_MARGIN
+        ]
+        expected_names, found_names = _with_neighbours(pair, [other for other in twins if other[0] != other[1]])
+        group = [one for one in accepted if one[0] in expected_names or one[1] in found_names]
+        if len(expected_names) == len(found_names) == 1 or all(
+            one in votes or one[0] == one[1] or _are_told_apart(*one, expected_names, found_names) for one in group
+        ):
+            continue
+        accepted = [one for one in accepted if one not in group]
+        tied.append((expected_names, found_names))
+    return accepted, tied
+
+
+def _are_told_apart(expected: str, found: str, expected_twins: Iterable[str], found_twins: Iterable[str]) -> bool:
+    """Return whether two names share a word that not all of their twins have, or both have only common words."""
+    own, other = _own_words(expected, expected_twins), _own_words(found, found_twins)
+    return bool(own & other) or own == other
+
+
+def _own_words(name: str, twins: Iterable[str]) -> set[str]:
+    words = [set(split_words(twin)) for twin in twins]
+    common = set.intersection(*words) if len(words) > 1 else set()
+    return set(split_words(name)) - common
 
 
 def _share_of_common_elements(first: Counter[tuple[int, ...]], second: Counter[tuple[int, ...]]) -> float:
@@ -241,7 +309,7 @@ def _is_square(link: TensorLink, match: ModuleMatch) -> bool:
     return all(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
 
 
-def _transpose_squares(result: Matching) -> None:
+def _transpose_squares(result: Matching, digests: Digests) -> None:
     """Transpose square matrices if all other matrices of the same name are transposed: their shape shows nothing.
 
     If only some matrices of the same name are transposed, the pairs of the square matrices become undecided.
@@ -250,11 +318,12 @@ def _transpose_squares(result: Matching) -> None:
     for number, pair in enumerate(result.pairs):
         links: list[TensorLink] = []
         is_mixed = is_changed = False
+        has_equal_bytes = _share_of_equal_bytes(pair, digests) == 1
         for link in pair.match.links:
             leaves = link.expected[0].leaf, link.found[0].leaf
             stack = pair.found[0].stack
             siblings = transposed_kinds.get((stack, *leaves)) or transposed_kinds.get((None, *leaves)) or {False}
-            is_open = not link.operations and not pair.has_equal_bytes and _is_square(link, pair.match)
+            is_open = not link.operations and not has_equal_bytes and _is_square(link, pair.match)
             is_fused = len(link.found) + len(link.expected) > 2
             is_matrix = len(next(iter(link.found[0].tensors.values())).shape) == 2
             is_mixed |= (is_open or _TRANSPOSE in link.operations) and len(siblings) > 1
@@ -289,13 +358,58 @@ def _transposed_kinds(pairs: Iterable[ModulePair]) -> Mapping[tuple[str | None, 
     return kinds
 
 
+def _arranged(pair: ModulePair, arrangement: Arrangement) -> ModulePair:
+    """Return the pair with the operations that undo, or make, the form of a GGUF file."""
+    if len(pair.expected) != 1 or len(pair.found) != 1:
+        return pair
+    roles = {pair.expected[0].role, pair.found[0].role}
+    links = []
+    for link in pair.match.links:
+        member = (link.expected if arrangement.is_expected else link.found)[0]
+        change = arrangement.operation(roles, next(iter(member.tensors.values())).key)
+        if change is None or link.operations:
+            links.append(link)
+        else:
+            links.append(replace(link, operations=(change[0],), note=change[1]))
+    return replace(pair, match=replace(pair.match, links=tuple(links)))
+
+
+def _order_fused_parts(result: Matching, digests: Digests) -> None:
+    """Put the parts of fused projections in the order that equal bytes show."""
+    for number, pair in enumerate(result.pairs):
+        parts = max(len(pair.expected), len(pair.found))
+        if digests.sides is None or parts == 1:
+            continue
+        options = (_reordered(pair, order) for order in permutations(range(parts)))
+        right = next((option for option in options if _share_of_equal_bytes(option, digests) == 1), pair)
+        result.pairs[number] = right
+
+
+def _reordered(pair: ModulePair, order: Sequence[int]) -> ModulePair:
+    """Return a pair of fused modules with its parts in another order."""
+    splits = len(pair.expected) > 1
+    links = []
+    for link in pair.match.links:
+        members = tuple((link.expected if splits else link.found)[at] for at in order)
+        moved = replace(link, expected=members) if splits else replace(link, found=members)
+        parameters = link.operations[0].params()
+        sizes = parameters.get("sizes")
+        if isinstance(sizes, list):
+            split = parse_operation({"split": {**parameters, "sizes": [sizes[at] for at in order]}})
+            moved = replace(moved, operations=(split,))
+        links.append(moved)
+    modules = tuple((pair.expected if splits else pair.found)[at] for at in order)
+    match = replace(pair.match, links=tuple(links))
+    return replace(pair, match=match, expected=modules) if splits else replace(pair, match=match, found=modules)
+
+
 def _adds_positions(module: LayeredModule) -> bool:
     """Return whether a module adds position embeddings or biases, so that queries and keys are not rotated."""
     words = {word for text in module.path.texts for word in split_words(text)}
     return bool(words & {"wpe", "pos", "relative", "rel", "alibi"}) and not words & {"rotary", "rope"}
 
 
-def _reject_rotary(result: Matching) -> None:
+def _reject_rotary(result: Matching, digests: Digests) -> None:
     """Make queries and keys undecided if another implementation may store the rows in another order."""
     accepted = []
     for pair in result.pairs:
@@ -303,7 +417,10 @@ def _reject_rotary(result: Matching) -> None:
         is_same_code = [module.path_in_layer for module in pair.expected] == [
             module.path_in_layer for module in pair.found
         ]
-        if is_same_code or pair.has_equal_bytes or not roles & _ROTATED_ROLES:
+        is_arranged = any(
+            link.operations[:1] and link.operations[0].name == "rope_permute" for link in pair.match.links
+        )
+        if is_same_code or is_arranged or not roles & _ROTATED_ROLES or _share_of_equal_bytes(pair, digests) == 1:
             accepted.append(pair)
         else:
             result.undecided.append(Undecided(pair.expected, pair.found, _ROTARY, pair))

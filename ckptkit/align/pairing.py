@@ -33,7 +33,6 @@ class ModulePair:
     match: ModuleMatch
     why: str
     confidence: float
-    has_equal_bytes: bool = False  # paired because their bytes are equal
 
 
 @dataclass(frozen=True, slots=True)

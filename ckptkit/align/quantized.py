@@ -71,7 +71,7 @@ class QuantizedSides:
                 continue
             expected, found = link.expected[0], link.found[0]
             pairs = [(expected.tensors[shifted], found.tensors[index]) for shifted, index in match.index_pairs(link)]
-            right = [pair for pair in pairs if self._are_alike(*pair)]
+            right = [pair for pair in pairs if self.are_alike(*pair)]
             if len(right) == len(pairs):
                 yield link
             elif right and all(wanted.key == given.key for wanted, given in right):
@@ -89,7 +89,7 @@ class QuantizedSides:
             for info in member.tensors.values()
         )
 
-    def _are_alike(self, expected: TensorInfo, found: TensorInfo) -> bool:
+    def are_alike(self, expected: TensorInfo, found: TensorInfo) -> bool:
         """Return whether both tensors are plain, or both are the same part of weights of one form."""
         first, second = self.in_expected.by_key.get(expected.key), self.in_found.by_key.get(found.key)
         if first is None or second is None:

@@ -23,7 +23,7 @@ from ckptkit.rules.model import Rules
 from ckptkit.rules.presets import preset_names, preset_text
 from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["Prefix", "Suggestion", "fitting_presets", "rule_file", "rule_table", "suggestions_for"]
+__all__ = ["Suggestion", "fitting_presets", "rule_file", "rule_table", "suggestions_for"]
 
 _PATTERN_CHARACTERS = re.compile(r"[*{}=]|^re:")
 _VARIABLES = "ijklmnopqrstuvwxyz"
@@ -37,13 +37,12 @@ class Suggestion:
 
     Attributes:
         sources: The patterns of the found keys.
-        targets: The new names of the keys.
+        targets: The new names of the keys; empty for a rule that drops keys whose names other tensors get.
         operations: Tensor operations, in order.
         why: The evidence, in words.
         confidence: Between 0 and 1; 1 if the names alone or equal bytes prove the rule.
         keys: Each expected key that the rule fills, with the found keys that it is made from.
         elements: The number of elements of the filled keys.
-        has_equal_bytes: Whether equal bytes are the reason for the rule.
     """
 
     sources: tuple[str, ...]
@@ -53,29 +52,13 @@ class Suggestion:
     confidence: float
     keys: dict[str, tuple[str, ...]]
     elements: int
-    has_equal_bytes: bool = False
 
     @property
     def names(self) -> str:
-        """The rule in one line: ``old, old = new``."""
+        """The rule in one line: ``old, old = new``, or ``drop old``."""
+        if not self.targets:
+            return f"drop {', '.join(self.sources)}"
         return f"{', '.join(self.sources)} = {', '.join(self.targets)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A prefix to remove from all found keys, or to add to them."""
-
-    text: str = ""
-    is_added: bool = False
-
-    @property
-    def rule(self) -> tuple[str, str]:
-        """Both sides of the rename."""
-        return ("*", f"{self.text}*") if self.is_added else (f"{self.text}*", "*")
-
-    def apply(self, key: str) -> str:
-        """Return a found key with the prefix added or removed."""
-        return f"{self.text}{key}" if self.is_added else key.removeprefix(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +199,7 @@ def _suggestion(draft: _RuleDraft) -> Suggestion | None:
         return None
     why = "; ".join(dict.fromkeys([draft.pair.why, *(link.note for link in draft.links if link.note)]))
     pair = draft.pair
-    return Suggestion(*patterns, draft.operations, why, pair.confidence, keys, elements, pair.has_equal_bytes)
+    return Suggestion(*patterns, draft.operations, why, pair.confidence, keys, elements)
 
 
 def _patterns(draft: _RuleDraft) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
@@ -260,6 +243,8 @@ def rule_table(suggestions: Iterable[Suggestion]) -> dict[str, object]:
 
 
 def _table(suggestion: Suggestion) -> dict[str, object]:
+    if not suggestion.targets:
+        return {"from": _one_or_all(suggestion.sources), "drop": True}
     table: dict[str, object] = {"from": _one_or_all(suggestion.sources), "to": _one_or_all(suggestion.targets)}
     if suggestion.operations:
         table["op"] = _one_or_all(tuple(map(_operation, suggestion.operations)))

@@ -9,8 +9,11 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.cli.common.rule_options import rule_options
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable
 from ckptkit.formats.atomic import prepare_side_file, write_small_file
+from ckptkit.rules.model import Rules
 
 __all__ = ["align"]
 
@@ -18,7 +21,8 @@ __all__ = ["align"]
 @click.command(cls=Command, first=("--output", "--digests"))
 @path_argument("expected")
 @path_argument("found")
-@click.option("-o", "--output", type=PATH_TYPE, metavar="RULES", help="Write the rules to a file for --rules.")
+@rule_options(beside="found")
+@click.option("-o", "--output", type=PATH_TYPE, metavar="FILE", help="Write the rules to a file for --rules.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--digests", is_flag=True, help="Read all tensors, and match equal bytes before names.")
 @expand_option
@@ -30,6 +34,7 @@ def align(
     expected: str,
     found: str,
     *,
+    rules: Rules,
     output: str | None,
     force: bool,
     digests: bool,
@@ -50,8 +55,8 @@ def align(
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         target = None if output is None else prepare_side_file(output, [*left.files, *right.files], force=force)
         size = sum(info.nbytes for side in (left, right) for info in side.values())
-        with progress_bar(size, "reading", hidden=quiet or not digests) as progress:
-            result = suggest_rules(left, right, digests=digests, progress=progress)
+        with progress_bar(size, "reading", hidden=quiet or not digests) as progress, default_error_path(found):
+            result = suggest_rules(left, right, rules, digests=digests, progress=progress)
         if target is not None:
             write_small_file(target, result.toml().encode())
             if not quiet:

@@ -37,6 +37,7 @@ def align_document(result: Alignment) -> dict[str, object]:
         "missing": [tensor_document(info) for info in result.missing],
         "unexpected": [tensor_document(info) for info in result.unexpected],
         "presets": list(result.presets),
+        "different": list(result.different),
         "summary": {
             "tensors": len(result.expected),
             "same": len(result.same),
@@ -44,6 +45,8 @@ def align_document(result: Alignment) -> dict[str, object]:
             "ambiguous": sum(len(ambiguity.expected) for ambiguity in result.ambiguous),
             "missing": len(result.missing),
             "unexpected": len(result.unexpected),
+            "equal": None if result.equal is None else len(result.equal),
+            "different": None if result.equal is None else len(result.different),
             "share": result.share,
             "complete": result.complete,
         },
@@ -114,6 +117,18 @@ def _counts(result: Alignment) -> Iterable[Line]:
         f"{len(result.unexpected):,} unexpected",
     ]
     yield Line((f"of {plural(len(result.expected), 'tensor')}: {', '.join(counts)}",))
-    yield Line((f"explained {percent(result.share)} of the expected elements",))
+    yield Line((f"explained {percent(result.share)} of the expected elements{_values(result)}",))
     for name in result.presets:
         yield Line(("this preset fills all of them: --rules ", as_code(f"preset:{name}")))
+
+
+def _values(result: Alignment) -> str:
+    """Return what the digests say about the filled tensors; empty without digests."""
+    if result.equal is None:
+        return ""
+    filled = len(result.same) + sum(len(rule.keys) for rule in result.suggestions)
+    unknown = filled - len(result.equal) - len(result.different)
+    said = [f"{len(result.equal):,} of {plural(filled, 'tensor')} with equal bytes"]
+    said += [f"{len(result.different):,} with other values, which do not count"] if result.different else []
+    said += [f"{unknown:,} not compared"] if unknown else []
+    return f": {', '.join(said)}"

@@ -22,7 +22,7 @@ class _Renderer(NamedTuple):
 
 # By name, so that a page loads neither the other pages nor the packages of their results.
 _RENDERERS: Final[Mapping[str, _Renderer]] = {
-    "align.Alignment": _Renderer("align", "align_page", "align_document"),
+    "align.model.Alignment": _Renderer("align", "align_page", "align_document"),
     "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document"),
     "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
     "comparison.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
