@@ -133,7 +133,7 @@ def _loaded(result: StateDictDiff) -> dict[str, None]:
     """Return the keys of the model that ``load_state_dict`` would fill, in order."""
     refused = {pair.key for pair in result.uncopyable}
     pairs = (*result.matched, *(pair for pair in result.shape_mismatched if pair.loads))
-    loaded = {pair.key for pair in pairs if pair.key not in refused} | result.filled
+    loaded = {pair.key for pair in pairs if pair.key not in refused} | result.filled | result.computed.keys()
     return dict.fromkeys(key for key in result.expected if key in loaded)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+import ckptkit
+import ckptkit.testing
 from ckptkit import diff, load_into
-from tests.helpers_own_loading import MODULES, states
-
-CASES = [(name, variant) for name in MODULES for variant, _ in states(name)]
+from ckptkit.core.torch_bridge import as_checkpoint
+from tests.helpers_own_loading import MODULES, new_weight_norm, old_weight_norm, rename_old, states
 
 
 def outcome(model: nn.Module, state: Any, *, strict: bool) -> str:
@@ -80,3 +85,163 @@ def test_load_into_loads_what_torch_loads(name: str) -> None:
         assert [key for key in wanted if not torch.equal(after[key], wanted[key])] == [], (variant, report)
         keys = {key for key, value in MODULES[name]().state_dict().items() if isinstance(value, torch.Tensor)}
         assert {*report.loaded, *report.kept} == keys, variant
+
+
+def test_the_model_does_not_change_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """No tensor, no count of changes, no random number, no attribute, closure or container of the file is touched."""
+    seen: list[str] = []
+    numbers = {"calls": 0}
+
+    def note(_state: Any, prefix: str, *_: Any) -> None:
+        seen.append(prefix)
+        numbers["calls"] += 1
+        CALLS.append(prefix)
+        torch.rand(2)
+        print("loading")  # noqa: T201 - hooks print
+        warnings.warn("loading", stacklevel=1)
+
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.calls = [0]
+
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.calls[0] += 1
+            super()._load_from_state_dict(*args)
+
+    model = nn.Sequential(Counting(), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    register: Any = model[1]._register_load_state_dict_pre_hook
+    register(note)
+    before = {name: (id(tensor), tensor._version, tensor.clone()) for name, tensor in tensors_of(model).items()}
+    random, attributes = torch.random.get_rng_state(), [dict(module.__dict__) for module in model.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = diff(model, {key: torch.ones_like(value) for key, value in model.state_dict().items()})
+    assert result.loads_strict
+    assert result.has_own_code
+    assert (seen, numbers, CALLS) == ([], {"calls": 0}, [])
+    assert torch.equal(torch.random.get_rng_state(), random)
+    for name, tensor in tensors_of(model).items():
+        assert (id(tensor), tensor._version) == before[name][:2]
+        assert torch.equal(tensor, before[name][2])
+    assert [list(module.__dict__) for module in model.modules()] == [list(names) for names in attributes]
+    assert model[0].calls == [0]
+    assert capfd.readouterr() == ("", "")
+
+
+CALLS: list[str] = []  # a hook of the test above adds to it
+
+
+def test_no_value_is_copied() -> None:
+    """A model that is larger than the memory of the machine is tried, because only its structure is copied."""
+    model: Any = nn.Sequential(MODULES["renames"](), nn.Linear(8, 8))
+    with torch.device("meta"):
+        model[0][1] = nn.Linear(1 << 22, 1 << 22)
+    register: Any = model[0][1]._register_load_state_dict_pre_hook
+    register(rename_old)
+    infos = dict(as_checkpoint(model, "model").items())
+    infos["0.1.old_weight"] = infos.pop("0.1.weight")
+    assert diff(model, infos).moved == {"0.1.weight": "0.1.old_weight"}
+
+
+class Locked(nn.Module):
+    """Cannot be copied: it has a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.lock = threading.Lock()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+
+
+def reads_a_value(state: Any, prefix: str, *_: Any) -> None:
+    if f"{prefix}weight" in state and bool(state[f"{prefix}weight"].sum() > 0):
+        state[f"{prefix}weight"] = -state[f"{prefix}weight"]
+
+
+def with_reading_hook() -> nn.Module:
+    model = nn.Linear(2, 2)
+    register: Any = model._register_load_state_dict_pre_hook
+    register(reads_a_value)
+    return model
+
+
+@pytest.mark.parametrize(("build", "reason"), [(Locked, "a copy on the meta device failed with TypeError"),
+                                               (with_reading_hook, "it fails on tensors without values")])  # fmt: skip
+def test_where_the_code_cannot_be_tried_names_decide_and_the_report_says_so(build: Any, reason: str) -> None:
+    """The verdict is that of the names, and a line has the reason."""
+    model = build()
+    result = diff(model, {**model.state_dict(), "more": torch.ones(1)})
+    assert result.undecided.startswith(reason)
+    assert not result.loads_strict
+    assert result.loads
+    assert f"names decided: the model's own code for loading was not tried, because {reason}" in str(result)
+    assert result.to_dict()["own_code"]["tried"] is False
+
+
+def test_versions_reach_the_code_as_torch_load_gives_them(tmp_path: Path) -> None:
+    """A file of ``torch.save`` has the versions of its modules; one of safetensors, or with other names, has none."""
+    state = MODULES["upgrading"]().state_dict()
+    old = OrderedDict((key.replace(".0.0.", "."), value) for key, value in state.items())
+    old._metadata = state._metadata  # type: ignore[attr-defined, unused-ignore]
+    torch.save(old, tmp_path / "versions.pt")
+    torch.save(dict(old), tmp_path / "plain.pt")
+    save_file(dict(old), tmp_path / "plain.safetensors")
+    for name, loads in (("versions.pt", False), ("plain.pt", True), ("plain.safetensors", True)):
+        given = torch.load(tmp_path / name) if name.endswith(".pt") else dict(old)
+        assert (outcome(MODULES["upgrading"](), given, strict=True) == "loads") is loads
+        assert diff(MODULES["upgrading"](), tmp_path / name).loads_strict is loads
+    torch.save({f"module.{key}": value for key, value in old.items()}, tmp_path / "ddp.pt")
+    assert diff(MODULES["upgrading"](), tmp_path / "ddp.pt", ["module.*=*"]).loads_strict
+
+
+def test_merge_takes_what_the_code_renames_and_names_what_it_computes(tmp_path: Path) -> None:
+    """The output has the new names. A tensor that only the code makes stays as the base has it."""
+    torch.save(old_weight_norm().state_dict(), tmp_path / "old.pt")
+    plan = ckptkit.plan_merge(new_weight_norm(), tmp_path / "old.pt")
+    steps = {step.out.key: (step.sources[0].role, step.sources[0].key, step.rule) for step in plan.steps}
+    assert steps["0.parametrizations.weight.original0"] == ("donor", "0.weight_g", "the model's own code")
+    parts = {"0.weight": torch.ones(3, 3), "1.part1": torch.ones(2, 3), "1.part2": torch.ones(1, 3)}
+    plan = ckptkit.plan_merge(MODULES["joins"](), parts)
+    reasons = {drop.key: drop.reason for drop in plan.dropped}
+    assert reasons["1.part1"].startswith("the model's own code makes '1.weight' of it while it loads")
+    assert next(step for step in plan.steps if step.out.key == "1.weight").sources[0].role == "base"
+
+
+def test_preflight_and_assert_loads_ask_the_model_too() -> None:
+    """All readers of the comparison have one answer."""
+    state, model = old_weight_norm().state_dict(), new_weight_norm()
+    ckptkit.testing.assert_loads(model, state)
+    ckptkit.testing.assert_loads(MODULES["joins"](), joined())
+    section = ckptkit.preflight(model, init=state).init
+    assert section is not None
+    assert section.loaded == section.tensors
+    section = ckptkit.preflight(MODULES["joins"](), init=joined()).init
+    assert section is not None
+    assert section.loaded == section.tensors
+
+
+def joined() -> dict[str, torch.Tensor]:
+    state = MODULES["joins"]().state_dict()
+    weight = state.pop("1.weight")
+    return {**state, "1.part1": weight[:2], "1.part2": weight[2:]}
+
+
+def test_assign_gives_what_the_code_renames() -> None:
+    """``load_into(..., assign=True)`` loads renamed tensors, as torch does."""
+    state, model = with_values(old_weight_norm().state_dict()), new_weight_norm()
+    report = load_into(model, state, assign=True)
+    assert report.coverage == 1
+    assert torch.equal(model.state_dict()["0.parametrizations.weight.original0"], state["0.weight_g"])
+
+
+def test_the_page_says_what_the_code_did() -> None:
+    """Renamed and computed tensors have a row each, and a refusal is quoted."""
+    page = str(diff(new_weight_norm(), old_weight_norm().state_dict()))
+    assert "F32 [8, 1, 1]  as 0.weight_g, by the model's own code" in page
+    assert page.endswith("load_state_dict accepts the checkpoint")
+    assert "made of '1.part1', '1.part2', by the model's own code" in str(diff(MODULES["joins"](), joined()))
+    refused = diff(MODULES["refuses"](), {"1.old_weight": torch.ones(3, 3)})
+    assert str(refused).endswith("load_state_dict raises, even with strict=False: this checkpoint is too old")

@@ -144,7 +144,11 @@ def _load(live: Module, init: Checkpoint, rules: Rules) -> None:
     state = as_checkpoint(live, "model")
     key_map = apply_rules(rules, init, state)
     result = diff_checkpoints(state, init, key_map)
-    if result.matched and not result.uncopyable and not find_quantized_problems(state, init, key_map, "init"):
+    if (
+        (result.matched or result.computed)
+        and not result.uncopyable
+        and not find_quantized_problems(state, init, key_map, "init")
+    ):
         load_into(live, init, rules, on_mismatch="skip")
 
 

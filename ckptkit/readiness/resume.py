@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
-from ckptkit.core.text import listed, quoted
+from ckptkit.core.text import listed, printable, quoted
 from ckptkit.core.torch_bridge import get_or_none, named_of
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, scheduled_options
 from ckptkit.core.torch_types import Module
@@ -68,7 +68,7 @@ def check_resume(
     ``schedulers`` belong to the live optimizer.
     """
     findings = list(_weight_findings(result))
-    matched = len(result.matched) - len(result.uncopyable)
+    matched = len(result.matched) + len(result.computed) - len(result.uncopyable)
     if found is None:
         return Resume(matched, len(result.expected)), findings
     faults = list(structure_findings(found))
@@ -93,11 +93,17 @@ def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
     if first and first.rename:  # a rule would make this check pass, but torch would still refuse the run
         hint = first.message.replace("--rename", f"ckpt remap {path} -o OUT --rename")
     kinds = (
-        ("missing from the run", [info.key for info in result.missing if info.key not in result.filled]),
+        (
+            "missing from the run",
+            [info.key for info in result.missing if info.key not in result.filled | result.excused],
+        ),
         ("of another shape in the run", [pair.key for pair in result.shape_mismatched if not pair.loads]),
         ("not in the model", [info.key for info in result.unexpected if info.key not in result.unseen]),
         ("of a kind that torch does not copy", [pair.key for pair in result.uncopyable]),
     )
+    for refusal in result.refusals:
+        message = f"load_state_dict refuses the weights of the run: {printable(refusal)}"
+        yield codes.RESUME_WEIGHTS.finding("", message, "the model's own code for loading says so")
     for kind, keys in kinds:
         if keys:
             verb = "is" if len(keys) == 1 else "are"
