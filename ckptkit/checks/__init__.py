@@ -13,7 +13,7 @@ from itertools import groupby
 from ckptkit.checks import codes
 from ckptkit.checks.adapters import check_lora
 from ckptkit.checks.quantized_weights import check_quantized
-from ckptkit.checks.reading import VALUES_UNCHECKED, Scan
+from ckptkit.checks.reading import VALUES_UNCHECKED, Scan, loading_findings, loading_summary
 from ckptkit.checks.report import CheckReport
 from ckptkit.checks.structure import check_structure
 from ckptkit.core.arguments import require_flags, require_progress
@@ -102,7 +102,7 @@ def _check(
     key_map = apply_rules(rules, checkpoint, expected)
     chosen = key_map.renamed
     quantized = quantized_weights(checkpoint)
-    findings = list(_check_headers(checkpoint, chosen, quantized))
+    findings = [*_check_headers(checkpoint, chosen, quantized), *loading_findings(checkpoint)]
     result = None
     if expected is not None:
         from ckptkit.checks.expected import check_differences
@@ -112,6 +112,7 @@ def _check(
         findings += check_differences(result)
     if fast:
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
+        message += loading_summary(checkpoint)
         return [*findings, codes.NOT_SCANNED.finding("", message)]
     scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen.keys())
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,8 @@ CHECKSUM = Code("checksum", ("error",), "The bytes of a record do not match the 
 NOT_SCANNED = Code(
     "not-scanned", ("note",), "Lists everything that was checked or not checked; always the last finding."
 )
+TORCH_LOAD = Code("torch-load", ("warning",), "torch.load(weights_only=True), its default, refuses the file.")
+MAP_LOCATION = Code("map-location", ("note",), "Storages name devices, so torch.load needs map_location without these.")
 
 # Names, shapes and dtypes
 NOT_DENSE = Code("not-dense", ("note",), "A sparse or quantized tensor is listed, but its values are not read.")

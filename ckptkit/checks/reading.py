@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from ckptkit.checks.value_reader import ValueReader
 
-__all__ = ["VALUES_UNCHECKED", "Scan", "unreadable_finding"]
+__all__ = ["VALUES_UNCHECKED", "Scan", "loading_findings", "loading_summary", "unreadable_finding"]
 
 VALUES_UNCHECKED = "no values were checked (NaN, Inf, zeros, equal tensors, indices out of range)"
 _COPY_AGAIN = "copy or download it again"
+_MOST_DEVICES = 8  # named in a finding
 _MIN_THREAD_BYTES = 1 << 18  # for smaller chunks a thread costs more than it saves
 
 
@@ -37,6 +38,30 @@ def unreadable_finding(error: CkptkitError, path: str) -> Finding:
 
 def _code_of(error: CkptkitError) -> Code:
     return codes.CHANGED if isinstance(error, ChangedError) else codes.UNREADABLE
+
+
+def loading_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding if torch.load refuses a file by default, and one if it needs ``map_location``."""
+    loading = checkpoint.torch_loading
+    if loading is None:
+        return
+    if loading.refused:
+        message = f"torch.load(weights_only=True), which is the default, refuses the file: {'; '.join(loading.refused)}"
+        way = "torch.serialization.safe_globals allows code that you trust; or " if loading.globals else ""
+        hint = f"{way}write the tensors alone: ckpt convert PATH -o OUT.safetensors"
+        yield codes.TORCH_LOAD.finding("", message, hint)
+    if loading.devices:
+        names = ", ".join(map(printable, loading.devices[:_MOST_DEVICES]))
+        more = f" and {len(loading.devices) - _MOST_DEVICES} more" if len(loading.devices) > _MOST_DEVICES else ""
+        message = f"its storages were on {names}{more}: torch.load needs map_location where such a device is missing"
+        yield codes.MAP_LOCATION.finding("", message, 'torch.load(PATH, map_location="cpu")')
+
+
+def loading_summary(checkpoint: Checkpoint) -> str:
+    """Return the end of a sentence, which says that torch.load takes the file by default, if it does."""
+    loading = checkpoint.torch_loading
+    takes = loading is not None and not loading.refused
+    return "; torch.load(weights_only=True) takes the file, judging by its pickle" if takes else ""
 
 
 @dataclass(slots=True)
@@ -128,7 +153,7 @@ class Scan:
         if not self.checkpoint.files:
             return f"held in memory, not in a file: no byte of a file was read, {values}"
         read = f"{human_bytes(self.nbytes)} in {plural(self.records, 'record')} read, {self.compared:,} compared"
-        parts = [f"{read} with a checksum; {values}; code was not analysed"]
+        parts = [f"{read} with a checksum; {values}; code was not analysed{loading_summary(self.checkpoint)}"]
         inside = [entry.path for entry in self.checkpoint.entries if not entry.is_file]
         if inside:
             parts.append(f"entries that are not tensors were not interpreted ({listed(inside)})")

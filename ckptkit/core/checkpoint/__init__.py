@@ -42,6 +42,7 @@ __all__ = [
     "Payload",
     "Record",
     "TensorInfo",
+    "TorchLoading",
     "View",
     "is_contiguous",
     "memory_order",
@@ -116,6 +117,20 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True)
+class TorchLoading:
+    """What a torch file needs of ``torch.load``, as its pickle tells without being run.
+
+    ``refused`` has the reasons why ``torch.load(weights_only=True)`` refuses the file; it is empty if it does not.
+    ``globals`` are the code names among these reasons. ``devices`` are the devices other than ``cpu`` and ``meta`` that
+    its storages name: torch.load needs ``map_location`` where it does not have these.
+    """
+
+    refused: tuple[str, ...] = ()
+    globals: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Configuration:
     """The configuration of a live model of a library that has one, such as ``model.config`` of transformers.
 
@@ -149,6 +164,7 @@ class Description:
     references: Sequence[str] = ()
     suspicious: bool = False
     configuration: Configuration | None = None
+    torch_loading: TorchLoading | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -275,6 +291,11 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     def configuration(self) -> Configuration | None:
         """Return the configuration of a live model of a library that has one, else None."""
         return self._description.configuration
+
+    @property
+    def torch_loading(self) -> TorchLoading | None:
+        """Return what a file of ``torch.save`` needs of ``torch.load``; None for every other checkpoint."""
+        return self._description.torch_loading
 
     @property
     def layers(self) -> Mapping[str, str]:

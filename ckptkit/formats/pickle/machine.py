@@ -516,7 +516,19 @@ def _refuse(what: str) -> Operation:
     return run
 
 
-OPCODES: Final[Mapping[int, Operation]] = {
+def _recorded(opcode: int, operation: Operation) -> Operation:
+    """Return an operation that also records its opcode; in nearly all pickles no such opcode runs."""
+
+    def run(machine: PickleMachine) -> None:
+        machine.interpreter.opcodes_refused_by_torch.add(opcode)
+        operation(machine)
+
+    return run
+
+
+# The opcodes of ``torch._weights_only_unpickler``: those that pickles of protocol 2 have.
+_WEIGHTS_ONLY = frozenset(b"(GJKMNQRUXabcehjqrstu})]\x80\x81\x85\x86\x87\x88\x89\x8a\x8f.")
+_ALL_OPCODES: Final[Mapping[int, Operation]] = {
     0x28: _constant(MARK),
     0x30: lambda machine: machine.stack.__delitem__(-1),  # POP takes a MARK too
     0x31: lambda machine: machine.pop_mark().clear(),
@@ -584,4 +596,9 @@ OPCODES: Final[Mapping[int, Operation]] = {
     0x96: _raw(_U8, bytearray),
     0x97: _refuse("out-of-band buffers"),
     0x98: _refuse("out-of-band buffers"),
+}
+
+OPCODES: Final[Mapping[int, Operation]] = {
+    opcode: operation if opcode in _WEIGHTS_ONLY else _recorded(opcode, operation)
+    for opcode, operation in _ALL_OPCODES.items()
 }

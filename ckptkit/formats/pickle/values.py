@@ -110,6 +110,8 @@ class Interpreter:
         self.refused_by_torch = refused_by_torch
         self.keep_bytes: Callable[[int, int], object] | None = None  # makes a value of long bytes that are not read
         self.references: dict[str, int] = {}
+        self.names: set[str] = set()  # every code name of the pickle
+        self.opcodes_refused_by_torch: set[int] = set()  # those of the pickle that torch's weights-only loader refuses
         self.repeated: str | None = None  # the first key that was set twice in one mapping
         self.budget = 0
         self.steps = 0  # the opcodes of the pickles, rounded down
@@ -131,6 +133,7 @@ class Interpreter:
         dotted = f"{module}.{name}"
         if len(dotted) > _LONGEST_NAME:
             raise FormatError(f"the pickle refers to code by a name of {len(dotted)} characters")
+        self.names.add(dotted)
         if dotted in self.constants:
             return self.constants[dotted]
         if dotted not in self.builders or dotted in self.refused_by_torch:
@@ -210,10 +213,15 @@ _IMPORTED_MODULES: Final = frozenset(
 )
 
 
-# Names that torch's weights-only loader accepts and no reader here needs: old tensor classes, dtypes of few bits.
+# The names that torch's weights-only loader accepts (torch._weights_only_unpickler), by the names of Python 2 too.
 _WEIGHTS_ONLY: Final = re.compile(
-    r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Z][A-Za-z0-9]+Tensor|torch\.u?int[1-7]|builtins\.bytearray"
-    r"|torch\.storage\.TypedStorage|torch\._utils\._rebuild_device_tensor_from_(?:cpu_tensor|numpy)"
+    r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Z][A-Za-z0-9]+(?:Tensor|Storage)|torch\.(?:Size|Tensor|device)"
+    r"|torch\.(?:q?u?int|bfloat|float|complex|bool|bits)[0-9a-z_]*|torch\.per_(?:tensor|channel)_[a-z_]+"
+    r"|torch\.storage\.(?:Typed|Untyped)Storage|torch\.serialization\._get_layout|torch\.nn\.parameter\.Parameter"
+    r"|torch\._utils\._rebuild_(?:tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|sparse_tensor"
+    r"|meta_tensor_no_storage|nested_tensor|wrapper_subclass|device_tensor_from_(?:cpu_tensor|numpy))"
+    r"|torch\._tensor\._rebuild_from_type_v2|collections\.(?:OrderedDict|Counter)|_codecs\.encode"
+    r"|(?:builtins|__builtin__)\.(?:bytearray|set|complex)"
 )
 
 
@@ -228,5 +236,5 @@ def is_harmless(name: str) -> bool:
 
 
 def is_weights_only(name: str) -> bool:
-    """Return whether torch's weights-only loader accepts a code name that no reader here needs."""
+    """Return whether torch's weights-only loader accepts a code name without a list of the user."""
     return _WEIGHTS_ONLY.fullmatch(name) is not None

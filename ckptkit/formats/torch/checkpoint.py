@@ -34,6 +34,7 @@ from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided, only_listed_error
+from ckptkit.formats.pickle.loading import torch_loading
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.dtensor import describe_pieces, whole_tensor
 from ckptkit.formats.torch.modules import replace_modules
@@ -234,6 +235,7 @@ def build_checkpoint(
             warnings=warnings,
             references=references,
             suspicious=bool(suspicious),
+            torch_loading=torch_loading(interpreter, file.objects.locations.values(), file.objects.sources, format),
         ),
         nested=Nested(value, found.paths),
         container=_container(file, value, chosen, entries, found.paths),
