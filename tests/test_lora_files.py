@@ -221,3 +221,54 @@ def test_only_an_adapter_is_called_one(tmp_path: Path, state: State, words: str)
         text = "; ".join(checkpoint.warnings)
     assert words in text
     assert ("this is an adapter" in text) == bool(words)
+
+
+def part_update(adapter: State, scale: float, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    down, up = [tensor.double() for key, tensor in adapter.items() if not key.endswith(".alpha")]
+    return scale * up[start:stop] @ down
+
+
+def test_query_key_and_value_of_open_clip_are_rows_of_one_weight(tmp_path: Path) -> None:
+    """The second text encoder of SDXL in a single file: only the rows of the adapted projections change."""
+    stem = "conditioner.embedders.1.model.transformer.resblocks.3.attn"
+    base = {f"{stem}.in_proj_weight": randn(12, 4, seed=0).bfloat16(), f"{stem}.out_proj.weight": randn(4, 4, seed=1)}
+    layer = "lora_te2_text_model_encoder_layers_3_self_attn"
+    key, value = (kohya(f"{layer}_{name}_proj", alpha=1.0, out=4, seed=seed) for name, seed in (("k", 5), ("v", 9)))
+    found = merged(base, key | value, tmp_path=tmp_path)
+    wanted = base[f"{stem}.in_proj_weight"].double()
+    wanted[4:8] += part_update(key, 0.5)
+    wanted[8:] += part_update(value, 0.5)
+    assert torch.equal(found[f"{stem}.in_proj_weight"], wanted.bfloat16())
+    assert torch.equal(found[f"{stem}.out_proj.weight"], base[f"{stem}.out_proj.weight"])
+
+
+@pytest.mark.parametrize("block", ["double", "single"])
+def test_a_joined_factor_of_flux_is_divided_among_the_modules_of_diffusers(tmp_path: Path, block: str) -> None:
+    """kohya adapts ``qkv``, or ``linear1`` with the MLP, as one module; diffusers has a weight for each part."""
+    stem = "transformer_blocks.0" if block == "double" else "single_transformer_blocks.0"
+    sizes = {"attn.to_q": 4, "attn.to_k": 4, "attn.to_v": 4} | ({} if block == "double" else {"proj_mlp": 7})
+    base = {f"{stem}.{name}.weight": randn(size, 4, seed=seed) for seed, (name, size) in enumerate(sizes.items())}
+    name = "lora_unet_double_blocks_0_img_attn_qkv" if block == "double" else "lora_unet_single_blocks_0_linear1"
+    adapter = kohya(name, alpha=3.0, out=sum(sizes.values()))
+    found = merged(base, adapter, tmp_path=tmp_path)
+    start = 0
+    for key, weight in base.items():
+        wanted = weight.double() + part_update(adapter, 1.5, start, start + weight.shape[0])
+        torch.testing.assert_close(found[key], wanted.float(), rtol=0, atol=1e-6)
+        start += weight.shape[0]
+
+
+def test_modules_of_diffusers_are_rows_of_a_joined_weight_of_flux(tmp_path: Path) -> None:
+    """The other way round: an adapter of diffusers on the original file, which has query, key and value as one."""
+    base = {
+        "double_blocks.0.txt_attn.qkv.weight": randn(12, 4, seed=0),
+        "single_blocks.1.linear1.weight": randn(19, 4, seed=1),
+    }
+    key = factors("transformer.transformer_blocks.0.attn.add_k_proj", out=4, down=".lora_A", up=".lora_B")
+    mlp = factors("transformer.single_transformer_blocks.1.proj_mlp", out=7, down=".lora_A", up=".lora_B", seed=3)
+    found = merged(base, key | mlp, tmp_path=tmp_path)
+    wanted = {name: tensor.double() for name, tensor in base.items()}
+    wanted["double_blocks.0.txt_attn.qkv.weight"][4:8] += part_update(key, 1.0)
+    wanted["single_blocks.1.linear1.weight"][12:] += part_update(mlp, 1.0)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor.float(), rtol=0, atol=1e-6)

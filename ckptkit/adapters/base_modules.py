@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ckptkit.adapters.model import Adapter
+from ckptkit.adapters.fused import Place, fused_places
+from ckptkit.adapters.model import AdaptedModule, Adapter
 from ckptkit.adapters.module_names import COMPONENTS, layers_per_block, other_names, split_component
 from ckptkit.adapters.named import NamedAdapter, NamedModule
 from ckptkit.core.patterns import literal
@@ -18,13 +19,6 @@ __all__ = ["BaseModules", "find_modules", "on_base"]
 _WEIGHT = ".weight"
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    component: str  # empty if the name is that of the whole key
-    name: str
-    module: str
-
-
 class BaseModules:
     """The modules of a base by each name that an adapter may give to them."""
 
@@ -33,33 +27,52 @@ class BaseModules:
         modules = [key.removesuffix(_WEIGHT) for key, shape in base.items() if key.endswith(_WEIGHT) and len(shape) > 1]
         split = {module: split_component(module) for module in modules}
         layers = layers_per_block([name for _, name in split.values()])
-        self._by_flat: dict[str, dict[tuple[str, str, str], _Place]] = {}
+        self._by_flat: dict[str, dict[Place, None]] = {}
         for module, (prefix, name) in split.items():
-            self._add(_Place("", module, module))
+            self._add(Place("", module, module))
             for alias in (name, *other_names(name, layers)):
-                self._add(_Place(COMPONENTS.get(prefix, ""), alias, module))
+                self._add(Place(COMPONENTS.get(prefix, ""), alias, module))
+        for place in fused_places(base):
+            self._add(place)
 
-    def _add(self, place: _Place) -> None:
-        places = self._by_flat.setdefault(_flat(place.name), {})
-        places[place.component, place.name, place.module] = place
+    def _add(self, place: Place) -> None:
+        self._by_flat.setdefault(_flat(place.name), {})[place] = None
 
-    def find(self, module: NamedModule) -> str | None:
-        """Return the module of the base that a module of an adapter means, or None.
+    def find(self, module: NamedModule) -> list[AdaptedModule]:
+        """Return what a module of an adapter changes in the base, which is nothing if the base does not have it.
 
         Raises ``RuleError`` where several modules of the base can be meant.
         """
-        places = list(self._by_flat.get(_flat(module.name), {}).values())
+        places = list(self._by_flat.get(_flat(module.name), {}))
         if not module.is_flat:
             places = [place for place in places if place.name == module.name]
-        wanted = {place.module for place in places if place.component in ("", module.component) or not module.component}
-        if len(wanted) > 1:
-            first, second, *_ = sorted(wanted)
+        if module.component:
+            places = [place for place in places if place.component in ("", module.component)]
+        places = list(dict.fromkeys(replace(place, component="", name="") for place in places))
+        is_joined = all(place.up_rows is not None for place in places)
+        if len(places) > 1 and not is_joined:
+            first, second, *_ = sorted({place.module for place in places})
             key = next(iter(module.adapted.factors.values()))
             raise RuleError(
                 f"{quoted(key)} can mean {quoted(first)} and {quoted(second)} of the base",
                 hint=f"rename its keys to one of them, or leave it out: --drop {_pattern(module)}",
             )
-        return next(iter(wanted), None)
+        return [_placed(module.adapted, place) for place in places]
+
+
+def _placed(adapted: AdaptedModule, place: Place) -> AdaptedModule:
+    """Return the description of a module at its place in the base."""
+    if place.up_rows is not None and (adapted.kind != "lora" or adapted.bias):
+        raise RuleError(
+            f"{quoted(next(iter(adapted.factors.values())))} is a factor of several modules of the base, where only "
+            "LoRA without a bias can be folded",
+            hint="use a base with the original names",
+        )
+    orientation = adapted.orientation if place.rows is place.up_rows is None else "plain"
+    return replace(
+        adapted, module=place.module, parameter=place.parameter, rows=place.rows, up_rows=place.up_rows,
+        orientation=orientation,
+    )  # fmt: skip
 
 
 def _flat(name: str) -> str:
@@ -74,36 +87,35 @@ def _pattern(module: NamedModule) -> str:
 
 def on_base(adapter: NamedAdapter, base: Mapping[str, Shape]) -> Adapter:
     """Return the adapter with the modules of ``base`` that its names mean. Raises as ``find_modules`` does."""
-    placed = find_modules(adapter, base)
-    modules = tuple(replace(each.adapted, module=found) for found, each in placed.items())
+    modules = tuple(each for each, _ in find_modules(adapter, base))
     return Adapter(adapter.format, modules, fan_in_fan_out=adapter.fan_in_fan_out)
 
 
-def find_modules(adapter: NamedAdapter, base: Mapping[str, Shape]) -> dict[str, NamedModule]:
-    """Return the modules of the adapter by the modules of ``base`` that their names mean.
+def find_modules(adapter: NamedAdapter, base: Mapping[str, Shape]) -> list[tuple[AdaptedModule, NamedModule]]:
+    """Return what the adapter changes in ``base``, each with the module of the adapter.
 
-    Raises ``RuleError`` with every tensor that has no place in the base, where a name can mean two modules, and where
-    two modules of the adapter mean one module of the base.
+    Raises ``RuleError`` with every tensor that has no place in the base. It is also raised where a name can mean two
+    modules, and where two modules of the adapter mean one module of the base.
     """
     modules = BaseModules(base)
-    placed: dict[str, NamedModule] = {}
+    placed: dict[tuple[str, tuple[int, int] | None], tuple[AdaptedModule, NamedModule]] = {}
     unplaced: list[NamedModule] = []
     for module in adapter.modules:
         found = modules.find(module)
-        if found is None:
+        if not found:
             unplaced.append(module)
-            continue
-        if found in placed:
-            first, second = (next(iter(each.adapted.factors.values())) for each in (placed[found], module))
-            drop = shell_word(f"{module.prefix}*") if module.prefix else _pattern(module)
-            raise RuleError(
-                f"{quoted(first)} and {quoted(second)} both change {quoted(found + _WEIGHT)}",
-                hint=f"keep one of them: --drop {drop}",
-            )
-        placed[found] = module
+        for each in found:
+            if (each.key, each.rows) in placed:
+                first = placed[each.key, each.rows][1].adapted
+                names = [quoted(next(iter(one.factors.values()))) for one in (first, module.adapted)]
+                drop = shell_word(f"{module.prefix}*") if module.prefix else _pattern(module)
+                raise RuleError(
+                    f"{names[0]} and {names[1]} both change {quoted(each.key)}", hint=f"keep one of them: --drop {drop}"
+                )
+            placed[each.key, each.rows] = each, module
     if unplaced:
         _refuse_unplaced(unplaced, adapter)
-    return placed
+    return list(placed.values())
 
 
 def _refuse_unplaced(unplaced: Sequence[NamedModule], adapter: NamedAdapter) -> None:

@@ -35,7 +35,9 @@ class AdaptedModule:
     ``scale`` multiplies the update, as a number: alpha over the rank. ``scale_from`` says where it came from, in words
     for a report. ``bias`` is the key of an update of ``{module}.bias``, which is added times ``scale``, or is empty.
     ``orientation`` says how the base stores the weight: ``plain`` is ``[out, in]``, ``transposed`` is ``[in, out]``,
-    and ``by shape`` leaves it to the shapes of the weight and the factors.
+    and ``by shape`` leaves it to the shapes of the weight and the factors. ``rows`` are the first and the end of the
+    rows of the weight that change, if not all do. ``up_rows`` are those of ``B`` that belong to this module, if others
+    share it.
     """
 
     module: str
@@ -47,6 +49,8 @@ class AdaptedModule:
     bias: str = ""
     parameter: str = "weight"
     per_input: bool = False
+    rows: tuple[int, int] | None = None
+    up_rows: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
@@ -117,6 +121,7 @@ class Fold:
 
     The inputs of ``operation`` are the weight, then ``factors`` in order. ``replaced_by`` names the tensor of the
     adapter that replaces the weight before the fold, or is empty. ``label`` is what plans print: ``lora, scale 2``.
+    ``rows`` and ``up_rows`` are as in ``AdaptedModule``; the second factor has the rows.
     """
 
     key: str
@@ -124,6 +129,8 @@ class Fold:
     operation: Operation
     replaced_by: str = ""
     label: str = ""
+    rows: tuple[int, int] | None = None
+    up_rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,11 @@ def place_adapter(
     for module in adapter.modules:
         if module.key not in base:
             continue
-        names, operation = _operation(module, all_shapes[module.key], orientation)
+        weight = _with_rows(all_shapes[module.key], module.rows)
+        names, operation = _operation(module, weight, orientation)
         label = module.kind if module.kind == "ia3" else f"{module.kind}, scale {module.scale:g}"
-        folds.append(Fold(module.key, names, operation, replacements.pop(module.key, ""), label))
+        replaced_by = replacements.pop(module.key, "")
+        folds.append(Fold(module.key, names, operation, replaced_by, label, module.rows, module.up_rows))
         key = f"{module.module}.bias"
         if module.bias:
             folds.append(Fold(key, (module.bias,), FoldLora(module.scale), replacements.pop(key, ""), label))
@@ -54,15 +56,23 @@ def place_adapter(
             operation = ReplaceRows(rows.indices)
             folds.append(Fold(rows.key, (rows.name,), operation, replacements.pop(rows.key, ""), label))
     orientation.refuse_contradiction()
-    seen: set[str] = set()
+    seen: set[tuple[str, tuple[int, int] | None]] = set()
     for fold in folds:
-        if fold.key in seen:
+        if (fold.key, fold.rows) in seen:
             raise RuleError(f"{quoted(fold.key)} is adapted twice", hint="merge with peft")
-        seen.add(fold.key)
-        _check(fold.key, fold.operation, [all_shapes[fold.key], *(shapes[name] for name in fold.factors)])
+        seen.add((fold.key, fold.rows))
+        factors = [shapes[name] for name in fold.factors]
+        if fold.up_rows is not None:
+            factors[1] = _with_rows(factors[1], fold.up_rows)
+        _check(fold.key, fold.operation, [_with_rows(all_shapes[fold.key], fold.rows), *factors])
     return AdapterPlan(
         tuple(folds), replacements, unplaced, {name: key for key, name in left_out if key not in unplaced}
     )
+
+
+def _with_rows(shape: Shape, rows: tuple[int, int] | None) -> Shape:
+    """Return the shape of these rows, or of the whole tensor."""
+    return shape if rows is None else (rows[1] - rows[0], *shape[1:])
 
 
 def _operation(module: AdaptedModule, weight: Shape, orientation: _Orientations) -> tuple[tuple[str, ...], Operation]:

@@ -227,3 +227,42 @@ def test_adapters_are_combined_as_peft_combines_them(tmp_path: Path) -> None:
     assert found.keys() == merged.keys()
     for key, tensor in merged.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def make_flux() -> Any:
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
+    )  # fmt: skip
+
+
+FLUX = {  # the original name, and the shape of its weight
+    "double_blocks_0_img_attn_qkv": (48, 16),
+    "double_blocks_0_txt_attn_qkv": (48, 16),
+    "double_blocks_0_img_attn_proj": (16, 16),
+    "double_blocks_0_txt_mlp_2": (16, 64),
+    "double_blocks_0_img_mod_lin": (96, 16),
+    "single_blocks_0_linear2": (16, 80),
+    "single_blocks_0_modulation_lin": (48, 16),
+}
+
+
+def test_a_kohya_file_of_flux_is_folded_as_diffusers_fuses_it() -> None:
+    """The joined query, key and value are divided among the modules of diffusers."""
+    base = {key: value.clone() for key, value in make_flux().state_dict().items()}
+    state: State = {}
+    for seed, (name, shape) in enumerate(FLUX.items()):
+        down, up = factors(torch.empty(shape), 2 + seed % 3, seed)
+        stem = f"lora_unet_{name}"
+        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.5)}
+    found = folded(base, state)
+    loaded = diffusers.FluxPipeline.lora_state_dict(dict(state))
+    transformer = make_flux()
+    diffusers.FluxPipeline.load_lora_into_transformer(loaded, None, transformer)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    wanted = {key: value.detach() for key, value in transformer.state_dict().items()}
+    changed = [key.removesuffix(".weight") for key, value in wanted.items() if not torch.equal(value, base[key])]
+    assert len(changed) == 11
+    assert_equal(found, wanted, base, changed)

@@ -14,6 +14,9 @@ from ckptkit.plans.adapters.inputs import BASE
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.plans.steps import complete_step, is_float
 from ckptkit.tensor_ops.arithmetic import Cast
+from ckptkit.tensor_ops.joining import Concat, Split
+from ckptkit.tensor_ops.moving import Slice
+from ckptkit.tensor_ops.operation import Shape
 from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["Combined", "PlacedAdapter", "combine"]
@@ -98,6 +101,19 @@ def _step(
     for adapter, fold in folds:
         numbers = range(len(sources), len(sources) + len(fold.factors))
         sources += [Source(adapter.role, adapter.names[factor]) for factor in fold.factors]
-        recipe = Recipe((0 if recipe is None else recipe, *numbers), (fold.operation,))
+        recipe = _folded(0 if recipe is None else recipe, list(numbers), fold, out.shape)
     label = " + ".join(fold.label for _, fold in folds)
     return Step(out, tuple(sources), "", label, recipe)
+
+
+def _folded(weight: int | Recipe, factors: list[int], fold: Fold, shape: Shape) -> Recipe:
+    """Return the recipe of a weight of this shape after the fold, which can be one of some rows only."""
+    inputs: list[int | Recipe] = list(factors)
+    if fold.up_rows is not None:
+        inputs[1] = Recipe((factors[1],), (Slice(0, *fold.up_rows),))
+    if fold.rows is None:
+        return Recipe((weight, *inputs), (fold.operation,))
+    first, end = fold.rows
+    split = Split(0, (first, end - first, shape[0] - end))
+    above, rows, below = (Recipe((weight,), (split,), part) for part in range(3))
+    return Recipe((above, Recipe((rows, *inputs), (fold.operation,)), below), (Concat(0),))

@@ -16,6 +16,7 @@ from ckptkit.adapters.outputs import OutputModule, alpha_of, lora_fields, output
 from ckptkit.adapters.peft import read_peft
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
 from ckptkit.formats.directories.adapters import CONFIG
 from ckptkit.inputs import CheckpointLike, opened
@@ -86,7 +87,7 @@ def plan_conversion(
     if base_shapes is None:
         modules = {_path(module): module for module in named.modules}
     else:
-        modules = find_modules(named, base_shapes)
+        modules = _whole_modules(find_modules(named, base_shapes))
         layers = layers_per_block([split_component(path)[1] for path in modules])
     outputs = output_modules(modules, to, layers, is_placed=base is not None)
     steps = [step for output in outputs for step in _steps(output, to, source)]
@@ -102,6 +103,19 @@ def plan_conversion(
     dropped = [drop for drop in dropped_entries(source, _SOURCE) if drop.key != CONFIG]
     plan = Plan(tuple(steps), tuple(dropped), metadata, named.notes, command="convert")
     return Conversion(plan, fields)
+
+
+def _whole_modules(found: list[tuple[AdaptedModule, NamedModule]]) -> dict[str, NamedModule]:
+    """Return the modules by their path in the base; raise ``RuleError`` for one that is a part of a tensor there."""
+    for adapted, _ in found:
+        if adapted.rows is not None or adapted.up_rows is not None:
+            key = next(iter(adapted.factors.values()))
+            raise RuleError(
+                f"{quoted(key)} and {quoted(adapted.key)} of the base are not one module, so the adapter can only be "
+                "folded",
+                hint="fold it: ckpt merge BASE ADAPTER -o OUT --method lora",
+            )
+    return {adapted.module: module for adapted, module in found}
 
 
 def _path(module: NamedModule) -> str:
