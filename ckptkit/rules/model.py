@@ -30,6 +30,7 @@ __all__ = [
     "with_rule",
 ]
 
+_MOST_SHOWN = 6  # names of a rule, in messages
 OnCollision: TypeAlias = Literal["error", "first", "last", "equal"]
 _MOST_COUNTERS = 8  # before a list of numbered tensors
 
@@ -66,11 +67,16 @@ class Rule:
 
     def __str__(self) -> str:
         """Return the rule as an option of the command line, or with its place in its file."""
-        old = ", ".join(source.text for source in self.sources)
-        new = "" if self.drops else ", ".join(name.text for name in self.templates[0])
+        old = _few([source.text for source in self.sources])
+        new = "" if self.drops else _few([name.text for name in self.templates[0]])
         if self.where:
             return f"{'drop' if self.drops else 'rule'} {quoted(old if self.drops else f'{old}={new}')} ({self.where})"
         return f"--drop {shell_word(old)}" if self.drops else f"--rename {shell_word(f'{old}={new}')}"
+
+
+def _few(texts: Sequence[str]) -> str:
+    """Return texts in one line; of many, such as the names of 128 experts, the first and the last."""
+    return ", ".join(texts if len(texts) <= _MOST_SHOWN else [texts[0], "...", texts[-1]])
 
 
 class MakesStages(Protocol):

@@ -55,7 +55,8 @@ class LibraryStages:
         config = self.config
         classes: tuple[str, ...] = ()
         live_config = None if live is None else read_settings(live.value, "config.json")
-        if live is not None and live_config is not None and self._is_for(live_config):
+        is_same = live_config is not None and self.model_type in (_AUTO, live_config.get("model_type"))
+        if live is not None and (is_same or self.model_type in live.classes):
             config, classes = live_config, live.classes
         name = self.model_type
         if name == _AUTO:
@@ -77,9 +78,6 @@ class LibraryStages:
         if converted:
             note += f", {converted:,} of them by operations"
         return stages, [note]
-
-    def _is_for(self, config: Mapping[str, Any]) -> bool:
-        return self.model_type == _AUTO or config.get("model_type") == self.model_type
 
 
 def _names_after(steps: Sequence[Step], names: Iterable[str]) -> list[str]:
