@@ -298,19 +298,16 @@ def test_the_rules_are_few_and_can_be_read(tmp_path: Path) -> None:
     """A rule stands for all layers and experts, and says where it is from."""
     model = _mixtral(num_local_experts=12, num_experts=12)
     model.save_pretrained(tmp_path)
+    expert, stacked = "model.layers.{i}.block_sparse_moe.experts", "model.layers.{i:int}.mlp.experts.down_proj"
     steps = plan_remap(tmp_path, "transformers:auto").steps
+    old, new = f"{expert.replace('{i}', '{i:int}')}.{{j:int}}.w2.weight", stacked.replace("{i:int}", "{i}")
     assert {step.rule for step in steps if step.out.key.endswith("down_proj")} == {
-        (
-            "rule 'model.layers.{i:int}.block_sparse_moe.experts.{j:int}.w2.weight=model.layers.{i}.mlp.experts.down_proj' "
-            "(transformers:auto)"
-        )
+        f"rule '{old}={new}' (transformers:auto)"
     }
     reverse = plan_remap(model, "transformers:mixtral:reverse").steps
+    names = f"{expert}.0.w2.weight, ..., {expert}.11.w2.weight"
     assert {step.rule for step in reverse if step.out.key.endswith("w2.weight")} == {
-        (
-            "rule 'model.layers.{i:int}.mlp.experts.down_proj=model.layers.{i}.block_sparse_moe.experts.0.w2.weight, ..., "
-            "model.layers.{i}.block_sparse_moe.experts.11.w2.weight' (transformers:mixtral:reverse)"
-        )
+        f"rule '{stacked}={names}' (transformers:mixtral:reverse)"
     }
 
 
