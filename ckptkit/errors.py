@@ -66,13 +66,17 @@ _FLAGS: Final = frozenset(
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "reset")
+_OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
+_METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
 _OPTIMIZER: Final = "optimizer_state."
 _QUOTED: Final = r"""\$?'(?:[^'\\]|\\.)*'|"[^"]*\""""
-_VALUE: Final = rf"{_QUOTED}|[A-Z][\w=]*|(?:(?<=--hyper )|(?<=--on-unexpected )|(?<=--format ))\w+"
+_WORDED: Final = ("adapter", "format", "hyper", "method", "on-unexpected", "rules")  # their values are plain words
+_AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
+_VALUE: Final = rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})[\w:]+"
 OPTION: Final = re.compile(rf"--(?P<name>[a-z][a-z-]+)(?:[ =](?P<value>{_VALUE}))?")
 COMMAND: Final = re.compile(
     rf"\bckpt (?P<name>{'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})\b"
-    rf"(?P<words>(?: (?:-o \S+|--[a-z-]+(?: (?:{_VALUE}))?|[A-Z][A-Z0-9]+\b|{_QUOTED}"
+    rf"(?P<words>(?: (?:-o \S+|--[a-z-]+(?: (?:{_VALUE}))?|[A-Z][A-Z0-9]*\b|{_QUOTED}"
     r"|[\w-]*[./][\w./-]*\w(?:::[\w.]+)?))*)"
 )
 _WORD: Final = re.compile(rf"-o (?P<out>\S+)|{OPTION.pattern}|(?P<word>{_QUOTED}|\S+)")
@@ -108,9 +112,12 @@ def _call(match: re.Match[str]) -> str:
             rules.setdefault(word["name"], []).append(_python_word(word["value"]))
         else:
             others.append(_argument(word))
+    for argument in [argument for argument in others if argument in _METHODS]:
+        name = _METHODS[argument]
+        others.remove(argument)
     if name == "merge":
         inputs = [inputs[0], f"[{', '.join(inputs[1:])}]"] if len(inputs) > 2 else inputs
-    if name in ("merge", "convert") and out:
+    if name in ("merge", "convert", *_METHODS.values()) and out:
         inputs.append(out)
     lists = [f"{option}=[{', '.join(values)}]" for option, values in rules.items()]
     is_state = name.startswith(_OPTIMIZER)
@@ -124,6 +131,8 @@ def _call(match: re.Match[str]) -> str:
 def _argument(match: re.Match[str]) -> str:
     """Return the argument that does what an option does."""
     name, value = match["name"], match["value"]
+    if name in _OF_OTHER_PROGRAMS:
+        return match[0]
     if name in RULE_OPTIONS:
         if value is None:
             return "rules" if name == "rename" else f"parse_rules({name}=...)"

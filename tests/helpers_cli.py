@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckptkit.cli import main
+from tests.helpers_hints import problems_of_hint
 from tests.helpers_schemas import problems_of
 
 __all__ = ["ROOT", "Ran", "run_ckpt"]
@@ -28,11 +29,16 @@ class Ran:
 def run_ckpt(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
     """Run ``ckpt`` with these arguments; return the exit code and both outputs.
 
-    What ``--json`` prints must follow the schema that it names.
+    What ``--json`` prints must follow the schema that it names. Hints of errors must name commands that are whole, and
+    options that this command has.
     """
     capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
+    words = [str(argument) for argument in arguments]
+    code = main(words)
     captured = capsys.readouterr()
+    for line in captured.err.splitlines():
+        if line.startswith("hint: "):
+            assert problems_of_hint(words, line) == [], line
     if "--json" in arguments and code in {0, 1} and captured.out:
         assert problems_of(json.loads(captured.out)) == []
     return Ran(code, captured.out, captured.err)

@@ -132,7 +132,7 @@ def test_no_tensor_is_written_that_safetensors_cannot_read_again(
         return
     assert (ran.code, ran.err.count("\n"), out.exists()) == (2, 2, False)
     assert f"'w' would be {dtype} {shape}, which the safetensors library cannot read again" in ran.err
-    assert "ckpt remap with --drop" in ran.err
+    assert "ckpt remap PATH -o OUT --drop 'w'" in ran.err
     assert run_ckpt(capsys, "remap", source, "-o", out, "--drop", "w").code == 0
 
 

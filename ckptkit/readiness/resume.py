@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
-from ckptkit.core.text import listed, printable, quoted
+from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.core.torch_bridge import get_or_none, named_of
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, scheduled_options
 from ckptkit.core.torch_types import Module
@@ -91,7 +91,8 @@ def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
     first = result.hints[0] if result.hints else None
     hint = first.message if first else f"ckpt diff MODEL {path} shows all of them"
     if first and first.rename:  # a rule would make this check pass, but torch would still refuse the run
-        hint = first.message.replace("--rename", f"ckpt remap {path} -o OUT --rename")
+        how_many = first.message.partition("--rename")[0]
+        hint = f"{how_many}ckpt remap {path} -o OUT --rename {shell_word(first.rename)}"
     kinds = (
         (
             "missing from the run",

@@ -85,7 +85,7 @@ def check_not_parts(directory: str, weights: Sequence[str]) -> None:
         return
     numbered = f"{len(weights):,} numbered files: {listed(weights, 4, show=printable)}"
     if _share_no_key(directory, weights[:_MOST_COMPARED]):
-        names = " ".join(shell_word(name) for name in weights[:3])
+        names = " ".join(shell_word(os.path.join(directory, name)) for name in weights)
         raise FormatError(
             f"holds {numbered}, with different keys in each: parts of the layers of one model",
             hint=f"join them: ckpt merge {names} --on-unexpected add -o OUT",

@@ -10,7 +10,7 @@ from itertools import chain
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import same_bytes
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
@@ -68,7 +68,8 @@ def check_same_keys(parts: Sequence[Part]) -> None:
         if absent is not None and not first.checkpoint.keys() & part.checkpoint.keys():
             raise FormatError(
                 f"{first.name} and {part.name} have no key in common, so each holds a part of the layers",
-                hint=f"join them: ckpt merge {first.name} {part.name} --on-unexpected add -o OUT",
+                hint=f"join them: ckpt merge {shell_word(first.checkpoint.path)} {shell_word(part.checkpoint.path)} "
+                "--on-unexpected add -o OUT",
             )
         if absent is not None or extra is not None:
             key, holder, other = (absent, first, part) if absent is not None else (extra, part, first)

@@ -153,7 +153,7 @@ class _Extraction:
                 "no linear layer, embedding or convolution changed, so there is nothing that LoRA could hold"
                 if changed
                 else "no tensor of the tuned model differs from the base",
-                hint="compare the values of both: ckpt diff BASE TUNED --values",
+                hint="is it the right file? ckpt check TUNED --like BASE names the tensors with equal bytes",
             )
         kept = {source.key for step in steps for source in step.sources if source.role == DONOR}
         self.dropped = [drop for drop in self.dropped if drop.key not in kept]
