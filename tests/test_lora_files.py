@@ -272,3 +272,45 @@ def test_modules_of_diffusers_are_rows_of_a_joined_weight_of_flux(tmp_path: Path
     wanted["single_blocks.1.linear1.weight"][12:] += part_update(mlp, 1.0)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor.float(), rtol=0, atol=1e-6)
+
+
+def lycoris_state(rank: int, kind: str) -> State:
+    """Return the factors of a convolution [6, 4, 3, 3] by LyCORIS."""
+    if kind == "LoCon":
+        return {"lora_down.weight": randn(rank, 4, 1, 1, seed=1), "lora_up.weight": randn(6, rank, 1, 1, seed=2),
+                "lora_mid.weight": randn(rank, rank, 3, 3, seed=3)}  # fmt: skip
+    if kind == "LoHa":
+        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        return {name: randn(*((6, rank), (rank, 36))[n % 2], seed=n + 1) for n, name in enumerate(names)}
+    if kind == "LoKr":
+        return {
+            "lokr_w1": randn(2, 2, seed=1),
+            "lokr_w2_a": randn(3, rank, seed=2),
+            "lokr_w2_b": randn(rank, 18, seed=3),
+        }
+    return {"lokr_w1": randn(2, 2, seed=1), "lokr_w2": randn(3, 2, 3, 3, seed=2)}
+
+
+def lycoris_update(state: State, kind: str) -> torch.Tensor:
+    """Return the update by the formulas of the papers, without its scale."""
+    wide = {name: tensor.double() for name, tensor in state.items()}
+    if kind == "LoCon":
+        inner = torch.einsum("mnhw,ni->mihw", wide["lora_mid.weight"], wide["lora_down.weight"].flatten(1))
+        return torch.einsum("om,mihw->oihw", wide["lora_up.weight"].flatten(1), inner)
+    if kind == "LoHa":
+        made = (wide["hada_w1_a"] @ wide["hada_w1_b"]) * (wide["hada_w2_a"] @ wide["hada_w2_b"])
+        return made.reshape(6, 4, 3, 3)
+    inner = wide["lokr_w2"] if "lokr_w2" in wide else (wide["lokr_w2_a"] @ wide["lokr_w2_b"]).reshape(3, 2, 3, 3)
+    return torch.kron(wide["lokr_w1"].reshape(2, 2, 1, 1), inner)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("LoCon", 2.0), ("LoHa", 2.0), ("LoKr", 2.0), ("whole LoKr", 1.0)])
+def test_a_convolution_of_lycoris_is_folded(tmp_path: Path, kind: str, scale: float) -> None:
+    """The scale is alpha over the rank; whole factors of LoKr have no rank, and LyCORIS takes 1."""
+    state = lycoris_state(2, kind)
+    base = {"down_blocks.0.resnets.0.conv1.weight": randn(6, 4, 3, 3, seed=9)}
+    adapter = {f"lycoris_down_blocks_0_resnets_0_conv1.{name}": tensor for name, tensor in state.items()}
+    adapter["lycoris_down_blocks_0_resnets_0_conv1.alpha"] = torch.tensor(4.0)
+    found = merged(base, adapter, tmp_path=tmp_path)
+    wanted = base["down_blocks.0.resnets.0.conv1.weight"].double() + scale * lycoris_update(state, kind)
+    torch.testing.assert_close(found["down_blocks.0.resnets.0.conv1.weight"], wanted.float(), rtol=1e-5, atol=1e-5)

@@ -39,6 +39,7 @@ TABLES: dict[str, tuple[dict[str, Any], list[Shape]]] = {
     "fold_dora inputs": ({"scale": 0.5, "per_input": True}, [(6, 4), (2, 4), (6, 2), (1, 4)]),
     "fold_adalora": ({"scale": 0.5, "fan_in_fan_out": True}, [(6, 4), (2, 6), (4, 2), (2, 1)]),
     "fold_lora_experts": ({"scale": 0.5}, [(3, 4, 5), (6, 5), (4, 6)]),
+    "fold_locon": ({"scale": 0.5}, [(6, 4, 3, 2), (2, 4, 1, 1), (6, 3, 1, 1), (3, 2, 3, 2)]),
     "fold_loha": ({"scale": 0.5}, [(6, 4), (6, 2), (2, 4), (6, 2), (2, 4)]),
     "fold_loha kernels": ({"scale": 0.5}, [(6, 4, 3, 3), *[(2, 6), (2, 4)] * 2, *[(2, 2, 3, 3)] * 2]),
     "fold_lokr": ({"scale": 0.5, "w2": 2}, [(6, 4, 3), (3, 2), (2, 1), (1, 6)]),

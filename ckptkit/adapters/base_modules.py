@@ -62,7 +62,7 @@ class BaseModules:
 
 def _placed(adapted: AdaptedModule, place: Place) -> AdaptedModule:
     """Return the description of a module at its place in the base."""
-    if place.up_rows is not None and (adapted.kind != "lora" or adapted.bias):
+    if place.up_rows is not None and (adapted.kind != "lora" or adapted.bias or "mid" in adapted.factors):
         raise RuleError(
             f"{quoted(next(iter(adapted.factors.values())))} is a factor of several modules of the base, where only "
             "LoRA without a bias can be folded",

@@ -25,7 +25,7 @@ class AdaptedModule:
 
     - ``lora``: ``A`` is ``[r, in]`` and ``B`` is ``[out, r]``. For a convolution they are ``[r, in, *kernel]`` and
       ``[out, r, 1, ...]``. For an embedding, whose orientation is ``transposed``, they are ``[r, vocab]`` and
-      ``[dim, r]``.
+      ``[dim, r]``. With ``mid`` ``[r, r, *kernel]``, the factors of a convolution have kernels of 1.
     - ``dora``: as ``lora``, and ``magnitude`` with one value for each output, or for each input if ``per_input``.
     - ``adalora``: as ``lora``, and ``E`` ``[r, 1]``.
     - ``loha``: ``w1_a``, ``w1_b``, ``w2_a``, ``w2_b``, and for some convolutions ``t1`` and ``t2``.

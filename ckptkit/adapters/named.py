@@ -173,8 +173,8 @@ def _complete(group: ModuleTensors) -> None:
         raise RuleError(f"{quoted(group.alpha or group.bias)} has no factors beside it")
     first = next(iter(group.factors.values()))
     is_mixed = "A" in group.factors and "w1_a" in group.factors
-    if "mid" in group.factors:
-        raise RuleError(f"{quoted(group.factors['mid'])} is a third factor, which cannot be folded")
+    if "mid" in group.factors and group.kind != "lora":
+        raise RuleError(f"{quoted(group.factors['mid'])} and a magnitude cannot be folded together")
     if is_mixed or not all(any(role in group.factors for role in roles) for roles in _NEEDED[group.kind]):
         raise RuleError(f"{quoted(first)} has no partner in the adapter")
 

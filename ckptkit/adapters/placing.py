@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from ckptkit.adapters.model import AdaptedModule, Adapter, AdapterPlan, Fold
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.adapters import FoldAdalora, FoldDora, FoldIa3, FoldLoha, FoldLokr, FoldLoraExperts, ReplaceRows
+from ckptkit.tensor_ops.adapters import (
+    FoldAdalora,
+    FoldDora,
+    FoldIa3,
+    FoldLocon,
+    FoldLoha,
+    FoldLokr,
+    FoldLoraExperts,
+    ReplaceRows,
+)
 from ckptkit.tensor_ops.lora import FoldLora
 from ckptkit.tensor_ops.operation import Operation, Shape
 
@@ -86,6 +95,8 @@ def _operation(module: AdaptedModule, weight: Shape, orientation: _Orientations)
         roles = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
         count = sum(role in factors for role in roles[:3])
         operation = FoldLokr(scale, count, len(factors) - count)
+    elif "mid" in factors:
+        roles, operation = ("A", "B", "mid"), FoldLocon(scale)
     elif module.kind == "ia3":
         roles, turned = ("l",), orientation.is_transposed(module)
         operation = FoldIa3(module.per_input, turned)

@@ -12,7 +12,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.lora import FoldLora
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Ints, Number, Shape
 
-__all__ = ["FoldAdalora", "FoldDora", "FoldIa3", "FoldLoha", "FoldLokr", "FoldLoraExperts", "ReplaceRows"]
+__all__ = ["FoldAdalora", "FoldDora", "FoldIa3", "FoldLocon", "FoldLoha", "FoldLokr", "FoldLoraExperts", "ReplaceRows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,36 @@ class FoldLoraExperts(Arithmetic):
         ups = up.reshape(up.shape[0], -1, experts).permute(2, 0, 1)
         update = torch.bmm(ups, downs)
         return [weight + self.scale * (update.transpose(1, 2) if self.fan_in_fan_out else update)]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldLocon(Arithmetic):
+    """Compute ``W + scale * B @ M @ A`` of a convolution, the LoRA with a core that LyCORIS calls LoCon.
+
+    The inputs are W ``[out, in, *kernel]``, A ``[r, in, 1, ...]``, B ``[out, r, 1, ...]``, and M ``[r, r, *kernel]``.
+    """
+
+    scale: Number
+    name: ClassVar[str] = "fold_locon"
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of W; raise ``RuleError`` where the factors do not fit it."""
+        if len(inputs) != 4:
+            raise self.refusal(f"takes W, A, B and M, not {plural(len(inputs), 'tensor')}")
+        weight, down, up, core = inputs
+        ones = (1,) * (len(weight) - 2)
+        fits = len(weight) > 2 and len(down) > 1 and len(core) > 1 and down[0] == core[1]
+        if not fits or down[1:] != (weight[1], *ones) or up != (weight[0], core[0], *ones) or core[2:] != weight[2:]:
+            raise self.refusal(f"{_listed((down, up, core))} do not make {list(weight)}")
+        return (weight,)
+
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Multiply the core from both sides."""
+        import torch
+
+        weight, down, up, core = tensors
+        update = torch.einsum("om,mnk,ni->oik", up.flatten(1), core.flatten(2), down.flatten(1))
+        return [weight + self.scale * update.reshape(weight.shape)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,16 @@ from types import MappingProxyType
 from ckptkit.core.text import nearest, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.adapters import FoldAdalora, FoldDora, FoldIa3, FoldLoha, FoldLokr, FoldLoraExperts, ReplaceRows
+from ckptkit.tensor_ops.adapters import (
+    FoldAdalora,
+    FoldDora,
+    FoldIa3,
+    FoldLocon,
+    FoldLoha,
+    FoldLokr,
+    FoldLoraExperts,
+    ReplaceRows,
+)
 from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm, Scale
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave, Split, SplitQkv, Stack, Unstack
 from ckptkit.tensor_ops.lora import ExtractLora, FoldLora, LoraAlpha
@@ -29,9 +38,9 @@ __all__ = [
 
 _KINDS: tuple[type[Operation], ...] = (
     Add, Cast, Concat, ConvInChannels, Deinterleave, ExtractLora, FoldAdalora, FoldBatchNorm, FoldDora, FoldIa3,
-    FoldLoha, FoldLokr, FoldLora, FoldLoraExperts, FoldMask, FoldSpectralNorm, FoldWeightNorm, FuseQkv, Interleave,
-    LoraAlpha, Pad, Permute, ReplaceRows, Reshape, ResizePosEmbed, RopePermute, Scale, Slice, Split, SplitQkv,
-    Stack, Transpose, Unstack,
+    FoldLocon, FoldLoha, FoldLokr, FoldLora, FoldLoraExperts, FoldMask, FoldSpectralNorm, FoldWeightNorm, FuseQkv,
+    Interleave, LoraAlpha, Pad, Permute, ReplaceRows, Reshape, ResizePosEmbed, RopePermute, Scale, Slice, Split,
+    SplitQkv, Stack, Transpose, Unstack,
 )  # fmt: skip
 _BY_NAME = {kind.name: kind for kind in _KINDS}
 NAMES = tuple(sorted(_BY_NAME))
