@@ -447,6 +447,7 @@ SCHEMAS: dict[str, Schema] = dict(
                             "path": _text("The path of the entry in the checkpoint."),
                             "type": _text("The type."),
                             "value": _any("The value, or a short description if JSON cannot hold it."),
+                            "beside": _flag("Whether it is beside the mapping that was opened, and not inside."),
                         },
                     ),
                 ),

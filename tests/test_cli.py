@@ -53,7 +53,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show collapsed": (["show", "fixtures/encoder_tied.pt"], 0, "layers.{0..11}.attn.q.weight ×12  F32", ""),
     "show expanded": (["show", "fixtures/encoder_tied.pt", "--expand"], 0, "layers.11.attn.q.weight", ""),
     "show ties": (["show", "fixtures/encoder_tied.pt"], 0, "2.0 kB  head.weight", ""),
-    "show entries": (["show", DDP], 0, "best_acc      float   0.653", ""),
+    "show entries": (["show", DDP], 0, "best_acc        float   0.653", ""),
     "show inside": (["show", f"{DDP}::optimizer"], 0, "no tensors", ""),
     "show nothing inside": (["show", f"{DDP}::ema"], 2, "", "holds nothing at 'ema'"),
     "show shards": (["show", "fixtures/encoder_sharded"], 0, "2 shards", ""),
@@ -605,3 +605,22 @@ def test_a_diff_without_a_match_says_that_nothing_is_loaded(tmp_path: Path, caps
     torch.save({"b": torch.ones(2)}, tmp_path / "b.pt")
     ran = run_ckpt(capsys, "diff", tmp_path / "a.pt", tmp_path / "b.pt")
     assert (ran.code, "with strict=False it silently loads nothing" in ran.out) == (1, True)
+
+
+def test_show_lists_what_is_inside_a_mapping_apart_from_what_is_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both tables have a heading, and JSON says of each entry which it is."""
+    content = {"epoch": 3, "model": {"w": torch.ones(1)}, "optimizer": {"state": {}, "lr": 0.5, "inner": {"deep": 1}}}
+    torch.save(content, tmp_path / "run.pt")
+    ran = run_ckpt(capsys, "show", f"{tmp_path / 'run.pt'}::optimizer")
+    inside, _, beside = ran.out.partition("beside optimizer")
+    assert ran.code == 0
+    assert [line.split()[0] for line in inside.partition("also holds")[2].splitlines()[1:] if line] == [
+        "state", "lr", "inner.deep"
+    ]  # fmt: skip
+    assert [line.split()[0] for line in beside.splitlines()[1:3]] == ["epoch", "model"]
+    ran = run_ckpt(capsys, "show", f"{tmp_path / 'run.pt'}::optimizer", "--json")
+    assert {entry["path"]: entry["beside"] for entry in json.loads(ran.out)["entries"]} == {
+        "epoch": True, "model": True, "state": False, "lr": False, "inner.deep": False
+    }  # fmt: skip

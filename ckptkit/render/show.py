@@ -40,7 +40,10 @@ def show_document(checkpoint: Checkpoint, *, infos: Mapping[str, TensorInfo] | N
             for info in infos.values()
         ],
         "quantized": quantized_document(quantized_weights(checkpoint), infos),
-        "entries": [{"path": entry.path, "type": entry.type, "value": entry.value} for entry in checkpoint.entries],
+        "entries": [
+            {"path": entry.path, "type": entry.type, "value": entry.value, "beside": entry.is_outside}
+            for entry in checkpoint.entries
+        ],
         "metadata": dict(checkpoint.metadata),
         "warnings": list(checkpoint.warnings),
         "summary": totals_document(CheckpointSummary.of(checkpoint, infos.values())),
@@ -123,15 +126,26 @@ def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
 
 
 def _other_entries(checkpoint: Checkpoint) -> list[Block]:
+    inside, beside = _sorted_entries(checkpoint)
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
-        ("also holds", "type", "value"): [
-            (printable(entry.path), printable(entry.type), _value(entry)) for entry in checkpoint.entries
-        ],
+        ("also holds", "type", "value"): list(map(_entry_row, inside)),
+        (f"beside {printable(checkpoint.envelope)}", "type", "value"): list(map(_entry_row, beside)),
         ("metadata", "value"): [(printable(key), _cut(printable(text))) for key, text in checkpoint.metadata.items()],
         ("code references, not run",): [(printable(name),) for name in checkpoint.references],
     }
     blocks: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
     return [*blocks, Line(("headers only: no tensor value was read",))] if checkpoint.files else blocks
+
+
+def _sorted_entries(checkpoint: Checkpoint) -> tuple[list[Entry], list[Entry]]:
+    """Return the entries of the selected mapping, and those beside it in the file."""
+    beside = [entry for entry in checkpoint.entries if checkpoint.envelope and entry.is_outside]
+    inside = [entry for entry in checkpoint.entries if not checkpoint.envelope or not entry.is_outside]
+    return inside, beside
+
+
+def _entry_row(entry: Entry) -> tuple[str, ...]:
+    return printable(entry.path), printable(entry.type), _value(entry)
 
 
 def _value(entry: Entry) -> str:

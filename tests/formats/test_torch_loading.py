@@ -6,6 +6,7 @@ import argparse
 import collections
 import datetime as dt
 import decimal
+import io
 import pathlib
 import pickle
 import zipfile
@@ -58,6 +59,20 @@ VALUES: dict[str, Callable[[], Any]] = {
 }
 
 
+NOT_ALWAYS = {"set", "bytes", "bytearray", "complex number"}  # allowed since torch 2.5
+
+
+def _allows_sets() -> bool:
+    file = io.BytesIO()
+    torch.save({1}, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
 def takes(path: Path) -> bool:
     try:
         torch.load(path, weights_only=True, map_location="cpu")
@@ -71,6 +86,8 @@ def takes(path: Path) -> bool:
 @pytest.mark.parametrize("name", VALUES)
 def test_torch_takes_a_file_where_the_checkpoint_says_so(name: str, form: str, tmp_path: Path) -> None:
     """Every value beside a weight, in the formats of torch, and with a later protocol of pickle."""
+    if name in NOT_ALWAYS and not _allows_sets():
+        pytest.skip("this torch allows less")
     path = tmp_path / "file.pt"
     protocol = 4 if form == "protocol 4" else 2
     content = {"model": TENSOR, "beside": VALUES[name]()}
@@ -94,7 +111,7 @@ def test_the_devices_of_the_storages_are_named(tmp_path: Path) -> None:
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.torch_loading is not None
         assert checkpoint.torch_loading.devices == ("cuda:7",)
-    with pytest.raises(RuntimeError, match="CUDA"):
+    with pytest.raises((RuntimeError, pickle.UnpicklingError), match="CUDA"):
         torch.load(path, weights_only=True)
     assert torch.equal(torch.load(path, weights_only=True, map_location="cpu")["w"], TENSOR["w"])
     (note,) = [finding for finding in run_checks(path).findings if finding.code == "map-location"]
