@@ -133,9 +133,11 @@ REFUSED = {
     "LoHa": (LOHA, "peft", None, "kind loha, which can be folded, not converted"),
     "PEFT already": (FC, "peft", PEFT, "is one of PEFT already"),
     "no model": (FC, "diffusers", PEFT, "do not tell a model of diffusers"),
-    "saved whole": (FC | {"head.weight": randn(2, 2, seed=1)}, "kohya", PEFT, "replaces a tensor of the base"),
+    "saved whole": (FC | {"head.weight": randn(2, 2, seed=1)}, "kohya", PEFT, "replaces values of the base"),
+    "rows": (FC | {"e.token_adapter.trainable_tokens_delta": randn(1, 4, seed=1)}, "kohya",
+             PEFT | {"trainable_token_indices": {"e": [1]}}, "replaces values of the base"),
     "no scale": (FC, "kohya", None, "the scale is unknown"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

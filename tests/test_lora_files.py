@@ -119,6 +119,8 @@ REFUSED = {
     "inf": (ONE, kohya(FLAT, HUGE), "inf, which is not a valid alpha", None),
     "zero": (ONE, kohya(FLAT, 0.0), "not a valid alpha", "kohya trains with the rank"),
     "half": (ONE, dict(list(kohya(FLAT).items())[:1]), "has no partner", None),
+    "half of LoKr": (ONE, {f"{FLAT}.{name}": torch.ones(2, 2) for name in ("lokr_w1", "lokr_w2_a")}, "has no partner",
+                     None),
     "alpha alone": (ONE, kohya(FLAT) | {"lora_unet_x.alpha": torch.ones(())}, "no factors beside it", None),
     "whole difference": (ONE, kohya(FLAT) | {"lora_unet_x.diff": torch.ones(6, 4)}, "holds diff", "--drop"),
     "another tensor": (ONE, kohya(FLAT) | {"bundle_emb.x.string_to_param": torch.ones(2)}, "not a factor", "--drop"),

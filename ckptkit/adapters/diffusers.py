@@ -59,9 +59,10 @@ def _modules(
     prefix: str, names: Mapping[str, str], shapes: Mapping[str, Shape], config: Mapping[str, object]
 ) -> list[NamedModule]:
     adapter = read_peft({name: shapes[key] for name, key in names.items()}, config)
-    if adapter.replacements:
-        keys = [names[name] for name in adapter.replacements.values()]
-        raise RuleError(f"{listed(keys, 1)} replaces a tensor of the base, which a file of diffusers cannot say")
+    if adapter.replacements or adapter.rows:
+        whole = [*adapter.replacements.values(), *(rows.name for rows in adapter.rows)]
+        keys = [names[name] for name in whole]
+        raise RuleError(f"{listed(keys, 1)} replaces values of the base, which a file of diffusers cannot say")
     _, component, _, _ = split_name(f"{prefix}x")
     return [NamedModule(prefix, component, each.module, False, _renamed(each, names)) for each in adapter.modules]
 

@@ -173,6 +173,10 @@ def _complete(group: ModuleTensors) -> None:
         raise RuleError(f"{quoted(group.alpha or group.bias)} has no factors beside it")
     first = next(iter(group.factors.values()))
     is_mixed = "A" in group.factors and "w1_a" in group.factors
+    if group.kind == "lokr":
+        for name in ("w1", "w2"):
+            parts = {part for part in ("", "_a", "_b") if f"{name}{part}" in group.factors}
+            is_mixed = is_mixed or parts not in ({""}, {"_a", "_b"})
     if "mid" in group.factors and group.kind != "lora":
         raise RuleError(f"{quoted(group.factors['mid'])} and a magnitude cannot be folded together")
     if is_mixed or not all(any(role in group.factors for role in roles) for roles in _NEEDED[group.kind]):

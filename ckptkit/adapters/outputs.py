@@ -16,8 +16,10 @@ from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
 
-__all__ = ["OutputModule", "alpha_of", "lora_fields", "output_modules", "refuse_replacements"]
+__all__ = ["FOLD_CALL", "FOLD_IT", "OutputModule", "alpha_of", "lora_fields", "output_modules", "refuse_replacements"]
 
+FOLD_IT = "fold it: ckpt merge BASE ADAPTER -o OUT --method lora"
+FOLD_CALL = "fold it: merge_lora(base, adapter, out)"
 _PEFT_PREFIX = "base_model.model."
 _UNET = re.compile(
     r"(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|time_embedding|add_embedding"
@@ -96,7 +98,8 @@ def _refuse_kinds(modules: Collection[NamedModule], to: str) -> None:
         if adapted.kind not in ("lora", "dora") or adapted.parameter != "weight":
             raise RuleError(
                 f"{quoted(key)} belongs to an adapter of the kind {adapted.kind}, which can be folded, not converted",
-                hint="fold it: ckpt merge BASE ADAPTER -o OUT --method lora",
+                hint=FOLD_IT,
+                call=FOLD_CALL,
             )
         why = ""
         if to == "kohya" and adapted.bias:
@@ -110,7 +113,8 @@ def _refuse_kinds(modules: Collection[NamedModule], to: str) -> None:
         if why:
             raise RuleError(
                 f"{quoted(key)} {why}, which a file of {to} cannot hold",
-                hint="fold it: ckpt merge BASE ADAPTER -o OUT --method lora",
+                hint=FOLD_IT,
+                call=FOLD_CALL,
             )
 
 
@@ -205,6 +209,7 @@ def refuse_replacements(keys: Sequence[str], to: str) -> None:
     """Raise ``RuleError`` where an adapter saves tensors whole, and the output is not an adapter of PEFT."""
     if keys and to != "peft":
         raise RuleError(
-            f"{listed(keys, 1)} replaces a tensor of the base, which a file of {to} cannot say",
-            hint="fold it: ckpt merge BASE ADAPTER -o OUT --method lora",
+            f"{listed(keys, 1)} replaces values of the base, which a file of {to} cannot say",
+            hint=FOLD_IT,
+            call=FOLD_CALL,
         )

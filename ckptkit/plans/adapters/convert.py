@@ -12,7 +12,15 @@ from ckptkit.adapters.diffusers import METADATA
 from ckptkit.adapters.model import AdaptedModule
 from ckptkit.adapters.module_names import layers_per_block, split_component
 from ckptkit.adapters.named import NamedAdapter, NamedModule
-from ckptkit.adapters.outputs import OutputModule, alpha_of, lora_fields, output_modules, refuse_replacements
+from ckptkit.adapters.outputs import (
+    FOLD_CALL,
+    FOLD_IT,
+    OutputModule,
+    alpha_of,
+    lora_fields,
+    output_modules,
+    refuse_replacements,
+)
 from ckptkit.adapters.peft import read_peft
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
@@ -113,7 +121,8 @@ def _whole_modules(found: list[tuple[AdaptedModule, NamedModule]]) -> dict[str, 
             raise RuleError(
                 f"{quoted(key)} and {quoted(adapted.key)} of the base are not one module, so the adapter can only be "
                 "folded",
-                hint="fold it: ckpt merge BASE ADAPTER -o OUT --method lora",
+                hint=FOLD_IT,
+                call=FOLD_CALL,
             )
     return {adapted.module: module for adapted, module in found}
 
@@ -133,7 +142,7 @@ def _read(
     adapter = read_peft({key: info.shape for key, info in source.items()}, config)
     if to == "peft":
         raise RuleError("the adapter is one of PEFT already", hint="copy it: ckpt convert ADAPTER -o OUT --carry")
-    refuse_replacements(list(adapter.replacements.values()), to)
+    refuse_replacements([*adapter.replacements.values(), *(rows.name for rows in adapter.rows)], to)
     modules = tuple(NamedModule("", "", each.module, False, each) for each in adapter.modules)
     return NamedAdapter("peft", modules, fan_in_fan_out=adapter.fan_in_fan_out), config
 
