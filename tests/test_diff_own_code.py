@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -177,8 +179,47 @@ def test_where_the_code_cannot_be_tried_names_decide_and_the_report_says_so(buil
     assert result.undecided.startswith(reason)
     assert not result.loads_strict
     assert result.loads
+    assert "by its names and shapes, the checkpoint fits in part; load_state_dict can decide otherwise" in str(result)
     assert f"names decided: the model's own code for loading was not tried, because {reason}" in str(result)
     assert result.to_dict()["own_code"]["tried"] is False
+
+
+def stops(*_: Any) -> None:
+    raise SystemExit(3)
+
+
+def test_what_ends_the_program_is_a_refusal() -> None:
+    """A hook that calls ``sys.exit`` does not end ``ckpt diff``."""
+    model = nn.Linear(2, 2)
+    register: Any = model._register_load_state_dict_pre_hook
+    register(stops)
+    assert diff(model, model.state_dict()).refusals == ("3",)
+
+
+def test_references_to_the_model_lead_to_the_copy() -> None:
+    """A closure, a default, a weak reference and a bound method reach the copy, and not the model."""
+    model: Any = nn.Sequential(nn.Linear(2, 2))
+    model.seen, weak = [], weakref.ref(model)
+    for hook in (
+        lambda _state, prefix, *_: model.seen.append(prefix),
+        lambda _state, prefix, *_, of=weak: of().seen.append(prefix),
+        functools.partial(lambda of, _state, prefix, *_: of.seen.append(prefix), model),
+    ):
+        model[0]._register_load_state_dict_pre_hook(hook)
+    result = diff(model, model.state_dict())
+    assert result.loads_strict
+    assert not result.undecided
+    assert model.seen == []
+
+
+def test_tensors_may_be_swapped() -> None:
+    """The answer does not depend on ``torch.__future__.set_swap_module_params_on_conversion``."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        assert diff(new_weight_norm(), old_weight_norm().state_dict()).loads_strict
+        assert torch.__future__.get_swap_module_params_on_conversion()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_versions_reach_the_code_as_torch_load_gives_them(tmp_path: Path) -> None:

@@ -10,17 +10,24 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptkit.core.torch_types import Module, Tensor
 
-__all__ = ["copy_on_meta"]
+__all__ = ["Copies", "copy_on_meta"]
 
 _SHARED = (type(None), bool, int, float, complex, str, bytes, type, types.BuiltinFunctionType, types.ModuleType)
 _CONTAINERS = (list, dict, set, deque)
 
 
-def copy_on_meta(modules: Iterable[Module]) -> list[Module]:
+class Copies(NamedTuple):
+    """Copies of modules; ``kept`` keeps alive what they refer to weakly."""
+
+    modules: list[Module]
+    kept: object
+
+
+def copy_on_meta(modules: Iterable[Module]) -> Copies:
     """Return a deep copy of each module, whose tensors are on the meta device.
 
     What two of the modules share, their copies share. A function that is a hook gets copies of the models, tensors and
@@ -50,7 +57,7 @@ def copy_on_meta(modules: Iterable[Module]) -> list[Module]:
     copying = _Copying()
     copying.note(wanted)
     with Copying():
-        return [copying.copy(module) for module in wanted]
+        return Copies([copying.copy(module) for module in wanted], copying)
 
 
 class _Copying:
@@ -140,7 +147,7 @@ class _Copying:
             if (value := function.__globals__.get(name, builtins)) is not builtins and _is_changeable(value)
         }
         inside = [cell.cell_contents for cell in cells if cell != types.CellType()]
-        if not used and not inside and not function.__defaults__:
+        if not used and not inside and not function.__defaults__ and not function.__kwdefaults__:
             return function
         made = self._memo[id(function)] = types.FunctionType(
             function.__code__,

@@ -126,7 +126,7 @@ def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside
     try:
         with _quiet():
             values = _values(given)
-            twins = copy_on_meta(modules)
+            twins, kept = copy_on_meta(modules)
     except Exception as error:  # a model may hold what cannot be copied: locks, files, process groups
         raise _Uncertain(f"a copy on the meta device failed with {first_line(error)}") from error
     before: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside
                 raise _Uncertain(f"{quoted(full_name)} cannot be copied to the meta device")
             before[full_name] = tensor
     root = twins[0] if list(paths) == [""] else _skeleton(model, paths, twins, outside)
-    return _Attempt(root, values, before)
+    return _Attempt(root, values, before, kept)
 
 
 class _Uncertain(Exception):  # noqa: N818 - it is no error: the outcome with values is not known
@@ -147,8 +147,9 @@ class _Uncertain(Exception):  # noqa: N818 - it is no error: the outcome with va
 class _Attempt:
     """One load of values into copies, with a record of what was written where."""
 
-    def __init__(self, root: Module, values: OrderedDict[str, Any], before: Mapping[str, Tensor]) -> None:
+    def __init__(self, root: Module, values: OrderedDict[str, Any], before: Mapping[str, Tensor], kept: object) -> None:
         self._root = root
+        self._kept = kept  # what the copies refer to weakly
         self._values = values
         self._before = before
         self._lists: tuple[list[str], list[str], list[str]] | None = None
@@ -180,7 +181,9 @@ class _Attempt:
         try:
             with _quiet(), self._record:
                 self._root.load_state_dict(self._values, **options)
-        except Exception as error:  # hooks of the model can raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # hooks of the model can raise anything, also SystemExit
             self.raised = True
             if not str(error).startswith("Error(s) in loading state_dict for"):  # the lists have what torch raises
                 if isinstance(error, NotImplementedError) or _OF_META.search(str(error)):
@@ -249,9 +252,23 @@ class _NotATensor:
 
 
 @contextlib.contextmanager
+def _without_swaps() -> Iterator[None]:
+    """Let torch copy into tensors, where the user lets it swap them: what is loaded is the same."""
+    import torch
+
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Run code of the model without its output, warnings and effects on random numbers."""
     with (
+        _without_swaps(),
         restored_random_state(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -288,7 +305,7 @@ def _is_lazy(tensor: Tensor) -> bool:
     return bool(is_lazy(tensor))
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

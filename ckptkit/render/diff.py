@@ -163,6 +163,9 @@ def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
 
 
 def _verdict(result: StateDictDiff) -> str:
+    if result.undecided:
+        fits = "fits" if result.loads_strict else "fits in part" if result.loads else "does not fit"
+        return f"by its names and shapes, the checkpoint {fits}; load_state_dict can decide otherwise"
     if result.refusals:
         return f"load_state_dict raises, even with strict=False: {printable(result.refusals[0])}"
     if result.loads_strict:
