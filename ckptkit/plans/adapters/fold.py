@@ -99,10 +99,11 @@ def _several(
 ) -> tuple[list[CheckpointLike], list[LoraConfigLike | None], list[float]]:
     """Return the adapters, and for each its configuration and the factor of its scale."""
     require_type(scale, int | float, "scale", "a number")
-    adapters = [adapter] if isinstance(adapter, str) or not isinstance(adapter, Sequence) else list(adapter)
+    is_one = isinstance(adapter, str) or not isinstance(adapter, Sequence)
+    adapters: list[Any] = [adapter] if is_one else list(adapter)  # type: ignore[arg-type]
     if not adapters:
         raise PlanError("there is no adapter to fold")
-    given = list(lora_config) if isinstance(lora_config, list | tuple) else [lora_config]
+    given = list(lora_config) if not is_one and isinstance(lora_config, list | tuple) else [lora_config]
     configs: list[Any] = given if lora_config is not None or len(adapters) == 1 else [None] * len(adapters)
     factors = [1.0] * len(adapters) if weights is None else weights
     require_type(factors, list | tuple, "weights", "a list of numbers, one for each adapter")
