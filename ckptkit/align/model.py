@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ckptkit.align.to_rules import Suggestion, rule_file, rule_table
+from ckptkit.align.rule_files import rule_file, rule_table
+from ckptkit.align.to_rules import Suggestion
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
@@ -103,17 +104,25 @@ class Alignment(Result):
     @property
     def rules(self) -> Rules:
         """The suggestions as rules, for example for ``load_into(model, found, alignment.rules)``."""
-        return as_rules(rule_table(self.suggestions))
+        own = as_rules(rule_table(self.suggestions))
+        return replace(self.given, stages=(*self.given.stages, *own.stages)) if self.given.stages else own
 
     def toml(self) -> str:
-        """Return the rules as the text of a rule file, with the candidates of ambiguous tensors in comments."""
+        """Return the rules as the text of a rule file, after the given rules.
+
+        Comments have the candidates of ambiguous tensors, and name what no rule fills or uses.
+        """
         count = len(self.same) + sum(len(suggestion.keys) for suggestion in self.suggestions)
         title = [
             f"From {self.found.path} to {self.expected.path}.",
             f"{count:,} of {plural(len(self.expected), 'tensor')} found, {len(self.same):,} under the same name.",
         ]
-        undecided = [
-            (f"{plural(len(ambiguity.expected), 'tensor')}: {ambiguity.why}", ambiguity.candidates)
-            for ambiguity in self.ambiguous
+        if self.different:
+            title.append(f"{plural(len(self.different), 'tensor')} of these with other values.")
+        undecided = [(one.why, one.candidates, one.expected, one.found) for one in self.ambiguous]
+        left_out = [
+            ("other shapes in found:", [wanted for wanted, _ in self.unequal]),
+            ("not filled:", self.missing),
+            ("not used:", self.unexpected),
         ]
-        return rule_file(title, self.suggestions, undecided)
+        return rule_file(title, self.given, self.suggestions, undecided, left_out)

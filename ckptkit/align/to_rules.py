@@ -8,14 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
 
 from ckptkit.align.evidence import ModuleMatch, TensorLink
 from ckptkit.align.modules import Index, KeyTemplate, LayeredModule
 from ckptkit.align.pairing import ModulePair
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.config_files import toml_value
-from ckptkit.core.text import plural, printable
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.load import preset_rules
@@ -23,12 +20,11 @@ from ckptkit.rules.model import Rules
 from ckptkit.rules.presets import preset_names, preset_text
 from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["Suggestion", "fitting_presets", "rule_file", "rule_table", "suggestions_for"]
+__all__ = ["Suggestion", "fitting_presets", "suggestions_for"]
 
 _PATTERN_CHARACTERS = re.compile(r"[*{}=]|^re:")
 _VARIABLES = "ijklmnopqrstuvwxyz"
 _PRESET_SAMPLE = 64  # keys
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,48 +231,6 @@ def _fill_in(name: KeyTemplate, variables: Sequence[str]) -> str:
     for text, variable in zip(name.texts[1:], variables, strict=False):
         pieces += [variable, text]
     return "".join(pieces)
-
-
-def rule_table(suggestions: Iterable[Suggestion]) -> dict[str, object]:
-    """Return the rules in the form of a parsed rule file."""
-    return {"rule": [_table(suggestion) for suggestion in suggestions]}
-
-
-def _table(suggestion: Suggestion) -> dict[str, object]:
-    if not suggestion.targets:
-        return {"from": _one_or_all(suggestion.sources), "drop": True}
-    table: dict[str, object] = {"from": _one_or_all(suggestion.sources), "to": _one_or_all(suggestion.targets)}
-    if suggestion.operations:
-        table["op"] = _one_or_all(tuple(map(_operation, suggestion.operations)))
-    return table
-
-
-def _operation(operation: Operation) -> object:
-    return {operation.name: operation.params()} if operation.params() else operation.name
-
-
-def _one_or_all(items: tuple[_Item, ...]) -> _Item | list[_Item]:
-    return items[0] if len(items) == 1 else list(items)
-
-
-def rule_file(
-    title: Iterable[str], suggestions: Iterable[Suggestion], undecided: Iterable[tuple[str, Sequence[Suggestion]]]
-) -> str:
-    """Return a TOML file with a title in comments, the rules, and the candidates of undecided tensors in comments."""
-    lines = [f"# {printable(line)}" for line in title]
-    for suggestion in suggestions:
-        count = plural(len(suggestion.keys), "tensor")
-        evidence = f"# {count}, confidence {suggestion.confidence:.2f}: {printable(suggestion.why)}"
-        lines += ["", evidence, *_rule_lines(suggestion)]
-    for why, candidates in undecided:
-        lines += ["", f"# ambiguous: {printable(why)}"]
-        lines += [f"# {line}" for candidate in candidates for line in _rule_lines(candidate)]
-    return "\n".join(lines) + "\n"
-
-
-def _rule_lines(suggestion: Suggestion) -> list[str]:
-    table = _table(suggestion)
-    return ["[[rule]]", *(f"{name} = {toml_value(value)}" for name, value in table.items())]
 
 
 def fitting_presets(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> tuple[str, ...]:

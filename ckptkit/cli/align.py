@@ -8,7 +8,7 @@ from ckptkit.align import suggest_rules
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar, terminal_width
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable
@@ -44,9 +44,12 @@ def align(
 ) -> None:
     """Find rules that rename the tensors of FOUND to the names in EXPECTED, with evidence for each rule.
 
-    Compares names, shapes and order to find prefixes, renamed segments, shifted indices, and transposed, fused or
-    split tensors. Tensors that these cannot tell apart are listed as ambiguous, without a rule. Reads no tensor
-    without --digests. Exit code 0 if the rules explain every expected tensor, else 1.
+    Compares names, shapes and order to find prefixes, renamed segments, shifted indices, and transposed, fused, split
+    or stacked tensors. Knows the names of PEFT, and what GGUF changes. Tensors that these cannot tell apart are listed
+    as ambiguous, without a rule. --keep, --drop and --rename change the keys of FOUND first, and are in the file too.
+
+    Reads no tensor without --digests. With it, equal bytes decide before names, and bytes that several tensors have
+    decide nothing. Exit code 0 if every expected tensor is explained, and none is known to have other values; else 1.
 
     \b
     ckpt align py:mynet:build pretrained.pth -o rules.toml
@@ -61,5 +64,6 @@ def align(
             write_small_file(target, result.toml().encode())
             if not quiet:
                 print_message(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
-        echo_result(report_format, result, expand=expand)
+        width = terminal_width() if report_format is ReportFormat.TEXT else None
+        echo_result(report_format, result, expand=expand, width=width)
     context.exit(0 if result.complete else 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -20,7 +22,16 @@ if TYPE_CHECKING:
     from ckptkit.core.result import Result
     from ckptkit.render.page import Page
 
-__all__ = ["ReportFormat", "echo_report", "echo_result", "exit_code", "print_line", "print_message", "progress_bar"]
+__all__ = [
+    "ReportFormat",
+    "echo_report",
+    "echo_result",
+    "exit_code",
+    "print_line",
+    "print_message",
+    "progress_bar",
+    "terminal_width",
+]
 
 
 class ReportFormat(Enum):
@@ -87,6 +98,14 @@ def echo_report(
     for line in as_text(page()):
         colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
         print_line(line, colour=colour)
+
+
+def terminal_width() -> int | None:
+    """Return the width of the terminal that stdout is; ``COLUMNS`` overrides it. None if stdout is not a terminal."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdigit() and int(given) > 0:
+        return int(given)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def exit_code(report: Report) -> int:
