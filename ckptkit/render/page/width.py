@@ -12,6 +12,7 @@ from ckptkit.render.page import Block, Line, Page, Table
 __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
+_BESIDE_HEADERS = 2  # tabulate makes no column narrower than its header and two spaces
 _NARROWEST = 10  # a shorter cell says nothing
 _CUT = "…"
 
@@ -25,16 +26,21 @@ def _fit(block: Block, width: int) -> Iterator[Block]:
     if isinstance(block, Table):
         yield _fit_table(block, width)
     elif isinstance(block, Line) and len("".join(block.parts)) + 2 * block.indented > width:
-        for number, text in enumerate(textwrap.wrap("".join(block.parts), max(width - 2, _NARROWEST))):
+        for number, text in enumerate(
+            textwrap.wrap("".join(block.parts), max(width - 2, _NARROWEST), break_on_hyphens=False)
+        ):
             yield Line((text,), indented=block.indented or number > 0)
     else:
         yield block
 
 
 def _fit_table(table: Table, width: int) -> Table:
-    columns = list(zip(table.headers, *table.rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    least = [min(size, max(_NARROWEST, len(header))) for size, header in zip(widths, table.headers, strict=True)]
+    if not table.rows:
+        return table
+    headers = [len(header) + _BESIDE_HEADERS for header in table.headers]
+    columns = zip(*table.rows, strict=True)
+    widths = [max(header, *map(len, column)) for header, column in zip(headers, columns, strict=True)]
+    least = [min(size, max(_NARROWEST, header)) for size, header in zip(widths, headers, strict=True)]
     left = sum(widths) + _GAP * (len(widths) - 1) - width
     while left > 0:
         widest = max(range(len(widths)), key=lambda at: widths[at] - least[at])

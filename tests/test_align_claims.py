@@ -1,0 +1,270 @@
+"""``align`` claims what it knows: equal bytes are proved, equal places are ambiguous, and the file does as said."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ckptkit import Alignment, execute, plan_remap, suggest_rules
+from ckptkit.align.layouts import gguf_arrangement
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.parse import parse_rules
+from tests.helpers_cli import run_ckpt
+
+State = dict[str, torch.Tensor]
+
+
+def filled(result: Alignment) -> dict[str, tuple[str, ...]]:
+    """Return what each expected key is made from, by the rule file."""
+    made = apply_rules(parse_rules(file=tomllib.loads(result.toml())), result.found).outputs()
+    claimed = {key: (key,) for key in result.same} | {
+        key: sources for rule in result.suggestions for key, sources in rule.keys.items()
+    }
+    assert {key: made[key].sources for key in claimed} == claimed
+    return claimed
+
+
+def check_values(result: Alignment, expected: State, found: State) -> None:
+    """Check that what is said about the bytes is true of each tensor that the rule file gives."""
+    claimed = filled(result)
+    equal = {key for key, sources in claimed.items() if torch.equal(expected[key], found[sources[0]])}
+    assert set(result.equal or ()) == equal
+    assert set(result.different) == claimed.keys() - equal
+    for rule in result.suggestions:
+        if rule.why == "equal bytes":
+            assert rule.keys.keys() <= equal
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "fc", "q", "0", "1", "2", "layers", "norm", "weight", "bias"]), min_size=1)
+KEYS = st.lists(NAMES.map(".".join), min_size=1, max_size=12, unique=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(KEYS, KEYS, st.randoms(use_true_random=False), st.integers(0, 4))
+def test_equal_bytes_decide_whatever_the_names(
+    expected_keys: list[str], found_keys: list[str], random: object, zeros: int
+) -> None:
+    """A tensor with the bytes of exactly one other is paired with it, in any order and under any names."""
+    count = min(len(expected_keys), len(found_keys))
+    values = [torch.full((3,), float(number)) for number in range(count)]
+    numbers = [number if number >= zeros else 0 for number in range(count)]
+    expected = {key: values[number] for key, number in zip(expected_keys, numbers, strict=False)}
+    random.shuffle(numbers)  # type: ignore[attr-defined]
+    found = {key: values[number] for key, number in zip(found_keys, numbers, strict=False)}
+    result = suggest_rules(expected, found, digests=True)
+    check_values(result, expected, found)
+    claimed = filled(result)
+    for key, value in expected.items():
+        if sum(torch.equal(value, other) for other in expected.values()) == 1:
+            (source,) = claimed[key]
+            assert torch.equal(found[source], value)
+
+
+def test_a_student_of_every_second_layer_gets_the_right_layers() -> None:
+    """Layers 0, 2, 4 of a teacher become 0, 1, 2, under other names and under the same names, with equal norms too."""
+    teacher = {
+        f"layers.{i}.{name}.weight": torch.ones(8) if name == "norm" else torch.randn(8, 8)
+        for i in range(6)
+        for name in ("q", "fc", "norm")
+    }
+    for at in ("layers", "h"):
+        student = {
+            f"{at}.{i // 2}.{name}.weight": teacher[f"layers.{i}.{name}.weight"].clone()
+            for i in (0, 2, 4)
+            for name in ("q", "fc", "norm")
+        }
+        result = suggest_rules(student, teacher, digests=True)
+        check_values(result, student, teacher)
+        assert (result.complete, result.share) == (True, 1)
+        sources = {key: source for key, (source,) in filled(result).items()}
+        assert sources[f"{at}.1.norm.weight"] == "layers.2.norm.weight"
+
+
+def test_other_values_are_not_explained() -> None:
+    """A model that was trained further fits by names, and the report says that its values differ."""
+    before = {f"l.{i}.weight": torch.randn(4, 4 + i) for i in range(4)}
+    after = {f"m.{key}": value + 1 for key, value in before.items()}
+    result = suggest_rules(before, after, digests=True)
+    check_values(result, before, after)
+    assert (result.complete, result.share, len(result.different)) == (False, 0, 4)
+    assert "4 with other values" in str(result)
+    assert suggest_rules(before, after).complete
+
+
+def tower(*prefixes: str) -> State:
+    return {
+        f"{prefix}.{key}": value
+        for prefix in prefixes
+        for key, value in torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)).state_dict().items()
+    }
+
+
+TWINS = {
+    "student and teacher": (tower("student.backbone", "teacher.backbone"), tower("backbone")),
+    "and a head of the student": (
+        tower("student.backbone", "teacher.backbone") | {"student.head.weight": torch.zeros(5, 6)},
+        tower("backbone") | {"head.weight": torch.zeros(5, 6)},
+    ),
+    "encoders of query and key": (tower("encoder_q", "encoder_k"), tower("encoder")),
+    "one encoder of two": (tower("encoder"), tower("module.encoder_q", "module.encoder_k")),
+    "nets and targets": (tower("online", "target"), tower("q_network", "target_network")),
+    "generator": (tower("G", "D"), tower("generator", "discriminator")),
+    "averages": (tower("net"), tower("model.net", "ema.net")),
+    "original and trained": (tower("head.original_module", "head.modules_to_save.default"), tower("head")),
+    "towers": (tower("text", "vision"), tower("first", "second")),
+}
+
+
+@pytest.mark.parametrize(("expected", "found"), TWINS.values(), ids=TWINS)
+def test_twins_are_ambiguous(expected: State, found: State) -> None:
+    """Where two places fit equally, no rule is written, and both places are named."""
+    result = suggest_rules(expected, found)
+    assert not result.complete
+    assert all("head.weight" in key for key in filled(result))
+    assert {info.key for one in result.ambiguous for info in one.expected} >= {
+        key for key in expected if "head.weight" not in key
+    }
+    assert {info.key for one in result.ambiguous for info in one.found} >= {
+        key for key in found if "head.weight" not in key
+    }
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "truth"),
+    [
+        (("encoder_q", "encoder_k"), ("module.encoder_q", "module.encoder_k"), {"encoder_q": "module.encoder_q"}),
+        (("policy.q_net", "policy.q_net_target"), ("q_net", "q_net_target"), {"policy.q_net": "q_net"}),
+        (("actor", "critic"), ("critic_net", "actor_net"), {"actor": "actor_net", "critic": "critic_net"}),
+        (("text.tower", "vision.tower"), ("vision_model", "text_model"), {"text.tower": "text_model"}),
+        (("model",), ("model", "ema_model"), {"model": "model"}),
+    ],
+    ids=["one prefix", "a prefix to add", "swapped order", "two towers", "the same name"],
+)
+def test_names_that_tell_twins_apart_decide(
+    expected: tuple[str, ...], found: tuple[str, ...], truth: dict[str, str]
+) -> None:
+    """A shared word or an equal name decides between twins."""
+    result = suggest_rules(tower(*expected), tower(*found))
+    assert result.complete
+    sources = {key: source for key, (source,) in filled(result).items()}
+    for wanted, source in truth.items():
+        assert sources[f"{wanted}.0.weight"] == f"{source}.0.weight"
+
+
+def test_a_tensor_alone_of_its_shape_is_not_ambiguous() -> None:
+    """Names do not matter where no other tensor has the shape, unless a size is one or two, or the names contradict."""
+    shapes = {"x.one": (7,), "y.two": (5, 9), "z.three": (3, 4, 6)}
+    state = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    result = suggest_rules(state, {f"p{number}": value for number, value in enumerate(state.values())})
+    assert result.complete
+    assert filled(result) == {key: (f"p{number}",) for number, key in enumerate(state)}
+    assert not suggest_rules({"head.bias": torch.zeros(7)}, {"norm.weight": torch.zeros(7)}).suggestions
+
+
+LIVE = {
+    "base_model.model.q.base_layer.weight": (8, 8), "base_model.model.q.lora_A.default.weight": (2, 8),
+    "base_model.model.q.lora_B.default.weight": (8, 2), "base_model.model.head.original_module.weight": (3, 8),
+    "base_model.model.head.modules_to_save.default.weight": (3, 8), "base_model.model.norm.weight": (8,),
+}  # fmt: skip
+
+
+def infos(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    return {key: TensorInfo(key, "F32", shape) for key, shape in shapes.items()}
+
+
+def test_peft_adapters_and_bases() -> None:
+    """A saved adapter goes to what is trained, a base to the base layers, and a base's head is ambiguous."""
+    adapter = {
+        "base_model.model.q.lora_A.weight": (2, 8), "base_model.model.q.lora_B.weight": (8, 2),
+        "base_model.model.head.weight": (3, 8),
+    }  # fmt: skip
+    there = {
+        "base_model.model.q.lora_A.default.weight": ("base_model.model.q.lora_A.weight",),
+        "base_model.model.q.lora_B.default.weight": ("base_model.model.q.lora_B.weight",),
+        "base_model.model.head.modules_to_save.default.weight": ("base_model.model.head.weight",),
+    }
+    assert filled(suggest_rules(infos(LIVE), infos(adapter))) == there
+    back = filled(suggest_rules(infos(adapter), infos(LIVE)))
+    assert back == {source: (key,) for key, (source,) in there.items()}
+    base = {"q.weight": (8, 8), "head.weight": (3, 8), "norm.weight": (8,)}
+    result = suggest_rules(infos(LIVE), infos(base))
+    assert filled(result) == {
+        "base_model.model.q.base_layer.weight": ("q.weight",), "base_model.model.norm.weight": ("norm.weight",),
+    }  # fmt: skip
+    assert [(len(one.expected), len(one.found)) for one in result.ambiguous] == [(2, 1)]
+    two = LIVE | {"base_model.model.q.lora_A.other.weight": (2, 8)}
+    assert "base_model.model.q.lora_A.default.weight" not in filled(suggest_rules(infos(two), infos(adapter)))
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["gate first", "up first"])
+@pytest.mark.parametrize("divides", [False, True], ids=["join", "divide"])
+def test_experts_get_rules_that_digests_prove(swapped: bool, divides: bool, tmp_path: Path) -> None:
+    """The rules join and divide experts bit by bit; digests find up before gate, which no shape shows."""
+    apart = {
+        f"layers.{layer}.moe.experts.{expert}.{name}.weight": torch.randn(*shape)
+        for layer in range(2)
+        for expert in range(3)
+        for name, shape in (("w1", (6, 5)), ("w3", (6, 5)), ("w2", (5, 6)))
+    }
+    joined = {}
+    for layer in range(2):
+        one, two, three = (
+            torch.stack([apart[f"layers.{layer}.moe.experts.{expert}.{name}.weight"] for expert in range(3)])
+            for name in ("w1", "w2", "w3")
+        )
+        joined[f"layers.{layer}.mlp.experts.gate_up_proj"] = torch.cat([three, one] if swapped else [one, three], 1)
+        joined[f"layers.{layer}.mlp.experts.down_proj"] = two
+    expected, found = (apart, joined) if divides else (joined, apart)
+    result = suggest_rules(expected, found, digests=True)
+    assert (result.complete, set(result.equal or ())) == (True, set(expected))
+    execute(plan_remap(found, result.rules), found, tmp_path / "a.safetensors")
+    made = load_file(tmp_path / "a.safetensors")
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[key], value) for key, value in expected.items())
+    assert any("which no shape shows" in rule.why for rule in suggest_rules(expected, found).suggestions)
+
+
+def test_given_rules_come_first_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--drop`` and ``--rename`` change the found keys, and ``remap`` with the written file does the same."""
+    found = tower("net") | {"ema.0.weight": torch.zeros(8, 8)}
+    expected = {key.replace("net", "model.body"): value for key, value in tower("net").items()}
+    paths = [tmp_path / f"{name}.safetensors" for name in ("expected", "found", "out")]
+    save_file(expected, paths[0])
+    save_file(found, paths[1])
+    rules = tmp_path / "rules.toml"
+    ran = run_ckpt(capsys, "align", *paths[:2], "--drop", "ema*", "--rename", "net.*=body.*", "-o", rules)
+    assert ran.code == 0
+    assert run_ckpt(capsys, "remap", paths[1], "-o", paths[2], "--rules", rules).code == 0
+    assert load_file(paths[2]).keys() == expected.keys()
+
+
+def test_the_page_fits_and_the_file_names_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line is longer than ``COLUMNS``, and comments of the file name keys without a rule, up to a limit."""
+    expected = {f"a.very.long.name.of.a.module.number.{i}.weight.{i * 7}": torch.zeros(i + 3, 4) for i in range(60)}
+    paths = [tmp_path / f"{name}.safetensors" for name in ("expected", "found")]
+    save_file(expected | tower("left.long.name", "right.long.name"), paths[0])
+    save_file({"other.thing": torch.zeros(9, 9, 9)} | tower("x"), paths[1])
+    monkeypatch.setenv("COLUMNS", "78")
+    ran = run_ckpt(capsys, "align", *paths, "-o", tmp_path / "rules.toml")
+    assert max(map(len, ran.out.splitlines())) <= 78
+    text = (tmp_path / "rules.toml").read_text()
+    assert "# not filled:" in text
+    assert "#   and 20 more" in text
+    assert "#   other.thing  F32 [9, 9, 9]" in text
+
+
+def test_no_arrangement_without_gguf() -> None:
+    """Only a GGUF file has an arrangement."""
+    from ckptkit.inputs import opened
+
+    with opened(tower("a"), "a") as first, opened(tower("b"), "b") as second:
+        assert gguf_arrangement(first, second) is None
