@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,7 @@ LIVE = {
 }  # fmt: skip
 
 
-def infos(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+def infos(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     return {key: TensorInfo(key, "F32", shape) for key, shape in shapes.items()}
 
 
