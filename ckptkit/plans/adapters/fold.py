@@ -13,6 +13,7 @@ from ckptkit.adapters.placing import place_adapter
 from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
+from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
@@ -164,6 +165,7 @@ def _plan_lora(
         base.versions,
         role_to_edit(base, BASE),
         command="merge",
+        covered=measure_coverage(base, {step.out.key for step in steps if any(s.role != BASE for s in step.sources)}),
     )
     return check_quantized(follow_metadata(plan, {BASE: base}), context.quantized)
 
