@@ -159,3 +159,13 @@ def test_the_options_of_other_conversions_are_refused(tmp_path: Path, capsys: py
     with pytest.raises(ArgumentError, match="adapter"):
         convert_adapter(kohya, out, "a1111")  # type: ignore[arg-type]
     assert not out.exists()
+
+
+def test_a_name_that_other_modules_end_with_becomes_an_expression(tmp_path: Path) -> None:
+    """PEFT adapts every module that ends with a listed name, and the base tells that there are others."""
+    base = {"proj_out.weight": randn(6, 4, seed=1), "blocks.0.proj_out.weight": randn(6, 4, seed=2)}
+    state = {"lora_unet_proj_out.lora_down.weight": randn(2, 4, seed=3)}
+    state |= {"lora_unet_proj_out.lora_up.weight": randn(6, 2, seed=4), "lora_unet_proj_out.alpha": torch.tensor(2.0)}
+    convert_adapter(state, tmp_path / "peft", "peft", base=base)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["target_modules"] == r"(?:proj_out)"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ckptkit.adapters.model import AdaptedModule
 from ckptkit.adapters.module_names import COMPONENTS, DENOISER, diffusers_name, split_component
 from ckptkit.adapters.named import NamedModule
+from ckptkit.adapters.peft_names import exact_pattern, target_modules
 from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
@@ -178,19 +179,21 @@ def _as_f32(number: float) -> float:
 
 
 def lora_fields(
-    modules: Sequence[OutputModule], shapes: Mapping[str, Shape], *, fan_in_fan_out: bool
+    modules: Sequence[OutputModule], shapes: Mapping[str, Shape], others: Collection[str], *, fan_in_fan_out: bool
 ) -> dict[str, object]:
     """Return the fields of ``LoraConfig`` about ranks, scales and modules, for the names of ``modules``.
 
-    ``r`` and ``lora_alpha`` are the most frequent values, and the patterns name the modules with others.
+    ``r`` and ``lora_alpha`` are the most frequent values, and the patterns name the modules with others. ``others`` are
+    the modules of the model, as far as they are known.
     """
     ranks = {module.name: shapes[module.adapted.factors["A"]][0] for module in modules}
     alphas = {module.name: alpha_of(module.adapted.scale, ranks[module.name]) for module in modules}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": _plain(alpha), "target_modules": list(ranks), "bias": "none",
-        "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {_exactly(name): _plain(value) for name, value in alphas.items() if value != alpha},
+        "peft_type": "LORA", "r": rank, "lora_alpha": _plain(alpha), "bias": "none",
+        "target_modules": target_modules(list(ranks), others),
+        "rank_pattern": {exact_pattern(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {exact_pattern(name): _plain(value) for name, value in alphas.items() if value != alpha},
         "use_dora": any(module.adapted.kind == "dora" for module in modules),
         "lora_bias": any(module.adapted.bias for module in modules),
         "use_rslora": False, "fan_in_fan_out": fan_in_fan_out,
@@ -199,10 +202,6 @@ def lora_fields(
 
 def _plain(number: float) -> float | int:
     return int(number) if number.is_integer() else number
-
-
-def _exactly(name: str) -> str:
-    return f"^{name}" if re.fullmatch(r"[\w.]+", name) else f"^{re.escape(name)}"
 
 
 def refuse_replacements(keys: Sequence[str], to: str) -> None:

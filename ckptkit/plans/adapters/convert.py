@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ckptkit.adapters.base_modules import find_modules
@@ -22,6 +22,7 @@ from ckptkit.adapters.outputs import (
     refuse_replacements,
 )
 from ckptkit.adapters.peft import read_peft
+from ckptkit.adapters.peft_names import modules_of
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import quoted
@@ -92,10 +93,12 @@ def plan_conversion(
     named, config = _read(source, to, lora_config)
     base_shapes = None if base is None else {key: info.shape for key, info in base.items()}
     layers = _LAYERS
+    others: set[str] = set()
     if base_shapes is None:
         modules = {_path(module): module for module in named.modules}
     else:
         modules = _whole_modules(find_modules(named, base_shapes))
+        others = modules_of(base_shapes) | modules_of(split_component(key)[1] for key in base_shapes)
         layers = layers_per_block([split_component(path)[1] for path in modules])
     outputs = output_modules(modules, to, layers, is_placed=base is not None)
     steps = [step for output in outputs for step in _steps(output, to, source)]
@@ -103,10 +106,10 @@ def plan_conversion(
     shapes = {key: info.shape for key, info in source.items()}
     fields = None
     if to == "diffusers":
-        metadata[METADATA] = _metadata(outputs, shapes, fan_in_fan_out=named.fan_in_fan_out)
+        metadata[METADATA] = _metadata(outputs, shapes, others, fan_in_fan_out=named.fan_in_fan_out)
     elif to == "peft":
         kept = {name: config[name] for name in _FROM_SOURCE if isinstance(config.get(name), str)}
-        own = lora_fields(outputs, shapes, fan_in_fan_out=named.fan_in_fan_out)
+        own = lora_fields(outputs, shapes, others, fan_in_fan_out=named.fan_in_fan_out)
         fields = {**own, "inference_mode": True, "task_type": None, "base_model_name_or_path": None, **kept}
     dropped = [drop for drop in dropped_entries(source, _SOURCE) if drop.key != CONFIG]
     plan = Plan(tuple(steps), tuple(dropped), metadata, named.notes, command="convert")
@@ -181,11 +184,13 @@ def _shape_of(role: str, shape: Shape, down: Shape, to: AdapterFormat) -> Shape:
     return (1, count, *ones) if ones else (count,)
 
 
-def _metadata(outputs: list[OutputModule], shapes: Mapping[str, Shape], *, fan_in_fan_out: bool) -> str:
+def _metadata(
+    outputs: list[OutputModule], shapes: Mapping[str, Shape], others: Collection[str], *, fan_in_fan_out: bool
+) -> str:
     """Return the metadata of diffusers: the configuration of each model, with its name before each field."""
     fields: dict[str, object] = {}
     for model in dict.fromkeys(output.model for output in outputs):
         own = [output for output in outputs if output.model == model]
-        table = lora_fields(own, shapes, fan_in_fan_out=fan_in_fan_out)
+        table = lora_fields(own, shapes, others, fan_in_fan_out=fan_in_fan_out)
         fields |= {f"{model}.{name}": value for name, value in table.items()}
     return json.dumps(fields, indent=2, sort_keys=True)

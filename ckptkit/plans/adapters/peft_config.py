@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 
+from ckptkit.adapters.peft_names import exact_pattern, modules_of, target_modules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import Target, output_errors, prepare_target
@@ -69,43 +69,11 @@ def adapter_config(plan: Plan, base: Checkpoint) -> dict[str, object]:
     whole = [module for module in whole if not any(module.startswith(f"{other}.") for other in whole)]
     names = [module.rpartition(".")[2] for module in whole]
     rank = max(ranks.values())
-    lower = {_exactly(module): own for module, own in ranks.items() if own != rank}
+    lower = {exact_pattern(module): own for module, own in ranks.items() if own != rank}
+    targets = target_modules(list(ranks), {*base.layers, *modules_of(base)})
     return {
         "peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": lower, "alpha_pattern": lower,
-        "target_modules": _targets(list(ranks), _modules(base)), "modules_to_save": whole or None, "bias": bias,
+        "target_modules": targets, "modules_to_save": whole or None, "bias": bias,
         "ensure_weight_tying": sorted(name for name in names if name in _TIED) == _TIED,
         "fan_in_fan_out": is_transposed, "inference_mode": True, "task_type": None, "base_model_name_or_path": None,
     }  # fmt: skip
-
-
-def _modules(base: Checkpoint) -> set[str]:
-    modules = set(base.layers)
-    for key in base:
-        while "." in key:
-            key = key.rpartition(".")[0]  # noqa: PLW2901
-            modules.add(key)
-    return modules
-
-
-def _exactly(module: str) -> str:
-    """Return a pattern of PEFT that only this module matches: PEFT takes it for a regular expression."""
-    return f"^{module}" if re.fullmatch(r"[\w.]+", module) else f"^{re.escape(module)}"
-
-
-def _targets(adapted: list[str], modules: set[str]) -> list[str] | str:
-    """Return the names of the adapted modules, or one regular expression where names would match other modules too.
-
-    PEFT adapts each module whose name ends with a listed name. A number alone could also be that of a layer without
-    tensors, which no file names.
-    """
-    known = set(adapted)
-    also = {name for name in modules - known for part in _ends(name) if part in known}
-    if also or any(name.isdecimal() for name in adapted):
-        return f"(?:{'|'.join(map(re.escape, adapted))})"
-    return adapted
-
-
-def _ends(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
