@@ -56,7 +56,9 @@ def model_classes(name: str) -> list[Any]:
         entry = getattr(modeling_auto, table, {}).get(name)
         names |= dict.fromkeys([entry] if isinstance(entry, str) else entry or ())
     found = [getattr(transformers, item, None) for item in names]
-    return [item for item in found if item is not None and getattr(item, "config_class", None) is config_class]
+    # A class that needs a library that is not installed is a stand-in, and not a module.
+    models = [item for item in found if isinstance(item, type) and issubclass(item, torch.nn.Module)]
+    return [item for item in models if getattr(item, "config_class", None) is config_class]
 
 
 def tiny_model(model_class: Any, **more: Any) -> Any:
