@@ -231,3 +231,12 @@ def test_weights_beside_the_adapter_are_named(tmp_path: Path) -> None:
     assert "'non_lora_trainables.bin' beside the adapter has weights too, which are not folded" in plan.notes[0]
     with pytest.warns(UserWarning, match=r"'non_lora_trainables\.bin' is not read"):
         plan_lora(tmp_path / "base", adapter)
+
+
+def test_a_dora_is_not_folded_with_another_adapter() -> None:
+    """The norm of a DoRA is that of the weight without the other one."""
+    dora = Q | {f"{P}model.q.lora_magnitude_vector": torch.ones(4)}
+    configs = [CONFIG | {"use_dora": True}, CONFIG]
+    assert plan_lora(BASE, dora, configs[0]).steps[1].rule == "dora, scale 2"
+    with pytest.raises(PlanError, match=r"'model.q.weight' has the DoRA of donor1 and another adapter"):
+        plan_lora(BASE, [dora, Q], configs)

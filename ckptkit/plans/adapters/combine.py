@@ -13,6 +13,7 @@ from ckptkit.errors import PlanError
 from ckptkit.plans.adapters.inputs import BASE
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.plans.steps import complete_step, is_float
+from ckptkit.tensor_ops.adapters import FoldDora
 from ckptkit.tensor_ops.arithmetic import Cast
 from ckptkit.tensor_ops.joining import Concat, Split
 from ckptkit.tensor_ops.moving import Slice
@@ -80,11 +81,22 @@ def combine(
             folds.setdefault(fold.key, []).append((adapter, fold))
     steps = {}
     for key in dict.fromkeys((*folds, *replaced)):
+        _refuse_two_norms(key, folds.get(key, ()))
         in_base = absent.get(key, key)
         first_source = replaced.get(key, Source(BASE, in_base))
         out = replace(roles[BASE][in_base], key=key)
         steps[key] = complete_step(_step(out, first_source, folds.get(key, ()), roles), roles)
     return Combined(steps, tuple(dropped), tuple(notes))
+
+
+def _refuse_two_norms(key: str, folds: Sequence[tuple[PlacedAdapter, Fold]]) -> None:
+    """Raise ``PlanError`` for a DoRA among several folds: its norm is that of the weight without the others."""
+    dora = next((adapter.role for adapter, fold in folds if isinstance(fold.operation, FoldDora)), None)
+    if dora is not None and len(folds) > 1:
+        raise PlanError(
+            f"{quoted(key)} has the DoRA of {dora} and another adapter, and the norm of a DoRA does not count others",
+            hint="merge with peft (merge_and_unload)",
+        )
 
 
 def _step(
