@@ -106,7 +106,8 @@ CONSTANT: dict[str, tuple[dict[str, torch.Tensor], list[tuple[str, str]]]] = {
          "e.lora_embedding_B": NOISE[:, :8].clone()}, [("lora-alpha", "note")],
     ),
     "fresh LoRA of kohya": (
-        {"q.lora_down.weight": NOISE[:8], "q.lora_up.weight": ZEROS, "q.alpha": torch.tensor(8.0)}, [],
+        {"q.lora_down.weight": NOISE[:8], "q.lora_up.weight": ZEROS, "q.alpha": torch.tensor(8.0)},
+        [("adapter-base", "note")],
     ),
     "tokens and positions": ({"cls_token": torch.zeros(1, 1, 8), "pos_embed": torch.zeros(1, 9, 8)}, []),
     "integers": ({"types": torch.zeros(2, 99, dtype=torch.int64), "mask": torch.zeros(9, 9, dtype=torch.bool)}, []),

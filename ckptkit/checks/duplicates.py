@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 from ckptkit.checks import codes
-from ckptkit.checks.single_tensors import is_mask
+from ckptkit.checks.meant import is_mask
 from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding, Severity

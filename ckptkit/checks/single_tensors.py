@@ -6,36 +6,20 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ckptkit.checks import codes
+from ckptkit.checks.meant import is_mask, is_meant
 from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["check_finite", "check_single_tensors", "is_mask"]
+__all__ = ["check_finite", "check_single_tensors"]
 
-_MASK = re.compile(r"mask|(?:^|[._])alibi")
-# Names of tensors that often are zero in a healthy model: biases and means, the second matrix of an adapter, gates,
-# residual branches that are initialised to zero, learned positions.
-_OFTEN_ZERO = re.compile(
-    r"bias|beta(?:$|\.)|running_mean|lora_B|lora[._]up|lora_embedding_A|zero|adaln|rel_pos|pos_emb|position|sampling_offsets|attention_weights"
-    r"|(?:^|[._])(?:gate|gates|alpha|offset|shift|token|gamma|scale|logvar|temperature)(?:$|[._])",
-    re.IGNORECASE,
-)
-_OFTEN_CONSTANT = re.compile(
-    r"bias|scale|gamma|running_var|lambda|(?:^|[._])(?:ls\d*|alpha|beta|gate|temperature|freqs)(?:$|[._])",
-    re.IGNORECASE,
-)
 # Output heads: fine-tuning often begins with zeros.
 _HEAD = re.compile(r"(?:^|\.)(?:head|heads|head_dist|classifier|fc)\.(?:head\.|fc\.)?weight")
 _MOSTLY = 0.5
 _COMPLEX = frozenset({"C32", "C64", "C128"})
 _WIDE_RANGE = frozenset({"F32", "BF16", "F64"})  # trained weights are far larger than their smallest normal number
-
-
-def is_mask(key: str) -> bool:
-    """Return whether the name says that a tensor is a mask, where infinities and zeros are ordinary values."""
-    return _MASK.search(key.rpartition(".")[2]) is not None
 
 
 def check_single_tensors(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
@@ -79,7 +63,7 @@ def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueSt
             continue
         is_zero = not value
         is_matrix = sum(size > 1 for size in info.shape) > 1
-        is_usual = (_OFTEN_ZERO if is_zero else _OFTEN_CONSTANT).search(key) is not None
+        is_usual = is_meant(key, value)
         bias = infos.get(f"{key[:-6]}bias") if key.endswith("weight") else None
         is_norm = bias is not None and info.shape == bias.shape
         if not is_usual and not (value == 1 and (is_norm or not is_matrix)):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ckptkit.checks.meant import is_meant
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["Judgement", "JudgementKind", "adapter_of", "judge_values"]
+__all__ = ["Judgement", "JudgementKind", "judge_values"]
 
 JudgementKind = Literal["fresh", "zero", "constant", "garbage", "other", "few"]
 
@@ -21,12 +21,6 @@ _SURE = 5  # standard errors; by chance alone, at most two in a million tensors 
 # Nearly all values of trained networks are between 2**-60 and 2**40; other exponents are bits of something else.
 _TINY, _HUGE = -60, 40
 _STRAY = 0.005
-# Adapters start with a zero or constant factor, so that they change nothing before training: LoRA, LoHa, OFT, MiSS.
-_ADAPTER = re.compile(
-    r"(^|[._])((rand|vb|gra|de)?lora|hada|lokr|vera|ia3|oft|boft|hra|shira|road|c3a|fourierft|waveft|miss_block|bone"
-    r"|adapter|adapters)(?=[._]|$)",
-    re.IGNORECASE,
-)
 # The values that torch fills the tensors of a normalisation layer with.
 _NORM_VALUES: Mapping[str, int] = {
     "weight": 1,
@@ -75,12 +69,6 @@ def judge_values(info: TensorInfo, numbers: ValueStats, module: Module | None) -
     return Judgement("other", f"std {numbers.std:.4g}, unlike torch's own init" if spread else f"std {numbers.std:.4g}")
 
 
-def adapter_of(key: str) -> str:
-    """Return the beginning of ``key`` that the tensors of one adapter share, or an empty string for other tensors."""
-    found = _ADAPTER.search(key)
-    return key[: found.end()] if found else ""
-
-
 def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
     if not info.dtype.startswith(("F32", "F64", "BF16")) or not numbers.histogram:
         return False
@@ -95,7 +83,7 @@ def _judge_constant(info: TensorInfo, numbers: ValueStats, module: Module | None
     if expected is not None and value == expected:
         return Judgement("fresh", f"as torch initialises {type(module).__name__}: {text}")
     is_vector = sum(size > 1 for size in info.shape) < 2  # as the scales of IA3, which train from one value
-    if is_vector or adapter_of(info.key):
+    if is_vector or is_meant(info.key, value):
         return Judgement("other", text)
     return Judgement("zero" if value == 0 else "constant", text)
 

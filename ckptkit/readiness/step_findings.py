@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ckptkit.checks.meant import adapter_of
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_optim import initial_lr
@@ -16,7 +17,6 @@ from ckptkit.core.torch_types import Module, Optimizer, Parameter, Tensor
 from ckptkit.param_groups.parameters import address
 from ckptkit.param_groups.validate.modules import is_running_statistic, owner_of_buffer
 from ckptkit.readiness import codes
-from ckptkit.readiness.fresh import adapter_of
 from ckptkit.readiness.observation import Cause, Graph
 
 __all__ = ["Step", "check_forward", "check_gradients", "check_graph", "check_moves"]
