@@ -71,9 +71,13 @@ class _Copying:
         """Make an empty copy of each module inside that needs no code of its own to be copied."""
         import torch
 
+        plain: dict[type, bool] = {}
         for root in modules:
             for module in torch.nn.Module.modules(root):
-                if id(module) not in self._memo and _is_plain(type(module)):
+                cls = type(module)
+                if cls not in plain:
+                    plain[cls] = _is_plain(cls)
+                if id(module) not in self._memo and plain[cls]:
                     twin = self._memo[id(module)] = object.__new__(type(module))
                     self._plain.append((module, twin))
 

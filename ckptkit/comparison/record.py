@@ -45,6 +45,7 @@ class Record(Protocol):
 
 def make_record(targets: Mapping[str, Tensor], given: Mapping[str, object]) -> Record:
     """Return a record of the writes into ``targets``, the tensors of a model, of what comes from ``given``."""
+    from torch import Size
     from torch import Tensor as TensorClass
     from torch.overrides import TorchFunctionMode
 
@@ -73,6 +74,8 @@ def make_record(targets: Mapping[str, Tensor], given: Mapping[str, object]) -> R
                 if name not in _MOVES:
                     raise
                 result = args[0]  # a tensor without values cannot leave the meta device, and would have them
+            if isinstance(result, Size | bool | int):  # most calls ask for a shape
+                return result
             if name in _WRITES or (name[-1] == "_" and name[-2:] != "__"):
                 self._write(args, kwargs)
             elif isinstance(result, TensorClass):
