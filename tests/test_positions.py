@@ -98,8 +98,9 @@ def test_like_writes_the_list_with_names(here: Path, capsys: pytest.CaptureFixtu
     ran = run_ckpt(capsys, "remap", "run.pt::ema", "-o", "two.safetensors", "--like", py(here))
     assert ran.code == 2
     hint = ran.err.strip().splitlines()[-1]
-    command = hint.partition("ckpt ")[2].replace("WEIGHTS", "run.pt::model")
-    assert run_ckpt(capsys, *shlex.split(command), "-o", "two.safetensors").code == 0
+    command = hint.partition("ckpt ")[2].partition(" takes")[0]
+    command = command.replace("WEIGHTS", "run.pt::model").replace("OUT", "two.safetensors")
+    assert run_ckpt(capsys, *shlex.split(command)).code == 0
 
 
 def test_load_into_fills_the_parameters(here: Path) -> None:

@@ -131,7 +131,7 @@ def _hint_for(checkpoint: Checkpoint) -> str:
     numbered = find_positions({key: info.shape for key, info in checkpoint.items()})
     if numbered is not None and numbered.is_certain:
         path = CheckpointSummary.of(checkpoint).argument or "SOURCE"
-        return f"{numbered.name} has no buffers: take them from the trained weights with ckpt merge WEIGHTS {path}"
+        return f"{numbered.name} has no buffers: ckpt merge WEIGHTS {path} -o OUT takes them from the trained weights"
     return "rename or reshape the tensors with rules, or merge them into a model: ckpt merge MODEL PATH -o OUT"
 
 
