@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ckptkit import Alignment, execute, plan_remap, suggest_rules
+from ckptkit import Alignment, execute, open_checkpoint, plan_remap, suggest_rules
 from ckptkit.align.layouts import gguf_arrangement
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.rules.apply import apply_rules
@@ -261,6 +261,43 @@ def test_the_page_fits_and_the_file_names_what_is_left(
     assert "# not filled:" in text
     assert "#   and 20 more" in text
     assert "#   other.thing  F32 [9, 9, 9]" in text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+@pytest.mark.parametrize("back", [False, True], ids=["from gguf", "to gguf"])
+def test_gguf_by_its_architecture(architecture: str, back: bool, tmp_path: Path) -> None:
+    """Rows of a llama's query and key are put in order, and norms of gemma lose the 1 that was added."""
+    gguf = pytest.importorskip("gguf")
+    names = {
+        "model.layers.0.self_attn.q_proj": ("blk.0.attn_q", 4, 8),
+        "model.layers.0.self_attn.k_proj": ("blk.0.attn_k", 2, 4),
+        "model.layers.0.input_layernorm": ("blk.0.attn_norm", 0, 8), "model.norm": ("output_norm", 0, 8),
+    }  # fmt: skip
+    plain = {f"{name}.weight": torch.randn((rows, 8) if heads else (rows,)) for name, (_, heads, rows) in names.items()}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for name, (stored, heads, rows) in names.items():
+        value = plain[f"{name}.weight"]
+        if heads and architecture == "llama":  # as convert_hf_to_gguf.py
+            value = value.reshape(heads, 2, rows // heads // 2, 8).swapaxes(1, 2).reshape(rows, 8)
+        writer.add_tensor(f"{stored}.weight", (value + (not heads and architecture == "gemma")).numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(plain, tmp_path / "plain.safetensors")
+    sides = [tmp_path / "plain.safetensors", tmp_path / "m.gguf"]
+    expected, found = sides[::-1] if back else sides
+    result = suggest_rules(expected, found)
+    claimed = filled(result)
+    assert len(claimed) == (4 if architecture == "llama" else 2)
+    with open_checkpoint(found) as source, open_checkpoint(expected) as truth:
+        execute(plan_remap(source, result.rules), source, tmp_path / "out.safetensors")
+        made = load_file(tmp_path / "out.safetensors")
+        for key in claimed:
+            wanted = truth.read(key)
+            assert torch.equal(made[key], wanted) or torch.allclose(made[key], wanted, atol=1e-6)
 
 
 def test_no_arrangement_without_gguf() -> None:

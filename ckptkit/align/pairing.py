@@ -134,7 +134,8 @@ class Scope:
                 parts = tuple(modules[0] for modules in by_role)
                 match = _match_fused(fused[0], parts, self.layer_shift, splits=splits)
                 if match is not None:
-                    why = f"{', '.join(roles)} {'split' if splits else 'fused'}, in the order of the fused name"
+                    order = "in the order of the fused name, which no shape shows"
+                    why = f"{', '.join(roles)} {'split' if splits else 'fused'}, {order}"
                     expected, found = (parts, (fused[0],)) if splits else ((fused[0],), parts)
                     self._add([ModulePair(expected, found, match, why, 0.85)])
 
