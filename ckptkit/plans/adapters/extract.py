@@ -149,11 +149,15 @@ class _Extraction:
         for block, is_left in whole.items():  # modules that PEFT saves too, because their names end alike
             steps += self._steps_of_module(block) if is_left else ()
         if not any(step.recipe is not None for step in steps):
+            if not changed:
+                raise PlanError(
+                    "no tensor of the tuned model differs from the base",
+                    hint="BASE is the model before the training, and the other input the model after it",
+                )
             raise PlanError(
-                "no linear layer, embedding or convolution changed, so there is nothing that LoRA could hold"
-                if changed
-                else "no tensor of the tuned model differs from the base",
-                hint="is it the right file? ckpt check TUNED --like BASE names the tensors with equal bytes",
+                "no linear layer, embedding or convolution changed, so there is nothing that LoRA could hold",
+                hint="write the changed model itself: ckpt merge BASE TUNED -o OUT",
+                call="write the changed model itself: merge(base, tuned, out)",
             )
         kept = {source.key for step in steps for source in step.sources if source.role == DONOR}
         self.dropped = [drop for drop in self.dropped if drop.key not in kept]
