@@ -137,7 +137,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
             "force": True,
         },
         "stats": lambda: {"checkpoint": state},
-        "suggest_rules": lambda: {"expected": model, "found": state},
+        "suggest_rules": lambda: {"expected": model, "found": state, "rules": []},
         "to_dict": lambda: {"state": _state(model)},
         "to_named": lambda: {"state": _optimizer(model).state_dict(), "names": model},
         "validate_param_groups": lambda: {"model": model, "groups": _optimizer(model)},
