@@ -69,6 +69,12 @@ CASES: dict[str, tuple[State, dict[str, Any], torch.Tensor, torch.Tensor | None]
         {"trainable_token_indices": {"embed_tokens": [5, 0], "lm_head": [3]}},
         REPLACED, BASE[EMB].index_copy(0, torch.tensor([3]), ROWS[:1]),
     ),
+    "rows of the head": ({f"{P}lm_head.{DELTA}": ROWS}, {"trainable_token_indices": {"lm_head": [5, 0]}},
+                         BASE[EMB], REPLACED),
+    "rows of both, named once": (
+        {f"{P}model.embed_tokens.{DELTA}": ROWS, f"{P}lm_head.{DELTA}": ROWS},
+        {"trainable_token_indices": {"embed_tokens": [5, 0]}}, REPLACED, None,
+    ),
 }  # fmt: skip
 
 
@@ -142,6 +148,66 @@ def test_the_configuration_of_the_base_tells_the_tie(model: dict[str, Any], has_
     written(tmp_path, {P + EMB: NEW}, {}, {key: value for key, value in model.items() if value is not None})
     plan = plan_lora(tmp_path / "base", tmp_path / "adapter")
     assert (HEAD in {step.out.key for step in plan.steps}) == has_head
+
+
+BERT: dict[str, Any] = {
+    "architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": 9, "tie_word_embeddings": True,
+}  # fmt: skip
+WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder"
+BERT_BASE = {WORDS: BASE[EMB], "bert.q.weight": BASE["model.q.weight"], "cls.predictions.bias": randn(9, seed=11)}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "config", "sizes"),
+    [
+        ({P + WORDS: NEW}, {"modules_to_save": ["word_embeddings"]}, (9, 9)),
+        ({f"{P}{DECODER}.weight": NEW, f"{P}{DECODER}.bias": randn(9, seed=12)}, {"modules_to_save": ["decoder"]},
+         (9, 9)),
+        ({P + WORDS: randn(11, 4, seed=5), f"{P}{DECODER}.weight": randn(11, 4, seed=5),
+          f"{P}{DECODER}.bias": randn(11, seed=6)}, {"modules_to_save": None}, (11, 11)),
+    ],
+    ids=["the embedding", "the decoder", "a resized vocabulary"],
+)  # fmt: skip
+def test_output_weights_that_are_not_tied_any_more_have_their_bias(
+    adapter: State, config: dict[str, Any], sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """BERT ties the bias with the weights: where config.json ends one tie, it ends the other too."""
+    written(tmp_path, adapter, config, BERT)
+    save_file(BERT_BASE, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    q = {key.replace("model.q", "bert.q"): value for key, value in Q.items()}
+    save_file(q | adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    out = tmp_path / "out" / "model.safetensors"
+    merge_lora(tmp_path / "base", tmp_path / "adapter", out, carry=True)
+    made = load_file(out)
+    bias = adapter.get(f"{P}{DECODER}.bias", BERT_BASE["cls.predictions.bias"])
+    assert torch.equal(made[f"{DECODER}.bias"], bias)
+    assert made[WORDS].shape[0] == sizes[0]
+    stated = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert stated["vocab_size"] == sizes[1]
+    if stated["tie_word_embeddings"]:
+        assert torch.equal(made["cls.predictions.bias"], bias)
+
+
+def test_ensured_ties_are_those_that_peft_knows(tmp_path: Path) -> None:
+    """PEFT ties with ensure_weight_tying only what it finds as embed_tokens or lm_head."""
+    gpt2 = {**MODEL, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    written(tmp_path, {f"{P}transformer.wte.weight": NEW}, {**TIED, "modules_to_save": ["wte"]}, gpt2)
+    base = {"transformer.wte.weight": BASE[EMB], "model.q.weight": BASE["model.q.weight"]}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    steps = {step.out.key: step for step in plan_lora(tmp_path / "base", tmp_path / "adapter").steps}
+    assert (steps["transformer.wte.weight"].sources[0].role, steps[HEAD].sources[0].role) == ("donor", "base")
+
+
+def test_every_embedding_of_an_encoder_and_a_decoder_follows(tmp_path: Path) -> None:
+    """A file may hold each of the tied embeddings for itself."""
+    written(tmp_path, {f"{P}shared.{DELTA}": ROWS}, {"trainable_token_indices": [5, 0]},
+            {**MODEL, "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True})  # fmt: skip
+    names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD)
+    base = {name: BASE[EMB].clone() for name in names} | {"model.q.weight": BASE["model.q.weight"]}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    out = tmp_path / "out.safetensors"
+    merge_lora(tmp_path / "base", tmp_path / "adapter", out)
+    assert all(torch.equal(load_file(out)[name], REPLACED) for name in names)
 
 
 REFUSED: dict[str, tuple[State, dict[str, Any] | None, str]] = {

@@ -20,6 +20,7 @@ from ckptkit.adapters.peft_config import (
     refuse_unsupported,
     replaced_rows,
 )
+from ckptkit.adapters.peft_names import TIED_NAMES
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
@@ -66,7 +67,8 @@ def read_peft(
     reader = _Modules(adapter, config, base, kind)
     modules = [reader.module(factors) for factors in parts.factors.values()]
     rows = tuple(
-        TokenRows(f"{module}.weight", key, replaced_rows(config, module)) for module, key in parts.rows.items()
+        TokenRows(f"{module}.weight", key, replaced_rows(config, module, parts.rows))
+        for module, key in parts.rows.items()
     )
     is_turned = bool(config.get("fan_in_fan_out"))
     made = Adapter("peft", tuple(modules), parts.replacements, is_turned, rows, left_out=parts.left_out)
@@ -76,12 +78,13 @@ def read_peft(
 def _with_ties(adapter: Adapter, config: Mapping[str, object]) -> Adapter:
     """Return the adapter with the keys whose change also holds for what is tied to them.
 
-    PEFT ties new rows of the same indices, and with ``ensure_weight_tying`` everything. An embedding that is saved
-    whole without being in ``modules_to_save`` is a copy of the model's, because PEFT saves both embeddings of a resized
-    vocabulary.
+    PEFT ties new rows of the same indices. With ``ensure_weight_tying`` it ties everything, but only if one of the
+    names that it knows is adapted. A tensor that is saved whole without being in ``modules_to_save`` is a copy of the
+    model's, because PEFT saves both embeddings of a resized vocabulary.
     """
-    if config.get("ensure_weight_tying"):
-        return _following(adapter, adapter.changed_keys())
+    changed = adapter.changed_keys()
+    if config.get("ensure_weight_tying") and any(_module_name(key) in TIED_NAMES for key in changed):
+        return replace(adapter, follows_ties=frozenset(changed))
     listed = config.get("modules_to_save")
     trained = [str(name) for name in listed] if isinstance(listed, Sequence) and not isinstance(listed, str) else []
     adapted = {module.key for module in adapter.modules}
@@ -89,16 +92,14 @@ def _with_ties(adapter: Adapter, config: Mapping[str, object]) -> Adapter:
     copies = [
         key
         for key in adapter.replacements
-        if key.endswith(".weight")
-        and key not in adapted
-        and not any(key.rpartition(".")[0].endswith(name) for name in trained)
+        if key not in adapted and not any(key.rpartition(".")[0].endswith(name) for name in trained)
     ]
     rows = [each.key for each in adapter.rows] if is_one_set else []
-    return _following(adapter, [*copies, *rows])
+    return replace(adapter, follows_ties=frozenset([*copies, *rows]))
 
 
-def _following(adapter: Adapter, keys: Collection[str]) -> Adapter:
-    return replace(adapter, follows_ties=frozenset(keys))
+def _module_name(key: str) -> str:
+    return key.rpartition(".")[0].rpartition(".")[2]
 
 
 @dataclass(slots=True)

@@ -70,12 +70,17 @@ def refuse_unsupported(config: Mapping[str, object]) -> None:
         )
 
 
-def replaced_rows(config: Mapping[str, object], module: str) -> tuple[int, ...]:
-    """Return the rows of a module that the adapter replaces; raise ``RuleError`` where the config does not say them."""
+def replaced_rows(config: Mapping[str, object], module: str, others: Collection[str] = ()) -> tuple[int, ...]:
+    """Return the rows of a module that the adapter replaces; raise ``RuleError`` where the config does not say them.
+
+    A module that the config does not name has the rows of ``others``, because PEFT saves the rows of tied modules too.
+    """
     name = "token_indices" if peft_type(config) == "TRAINABLE_TOKENS" else "trainable_token_indices"
     given = config.get(name)
     if isinstance(given, Mapping):
-        given = next((rows for key, rows in given.items() if names_module(str(key), module)), None)
+        named = [rows for key, rows in given.items() if names_module(str(key), module)]
+        tied = [rows for key, rows in given.items() if any(names_module(str(key), other) for other in others)]
+        given = next(iter(named), tied[0] if tied and all(rows == tied[0] for rows in tied) else None)
     if not isinstance(given, Sequence) or not all(type(row) is int for row in given):
         raise RuleError(f"the config's {name} does not say which rows of {quoted(module)} are replaced")
     return tuple(given)

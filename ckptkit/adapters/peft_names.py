@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-__all__ = ["exact_pattern", "modules_of", "target_modules"]
+__all__ = ["TIED_NAMES", "exact_pattern", "modules_of", "target_modules"]
+
+TIED_NAMES = ("embed_tokens", "lm_head")  # the only names with which ensure_weight_tying has an effect
 
 
 def modules_of(keys: Iterable[str]) -> set[str]:

@@ -26,7 +26,7 @@ from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, real_path
 from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
-from ckptkit.formats.directories.tied_head import TIE_FLAG, is_head_group, tied_head
+from ckptkit.formats.directories.tied_head import TIE_FLAG, embeddings_of, is_head_group, tied_head
 from ckptkit.plans.metadata import gone_names, names_in
 from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
@@ -40,6 +40,7 @@ __all__ = ["Adapted", "Carried", "plan_carried", "write_carried"]
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _DTYPE_FIELDS = ("dtype", "torch_dtype")  # the name since transformers 4.56, and before
+_VOCABULARY = "vocab_size"
 _QUANTIZATION = "quantization_config"
 _SECTION = "_config"  # ends the names of the sections of a model of several parts, such as text_config
 _FOUND_BY = {
@@ -118,6 +119,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         new = dict(config)
         adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
         notes += about_dtype
+        adapted += _adapt_vocabulary(new, plan, sources[role])
         if role == "base" and _unties(plan, sources[role], config):
             adapted += _untie(new)
         for path, section in list(_sections(new)) if is_plain else ():
@@ -208,6 +210,20 @@ def _dtype_fields(config: dict[str, object]) -> Iterator[tuple[str, dict[str, ob
         for key in _DTYPE_FIELDS:
             if isinstance(section.get(key), str):
                 yield path + key, section, key
+
+
+def _adapt_vocabulary(config: dict[str, object], plan: Plan, owner: Checkpoint) -> Iterator[Adapted]:
+    """Change the size of the vocabulary in ``config`` where every embedding of that size has another one."""
+    sizes: dict[int, set[int]] = {}
+    for step in plan.steps:
+        if embeddings_of([step.out.key]) and step.out.key in owner:
+            sizes.setdefault(owner[step.out.key].shape[0], set()).add(step.out.shape[0])
+    for path, section in _sections(config):
+        found = section.get(_VOCABULARY)
+        new = sizes.get(found, set()) if isinstance(found, int) else set()
+        if len(new) == 1 and found not in new:
+            (section[_VOCABULARY],) = new
+            yield Adapted(MODEL_CONFIG, path + _VOCABULARY, found, section[_VOCABULARY])
 
 
 def _sections(config: dict[str, object], path: str = "") -> Iterator[tuple[str, dict[str, object]]]:

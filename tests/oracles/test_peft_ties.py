@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import ckptkit
@@ -101,8 +102,69 @@ def test_a_reload_computes_what_the_adapted_model_computes(
     torch.testing.assert_close(logits(opened(out)), expected, rtol=1e-5, atol=1e-5)
 
 
+OTHERS = {
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 1, "n_head": 2}, "c_attn", "wte", "lm_head"),
+    "bert": ("BertForMaskedLM", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                 "intermediate_size": 48}, "query", "word_embeddings", "decoder"),
+    "roberta": ("RobertaForMaskedLM", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                       "intermediate_size": 48}, "query", "word_embeddings", "decoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", ["one key", "both keys"])
+@pytest.mark.parametrize("part", ["embedding", "head"])
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules", "resized", "ensure_weight_tying"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_compute_the_same(kind: str, field: str, part: str, stored: str, tmp_path: Path) -> None:
+    """GPT-2 stores [in, out]; BERT ties a bias too; PEFT ensures only the ties of names that it knows."""
+    name, sizes, target, embedding, head = OTHERS[kind]
+    if (field, part) == ("ensure_weight_tying", "head"):
+        pytest.skip("PEFT saves the embedding instead, and does not tie it when it loads")
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(vocab_size=64, **sizes)).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().bias) if kind != "gpt2" else None
+    model.save_pretrained(tmp_path / "base")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    vocabulary = 70 if field == "resized" else 64
+    adapted = embedding if part == "embedding" else head
+    settings: dict[str, Any] = {"target_modules": [target]}
+    if field == "ensure_weight_tying":
+        settings |= {"modules_to_save": [adapted], "ensure_weight_tying": True}
+    elif field == "target_modules":
+        settings[field].append(adapted)
+    else:
+        settings["modules_to_save"] = [adapted]
+
+    def base_model() -> Any:
+        loaded = cls.from_pretrained(tmp_path / "base")
+        torch.manual_seed(3)
+        loaded.resize_token_embeddings(vocabulary)
+        return loaded.eval()
+
+    tuned = peft.get_peft_model(base_model(), peft.LoraConfig(r=4, fan_in_fan_out=kind == "gpt2", **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True if vocabulary != 64 else "auto")
+    if stored == "both keys":
+        (tmp_path / "base" / "model.safetensors").unlink()
+        safetensors.torch.save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    ckptkit.merge_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "out" / "model.safetensors", carry=True)
+    expected = logits(peft.PeftModel.from_pretrained(base_model(), tmp_path / "adapter").eval())
+    made, report = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    torch.testing.assert_close(logits(made.eval()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_names_of_tied_output_weights_are_those_of_transformers() -> None:
-    """For every class with output weights that transformers ties to one embedding, their key is known."""
+    """For every class with output weights that transformers ties to one embedding, the keys are known.
+
+    ESM has the same names as RoBERTa, and adds its bias beside the output weights.
+    """
     from ckptkit.formats.directories.tied_head import tied_head
 
     checked, wrong = 0, []
@@ -115,13 +177,16 @@ def test_the_names_of_tied_output_weights_are_those_of_transformers() -> None:
             if len(pairs) != 1 or not classes[0].__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
                 continue
             ((head, embedding),) = pairs
+            bias = next((value for key, value in ties.items() if key == f"{head.removesuffix('weight')}bias"), "")
             model = {
                 "architectures": [classes[0].__name__], "model_type": config_class.model_type,
                 "tie_word_embeddings": True, "vocab_size": 9,
             }  # fmt: skip
-            found = tied_head({embedding.removesuffix("$"): (9, 4), "other.weight": (4, 4)}, model)
+            base = {embedding.removesuffix("$"): (9, 4), "other.weight": (4, 4)}
+            base |= {"lm_head.bias" if config_class.model_type == "esm" else bias or "other.bias": (9,)}
+            found = tied_head(base, model)
             checked += 1
-            if found is not None and found.head != head:
-                wrong.append((config_class.model_type, head, found.head))
+            if found is not None and (found.head, found.bias) != (head, bias):
+                wrong.append((config_class.model_type, head, found.head, found.bias))
     assert checked > 100
     assert not wrong

@@ -43,6 +43,7 @@ _HEADS: Mapping[str, str] = {  # model_type -> the module of the output weights,
     "trocr": "output_projection", "ultrabert": "head.decoder", "whisper": "proj_out",
     "xlm": "pred_layer.proj", "xlnet": "lm_loss",
 }  # fmt: skip
+_OWN_BIAS = frozenset({"esm"})  # adds the bias beside its output weights by itself
 _OLD_PREFIX = "language_model.model."  # of a text model inside another one, before transformers 4.52
 
 
@@ -51,7 +52,8 @@ class TiedHead:
     """The key of the output weights, and that of the embedding with which they share their values.
 
     ``reason`` says how this is known. Without ``is_sure`` it is only likely: there is no ``config.json``.
-    ``is_shared_further`` is true for an encoder and a decoder, whose embeddings are tied too.
+    ``shared`` are the embeddings of an encoder and a decoder, which are tied too; ``is_shared_further`` is true where
+    the model has them. ``bias`` is the key of the bias that BERT and its relatives tie to ``head_bias``, or is empty.
     """
 
     head: str
@@ -59,6 +61,13 @@ class TiedHead:
     reason: str
     is_sure: bool = True
     is_shared_further: bool = False
+    shared: tuple[str, ...] = ()
+    bias: str = ""
+
+    @property
+    def head_bias(self) -> str:
+        """The key of the bias of the output weights."""
+        return f"{self.head.removesuffix('.weight')}.bias"
 
 
 def tied_head(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object] | None) -> TiedHead | None:
@@ -88,7 +97,10 @@ def tied_head(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object] 
     )
     if not name and "." not in embedding.removesuffix(".weight"):
         return None  # the keys of a model without its head
-    return TiedHead(head, embedding, reason, is_shared_further=bool(config.get("is_encoder_decoder")))
+    is_shared = bool(config.get("is_encoder_decoder"))
+    shared = [key for key in embeddings_of(base) if is_shared and key != embedding and base[key] == base[embedding]]
+    bias = _bias(head, base[embedding][0], base) if config.get("model_type") not in _OWN_BIAS else ""
+    return TiedHead(head, embedding, reason, is_shared_further=is_shared, shared=tuple(shared), bias=bias)
 
 
 def is_head_group(keys: Sequence[str]) -> bool:
@@ -125,6 +137,13 @@ def _sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
         section = config.get(key)
         if isinstance(section, Mapping):
             yield section
+
+
+def _bias(head: str, size: int, base: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the key of the bias that a model ties to the bias of its output weights, or the empty string."""
+    owner, _, name = head.removesuffix(".weight").rpartition(".")
+    key = f"{owner}.bias"
+    return key if name == "decoder" and base.get(key) == (size,) else ""
 
 
 def _head(embedding: str, model_type: str) -> str:

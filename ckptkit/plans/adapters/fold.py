@@ -150,7 +150,7 @@ def _plan_lora(
         added |= one.added
         notes += [f"{role}: {note}" if len(donors) > 1 else note for note in one.notes]
     head = context.head
-    absent = {} if head is None or head.head in base else {head.head: head.embedding}
+    absent = {} if head is None else {head.head: head.embedding, **({head.head_bias: head.bias} if head.bias else {})}
     combined = combine(placed, roles, absent)
     ends_ties = {key for each in placed for key in each.ends_ties}
     ties = resolve_ties(roles, combined.steps, combined.steps.keys() - ends_ties, head)
@@ -240,8 +240,10 @@ def _notes_about_files(donor: Checkpoint) -> Iterator[str]:
 
 
 def _model_shapes(base: Checkpoint, head: TiedHead | None, adapter: Adapter) -> dict[str, Shape]:
-    """Return the shapes of the base, with output weights that its file leaves to their tie."""
+    """Return the shapes of the base, with output weights and their bias that its file leaves to their tie."""
     shapes = {key: info.shape for key, info in base.items()}
-    if head is not None and head.head not in base and (head.is_sure or head.head in adapter.replacements):
-        shapes[head.head] = shapes[head.embedding]
+    if head is not None and (head.is_sure or head.head in adapter.replacements):
+        shapes.setdefault(head.head, shapes[head.embedding])
+    if head is not None and head.bias:
+        shapes.setdefault(head.head_bias, shapes[head.bias])
     return shapes

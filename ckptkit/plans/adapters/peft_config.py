@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from ckptkit.adapters.peft_names import exact_pattern, modules_of, target_modules
+from ckptkit.adapters.peft_names import TIED_NAMES, exact_pattern, modules_of, target_modules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import Target, output_errors, prepare_target
@@ -18,7 +18,6 @@ from ckptkit.tensor_ops.lora import ExtractLora
 __all__ = ["PEFT_PREFIX", "adapter_config", "adapter_config_target"]
 
 PEFT_PREFIX = "base_model.model."  # PEFT puts it before the keys of the base
-_TIED = ["embed_tokens", "lm_head"]  # the names that PEFT knows as tied; of others it makes linear layers
 _WEIGHTS = "adapter_model.safetensors"  # the name under which PEFT looks for an adapter
 _BASE_LAYER_BIAS = ".base_layer.bias"
 
@@ -74,6 +73,6 @@ def adapter_config(plan: Plan, base: Checkpoint) -> dict[str, object]:
     return {
         "peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": lower, "alpha_pattern": lower,
         "target_modules": targets, "modules_to_save": whole or None, "bias": bias,
-        "ensure_weight_tying": sorted(name for name in names if name in _TIED) == _TIED,
+        "ensure_weight_tying": set(TIED_NAMES) <= set(names),
         "fan_in_fan_out": is_transposed, "inference_mode": True, "task_type": None, "base_model_name_or_path": None,
     }  # fmt: skip

@@ -50,12 +50,17 @@ def resolve_ties(
     """
     base = roles[BASE]
     steps, notes, dropped = dict(changed), [], []
+    is_untied = False
     for keys, reason in _groups(base, head):
         adapted = [key for key in keys if key in changed]
         if not adapted:
             continue
+        if head is not None and head.bias in keys:
+            dropped += _follow(keys, head.head_bias if head.head_bias in changed else adapted[0], steps, base)
+            continue
         is_head = is_head_group(keys)
-        own = [key for key in adapted if key not in follows and (is_head or changed[key].recipe is None)]
+        is_led = not is_head or bool(embeddings_of(adapted))  # PEFT ties nothing to output weights
+        own = [key for key in adapted if not (is_led and key in follows) and (is_head or changed[key].recipe is None)]
         if not own:
             leader = next((key for key in adapted if key in base), adapted[0])
             if not is_head and leader not in follows:
@@ -64,12 +69,16 @@ def resolve_ties(
             dropped += _follow(keys, leader, steps, base)
             continue
         if is_head:
+            is_untied = is_untied or (head is not None and head.head in keys)
             _refuse_unknown(keys, head if head is not None and head.head in keys else None, own)
         for key in keys:
             if key not in steps:
                 steps[key] = _kept(key, keys, steps, roles)
         _refuse_sizes(keys, steps)
         notes.append(_untied_note(keys, own, reason, is_head=is_head))
+    if head is not None and is_untied and head.bias and head.head_bias not in {**base, **steps}:
+        step = steps.get(head.bias) or _kept(head.bias, [head.bias], steps, roles)
+        steps[head.head_bias] = replace(step, out=replace(step.out, key=head.head_bias))
     return ResolvedTies(steps, tuple(dropped), tuple(notes))
 
 
@@ -89,10 +98,15 @@ def _groups(base: Checkpoint, head: TiedHead | None) -> list[tuple[list[str], st
     groups = [(keys, "one tensor in the base") for keys in tied_keys(base.values())]
     if head is None:
         return groups
-    pair = [head.embedding, head.head]
-    others = [(keys, reason) for keys, reason in groups if not set(keys) & set(pair)]
-    joined = dict.fromkeys([*pair, *(key for keys, _ in groups if set(keys) & set(pair) for key in keys)])
-    return [*others, (list(joined), head.reason)]
+    groups = _joined(groups, [head.embedding, *head.shared, head.head], head.reason)
+    return _joined(groups, [head.bias, head.head_bias], head.reason) if head.bias else groups
+
+
+def _joined(groups: Sequence[tuple[list[str], str]], tied: Sequence[str], reason: str) -> list[tuple[list[str], str]]:
+    """Return the groups with one more of ``tied``, which takes in every group that has one of these keys."""
+    others = [(keys, why) for keys, why in groups if not set(keys) & set(tied)]
+    joined = dict.fromkeys([*tied, *(key for keys, _ in groups if set(keys) & set(tied) for key in keys)])
+    return [*others, (list(joined), reason)]
 
 
 def _follow(keys: Sequence[str], leader: str, steps: dict[str, Step], base: Checkpoint) -> list[Dropped]:
