@@ -171,18 +171,18 @@ def test_the_names_of_tied_output_weights_are_those_of_transformers() -> None:
     for mapping in ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING"):
         for config_class, model_class in getattr(transformers.models.auto.modeling_auto, mapping).items():
             classes = model_class if isinstance(model_class, tuple) else (model_class,)
-            ties = getattr(classes[0], "_tied_weights_keys", None)
+            ties: Any = getattr(classes[0], "_tied_weights_keys", None)
             pairs = list(ties.items()) if isinstance(ties, dict) else []
             pairs = [(head, emb) for head, emb in pairs if head.endswith(".weight") and "\\" not in head + emb]
             if len(pairs) != 1 or not classes[0].__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
                 continue
             ((head, embedding),) = pairs
-            bias = next((value for key, value in ties.items() if key == f"{head.removesuffix('weight')}bias"), "")
+            bias = next((value for key, value in dict(ties).items() if key == f"{head.removesuffix('weight')}bias"), "")
             model = {
                 "architectures": [classes[0].__name__], "model_type": config_class.model_type,
                 "tie_word_embeddings": True, "vocab_size": 9,
             }  # fmt: skip
-            base = {embedding.removesuffix("$"): (9, 4), "other.weight": (4, 4)}
+            base: dict[str, tuple[int, ...]] = {embedding.removesuffix("$"): (9, 4), "other.weight": (4, 4)}
             base |= {"lm_head.bias" if config_class.model_type == "esm" else bias or "other.bias": (9,)}
             found = tied_head(base, model)
             checked += 1
