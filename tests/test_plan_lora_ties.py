@@ -210,6 +210,13 @@ def test_every_embedding_of_an_encoder_and_a_decoder_follows(tmp_path: Path) -> 
     assert all(torch.equal(load_file(out)[name], REPLACED) for name in names)
 
 
+def test_a_shared_embedding_is_refused_without_a_configuration_too() -> None:
+    """The name alone tells an encoder and a decoder."""
+    base = {"shared.weight": BASE[EMB], "model.q.weight": BASE["model.q.weight"]}
+    with pytest.raises(PlanError, match="the base ties the embeddings of its encoder, its decoder and its output"):
+        plan_lora(base, Q | {f"{P}shared.weight": NEW}, CONFIG | {"modules_to_save": ["shared"]})
+
+
 REFUSED: dict[str, tuple[State, dict[str, Any] | None, str]] = {
     "no config.json": ({P + EMB: NEW}, None, "without a config.json, nothing says whether they are tied to it"),
     "an encoder and a decoder": (

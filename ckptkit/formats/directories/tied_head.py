@@ -17,6 +17,7 @@ _EMBEDDINGS = frozenset(
     {"embed_tokens", "embed_in", "embeddings", "shared", "tok_embeddings", "tokens_embed", "word_embeddings",
      "word_embedding", "wte"}
 )  # fmt: skip
+_SHARED = "shared"  # the embedding of an encoder and a decoder
 _HAS_HEAD = (
     "ForCausalLM",
     "LMHeadModel",
@@ -117,9 +118,11 @@ def _likely(base: Mapping[str, tuple[int, ...]], embedding: str) -> TiedHead | N
     modules = {key.rpartition(".")[0] for key in base}
     names = {name for module in modules for name in (module, module.rpartition(".")[2])}
     heads = {"lm_head", "output", "head", "embed_out", *_HEADS.values()}
-    if "." not in embedding.removesuffix(".weight") or names & (_TASK_HEADS | heads):
+    is_shared = embedding.split(".")[-2] == _SHARED
+    if ("." not in embedding.removesuffix(".weight") and not is_shared) or names & (_TASK_HEADS | heads):
         return None
-    return TiedHead(_head(embedding, ""), embedding, "the base has no output weights and no config.json", is_sure=False)
+    reason = "the base has no output weights and no config.json"
+    return TiedHead(_head(embedding, ""), embedding, reason, is_sure=False, is_shared_further=is_shared)
 
 
 def _embedding(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object]) -> str | None:
@@ -127,7 +130,7 @@ def _embedding(base: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
     found = [key for key in embeddings_of(base) if len(base[key]) == 2]
     sizes = {section.get("vocab_size") for section in _sections(config)}
     found = [key for key in found if base[key][0] in sizes] or found
-    shared = [key for key in found if key.split(".")[-2] == "shared"]
+    shared = [key for key in found if key.split(".")[-2] == _SHARED]
     return next(iter(shared or found)) if len(shared or found) == 1 else None
 
 
