@@ -325,14 +325,14 @@ def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
     tensor = {"dtype": "str", "shape": ["int"]}
     assert _shape(document) == {
         "schema": "str", "expected": side, "found": side,
-        "matched": [{"key": "str", "found_key": "str", **tensor}],
-        "missing": [], "unexpected": [],
+        "matched": [{"key": "str", "found_key": "str", **tensor, "by_own_code": "bool"}],
+        "missing": [], "unexpected": [], "computed": [], "reported": [], "own_code": "NoneType",
         "shape_mismatched": [{"key": "str", "found_key": "str", "expected": tensor, "found": tensor}],
         "dtype_mismatched": [], "quantized": [], "values": "NoneType", "unmet": [], "hints": [],
         "summary": {
             "matched": "int", "missing": "int", "unexpected": "int", "shape_mismatched": "int",
-            "dtype_mismatched": "int", "quantized": "int", "coverage": "float", "loads_strict": "bool", "loads": "bool",
-            "different": "bool",
+            "dtype_mismatched": "int", "quantized": "int", "computed": "int", "coverage": "float", "loads_strict": "bool",
+            "loads": "bool", "different": "bool",
         },
     }  # fmt: skip
     assert document["summary"]["coverage"] == pytest.approx(61156 / 61496)

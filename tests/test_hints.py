@@ -219,8 +219,8 @@ def test_errors_speak_python() -> None:
 
 SPELLINGS = {
     "--force replaces it": "force=True replaces it",
-    "leave it out: --drop 'a.*', or give it a name with --rename": (
-        "leave it out: parse_rules(drop=['a.*']), or give it a name with rules"
+    "--drop 'a.*' leaves it out, or --rename 'a.*=NEW.*' gives it a name": (
+        "parse_rules(drop=['a.*']) leaves it out, or rules=['a.*=NEW.*'] gives it a name"
     ),
     "ckpt merge a.pt 'b c.pt' d.pt --on-unexpected add -o OUT": (
         "merge('a.pt', ['b c.pt', 'd.pt'], out, on_unexpected='add')"

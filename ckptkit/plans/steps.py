@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.dtypes import DTYPES, dtype_code
-from ckptkit.core.patterns import drop_options
+from ckptkit.core.patterns import drop_options, literal
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import printable, quoted
+from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
@@ -258,7 +258,7 @@ def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
         f"{quoted(others[0])} and {quoted(key)} would both be called {quoted(dotted)}"
         if others
         else f"the file has no unambiguous name for {quoted(key)}",
-        hint=f"leave it out: {drop_options([key])}, or give it a name with --rename",
+        hint=f"{drop_options([key])} leaves it out, or --rename {shell_word(f'{literal(key)}=NEW')} gives it a name",
         path=checkpoint.path,
     )
 

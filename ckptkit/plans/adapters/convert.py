@@ -32,6 +32,7 @@ from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat
 from ckptkit.plans.adapters.reading import LoraConfigLike, read_config, read_named
 from ckptkit.plans.plan import Plan, Source, Step
+from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_suspicious, refuse_unread
 from ckptkit.tensor_ops.lora import LoraAlpha
 from ckptkit.tensor_ops.moving import Reshape
@@ -113,7 +114,7 @@ def plan_conversion(
         fields = {**own, "inference_mode": True, "task_type": None, "base_model_name_or_path": None, **kept}
     dropped = [drop for drop in dropped_entries(source, _SOURCE) if drop.key != CONFIG]
     plan = Plan(tuple(steps), tuple(dropped), metadata, named.notes, command="convert")
-    return Conversion(plan, fields)
+    return Conversion(check_quantized(plan, QuantizedInputs({_SOURCE: source})), fields)
 
 
 def _whole_modules(found: list[tuple[AdaptedModule, NamedModule]]) -> dict[str, NamedModule]:
