@@ -87,7 +87,10 @@ def test_the_way_out_of_a_collision(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert refused.code == 2
     assert f"""ckpt: {path}: 'a.b' and "['a']['b']" would both be called 'a.b'\n""" in refused.err
     remap = "ckpt remap PATH -o OUT"
-    drops, renames = f"""{remap} --drop "['a']['b']" leaves it out""", f"""{remap} --rename "['a']['b']=NEW" gives it a name"""
+    drops, renames = (
+        f"""{remap} --drop "['a']['b']" leaves it out""",
+        f"""{remap} --rename "['a']['b']=NEW" gives it a name""",
+    )
     assert f"hint: {drops}, or {renames}\n" in refused.err
     assert run_ckpt(capsys, "remap", path, "-o", out, "--drop", "['a']['b']", "-q").code == 0
     assert {key: value.tolist() for key, value in load_file(out).items()} == {"a.b": [0.0], "c": [3.0]}
