@@ -207,3 +207,30 @@ def test_only_the_modules_that_have_factors_are_targets(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert re.fullmatch(config["target_modules"], "fc")
     assert not re.fullmatch(config["target_modules"], "block.fc")
+
+
+def test_a_head_without_a_tensor_is_saved_with_its_embedding(tmp_path: Path) -> None:
+    """config.json tells the head that the file leaves to its tie; folding the adapter gives the tuned values."""
+    for name, seed in (("base", 0), ("tuned", 1)):
+        (tmp_path / name).mkdir()
+        generator = torch.Generator().manual_seed(seed)
+        state = {
+            "bert.embeddings.word_embeddings.weight": torch.randn(9, 4, generator=generator),
+            "bert.q.weight": torch.randn(4, 4, generator=generator),
+            "cls.predictions.bias": torch.randn(9, generator=generator),
+        }
+        save_file(state, tmp_path / name / "model.safetensors")
+        model = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": 9}
+        (tmp_path / name / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    written = extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "ad" / "adapter_model.safetensors", 4)
+    saved = load_file(tmp_path / "ad" / "adapter_model.safetensors")
+    decoder = "base_model.model.cls.predictions.decoder"
+    assert torch.equal(saved[f"{decoder}.weight"], state["bert.embeddings.word_embeddings.weight"])
+    assert torch.equal(saved[f"{decoder}.bias"], state["cls.predictions.bias"])
+    assert written.plan is not None
+    assert "is one tensor with 'cls.predictions.decoder.weight': all are saved whole" in " ".join(written.plan.notes)
+    merge_lora(tmp_path / "base", tmp_path / "ad", tmp_path / "out.safetensors")
+    made = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(made["cls.predictions.decoder.weight"], state["bert.embeddings.word_embeddings.weight"])
+    for key, value in state.items():
+        torch.testing.assert_close(made[key], value, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.core.arguments import require_number
@@ -117,9 +117,7 @@ class _Extraction:
         self._judge = LayerJudge(self._base, policy, live, sizes)
         self._modules: dict[str, list[str]] = {}  # module -> the keys below it
         self.keys = list(dict.fromkeys((*self._base, *names)))
-        for key in self.keys:
-            for module in _modules_above(key):
-                self._modules.setdefault(module, []).append(key)
+        self._add_to_modules(self.keys)
         self._same_as: Mapping[str, str] = {}  # of tied keys that are saved whole: the key whose values they have
         self.dropped: list[Dropped] = []
         self.notes: list[str] = []
@@ -130,6 +128,7 @@ class _Extraction:
         changed = ties.resolve(list(self._changed_keys()))
         self.dropped += ties.dropped
         self._same_as = ties.same_as
+        self._add_to_modules(key for key in self._same_as if key not in self.keys)
         adapted = {key for key in changed if self._is_adapted(key)}
         whole = self._saved_modules(changed, adapted)
         steps: list[Step] = []
@@ -228,6 +227,11 @@ class _Extraction:
         parent = module.rpartition(".")[0] if module.rpartition(".")[2] == "out_proj" else module
         return parent if any(f"{parent}.{name}" in self._base for name in _ATTENTION) else None
 
+    def _add_to_modules(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            for module in _modules_above(key):
+                self._modules.setdefault(module, []).append(key)
+
     def _saved_modules(self, changed: Sequence[str], adapted: Collection[str]) -> dict[str, bool]:
         """Return the modules that the adapter holds whole, each with True."""
         known = self._modules.keys() | self._base.layers.keys()
@@ -253,12 +257,11 @@ class _Extraction:
         return f"it changed, and PEFT can only save all of {quoted(module)} with it: {option}"
 
     def _steps_of_module(self, module: str) -> Iterator[Step]:
-
         return (self._copy(key, key, _WHOLE) for key in self._modules[module])
 
     def _copy(self, key: str, name: str, what: str) -> Step:
         origin = key if key in self._names else self._same_as.get(key, key)
-        source = Source(DONOR, self._names[origin]) if origin in self._names else Source(BASE, key)
+        source = Source(DONOR, self._names[origin]) if origin in self._names else Source(BASE, origin)
         out = replace(self._roles[source.role][source.key], key=f"{PEFT_PREFIX}{name}")
         return complete_step(Step(out, (source,), "", f"{_EXTRACT}, {what}"), self._roles)
 

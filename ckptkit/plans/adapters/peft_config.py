@@ -73,6 +73,6 @@ def adapter_config(plan: Plan, base: Checkpoint) -> dict[str, object]:
     return {
         "peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": lower, "alpha_pattern": lower,
         "target_modules": targets, "modules_to_save": whole or None, "bias": bias,
-        "ensure_weight_tying": set(TIED_NAMES) <= set(names),
+        "ensure_weight_tying": sorted(name for name in names if name in TIED_NAMES) == list(TIED_NAMES),
         "fan_in_fan_out": is_transposed, "inference_mode": True, "task_type": None, "base_model_name_or_path": None,
     }  # fmt: skip

@@ -10,14 +10,12 @@ from ckptkit.core.patterns import literal
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import ModelError, PlanError
+from ckptkit.formats.directories.tied_head import TiedHead, tied_head
 from ckptkit.plans.adapters.inputs import DONOR
 from ckptkit.plans.adapters.layers import LayerJudge
 from ckptkit.plans.plan import Dropped
 
 __all__ = ["TiedChanges"]
-
-# The ends of the names of classes in transformers that tie their head where config.json does not say.
-_HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 
 
 class TiedChanges:
@@ -48,7 +46,8 @@ class TiedChanges:
         """
         left_out: set[str] = set()
         among = set(changed)
-        for group in (*tied_keys(self._base.values()), *self._equal_tensors(changed)):
+        head = tied_head({key: info.shape for key, info in self._base.items()}, self._config or None)
+        for group in (*tied_keys(self._base.values()), *self._equal_tensors(changed), *self._absent_head(head)):
             members = [key for key in group if key in among and len(self._base[key].shape) > 1]
             if not members:
                 continue
@@ -58,6 +57,8 @@ class TiedChanges:
             if self._judge.policy.action(kept) in ("auto", "whole"):
                 self._judge.tied |= set(group)
                 self.same_as.update(dict.fromkeys(others, kept))
+                if head is not None and head.bias and head.head in others:
+                    self.same_as.setdefault(head.head_bias, head.bias)
                 option = f"--as-layer {shell_word(f'{literal(kept)}=embedding')}"
                 self.notes.append(
                     f"{quoted(kept)} is one tensor with {listed(others, 2)}: all are saved whole, because PEFT applies "
@@ -68,9 +69,10 @@ class TiedChanges:
                 reason = f"one tensor with {quoted(kept)}"
                 self.dropped += [Dropped(DONOR, self._names[key], reason) for key in members if key != kept]
                 self._note_merge_only(kept, listed(others, 2))
-        for key in changed:
-            if key not in self._judge.tied and self._judge.is_like_embedding(key) and self._is_tied_by_config(key):
-                self._note_merge_only(key, "the head, which has no tensor of its own")
+        is_alone = head is not None and head.head not in self._base and head.embedding in among - self._judge.tied
+        # Without a config.json, only the name that most language models use is evidence enough.
+        if head is not None and is_alone and (head.is_sure or head.embedding == "model.embed_tokens.weight"):
+            self._note_merge_only(head.embedding, "the head, which has no tensor of its own")
         return [key for key in changed if key not in left_out]
 
     def _refuse_difference(self, kept: str, members: Sequence[str]) -> None:
@@ -87,6 +89,12 @@ class TiedChanges:
         self.notes.append(
             f"{quoted(kept)} is one tensor with {others}: PEFT applies its factors there only after merge_and_unload"
         )
+
+    def _absent_head(self, head: TiedHead | None) -> Iterator[list[str]]:
+        """Yield an embedding and the head that a file of the base leaves to their tie, if its name is known."""
+        is_known = head is not None and head.is_sure and not head.is_shared_further
+        if head is not None and is_known and head.head not in {**self._base, **self._names}:
+            yield [head.embedding, head.head]
 
     def _equal_tensors(self, changed: Sequence[str]) -> Iterator[list[str]]:
         """Yield pairs of an embedding and a head of equal bytes, which a file of a tied model can hold twice."""
@@ -107,15 +115,3 @@ class TiedChanges:
             return same_bytes(side.payload(first), side.payload(second))
         except (PlanError, ModelError):  # a description, or a tensor on the meta device
             return False
-
-    def _is_tied_by_config(self, key: str) -> bool:
-        """Return whether the base seems to tie this embedding to a head that its file does not have."""
-        info = self._base.get(key)
-        heads = [other for other in self._base if other != key and self._judge.is_like_head(other)]
-        if info is None or any(self._base[head].shape == info.shape for head in heads):
-            return False
-        if not self._config:
-            return key == "model.embed_tokens.weight" and not any(head.count(".") == 1 for head in heads)
-        classes, tied = self._config.get("architectures"), self._config.get("tie_word_embeddings", True)
-        has_head = isinstance(classes, list) and any(str(name).endswith(_HEADED) for name in classes)
-        return has_head and tied is True and info.shape[:1] == (self._config.get("vocab_size"),)
