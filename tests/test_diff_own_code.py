@@ -20,7 +20,16 @@ import ckptkit
 import ckptkit.testing
 from ckptkit import diff, load_into
 from ckptkit.core.torch_bridge import as_checkpoint
-from tests.helpers_own_loading import MODULES, new_weight_norm, old_weight_norm, rename_old, states
+from ckptkit.errors import ModelError
+from tests.helpers_own_loading import (
+    MODULES,
+    clear_missing,
+    new_weight_norm,
+    old_weight_norm,
+    rename_old,
+    states,
+    with_post_hook,
+)
 
 
 def outcome(model: nn.Module, state: Any, *, strict: bool) -> str:
@@ -286,3 +295,119 @@ def test_the_page_says_what_the_code_did() -> None:
     assert "made of '1.part1', '1.part2', by the model's own code" in str(diff(MODULES["joins"](), joined()))
     refused = diff(MODULES["refuses"](), {"1.old_weight": torch.ones(3, 3)})
     assert str(refused).endswith("load_state_dict raises, even with strict=False: this checkpoint is too old")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 2))
+
+
+def test_lazy_modules_get_the_shapes_of_the_checkpoint() -> None:
+    """As ``load_state_dict`` makes them: ``diff`` takes any shape, and ``load_into`` keeps the same objects."""
+    state = with_values(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).state_dict())
+    for given in (state, {**state, "0.weight": torch.ones(4, 7)}):
+        torchs, ours = lazy(), lazy()
+        torchs.load_state_dict(given)
+        assert diff(ours, given).loads_strict
+        assert diff(ours, given).coverage == 1
+        before = tensors_of(ours)
+        assert load_into(ours, given).kept == ()
+        assert all(tensors_of(ours)[key] is tensor for key, tensor in before.items())
+        assert all(torch.equal(value, torchs.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert load_into(lazy(), state, assign=True).coverage == 1
+    del state["0.bias"]
+    assert not diff(lazy(), state).loads_strict
+    report = load_into(lazy(), state)
+    assert [finding.message for finding in report.findings] == [
+        "'0.bias' is not in the checkpoint and stays uninitialised"
+    ]
+
+
+def test_a_buffer_may_be_replaced_by_the_code_and_a_parameter_may_not() -> None:
+    """An optimizer holds parameters. A buffer has what torch makes it, also in another shape."""
+    for table in (torch.ones(2, 3), torch.ones(5, 3)):
+        torchs, ours = MODULES["resizing"](), MODULES["resizing"]()
+        given = {**with_values(ours.state_dict()), "1.table": table}
+        torchs.load_state_dict(given)
+        assert diff(ours, given).loads_strict
+        assert load_into(ours, given).coverage == 1
+        assert all(torch.equal(value, torchs.state_dict()[key]) for key, value in ours.state_dict().items())
+
+    class New(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.weight = nn.Parameter(torch.zeros(2, 2))
+            super()._load_from_state_dict(*args)
+
+    with pytest.raises(ModelError, match="'weight' would be replaced while loading"):
+        load_into(New(2, 2), New(2, 2).state_dict())
+
+
+def test_a_value_that_is_repeated_along_a_dim_is_computed() -> None:
+    """torch copies one number into a whole tensor, and ``diff`` has no error of the shape."""
+
+    def fill(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+        with torch.no_grad():
+            module.bias.copy_(state[f"{prefix}bias"])  # type: ignore[operator]
+            state[f"{prefix}bias"] = module.bias.detach()  # type: ignore[operator]
+
+    def build() -> nn.Module:
+        model = nn.Linear(2, 3)
+        register: Any = model._register_load_state_dict_pre_hook
+        register(fill, with_module=True)
+        return model
+
+    given = {"weight": torch.ones(3, 2), "bias": torch.ones(1)}
+    result = diff(build(), given)
+    assert (result.computed, result.loads) == (
+        {"bias": ("bias",)},
+        outcome(build(), dict(given), strict=False) == "loads",
+    )
+
+
+def quantized() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_claimed_where_names_decided(tmp_path: Path) -> None:
+    """A module of packed weights cannot be tried: no output says that torch raises, and nothing is loaded in part."""
+    model, lost = quantized(), "0._packed_params._packed_params"
+    state = model.state_dict()
+    assert diff(model, state).loads_strict
+    assert not diff(model, {key: value for key, value in state.items() if key != lost}).loads_strict
+    torch.save({"model": {"0.scale": state["0.scale"]}}, tmp_path / "run.pt")
+    result = diff(model, tmp_path / "run.pt")
+    assert lost in result.reported
+    assert "load_state_dict raises" not in str(result)
+    report = ckptkit.preflight(model, resume=tmp_path / "run.pt", init=dict(state))
+    assert "refuses" not in str(report)
+    assert {"preflight.undecided", "preflight.resume-weights"} <= {finding.code for finding in report.findings}
+    assert all(finding.severity != "error" for finding in report.findings if finding.code == "preflight.resume-weights")
+    found = ckptkit.run_checks(tmp_path / "run.pt", like=model).findings
+    assert [finding.severity for finding in found if finding.code == "own-code"] == ["warning", "note"]
+    for assign in (False, True):
+        with pytest.raises(ModelError, match="is not a tensor, and only the model's own code can load it"):
+            load_into(quantized(), state, assign=assign)
+
+
+def test_load_into_refuses_what_the_code_refuses() -> None:
+    """Also where the refused tensors have no place in the model; the hint leaves them out."""
+    model = nn.Sequential(nn.InstanceNorm1d(2, affine=True))
+    state = {**model.state_dict(), "0.running_mean": torch.zeros(2), "0.running_var": torch.ones(2)}
+    assert outcome(model, dict(state), strict=False).startswith("raises")
+    with pytest.raises(ModelError, match="load_state_dict failed: Unexpected running stats") as caught:
+        load_into(model, state)
+    rules = ckptkit.parse_rules(drop=["0.running_mean", "0.running_var"])
+    assert str(caught.value.hint).endswith("pass rules=ckptkit.parse_rules(drop=['0.running_mean', '0.running_var'])")
+    assert load_into(model, state, rules).coverage == 1
+    section = ckptkit.preflight(model, init=state)
+    assert "preflight.refused" in {finding.code for finding in section.findings}
+
+
+def test_check_follows_the_code(tmp_path: Path) -> None:
+    """A missing key that torch does not report is no finding, and a refusal is an error."""
+    model = with_post_hook(clear_missing)
+    torch.save({"0.weight": torch.ones(3, 3)}, tmp_path / "part.pt")
+    assert "missing" not in {finding.code for finding in ckptkit.run_checks(tmp_path / "part.pt", like=model).findings}
+    torch.save({"1.old_weight": torch.ones(3, 3)}, tmp_path / "old.pt")
+    found = ckptkit.run_checks(tmp_path / "old.pt", like=MODULES["refuses"]()).findings
+    assert ("own-code", "error") in {(finding.code, finding.severity) for finding in found}

@@ -153,11 +153,14 @@ def test_a_model_on_the_meta_device_has_shapes_and_ties_but_no_values() -> None:
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(3), nn.Sequential(nn.ReLU(), nn.LazyBatchNorm1d())])
-def test_lazy_modules_are_refused(lazy: nn.Module) -> None:
-    """Lazy modules and their state_dicts have no shapes, and the hint says how to get them."""
+def test_tensors_of_lazy_modules_are_described_without_elements(lazy: nn.Module) -> None:
+    """They have no shape and no values yet, and the hint says how to get them."""
     for thing in (lazy, dict(lazy.state_dict())):
-        with pytest.raises(ModelError, match="is uninitialised, so it has no shape yet") as caught:
-            as_checkpoint(thing, "model")
+        checkpoint = as_checkpoint(thing, "model")
+        key = next(iter(checkpoint))
+        assert str(checkpoint[key]) == "F32 [0] (uninitialised)"
+        with pytest.raises(ModelError, match="has no values: it is an uninitialised tensor") as caught:
+            checkpoint.read(key)
         assert caught.value.hint == "run one forward pass first"
 
 

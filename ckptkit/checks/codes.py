@@ -70,6 +70,11 @@ QUANTIZED_MISMATCHED = Code(
     "Only one of the checkpoint and EXPECTED has a weight quantised.",
 )
 NO_TENSOR = Code("no-tensor", ("error",), "A key that load_state_dict reads holds no tensor.")
+OWN_CODE = Code(
+    "own-code",
+    ("error", "warning", "note"),
+    "The model's own code for loading refuses the checkpoint, or reports further keys; a note if it was not tried.",
+)
 EXTRA_STATE = Code("extra-state", ("warning",), "Only one side has this extra state.")
 AS_EXPECTED = Code("as-expected", ("note",), "A tensor equals the tensor of EXPECTED bit by bit.")
 AT_INIT = Code("at-init", ("warning", "note"), "A tensor looks as if it was never trained.")

@@ -10,7 +10,7 @@ from ckptkit.checks import codes
 from ckptkit.checks.structure import FLOATS
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.findings import Code, Finding
-from ckptkit.core.text import listed, plural
+from ckptkit.core.text import listed, plural, printable
 from ckptkit.core.ties import tied_keys
 from ckptkit.statistics.value_stats import ValueStats
 
@@ -26,12 +26,13 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
 
     Errors are ``missing``, ``shape-mismatched``, ``quantized-mismatched``, ``uncopyable`` and ``no-tensor``. Warnings
     are ``unexpected``, ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing
-    key to a stored key) and ``filled`` (a counter that torch fills in).
+    key to a stored key) and ``filled`` (a counter that torch fills in). ``own-code`` says what the code of a live model
+    adds: an error where it refuses the checkpoint, a warning where it reports further keys, a note where names decided.
     """
     hint = result.hints[0].message if result.hints else "ckpt diff EXPECTED PATH lists all keys"
     matched = {pair.key for pair in result.matched}
     partners = {key: group for group in tied_keys(result.expected.values()) for key in group}
-    missing = [info.key for info in result.missing if info.key not in result.filled]
+    missing = [info.key for info in result.missing if info.key not in result.filled | result.excused]
     tied = [key for key in missing if any(other in matched for other in partners.get(key, ()))]
     elsewhere = {*result.blocked, *tied}
     lost = [key for key in missing if key not in elsewhere]
@@ -63,6 +64,18 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
         codes.NO_TENSOR, not_tensors, "without a tensor, but load_state_dict takes only tensors"
     )
     yield from _findings_of_keys(codes.EXTRA_STATE, result.extra_state, "of extra state that only one side has")
+    yield from _own_code_findings(result)
+
+
+def _own_code_findings(result: StateDictDiff) -> Iterator[Finding]:
+    for refusal in result.refusals:
+        yield codes.OWN_CODE.finding("", f"load_state_dict raises, even with strict=False: {printable(refusal)}")
+    if result.reported:
+        text = f"load_state_dict reports {plural(len(result.reported), 'further key')}: {listed(result.reported)}"
+        yield codes.OWN_CODE.finding(result.reported[0], text, severity="warning", keys=result.reported)
+    if result.undecided:
+        message = f"names decided: the model's own code for loading was not tried, because {result.undecided}"
+        yield codes.OWN_CODE.finding("", message, severity="note")
 
 
 def _findings_of_keys(code: Code, keys: Iterable[str], text: str, hint: str = "") -> Iterator[Finding]:

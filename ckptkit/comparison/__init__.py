@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
-from ckptkit.comparison.by_model import Answer, Place, ask_model
+from ckptkit.comparison.by_model import Answer, Place, ask_model, is_inside
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, fold_command, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.comparison.rehearsal import Given, Outside
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, Unmet, find_unmet, parse_requirements
 from ckptkit.core.patterns import literal, parse_rename
@@ -110,10 +110,12 @@ class StateDictDiff(Result):
             the name after the rules.
         computed: Expected keys that the model's own code makes of found tensors, each with their names after the rules.
         excused: Missing keys that keep their value, and that the model's own code does not report as missing.
-        reported: Further keys that the model's own code reports as missing or unexpected.
+        reported: Further keys that the model's own code reports as missing or unexpected. Where this code could not be
+            tried, the keys of values that it saves, and that were not found.
         refusals: What the model's own code says where it refuses the found tensors, even with ``strict=False``.
         has_own_code: Whether the expected side is a live model with own code for loading: hooks or methods.
-        undecided: Why this code could not be tried, so that names alone decide; or an empty string.
+        undecided: Why this code could not be tried, or an empty string. Names alone decide then, also about ``loads``
+            and ``loads_strict``, and ``load_state_dict`` can decide otherwise.
         expected_checkpoint: Path, format and size of the expected side.
         found_checkpoint: Path, format and size of the found side.
 
@@ -330,6 +332,10 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
             pair = KeyPair(info, by_new_name[place.sources[0]])
             if place.sources != (key,):
                 moved[key] = place.sources[0]
+            if info.shape != pair.found.shape and answer.makes_shape(key, pair.found.shape):
+                # The view is that of the shape before.
+                info = expected_infos[key] = replace(info, shape=pair.found.shape, view=None, kind=_loaded_kind(info))  # noqa: PLW2901
+                pair = KeyPair(info, pair.found)
             if info.shape != pair.found.shape:
                 shape_mismatched.append(pair)
                 continue
@@ -346,12 +352,14 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         for new, info in by_new_name.items()
         if _is_unexpected(new, answer, expected_infos) and _extra_state_key(new, found) not in expected_states
     }
+    own_values = _values_of_own_code(expected, answer)
     foreign = [
         key
         for key in not_tensors
         if _is_unexpected(key, answer, expected_infos)
         and not answer.ignores(key)
         and _extra_state_key(key, found) is None
+        and key not in own_values
     ]
     listed = {info.key for info in missing} | unexpected.keys()
     one_sided_states = [
@@ -361,7 +369,8 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     ]
     by_name = [info for info in missing if not answer.decides(info.key)]
     filled = _filled_counters(by_name, expected, _versions_for(found, key_map))
-    reported = (*(answer.missing - without.keys() - expected_states), *(answer.unexpected - unexpected.keys()))
+    reported = {*(answer.missing - without.keys() - expected_states), *(answer.unexpected - unexpected.keys())}
+    reported |= own_values - by_new_name.keys()
     return StateDictDiff(
         expected_infos,
         found_infos,
@@ -384,7 +393,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         moved=moved,
         computed=computed,
         excused=frozenset(key for key, kind in without.items() if kind == "excused" and key not in filled),
-        reported=tuple(sorted(set(reported) - not_tensors.keys() - found_states)),
+        reported=tuple(sorted(reported - not_tensors.keys() - found_states)),
         refusals=answer.refusals,
         has_own_code=bool(answer.paths),
         undecided=answer.reason,
@@ -437,7 +446,23 @@ def _place(
         return Place("loaded" if is_scalar else "computed", known)
     if place.kind == "loaded" and not known:  # the value of an extra state
         return Place("computed")
+    if place.kind == "loaded" and answer.accepts_shape(key):
+        shape = tensors[known[0]].shape
+        if shape != info.shape and not answer.makes_shape(key, shape):
+            return Place("computed", known)  # torch repeats the values along some dims
     return place
+
+
+def _values_of_own_code(expected: Checkpoint, answer: Answer) -> set[str]:
+    """Return the keys of values without tensors, such as packed weights, that code which was not tried saves."""
+    if not answer.reason:
+        return set()
+    keys = (entry.path for entry in expected.entries if entry.type != ABSENT and not entry.is_outside)
+    return {key for key in keys if is_inside(key, answer.paths) and _extra_state_key(key, expected) is None}
+
+
+def _loaded_kind(info: TensorInfo) -> str:
+    return "dense" if info.kind == UNINITIALISED else info.kind
 
 
 def _is_unexpected(key: str, answer: Answer, expected: Mapping[str, TensorInfo]) -> bool:

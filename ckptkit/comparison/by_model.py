@@ -64,6 +64,14 @@ class Answer:
             return Place("filled")
         return Place("loaded" if filled.is_same else "computed", filled.sources)
 
+    def makes_shape(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Return whether a tensor of the model had this shape after it was loaded, which it did not have before."""
+        return self.rehearsal is not None and self.rehearsal.shapes.get(key) == shape
+
+    def accepts_shape(self, key: str) -> bool:
+        """Return whether a tensor of the model was loaded, and torch did not refuse the shape."""
+        return self.rehearsal is not None and key not in self.rehearsal.mismatched
+
     def ignores(self, key: str) -> bool:
         """Return whether torch does not report a found key that nothing is loaded from."""
         return self.rehearsal is not None and not self.rehearsal.refused and key not in self.unexpected

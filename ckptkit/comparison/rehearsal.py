@@ -66,7 +66,7 @@ class Rehearsal:
         refused: Whether a ``load_state_dict`` that the model overrides raises with ``strict=True``.
         names: The names of all tensors of the copies.
         replaced: Names of tensors that are other objects afterwards.
-        shapes: The shapes that lazy modules gave their tensors.
+        shapes: The shapes of the tensors afterwards: lazy modules give them, and other code can change them.
     """
 
     filled: Mapping[str, Filled]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 from ckptkit.core.checkpoint import (
+    UNINITIALISED,
     Access,
     Checkpoint,
     Configuration,
@@ -379,8 +380,8 @@ def describe_state_dict(
 
     ``model`` is the live model whose state_dict the mapping is.
 
-    Tensors on the meta device are described and cannot be read. Raises ``ModelError`` for a key that is not a string
-    and for an uninitialised tensor.
+    Tensors on the meta device are described and cannot be read. So is an uninitialised tensor, which has no elements.
+    Raises ``ModelError`` for a key that is not a string.
     """
     import torch
 
@@ -399,8 +400,10 @@ def describe_state_dict(
     def payload(info: TensorInfo) -> Payload:
         tensor = tensors[info.key]
         if tensor.is_meta or info.kind != "dense":
+            kind = info.kind if info.kind == UNINITIALISED or not tensor.is_meta else "meta"
             raise ModelError(
-                f"{quoted(info.key)} has no values: it is a {'meta' if tensor.is_meta else info.kind} tensor"
+                f"{quoted(info.key)} has no values: it is {'an' if kind == UNINITIALISED else 'a'} {kind} tensor",
+                hint="run one forward pass first" if kind == UNINITIALISED else None,
             )
         if info.nbytes and not tensor.untyped_storage().nbytes():  # to read it would end the process
             raise ModelError(f"{quoted(info.key)} has no values: its memory was freed")
@@ -449,9 +452,9 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
     import torch
     from torch.nn.parameter import is_lazy
 
-    if is_lazy(tensor):
-        raise ModelError(f"{quoted(key)} is uninitialised, so it has no shape yet", hint="run one forward pass first")
     code = code_of(tensor.dtype)
+    if is_lazy(tensor):
+        return TensorInfo(key, code, (0,), kind=UNINITIALISED)
     kind = "dense"
     if tensor.layout is not torch.strided:
         kind = "sparse"

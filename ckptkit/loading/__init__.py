@@ -7,16 +7,16 @@ from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from ckptkit.comparison.own_code import modules_with_own_code
+from ckptkit.comparison.own_code import is_below, modules_with_own_code
 from ckptkit.comparison.rehearsal import Given, Untried, rehearse
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
+from ckptkit.core.checkpoint import UNINITIALISED, Access, Checkpoint, Description, TensorInfo, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, measure_coverage
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import kind_of, listed, percent, plural, quoted
-from ckptkit.core.torch_bridge import as_checkpoint, code_of
+from ckptkit.core.torch_bridge import ABSENT, as_checkpoint, code_of
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
 from ckptkit.formats.codes import unread_findings
@@ -107,7 +107,8 @@ def load_into(
     of the model, and compared there with the bytes that were read. The model is not copied.
 
     What is checked afterwards: every loaded tensor has the value of the checkpoint, by its bytes; every other tensor
-    did not change; all parameters and buffers are the same objects in the same memory as before.
+    did not change; all parameters are the same objects in the same memory as before. So are all buffers, but for those
+    that the model's own code replaces. A lazy module makes its parameters while it is loaded, in the same objects.
 
     Some modules have hooks for loading, or a loading method of their own. ``load_state_dict`` gives them their tensors
     and those of the modules below, all at once and in memory, as in torch; of all other tensors that are loaded, it
@@ -244,6 +245,8 @@ class _Loading:
         before = Watch(model)
         self._before = before
         self._decision: Decision | None = None
+        if handing.own.undecided:
+            _refuse_values_without_tensor(model, base, handing.own.undecided)
         if assign:
             _refuse_assigned_shards(before, self._loaded)
             refuse_gradients(before, handing.steps)
@@ -265,9 +268,12 @@ class _Loading:
                 return
             for refusal in (*tried.refusals, *(f"size mismatch for {key}" for key in tried.mismatched)):
                 raise ModelError(f"load_state_dict failed: {refusal}")
-            if tried.replaced:
-                name = quoted(tried.replaced[0])
-                raise ModelError(f"{name} would be replaced while loading, and optimizers would hold the old tensor")
+            for name in tried.replaced:
+                if name in self._before.parameters:
+                    raise ModelError(
+                        f"{quoted(name)} would be replaced while loading, and optimizers would hold the old tensor",
+                        hint="pass assign=True, which names the optimizers that hold it",
+                    )
 
     def watch(self) -> Watch:
         """Return the watch that can tell afterwards what changed, without a copy of the model."""
@@ -308,10 +314,15 @@ class _Loading:
         """
         assigned = frozenset[str]() if self._decision else _same_tensors(before, self._loaded)
         for name in before.replaced():
-            if name not in assigned:
+            if name not in assigned and name in before.parameters:
                 raise ModelError(f"{quoted(name)} was replaced while loading, and optimizers still hold the old tensor")
         written = _sharing_memory(before, self._loaded)
-        changed = [name for name in before.tensors if name not in written and not before.is_unchanged(name)]
+        replaced = set(before.replaced())
+        changed = [
+            name
+            for name in before.tensors
+            if name not in written and (name in replaced or not before.is_unchanged(name))
+        ]
         for name in changed:
             if name in self._base and name not in self._handing.own.filled:
                 raise ModelError(
@@ -339,6 +350,18 @@ class _Loading:
             if tensor.is_meta:
                 why = "is not in the checkpoint" if name in self._base else "is a buffer that no checkpoint has"
                 yield codes.META.finding(name, f"{quoted(name)} {why}, and is still on the meta device without a value")
+
+
+def _refuse_values_without_tensor(model: Module, base: Checkpoint, reason: str) -> None:
+    """Raise ``ModelError`` where code that was not tried saves values that no plan has, such as packed weights."""
+    paths = modules_with_own_code(model)
+    for entry in base.entries:
+        key = entry.path
+        if entry.type != ABSENT and not is_extra_state(key) and is_below(key, paths):
+            raise ModelError(
+                f"{quoted(key)} is not a tensor, and only the model's own code can load it",
+                hint=f"call model.load_state_dict: ckptkit could not try the code, because {reason}",
+            )
 
 
 def _refuse_assigned_shards(before: Watch, loaded: AbstractSet[str]) -> None:
@@ -375,12 +398,14 @@ def _report(
 ) -> LoadReport:
     computed = {**handing.own.computed, **{name: () for name in found.rewritten if name in base}}
     loaded = {step.out.key for step in handing.steps} | computed.keys()
-    covered = measure_coverage(base, loaded)
+    # A lazy module, and other code, gives a tensor the shape of the checkpoint.
+    infos = {**base, **{step.out.key: step.out for step in handing.steps}}
+    covered = measure_coverage(infos, loaded)
     findings = (
         *unread_findings(warnings),
         *(codes.NAMED.finding("", note) for note in plan.notes if isinstance(note, NamedByPosition)),
         *found.findings,
-        *_kept_findings(covered.kept, plan, found.shared, {finding.key for finding in found.findings}, asked),
+        *_kept_findings(covered.kept, plan, found, asked),
         *_tied_findings(handing.steps),
         *_loss_findings(found.losses),
         *_dropped_findings(plan, asked),
@@ -394,7 +419,7 @@ def _report(
         loaded=covered.filled,
         kept=covered.kept,
         coverage=covered.share,
-        modules=coverage_by_module(base.values(), loaded),
+        modules=coverage_by_module(infos.values(), loaded),
     )
 
 
@@ -420,18 +445,18 @@ def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
             yield codes.UNDERFLOW.finding(loss.key, sentence)
 
 
-def _kept_findings(
-    kept: Sequence[str], plan: Plan, shared: AbstractSet[str], named: AbstractSet[str], asked: _Asked
-) -> Iterator[Finding]:
-    mismatched = {drop.wanted for drop in plan.dropped} | named
+def _kept_findings(kept: Sequence[str], plan: Plan, found: _Found, asked: _Asked) -> Iterator[Finding]:
+    mismatched = {drop.wanted for drop in plan.dropped} | {finding.key for finding in found.findings}
+    lazy = {info.key for info in found.not_compared if info.kind == UNINITIALISED}
     for key in kept:
-        if key in shared:
+        if key in found.shared:
             yield codes.SHARED.finding(
                 key, f"{quoted(key)} was not loaded, but it shares memory with a loaded tensor and changed with it"
             )
         elif key not in mismatched:
             severity = _severity(asked.on_missing, key)
-            message = f"{quoted(key)} is not in the checkpoint and keeps its value"
+            message = f"{quoted(key)} is not in the checkpoint and "
+            message += "stays uninitialised" if key in lazy else "keeps its value"
             yield codes.MISSING.finding(key, message, severity=severity)
 
 
@@ -456,6 +481,6 @@ def _unverified_findings(found: _Found, loaded: AbstractSet[str]) -> Iterator[Fi
         message = f"{quoted(name)} was passed to its module; whether the module kept it was not checked"
         yield codes.UNPROVED.finding(name, message)
     for info in found.not_compared:
-        if info.key not in loaded:
+        if info.key not in loaded and info.kind != UNINITIALISED:
             message = f"{quoted(info.key)} is a {info.kind} tensor, so its bits were not compared"
             yield codes.UNPROVED.finding(info.key, message)

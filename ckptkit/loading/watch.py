@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.ties import overlapping_tensors
-from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of
+from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of, shape_or_none
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.loading.regions import held_memory
 
@@ -39,6 +40,13 @@ class Watch:
     def not_compared(self) -> tuple[str, ...]:
         """Names of the tensors that ``is_unchanged`` cannot compare."""
         return ()
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters, which optimizers hold."""
+        from torch.nn import Parameter
+
+        return frozenset(name for name, tensor in self.tensors.items() if isinstance(tensor, Parameter))
 
     @property
     def ties(self) -> set[frozenset[str]]:
@@ -100,6 +108,8 @@ def _ties(infos: Checkpoint) -> set[frozenset[str]]:
 
 def _memory_and_changes(tensor: Tensor) -> tuple[Tensor | None, int | None]:
     """Return a second view of the memory of a tensor, and the number of changes that torch counted."""
+    if shape_or_none(tensor) is None:  # of a lazy module; torch lets nothing be asked of it
+        return None, None
     held = held_memory(tensor)
     counted = tensor if held is None else held
     # An inference tensor has no count. The count has no public name.

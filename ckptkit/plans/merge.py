@@ -16,7 +16,7 @@ from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, find_unmet, parse_requirements
-from ckptkit.core.patterns import parse_pattern
+from ckptkit.core.patterns import literal, parse_pattern
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
@@ -58,6 +58,7 @@ __all__ = ["OwnLoading", "follow_ties", "plan_loading", "plan_merge"]
 _SKIP: MismatchAction = "skip"
 _MOST_RESIZES = 3  # operations that a hint names for one tensor
 _MOST_OPTIONS = 4  # of one hint
+_MOST_DROPPED = 6  # keys that a hint names
 # Writes the action of a policy for a pattern: as an option, or as an argument.
 _Spelling: TypeAlias = Callable[[str, str, str], str]
 _MAPPINGS = ("dict", "OrderedDict", "defaultdict")
@@ -167,12 +168,14 @@ class OwnLoading:
         computed: The keys that the code makes of other tensors, each with their names; no plan has their values.
         filled: The keys that are missing in the checkpoint, and that the code may fill in.
         others: Steps that read the tensors which the model does not have, for the code to see them.
+        undecided: Why the code could not be tried, so that nothing of this is known; or an empty string.
     """
 
     moved: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     filled: AbstractSet[str] = frozenset()
     others: tuple[Step, ...] = ()
+    undecided: str = ""
 
 
 def _plan(
@@ -350,6 +353,8 @@ def _make_overlay(
     quantized.refuse_overlay(role, outputs)
     refuse_unread((old for new, d in outputs.items() if new in base for old in d.sources), donor)
     result = diff_checkpoints(base, donor, key_map)
+    if policies.sides.is_loading and result.refusals:
+        raise _refusal_error(result)
     on_mismatch = policies.on_mismatch
     refused = [pair for pair in result.shape_mismatched if _mismatch_action(pair, on_mismatch) == "error"]
     if refused:
@@ -380,7 +385,7 @@ def _make_overlay(
             dropped += dropped_sources(role, pair.key, _derivation(pair.key, result, outputs), why, pair.key)
     for new, info in unexpected.items():
         if actions[new] == "skip":
-            dropped += dropped_sources(role, new, outputs[new], "the base does not have it")
+            dropped += dropped_sources(role, new, outputs[new], f"the {policies.sides.base} does not have it")
         else:
             derivation = _decided(outputs[new], policies.on_unexpected.rule(outputs[new].sources[0]))
             added[new] = make_step(replace(info, key=new), derivation, role, donor)
@@ -405,7 +410,7 @@ def _derivation(key: str, result: StateDictDiff, outputs: Mapping[str, Derivatio
 
 def _own_loading(result: StateDictDiff, outputs: Mapping[str, Derivation], role: str, donor: Checkpoint) -> OwnLoading:
     if not result.moved and not result.computed:
-        return OwnLoading(filled=result.filled)
+        return OwnLoading(filled=result.filled, undecided=result.undecided)
     used = {result.moved.get(pair.key, pair.key) for pair in (*result.matched, *result.shape_mismatched)}
     given = {name for names in result.computed.values() for name in names}
     unexpected = {info.key for info in result.unexpected}
@@ -585,6 +590,15 @@ def _mismatch_error(pairs: Sequence[KeyPair], role: str, sides: _Sides) -> PlanE
         f"{quoted(first.key)} is {wanted} in the {sides.base} and {given} in the {sides.donor or role}{more}",
         hint=_mismatch_hint(pairs, _on_command_line, sides),
         call=_mismatch_hint(pairs, _in_python, sides),
+    )
+
+
+def _refusal_error(result: StateDictDiff) -> ModelError:
+    """Return the error where the model's own code refuses what torch would give it."""
+    keys = [literal(info.key) for info in result.unexpected[:_MOST_DROPPED]]
+    return ModelError(
+        f"load_state_dict failed: {result.refusals[0]}",
+        hint=f"if these tensors are not needed, pass rules=ckptkit.parse_rules(drop={keys})" if keys else None,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
+from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, Entry, TensorInfo
 from ckptkit.core.dtypes import DTYPES, dtype_code
 from ckptkit.core.patterns import drop_options, literal
 from ckptkit.core.result.summary import CheckpointSummary
@@ -41,6 +41,7 @@ __all__ = [
 _MOST_UNREAD = 8
 _WHY_NOT = {
     "meta": "it was saved from the meta device and has no values",
+    UNINITIALISED: "it is uninitialised, and one forward pass makes it",
     "unknown": "its dtype is not known",
     "unread": "only the code of its class can rebuild it",
     "converted": "it is stored with another dtype than it has, and torch would cast it",

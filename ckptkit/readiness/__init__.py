@@ -29,6 +29,7 @@ from ckptkit.readiness.init import (
     UNLOADED,
     InspectedModel,
     check_init,
+    check_own_code,
     check_quantized,
     check_requirements,
     check_values,
@@ -291,7 +292,7 @@ def _check_init(
     problems = find_quantized_problems(inspected.state, init, key_map, "initial checkpoint")
     section = compare_init(inspected, result, init, problems)
     findings = [*unread_findings(init.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
-    findings += check_requirements(result, requirements, problems)
+    findings += [*check_own_code(result), *check_requirements(result, requirements, problems)]
     patterns = fresh_patterns(fresh, inspected.state)
     untrained = find_untrained(inspected, section, result, init, initial)
     findings += check_init(inspected, section, result, init, patterns, untrained=untrained)

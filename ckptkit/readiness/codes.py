@@ -48,8 +48,17 @@ MIXED_DTYPES = Code("preflight.mixed-dtypes", ("note",), "The parameters that tr
 BF16_WEIGHTS = Code("preflight.bf16-weights", ("warning",), "The optimizer updates weights in bfloat16.")
 EPS = Code("preflight.eps", ("error",), "The eps of the optimizer is 0 in the dtype of the weights.")
 
+REFUSED = Code("preflight.refused", ("error",), "The model's own code for loading refuses init.")
+UNDECIDED = Code(
+    "preflight.undecided", ("note",), "The model's own code for loading could not be tried, so names decided."
+)
+
 # The run to resume.
-RESUME_WEIGHTS = Code("preflight.resume-weights", ("error",), "load_state_dict refuses the weights of the run.")
+RESUME_WEIGHTS = Code(
+    "preflight.resume-weights",
+    ("error", "warning"),
+    "load_state_dict refuses the weights of the run; a warning where only names could decide.",
+)
 RESUME_QUANTIZED = Code(
     "preflight.resume-quantized", ("error",), "A weight is quantised in the run and plain in the model, or the reverse."
 )

@@ -15,7 +15,7 @@ from ckptkit.core.coverage.requirements import Requirements
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import named_of, same_values
 from ckptkit.core.torch_types import Module
@@ -32,6 +32,7 @@ __all__ = [
     "UNLOADED",
     "InspectedModel",
     "check_init",
+    "check_own_code",
     "check_quantized",
     "check_requirements",
     "check_values",
@@ -39,6 +40,7 @@ __all__ = [
     "find_quantized_problems",
     "fresh_patterns",
     "tensors_of",
+    "undecided_finding",
 ]
 
 _SHOWN = 4
@@ -383,3 +385,17 @@ def _value_finding(key: str, judgement: Judgement) -> Finding:
     }
     hint = "call reset_parameters() of the module, or load a checkpoint that has the tensor"
     return _CODES[judgement.kind].finding(key, f"{quoted(key)} is {judgement.text}; {reasons[judgement.kind]}", hint)
+
+
+def check_own_code(result: StateDictDiff) -> Iterator[Finding]:
+    """Yield what the model's own code for loading says about init: why it refuses init, or why it was not tried."""
+    for refusal in result.refusals:
+        yield codes.REFUSED.finding("", f"load_state_dict refuses init: {printable(refusal)}")
+    if result.undecided:
+        yield undecided_finding(result)
+
+
+def undecided_finding(result: StateDictDiff) -> Finding:
+    """Return the note that names decided, and why."""
+    reason = f"names decided: the model's own code for loading was not tried, because {result.undecided}"
+    return codes.UNDECIDED.finding("", reason)

@@ -29,6 +29,7 @@ from ckptkit.optimizer_state.naming import (
 from ckptkit.param_groups.compare.groups import GroupDifference, GroupDifferences, GroupView, compare_groups
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.readiness import codes
+from ckptkit.readiness.init import undecided_finding
 from ckptkit.readiness.loaded_options import options_after_load
 from ckptkit.readiness.model import Resume
 from ckptkit.readiness.training import Training
@@ -101,15 +102,21 @@ def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
         ("of another shape in the run", [pair.key for pair in result.shape_mismatched if not pair.loads]),
         ("not in the model", [info.key for info in result.unexpected if info.key not in result.unseen]),
         ("of a kind that torch does not copy", [pair.key for pair in result.uncopyable]),
+        ("missing from the run" if result.undecided else "reported by the model's own code", result.reported),
     )
     for refusal in result.refusals:
         message = f"load_state_dict refuses the weights of the run: {printable(refusal)}"
         yield codes.RESUME_WEIGHTS.finding("", message, "the model's own code for loading says so")
+    refuses = "load_state_dict refuses the weights of the run"
+    if result.undecided:
+        refuses = "by their names and shapes, the weights of the run do not fit"
+        yield undecided_finding(result)
     for kind, keys in kinds:
         if keys:
             verb = "is" if len(keys) == 1 else "are"
-            message = f"load_state_dict refuses the weights of the run: {listed(keys, _SHOWN)} {verb} {kind}"
-            yield codes.RESUME_WEIGHTS.finding(keys[0], message, hint, keys=keys)
+            message = f"{refuses}: {listed(keys, _SHOWN)} {verb} {kind}"
+            severity: Severity = "warning" if result.undecided else "error"
+            yield codes.RESUME_WEIGHTS.finding(keys[0], message, hint, severity=severity, keys=keys)
 
 
 def _model_findings(model: Module, found: FoundState) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.comparison import KeyPair, StateDictDiff
+from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable
 from ckptkit.render.page import Code, Line, Page, Row, Table, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
@@ -97,7 +98,7 @@ def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool =
         *([f"{len(result.computed):,} computed by the model's own code"] if result.computed else []),
         *([f"{len(result.quantized):,} quantised differently"] if result.quantized else []),
     ]
-    elements = plural(result.expected_checkpoint.elements, "element")
+    elements = plural(measure_coverage(result.expected, frozenset()).elements, "element")
     unread = "; values were not read" if result.has_unread_values else ""
     return [
         Line(("expected  ", *describe(result.expected_checkpoint))),
@@ -140,7 +141,8 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
     rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
     rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
-    rows += [Row(key, ("~", "", "load_state_dict reports it")) for key in result.reported]
+    reported = ("-", "no tensor", "") if result.undecided else ("~", "", "load_state_dict reports it")
+    rows += [Row(key, reported) for key in result.reported]
     return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
 
 

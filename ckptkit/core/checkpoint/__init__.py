@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.checkpoint.info import (
+    UNINITIALISED,
     TensorInfo,
     UnknownKeyError,
     View,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_TENSORS",
+    "UNINITIALISED",
     "Access",
     "Check",
     "Checkpoint",

@@ -10,7 +10,18 @@ from typing import NamedTuple
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import nearest, quoted
 
-__all__ = ["TensorInfo", "UnknownKeyError", "View", "is_contiguous", "memory_order", "row_major", "storage_range"]
+__all__ = [
+    "UNINITIALISED",
+    "TensorInfo",
+    "UnknownKeyError",
+    "View",
+    "is_contiguous",
+    "memory_order",
+    "row_major",
+    "storage_range",
+]
+
+UNINITIALISED = "uninitialised"  # the kind of a tensor of a lazy module, which gets its shape while loading
 
 
 class View(NamedTuple):

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptkit.core.arguments import refuse, require_type
-from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.checkpoint.info import UNINITIALISED, TensorInfo
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.text import printable, quoted
@@ -122,7 +122,8 @@ def _numpy_dtype_of(info: TensorInfo) -> np.dtype[Any]:
 def _part(info: TensorInfo, open_payload: Opener, rows: slice | None) -> tuple[TensorInfo, Payload | None]:
     """Return the description and the bytes of the rows; no bytes where there is no element."""
     if rows is None:
-        return info, open_payload(info) if info.elements else None
+        has_bytes = info.elements or info.kind == UNINITIALISED  # whose payload says why it cannot be read
+        return info, open_payload(info) if has_bytes else None
     start, stop = _range_of(rows, info)
     part = replace(info, shape=(stop - start, *info.shape[1:]), view=None)
     if not part.elements:
