@@ -217,6 +217,29 @@ def test_other_metadata_is_copied_with_a_note(metadata: dict[str, str], note: st
     assert plan_remap(path, ["a.c.*=z.*"]).notes == () or "patterns" in note
 
 
+MOVED: Mapping[str, tuple[list[str], str]] = {
+    "swapped": (["h.0.w=h.1.w", "h.1.w=h.0.w"], "'h.0.w', which is another tensor in the output"),
+    "moved by one": (["h.{i:int}.*=h.{i+1}.*"], "'h.0.w', which the output does not have"),
+    "not this one": (["h.2.w=h.3.w"], ""),
+}
+
+
+@pytest.mark.parametrize(("rules", "note"), MOVED.values(), ids=MOVED.keys())
+def test_a_name_that_another_tensor_has_now_is_noted(rules: list[str], note: str, tmp_path: Path) -> None:
+    """Metadata and entries that name a layer are stale too where another layer has taken its name."""
+    tensors = {f"h.{i}.w": torch.full((2,), i) for i in range(3)}
+    save_file(tensors, tmp_path / "in.safetensors", {"frozen": json.dumps(["h.0.w", "h.1.w"]), "bits": '{"h.0": 4}'})
+    plan, _ = remapped(tmp_path / "in.safetensors", rules)
+    assert sorted(text.partition(" still")[0] for text in plan.notes) == (
+        ["the metadata 'bits'", "the metadata 'frozen'"] if note else []
+    )
+    assert not note or any(note in text for text in plan.notes)
+    torch.save({"model": tensors, "hyper": ["h.0.w"]}, tmp_path / "run.pt")
+    written = execute(plan_remap(tmp_path / "run.pt", rules), tmp_path / "run.pt", tmp_path / "out.pt")
+    assert written.plan is not None
+    assert written.plan.notes == ((f"'hyper' still names {note}",) if note else ())
+
+
 def test_kept_entries_of_a_torch_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A list of names beside the weights stays as it is in the edited file, and a note says so."""
     run = {

@@ -11,7 +11,7 @@ from itertools import combinations
 from ckptkit.comparison.roles import FUSED_ROLES, role_of, split_leaf, split_words
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, shared_start
 
 __all__ = ["PartedTensor", "align_command", "find_parted", "fold_command", "parted_hint"]
 
@@ -46,7 +46,7 @@ class PartedTensor:
 
 
 def find_parted(missing: Mapping[str, TensorInfo], unexpected: Mapping[str, TensorInfo]) -> tuple[PartedTensor, ...]:
-    """Return the missing tensors whose values evidently are among the unexpected ones, joined or in parts.
+    """Return the missing tensors that evidently have their values among the unexpected ones, joined or in parts.
 
     Parts are tensors of one shape that differ in one number of their names, as experts do. Their stack or their
     concatenation has the shape of the whole. Parts are also query, key and value, or gate and up, of one module. Two
@@ -92,7 +92,7 @@ class _Name:
     """A key in the terms that the names of whole and parts have in common."""
 
     segments: tuple[str, ...]
-    module: tuple[str, ...]  # the segments of the module, with the part of the last one that is no leaf
+    module: tuple[str, ...]  # the segments of the module, with the part of the last one that is not a leaf
     is_bias: bool
 
     @property
@@ -135,7 +135,7 @@ def _wholes(
 
 @dataclass(frozen=True, slots=True)
 class _NumberedList:
-    """Tensors of one shape whose keys differ in one number, which counts from 0: ``head``, the number, ``tail``."""
+    """Tensors of one shape with keys that differ in one number, which counts from 0: ``head``, the number, ``tail``."""
 
     head: tuple[str, ...]
     tail: tuple[str, ...]
@@ -173,7 +173,7 @@ def _lists(names: Mapping[str, _Name], pieces: Mapping[str, TensorInfo]) -> dict
 def _numbered_parts(
     name: _Name, shape: _Shape, lists: Mapping[tuple[str, ...], Sequence[_NumberedList]], used: AbstractSet[str]
 ) -> tuple[str, ...]:
-    """Return the keys whose stack or concatenation is the tensor; of one list, or of two that are fused."""
+    """Return the keys of tensors that are the tensor when stacked or concatenated; of one list, or of two that are fused."""
     near = [family for family in lists.get(name.numbers, ())[:_MAX_LISTS] if _is_near(name, family)]
     near = [family for family in near if used.isdisjoint(family.keys)]
     # The lists that the name of the whole speaks of come first.
@@ -245,7 +245,7 @@ def _fused_parts(
         return ()
     parts = []
     for of_role in candidates:
-        nearness = [_common(name.module, module) for module, _ in of_role]
+        nearness = [shared_start(name.module, module) for module, _ in of_role]
         best = max(nearness)
         if nearness.count(best) != 1:  # such as self-attention and cross-attention
             return ()
@@ -253,16 +253,6 @@ def _fused_parts(
     shapes = [pieces[key].shape for key in parts]
     dims = range(min(len(shape), 2))
     return tuple(parts) if any(_is_concatenation(shape, shapes, dim) for dim in dims) else ()
-
-
-def _common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return how many segments two paths have in common at their beginning."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
 
 
 def _is_concatenation(whole: _Shape, parts: Sequence[_Shape], dim: int) -> bool:

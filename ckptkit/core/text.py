@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import islice, takewhile
 
 __all__ = [
     "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "nearest", "percent", "plural", "printable",
-    "quoted", "shell_word",
+    "quoted", "shared_start", "shell_word",
 ]  # fmt: skip
 
 _MAX_CHARS = 400  # of one name
@@ -143,6 +143,11 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the one of ``names`` that is most like ``name``, or None; ``cutoff`` is the least likeness, up to 1."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+
+
+def shared_start(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return how many characters of two texts, or segments of two paths, are the same before the first difference."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

@@ -27,7 +27,7 @@ from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.formats.directories.tied_head import TIE_FLAG, embeddings_of, is_head_group, tied_head
-from ckptkit.plans.metadata import gone_names, names_in
+from ckptkit.plans.metadata import StaleNames
 from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
@@ -299,16 +299,16 @@ def _notes_about_keys(plan: Plan, role: str, owner: Checkpoint) -> Iterator[str]
 def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Iterator[str]:
     """Yield where a carried configuration names modules that have another name in the output."""
     moves = moves_of(carried.role, {}, owner.keys(), plan.steps)
-    gone = gone_names(moves)
-    if not gone:
+    stale = StaleNames.of(moves)
+    if not stale:
         return
     for name in carried.names:
         if name in CONFIGURATION_FILES or name == ADAPTER_CONFIG:
             changed = carried.contents.get(name)
             content = read_json(carried.directory, name) if changed is None else json_value(changed.decode())
-            found = names_in(content, gone)
+            found = stale.found_in(content)
             if found:
-                yield f"{name} still names {found}, which the output does not have"
+                yield f"{name} {found}"
             if name == ADAPTER_CONFIG and (fields := pattern_fields(content)):
                 yield f"{name} has patterns of names, which do not follow the tensors: {listed(fields, _MOST_NAMED)}"
     configuration = read_configuration(owner)

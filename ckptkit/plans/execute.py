@@ -149,7 +149,8 @@ def _with_kept_entries(
     kept_keys = {drop.key for drop in kept}.union(plan.kept)
     kept_entries = tuple(entry for entry in entries if entry in kept_keys)
     owner = sources[plan.edited_role]
-    stale = names_in_entries((entry for entry in owner.entries if entry.path in kept_keys), plan.steps, owner)
+    kept_values = (entry for entry in owner.entries if entry.path in kept_keys)
+    stale = names_in_entries(kept_values, plan.edited_role, plan.steps, owner)
     return _with_notes(replace(plan, dropped=dropped, kept=kept_entries), [*editor.notes, *stale])
 
 

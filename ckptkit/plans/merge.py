@@ -134,7 +134,7 @@ def plan_merge(
     with contextlib.ExitStack() as stack:
         opened_base = stack.enter_context(opened(base, "base"))
         sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
-        rules = rules_for(rules, sources[roles[0]])
+        rules = rules_for(rules, sources[roles[0]], opened_base)
         plan, _ = _plan(opened_base, sources, rules, policies, requirements, skip_unread=skip_unread)
         return plan
 
@@ -156,7 +156,7 @@ def plan_loading(
     """
     policies = _policies(on_missing, on_unexpected, on_mismatch, _Sides("model", "checkpoint"))
     sources = {"donor": checkpoint}
-    return _plan(model, sources, rules_for(rules, checkpoint), policies, requirements, skip_unread=skip_unread)
+    return _plan(model, sources, rules_for(rules, checkpoint, model), policies, requirements, skip_unread=skip_unread)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def plan_remap(
         checkpoint = stack.enter_context(opened(source, "source"))
         expected = None if like is None else stack.enter_context(opened(like, "like"))
         to_dtype = None if dtype is None else float_dtype(dtype)
-        return _plan(checkpoint, rules_for(rules, checkpoint), expected, to_dtype, skip_unread=skip_unread)
+        return _plan(checkpoint, rules_for(rules, checkpoint, expected), expected, to_dtype, skip_unread=skip_unread)
 
 
 def _plan(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 from ckptkit.core.checkpoint import Entry
 from ckptkit.core.text import listed, quoted
@@ -13,7 +12,7 @@ from ckptkit.plans.metadata.layouts import LAYOUTS, json_of, strings_of
 from ckptkit.plans.metadata.moves import Moves, Rename, moves_of
 from ckptkit.plans.plan import Plan, Step
 
-__all__ = ["Named", "follow_metadata", "gone_names", "loss_of_metadata", "names_in", "names_in_entries"]
+__all__ = ["Named", "StaleNames", "follow_metadata", "loss_of_metadata", "names_in_entries"]
 
 _MOST_NAMED = 3
 _MOST_MODULES = 32  # segments of a key; a hostile key can have a million
@@ -53,11 +52,11 @@ def follow_metadata(plan: Plan, sources: Mapping[str, Named], rename: Rename | N
         followed = layout.follow(inputs)
         result = {key: text for key, text in result.items() if key not in claimed} | dict(followed.metadata)
         notes += followed.notes
-    gone = gone_names(owner)
+    stale = StaleNames.of(owner)
     for key, text in owner.metadata.items():
-        found = "" if key in known else names_in([key, text, json_of(text)], gone)
+        found = "" if key in known else stale.found_in([key, text, json_of(text)])
         if found:
-            notes.append(f"the metadata {quoted(key)} still names {found}, which the output does not have")
+            notes.append(f"the metadata {quoted(key)} {found}")
     return replace(plan, metadata=result, notes=(*plan.notes, *(note for note in notes if note not in plan.notes)))
 
 
@@ -67,30 +66,46 @@ def loss_of_metadata(metadata: Mapping[str, str], keys: Collection[str]) -> str:
     return next((f", {layout.loss}" for layout in LAYOUTS if layout.loss and layout.claims(moves)), "")
 
 
-def names_in_entries(entries: Iterable[Entry], steps: Iterable[Step], source: Named) -> list[str]:
-    """Return a note for each kept entry whose value names a tensor that has another name, or is not in the output."""
-    gone = gone_names(moves_of("", {}, source.keys(), steps))
-    notes = []
-    for entry in entries if gone else ():
-        found = names_in(entry.value, gone)
-        if found:
-            notes.append(f"{quoted(entry.path)} still names {found}, which the output does not have")
-    return notes
+def names_in_entries(entries: Iterable[Entry], role: str, steps: Iterable[Step], source: Named) -> list[str]:
+    """Return a note for each kept entry of an input whose value names a tensor that has no such name in the output."""
+    stale = StaleNames.of(moves_of(role, {}, source.keys(), steps))
+    found = ((entry.path, stale.found_in(entry.value)) for entry in entries)
+    return [f"{quoted(path)} {clause}" for path, clause in found if clause]
 
 
-def names_in(value: object, gone: AbstractSet[str]) -> str:
-    """Return the names in a value of JSON that are ``gone``, as a list in a text, or an empty string."""
-    found = list(dict.fromkeys(text for text in strings_of(value) if text in gone)) if gone else []
-    return listed(found, _MOST_NAMED) if found else ""
-
-
-def gone_names(moves: Moves) -> frozenset[str]:
-    """Return the keys of an input that the output does not have, and the modules of which it has no key.
+@dataclass(frozen=True, slots=True)
+class StaleNames:
+    """The keys and modules of an input that the output does not have, and those that are others there.
 
     A module without a dot in its path is left out: ``model`` in a text may be an ordinary word.
     """
-    kept = {module for key in moves.outputs for module in _modules(key)} if moves.gone else frozenset()
-    return moves.gone.union(module for key in moves.gone for module in _modules(key) if module not in kept)
+
+    gone: frozenset[str] = frozenset()
+    taken: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, moves: Moves) -> Self:
+        """Return the names that no longer mean what they meant in the input."""
+        changed = moves.gone | moves.taken
+        if not changed:
+            return cls()
+        same = {module for key in moves.keys if key not in changed for module in _modules(key)}
+        stale = changed.union(module for key in changed for module in _modules(key) if module not in same)
+        there = {name for key in moves.outputs for name in (key, *_modules(key))}
+        return cls(stale - there, stale & there)
+
+    def __bool__(self) -> bool:
+        """Return whether there is such a name."""
+        return bool(self.gone or self.taken)
+
+    def found_in(self, value: object) -> str:
+        """Return the end of a sentence about the names in a value of JSON, or an empty string if it has none."""
+        texts = dict.fromkeys(strings_of(value)) if self else {}
+        for names, what in ((self.gone, "the output does not have"), (self.taken, "is another tensor in the output")):
+            found = [text for text in texts if text in names]
+            if found:
+                return f"still names {listed(found, _MOST_NAMED)}, which {what}"
+        return ""
 
 
 def _modules(key: str) -> Iterable[str]:

@@ -196,7 +196,7 @@ def _keep_patterns(inputs: Sequence[Moves]) -> Followed:
     owner = inputs[0]
     kept = {key: owner.metadata[key] for key in owner.metadata if key in _pattern_claims(owner)}
     fields = sorted({text for value in kept.values() for text in pattern_fields(json_of(value))})
-    if not owner.gone or not fields:
+    if not (owner.gone or owner.taken) or not fields:
         return Followed(kept)
     note = f"the metadata {listed(kept)} has patterns of names, which do not follow the tensors"
     return Followed(kept, (f"{note}: {listed(fields, _MOST_NAMED)}",))

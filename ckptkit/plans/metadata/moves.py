@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
+from ckptkit.core.text import shared_start
 from ckptkit.plans.plan.step import Step
 
 __all__ = ["Followed", "Moves", "Rename", "moves_of", "rename_like", "renamed_alike"]
@@ -35,6 +37,18 @@ class Moves:
     def gone(self) -> frozenset[str]:
         """Every key of the input that the output does not have under this name."""
         return frozenset(key for key in self.keys if key not in self.outputs)
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Every key of the input that another tensor of the input has in the output, as where two names are swapped."""
+        others = frozenset(self.other_outputs)
+        return frozenset(
+            key
+            for key in self.keys
+            if key in self.outputs
+            and key not in others
+            and key not in (*self.copies.get(key, ()), *self.made.get(key, ()))
+        )
 
     @property
     def is_unchanged(self) -> bool:
@@ -100,17 +114,10 @@ def rename_like(name: str, old: str, new: str) -> str:
 
 def renamed_alike(names: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
     """Return the new name of each name that no tensor has, by the tensor whose name begins like it for longest."""
-    new = dict.fromkeys(names, "")
-    for name in new if renamed else ():
-        near = max(renamed, key=partial(_common, name))
-        new[name] = rename_like(name, near, renamed[near])
-    return {name: text or name for name, text in new.items()}
-
-
-def _common(first: str, second: str) -> int:
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+    ordered = sorted(renamed)  # the key that begins alike for longest is beside the name
+    new = {}
+    for name in names:
+        at = bisect(ordered, name)
+        near = max(ordered[max(at - 1, 0) : at + 1], key=partial(shared_start, name), default=None)
+        new[name] = name if near is None else rename_like(name, near, renamed[near])
+    return new
