@@ -104,10 +104,11 @@ def _warn_about(checkpoint: Checkpoint) -> None:
         warnings.warn(f"{printable(checkpoint.path)}: {warning}", stacklevel=level)
 
 
-def rules_for(rules: RulesLike | None, checkpoint: Checkpoint) -> Rules:
+def rules_for(rules: RulesLike | None, checkpoint: Checkpoint, expected: Checkpoint | None = None) -> Rules:
     """Return the rules that an argument describes, for the keys of ``checkpoint``.
 
-    A rule file may refer to the ``config.json`` in the directory of the checkpoint. Raises what ``as_rules`` raises.
+    A rule file may refer to the ``config.json`` in the directory of the checkpoint. If there is none, it is the one in
+    the directory of ``expected``, which the keys are renamed for. Raises what ``as_rules`` raises.
 
     Example:
         >>> with opened("fixtures/lenet_ddp.pt", "found") as found:
@@ -117,8 +118,9 @@ def rules_for(rules: RulesLike | None, checkpoint: Checkpoint) -> Rules:
     from ckptkit.rules.load import as_rules
 
     config = None
-    if isinstance(rules, str | os.PathLike) and checkpoint.files:
+    if isinstance(rules, str | os.PathLike):
         from ckptkit.formats.directories.side_files import file_beside
 
-        config = file_beside(checkpoint.path, "config.json")
+        sides = [side for side in (checkpoint, expected) if side is not None and side.files]
+        config = next(filter(None, (file_beside(side.path, "config.json") for side in sides)), None)
     return as_rules(rules, config=config)

@@ -65,7 +65,7 @@ def assert_loads(
     """
     __tracebackhide__ = True
     with opened(model, "model") as expected, opened(checkpoint, "checkpoint") as found:
-        result = diff_checkpoints(expected, found, apply_rules(rules_for(rules, found), found, expected))
+        result = diff_checkpoints(expected, found, apply_rules(rules_for(rules, found, expected), found, expected))
         patterns = fresh_patterns(fresh, expected)
         loaded = _loaded(result)
         keys = [*expected, *(key for key in result.extra_state if key not in expected)]

@@ -66,6 +66,10 @@ WHOLE_AND_PARTS: Mapping[str, tuple[Shapes, Shapes]] = {
         {"layers.0.self_attn.qkv_proj.weight": (10, 6)},
         {f"layers.0.self_attn.{n}_proj.weight": (size, 6) for n, size in (("q", 6), ("k", 2), ("v", 2))},
     ),
+    "key and value": (
+        {"h.0.attn.to_kv.weight": (12, 6)}, {f"h.0.attn.to_{n}.weight": (6, 6) for n in "kv"}
+    ),
+    "w13": ({"l.0.mlp.w13.weight": (8, 6)}, {f"l.0.mlp.w{n}.weight": (4, 6) for n in (1, 3)}),
     "gate_up": (
         {"layers.0.mlp.gate_up_proj.weight": (8, 6)},
         {"layers.0.mlp.gate_proj.weight": (4, 6), "layers.0.mlp.up_proj.weight": (4, 6)},

@@ -63,7 +63,7 @@ from ckptkit.optimizer_state.pruning import prune
 from ckptkit.optimizer_state.remapping import remap
 from ckptkit.testing import assert_loads, assert_same_weights
 from fixtures.lenet import Net
-from tests.helpers_cli import ROOT
+from tests.helpers_cli import ROOT, run_ckpt
 
 TEN = str(ROOT / "fixtures/lenet_10class.pth")
 DDP = str(ROOT / "fixtures/lenet_ddp.pt")
@@ -288,8 +288,10 @@ def test_a_rename_is_told_from_the_path_of_rules(tmp_path: Path) -> None:
     assert (wrong.value.path, wrong.value.reason.partition(":")[0]) == (str(path), "line 1")
 
 
-def test_rules_get_variables_and_the_configuration_of_the_model(tmp_path: Path) -> None:
-    """Each form of ``config`` gives the same rules; the file beside a checkpoint is the default for its rules."""
+def test_rules_get_variables_and_the_configuration_of_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each form of ``config`` gives the same rules; the file beside a checkpoint, or its model, is the default."""
     path = tmp_path / "rules.toml"
     path.write_text('[vars]\nheads = "config:heads"\n' + RULES)
     config = tmp_path / "config.json"
@@ -304,6 +306,13 @@ def test_rules_get_variables_and_the_configuration_of_the_model(tmp_path: Path) 
     weights = tmp_path / "weights.pt"
     weights.write_bytes(Path(DDP).read_bytes())
     assert diff(TEN, weights, path).loads
+    model = tmp_path / "model.pt"
+    model.write_bytes(Path(TEN).read_bytes())
+    assert diff(model, DDP, path).loads  # it is beside the model, and not beside the checkpoint
+    ran = run_ckpt(capsys, "diff", model, DDP, "--rules", path)
+    assert ran.code == 0, ran.err
+    assert plan_remap(DDP, path, like=model).steps
+    assert run_ckpt(capsys, "remap", DDP, "-o", tmp_path / "o.pt", "--like", model, "--rules", path).code == 0
     with pytest.raises(RuleError, match="the configuration is"):
         load_rules(path, config=3)
     assert load_rules("preset:gpt2-hf-to-nanogpt") == ckptkit.preset_rules("gpt2-hf-to-nanogpt")

@@ -62,8 +62,8 @@ def suggest_rules(
     require_flags(digests=digests)
     require_progress(progress)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
-        given = rules_for(rules, found_side)
-        renamed = _renamed(found_side, given)
+        given = rules_for(rules, found_side, expected_side)
+        renamed = _renamed(found_side, given, expected_side)
         named = None if given.stages else name_positions(found_side, expected_side)
         if named is not None:
             return _by_position(named, expected_side, found_side)
@@ -71,11 +71,11 @@ def suggest_rules(
         return find_rules(expected_side, renamed, known, given)
 
 
-def _renamed(found: Checkpoint, rules: Rules) -> Checkpoint:
+def _renamed(found: Checkpoint, rules: Rules, expected: Checkpoint) -> Checkpoint:
     """Return a checkpoint with the new names; the bytes of tensors that operations make cannot be read."""
     if not rules.stages:
         return found
-    key_map = apply_rules(rules, found)
+    key_map = apply_rules(rules, found, expected)
     outputs = key_map.outputs()
     infos = {key: replace(info, key=key) for key, info in key_map.describe(found).items()}
 

@@ -86,7 +86,9 @@ def run_checks(
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(opened(checkpoint, "checkpoint", warn=False))
         expected = None if like is None else stack.enter_context(opened(like, "expected"))
-        findings = _check(found, rules_for(rules, found), expected, fast=fast, values=values, progress=progress)
+        findings = _check(
+            found, rules_for(rules, found, expected), expected, fast=fast, values=values, progress=progress
+        )
         return _report(findings, entries, found)
 
 

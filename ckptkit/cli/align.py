@@ -21,7 +21,7 @@ __all__ = ["align"]
 @click.command(cls=Command, first=("--output", "--digests"))
 @path_argument("expected")
 @path_argument("found")
-@rule_options(beside="found")
+@rule_options(beside="found", or_beside="expected")
 @click.option("-o", "--output", type=PATH_TYPE, metavar="FILE", help="Write the rules to a file for --rules.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--digests", is_flag=True, help="Read all tensors, and match equal bytes before names.")

@@ -32,7 +32,7 @@ __all__ = ["check"]
 @path_argument("paths", nargs=-1, metavar="PATH...")
 @click.option("--like", "expected", type=PATH_TYPE, metavar="EXPECTED",
               help="Also compare keys, shapes and dtypes with this model, as ckpt diff does.")  # fmt: skip
-@rule_options(beside="paths")
+@rule_options(beside="paths", or_beside="expected")
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")
 @click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers; needs no torch.")
 @ignore_option

@@ -21,7 +21,7 @@ _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 @click.command(cls=Command, first=("--rename", "--strip", "--rules"))
 @path_argument("expected")
 @path_argument("found")
-@rule_options(beside="found")
+@rule_options(beside="found", or_beside="expected")
 @requirement_options
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option

@@ -46,7 +46,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @path_argument("base")
 @path_argument("donors", nargs=-1)
 @plan_output_options
-@rule_options(beside="donors")
+@rule_options(beside="donors", or_beside="base")
 @click.option("--method", type=click.Choice(list(_METHODS)), default="overlay", show_default=True,
               help="overlay: copy the values of each DONOR. lora: add LoRA adapters of PEFT, kohya or diffusers. "
               "extract-lora: find the adapter nearest to the changes in a fine-tuned DONOR.")  # fmt: skip

@@ -23,7 +23,7 @@ __all__ = ["remap"]
 @click.command(cls=Command, first=("--rename", "--keep", "--like"))
 @path_argument("source")
 @plan_output_options
-@rule_options(beside="source")
+@rule_options(beside="source", or_beside="like")
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
 @click.option("--like", type=PATH_TYPE, metavar="EXPECTED",
               help="Write exactly the keys, shapes and dtypes of EXPECTED, or refuse.")  # fmt: skip

@@ -252,7 +252,7 @@ def diff(
     """
     requirements = parse_requirements(require, min_coverage)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
-        key_map = apply_rules(rules_for(rules, found_side), found_side, expected_side)
+        key_map = apply_rules(rules_for(rules, found_side, expected_side), found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
         unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint")
         return replace(result, unmet=tuple(unmet)) if unmet else result

@@ -44,11 +44,12 @@ _ROLES_IN_LAYERS = _spelled(
     value="v proj, v, value, wv, v lin, to v, linear v, value proj",
     qkv="qkv, qkv proj, wqkv, in proj, c attn, to qkv",
     query_key_value="query key value, linear qkv",
+    kv="kv, kv proj, wkv, to kv",
     attn_out="o proj, wo, out proj, attn proj, attn output dense, attn c proj, attn dense, out lin, attn out",
     gate="gate proj, w 1",
     up="up proj, w 3",
     down="down proj, w 2",
-    gate_up="gate up proj, gate up",
+    gate_up="gate up proj, gate up, w 13",
     fc1="fc 1, c fc, intermediate dense, linear 1, lin 1",
     fc2="fc 2, mlp c proj, output dense, linear 2, lin 2",
     norm1="norm 1, input norm, attn norm, norm before",
@@ -67,7 +68,7 @@ _OUTPUT_ROLES = _spelled(
 )
 # The roles of the parts of a fused projection, in the order of its name.
 FUSED_ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
+    {"qkv": ("query", "key", "value"), "kv": ("key", "value"), "gate_up": ("gate", "up")}
 )
 
 

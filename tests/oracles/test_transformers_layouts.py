@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit import diff, execute, load_into, load_rules, plan_merge, plan_remap
 from ckptkit.errors import CkptkitError, RuleError
+from tests.helpers_cli import run_ckpt
 from tests.helpers_tiny import model_classes, tiny_model
 
 if importlib.util.find_spec("transformers") is None:
@@ -292,6 +293,47 @@ def test_nothing_of_the_configuration_is_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
     with pytest.raises(RuleError, match="evil"):
         plan_remap(tmp_path, "transformers:auto")
+
+
+def test_what_a_configuration_says_wrongly_is_named(tmp_path: Path) -> None:
+    """Many labels are refused before the library lists them, and the error has the library's reason."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong, message in (
+        ({"num_labels": 10**9}, "'num_labels' is 1,000,000,000"),
+        ({"num_hidden_layers": "12"}, "'num_hidden_layers'.*expected int"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(RuleError, match=message):
+            plan_remap(tmp_path, "transformers:auto")
+    with pytest.raises(RuleError) as caught:
+        plan_remap(tmp_path, "transformers:Mixtral")
+    assert caught.value.hint == "did you mean transformers:mixtral?"
+
+
+def test_the_configuration_may_be_beside_the_other_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of the live names has no configuration, and is compared with a directory that has one."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(model.state_dict(), tmp_path / "live.pt")
+    result = diff(tmp_path / "saved", tmp_path / "live.pt", "transformers:auto:reverse")
+    assert not result.different
+    plan = plan_merge(tmp_path / "saved", tmp_path / "live.pt", "transformers:auto:reverse")
+    assert plan.coverage == 1
+    ran = run_ckpt(capsys, "diff", tmp_path / "saved", tmp_path / "live.pt", "--rules", "transformers:auto:reverse")
+    assert ran.code == 0, ran.err
+
+
+def test_a_checkpoint_without_any_name_of_the_model_is_noted(tmp_path: Path) -> None:
+    """Rules that change nothing since all names are others do not pass for rules that had nothing to do."""
+    model = _mixtral()
+    model.save_pretrained(tmp_path)
+    rules = load_rules("transformers:auto", config=tmp_path)
+    (note,) = plan_remap({f"net.{key}": value for key, value in model.state_dict().items()}, rules).notes
+    assert note.endswith("0 of 21 keys renamed or converted; no key is one of MixtralForCausalLM")
+    (note,) = plan_remap(model, rules).notes
+    assert note.endswith("0 of 21 keys renamed or converted")
 
 
 def test_the_rules_are_few_and_can_be_read(tmp_path: Path) -> None:

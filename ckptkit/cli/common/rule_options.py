@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import takewhile
 
@@ -25,7 +25,7 @@ def rule_options(beside: str, or_beside: str | None = None) -> Callable[[Command
 
     The order of the options does not count: keep comes first, then drop, then strip, then rename. ``beside`` is the
     name of the argument with the path of the checkpoint. Rule files may refer to the ``config.json`` in its directory.
-    ``or_beside`` names another such argument, for when the first is not given.
+    ``or_beside`` names another such argument, for where there is no ``config.json`` beside the first.
     """
 
     def decorate(command: CommandFunction) -> CommandFunction:
@@ -45,8 +45,8 @@ def rule_options(beside: str, or_beside: str | None = None) -> Callable[[Command
                 raise click.UsageError("--set sets a variable of a rule file, so it needs --rules")
             rules = parse_rules(rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused)
             if rules_file is not None:
-                path = _first_path(others[beside]) or (_first_path(others[or_beside]) if or_beside else "")
-                loaded = _load_rules(rules_file, settings, path)
+                paths = [_first_path(others[name]) for name in (beside, or_beside) if name is not None]
+                loaded = _load_rules(rules_file, settings, paths)
                 rules = replace(rules, stages=rules.stages + loaded.stages)
             return command(*args, rules=rules, **others)
 
@@ -64,13 +64,15 @@ def _first_path(paths: object) -> str:
     return paths if isinstance(paths, str) else ""
 
 
-def _load_rules(path: str, settings: tuple[str, ...], checkpoint: str) -> Rules:
-    """Return the rules in a file, which may refer to the configuration beside a checkpoint."""
+def _load_rules(path: str, settings: tuple[str, ...], checkpoints: Iterable[str]) -> Rules:
+    """Return the rules in a file, which may refer to the configuration beside the first checkpoint that has one."""
     from ckptkit.formats.directories.side_files import file_beside
     from ckptkit.rules.load import load_rules
     from ckptkit.rules.variables import parse_setting
 
-    return load_rules(path, variables=dict(map(parse_setting, settings)), config=file_beside(checkpoint, _CONFIG))
+    beside = (file_beside(checkpoint, _CONFIG) for checkpoint in checkpoints)
+    config = next(filter(None, beside), None)
+    return load_rules(path, variables=dict(map(parse_setting, settings)), config=config)
 
 
 def _list_presets(context: click.Context, _: click.Parameter, value: str | None) -> str | None:

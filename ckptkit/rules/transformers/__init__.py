@@ -77,6 +77,8 @@ class LibraryStages:
         note = f"--rules {self}: {count:,} of {plural(len(infos), 'key')} renamed or converted"
         if converted:
             note += f", {converted:,} of them by operations"
+        if skeleton.is_named and not any(name in skeleton for name in (infos if self.is_reverse else names)):
+            note += f"; no key is one of {skeleton.class_name}"
         return stages, [note]
 
 

@@ -18,8 +18,9 @@ from ckptkit.tensor_ops.operation import Shape
 __all__ = ["Skeleton", "check_library", "check_model_type", "has_conversions", "skeleton_of"]
 
 # Of a model that a config.json describes; the largest published models have 8,000 layers and experts in all.
-_MOST_MODULES, _MOST_LAYERS = 200_000, 2_000
-_LAYERS = re.compile(r".*layers?|depth")
+_MOST_MODULES = 200_000
+# Settings for which the library makes a list before it makes a module. ImageNet-21k has 21,841 labels.
+_LIMITS = ((re.compile(r".*layers?|depth"), 2_000), (re.compile(r"num_labels"), 100_000))
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 # What a configuration may name that is code, other weights, or another implementation of the same model.
 _LEFT_OUT = re.compile(r"auto_map|_name_or_path|quantization_config|.*_implementation.*|use_kernels|_commit_hash")
@@ -49,7 +50,7 @@ def check_model_type(name: str) -> None:
 
     if name in CONFIG_MAPPING or _class_named(name) is not None:
         return
-    near = nearest(name, list(CONFIG_MAPPING.keys()))
+    near = nearest(name.lower(), list(CONFIG_MAPPING.keys()))
     raise RuleError(
         f"transformers has no model type {quoted(name)}",
         hint=f"did you mean transformers:{near}?" if near else "see model_type in config.json",
@@ -107,6 +108,11 @@ class Skeleton:
         return None if self.config is None else self.get(name)
 
     @property
+    def class_name(self) -> str:
+        """The name of the model's class."""
+        return type(self.model).__name__
+
+    @property
     def base_prefix(self) -> str:
         """The prefix of the model without its head."""
         return str(self.model.base_model_prefix)
@@ -157,7 +163,7 @@ def skeleton_of(name: str, config: Mapping[str, Any] | None, classes: Sequence[s
     candidates = [item for item in map(_class_named, filter(_is_text, named)) if item is not None]
     owner = next((item for item in candidates if item.config_class is config_class), None)
     model_class = chosen or owner or _default_class(config_class)
-    _refuse_many_layers(settings)
+    _refuse_large(settings)
     with _quiet(), _refusing(f"transformers cannot build {model_class.__name__}"):
         settings = None if settings is None else _without_code(settings)
         built = config_class() if settings is None else config_class.from_dict(settings)
@@ -188,16 +194,15 @@ def _matching(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
     )
 
 
-def _refuse_many_layers(settings: object) -> None:
-    """Raise ``RuleError`` for a configuration with more layers than any real model: they would take long to build."""
+def _refuse_large(settings: object) -> None:
+    """Raise ``RuleError`` for a configuration with more layers or labels than any real model: it would take long."""
     if not isinstance(settings, Mapping):
         return
     for name, value in settings.items():
-        if _LAYERS.fullmatch(str(name)) and isinstance(value, int) and value > _MOST_LAYERS:
-            raise RuleError(
-                f"config.json says {quoted(str(name))} is {value:,}, and at most {_MOST_LAYERS:,} are built"
-            )
-        _refuse_many_layers(value)
+        for pattern, most in _LIMITS if isinstance(value, int) else ():
+            if value > most and pattern.fullmatch(str(name)):
+                raise RuleError(f"config.json says {quoted(str(name))} is {value:,}, and at most {most:,} are built")
+        _refuse_large(value)
 
 
 def _default_class(config_class: Any) -> Any:
@@ -279,4 +284,6 @@ def _refusing(what: str) -> Iterator[None]:
     except RuleError:
         raise
     except Exception as error:
-        raise RuleError(f"{what}: {first_line(error)}", hint="check config.json beside the checkpoint") from error
+        # The library names the field in the first line, and says in the next what is wrong with it.
+        reason = first_line(ValueError(" ".join(str(error).split()))).partition(": ")[2] or type(error).__name__
+        raise RuleError(f"{what}: {reason}", hint="check config.json beside the checkpoint") from error
