@@ -173,7 +173,7 @@ def _lists(names: Mapping[str, _Name], pieces: Mapping[str, TensorInfo]) -> dict
 def _numbered_parts(
     name: _Name, shape: _Shape, lists: Mapping[tuple[str, ...], Sequence[_NumberedList]], used: AbstractSet[str]
 ) -> tuple[str, ...]:
-    """Return the keys of tensors that are the tensor when stacked or concatenated; of one list, or of two that are fused."""
+    """Return the keys of one list, or of two, whose tensors are the tensor when they are stacked or concatenated."""
     near = [family for family in lists.get(name.numbers, ())[:_MAX_LISTS] if _is_near(name, family)]
     near = [family for family in near if used.isdisjoint(family.keys)]
     # The lists that the name of the whole speaks of come first.
