@@ -234,3 +234,20 @@ def test_a_head_without_a_tensor_is_saved_with_its_embedding(tmp_path: Path) -> 
     torch.testing.assert_close(made["cls.predictions.decoder.weight"], state["bert.embeddings.word_embeddings.weight"])
     for key, value in state.items():
         torch.testing.assert_close(made[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_with_a_forward_of_its_own_is_saved_whole() -> None:
+    """PEFT calls the embedding that it puts there with what the own forward takes: a mask, in OPT."""
+
+    class Positions(torch.nn.Embedding):
+        def forward(self, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(mask.cumsum(1))
+
+    live = torch.nn.ModuleDict({"embed_positions": Positions(9, 4), "fc": torch.nn.Linear(4, 4, bias=False)})
+    tuned = {key: value + 1 for key, value in live.state_dict().items()}
+    for base in (live, live.state_dict()):
+        keys = [step.out.key for step in plan_extract_lora(base, tuned, 1).steps]
+        assert keys == [
+            "base_model.model.embed_positions.weight", "base_model.model.fc.lora_A.weight",
+            "base_model.model.fc.lora_B.weight",
+        ]  # fmt: skip

@@ -354,7 +354,9 @@ def _kind_of_layer(module: Module) -> str:
     from torch import nn
 
     if isinstance(module, nn.Embedding):
-        return "embedding"
+        # One with its own positions or norms is called in another way than with tokens; one that scales is not.
+        is_plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if is_plain else "other"
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -55,6 +55,9 @@ MODELS: dict[str, Any] = {
     "bert": lambda: language_model("BertForMaskedLM", "BertConfig", intermediate_size=24, **SMALL),
     "bert without a head": lambda: language_model("BertModel", "BertConfig", intermediate_size=24, **SMALL),
     "gpt2": lambda: language_model("GPT2LMHeadModel", "GPT2Config", **GPT2),
+    "opt": lambda: language_model(  # its positions are an embedding with a forward of its own
+        "OPTForCausalLM", "OPTConfig", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32, **SMALL
+    ),
     "t5": lambda: language_model(
         "T5ForConditionalGeneration", "T5Config", d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=50
     ),

@@ -20,12 +20,12 @@ AS_LAYER: tuple[AsLayerAction, ...] = get_args(AsLayerAction)
 AsLayer: TypeAlias = AsLayerAction | Mapping[str, AsLayerAction]
 
 _EMBEDDINGS = frozenset({
-    "wte", "wpe", "shared", "embed_in", "embed_tokens", "embed_positions", "embed_tokens_per_layer",
-    "relative_attention_bias",
+    "wte", "wpe", "shared", "embed_in", "embed_tokens", "embed_tokens_per_layer", "relative_attention_bias",
 })  # fmt: skip
 _EMBEDDING = re.compile(r"(?:.*_)?(?:emb|embed|embeds|embedding|embeddings)(?:_table)?")
 _NOT_EMBEDDING = re.compile(r"(?:patch|time|timestep|image|pixel)_.*")
 _HEADS = frozenset({"lm_head", "head", "output", "decoder", "embed_out", "proj_out", "score", "classifier"})
+_POSITIONS = "embed_positions"  # of OPT, BART and others: its class has a forward of its own, which takes no tokens
 _TRANSPOSED_CONVOLUTION = re.compile(r".*(?:transpose|deconv|upconv|convt).*", re.IGNORECASE)
 _GPT2 = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})  # the linear layers of GPT-2, which are of class Conv1D
 
@@ -110,6 +110,8 @@ class LayerJudge:
     def _two_dims(self, key: str, module: str, shape: Shape) -> Layer:
         name = module.rpartition(".")[2]
         bias = self.base.get(f"{module}.bias")
+        if name == _POSITIONS:
+            return self._decide(key, "whole", "an embedding of positions, which PEFT would call with tokens")
         if bias is None:
             if self._is_name_of_embedding(name):
                 return self._decide(key, "embedding", "by their names")
