@@ -251,3 +251,15 @@ def test_an_embedding_with_a_forward_of_its_own_is_saved_whole() -> None:
             "base_model.model.embed_positions.weight", "base_model.model.fc.lora_A.weight",
             "base_model.model.fc.lora_B.weight",
         ]  # fmt: skip
+
+
+def test_what_has_no_factors_or_no_values_is_named(tmp_path: Path) -> None:
+    """A change that is not finite, one of a dtype without arithmetic, and a tensor that the tuned model lacks."""
+    base = {"a.weight": torch.zeros(4, 4), "b.weight": torch.zeros(4, 4)}
+    with pytest.raises(RuleError, match=r"'b.weight': extract_lora: the change has values that are not finite"):
+        extract_lora(base, base | {"b.weight": torch.full((4, 4), torch.inf)}, tmp_path / "adapter_model.safetensors")
+    small = {key: value.to(torch.float8_e4m3fn) for key, value in base.items()}
+    with pytest.raises(PlanError, match="'a.weight' changed, and LoRA can hold no factors of that"):
+        plan_extract_lora(small, small | {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, 1)
+    plan = plan_extract_lora(base, {"a.weight": torch.ones(4, 4)}, 1)
+    assert plan.notes == ("the tuned model does not have 'b.weight', which stays as in the base",)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
-from ckptkit.errors import PlanError
+from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan.extracted import ExtractedChange
 from ckptkit.plans.plan.step import Step
 from ckptkit.plans.steps import describe_step
@@ -76,7 +77,10 @@ class Producer:
             self._shrink_cache()
             counter = RecipeCounter()
             rounded = self._recorded(step, counter.add)
-            outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number), rounded)
+            try:
+                outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number), rounded)
+            except RuleError as error:  # of the values, which the plan does not know
+                raise RuleError(f"{quoted(step.sources[0].key)}: {error.reason}", hint=error.hint) from None
             evaluated = outputs, counter
         self._outputs[chain] = evaluated
         outputs, counter = evaluated

@@ -154,17 +154,25 @@ class _Extraction:
                     hint="BASE is the model before the training, and the other input the model after it",
                 )
             raise PlanError(
-                "no linear layer, embedding or convolution changed, so there is nothing that LoRA could hold",
+                f"{listed(changed, 2)} changed, and LoRA can hold no factors of that",
                 hint="write the changed model itself: ckpt merge BASE TUNED -o OUT",
                 call="write the changed model itself: merge(base, tuned, out)",
             )
         kept = {source.key for step in steps for source in step.sources if source.role == DONOR}
         self.dropped = [drop for drop in self.dropped if drop.key not in kept]
-        self.notes += [*self._judge.notes(), *ties.notes]
+        self.notes += [*self._judge.notes(), *ties.notes, *self._note_about_missing()]
         if whole:
             size = sum(step.out.nbytes for step in steps if step.rule.endswith(_WHOLE))
             self.notes.append(f"saved whole, as modules_to_save: {listed(whole, 4)} ({human_bytes(size)})")
         return steps
+
+    def _note_about_missing(self) -> Iterator[str]:
+        """Yield a note about tensors of the base that the tuned model does not have, even under a tied key."""
+        tied = {key for group in tied_keys(self._base.values()) if self._names.keys() & set(group) for key in group}
+        missing = [key for key in self._base if key not in {*self._names, *tied}]
+        if missing:
+            stays = "stays" if len(missing) == 1 else "stay"
+            yield f"the tuned model does not have {listed(missing, 4)}, which {stays} as in the base"
 
     def _changed_keys(self) -> Iterator[str]:
         unknown = False
