@@ -88,6 +88,14 @@ def test_each_form_of_a_name_finds_its_module(tmp_path: Path, form: str) -> None
     assert any("no alpha for 1 module" in note for note in plan.notes)
 
 
+def test_an_alpha_beside_the_names_of_peft_is_the_scale(tmp_path: Path) -> None:
+    """Trainers of transformers for images write such files, without the name of the model before the keys."""
+    base = {f"{QUERY}.weight": randn(6, 4, seed=0)}
+    adapter = factors(QUERY, down=".lora_A", up=".lora_B") | {f"{QUERY}.alpha": torch.tensor(3.0)}
+    found = merged(base, adapter, tmp_path=tmp_path)
+    torch.testing.assert_close(found[f"{QUERY}.weight"], folded(base[f"{QUERY}.weight"], adapter, 1.5))
+
+
 def test_the_metadata_of_diffusers_has_the_scale_of_each_model(tmp_path: Path) -> None:
     """The fields of each model have its name before them, and a pattern gives one module another alpha."""
     encoder = "text_model.encoder.layers.0.mlp.fc1"

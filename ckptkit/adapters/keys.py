@@ -31,11 +31,15 @@ def is_adapter(keys: Collection[str]) -> bool:
 
 
 def named_format(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """Return ``kohya``, ``diffusers``, or the empty string, by the names of the tensors and the metadata."""
+    """Return ``kohya``, ``diffusers``, or the empty string, by the names of the tensors and the metadata.
+
+    Factors with the names of PEFT are those of diffusers where an alpha is beside them, which PEFT never writes.
+    """
     if "lora_adapter_metadata" in metadata:
         return "diffusers"
-    is_diffusers = False
+    is_diffusers = has_alpha = has_factors = False
     for key in keys:
+        has_alpha = has_alpha or (key.endswith(".alpha") and not key.startswith(PEFT_PREFIX))
         if _IS_ADAPTER.search(key) is None or key.startswith(PEFT_PREFIX):
             continue
         found = ENDING.fullmatch(key)
@@ -43,7 +47,8 @@ def named_format(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
             continue
         if found["kohya"] or found["lycoris"] or found["magnitude"] == "dora_scale":
             return "kohya"
+        has_factors = has_factors or bool(found["peft"])
         prefix = split_component(key)[0]
         is_old = bool(found["diffusers"] or found["linear"])
         is_diffusers = is_diffusers or is_old or (prefix != "" and bool(found["peft"]))
-    return "diffusers" if is_diffusers else ""
+    return "diffusers" if is_diffusers or (has_alpha and has_factors) else ""
