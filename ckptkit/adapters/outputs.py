@@ -68,7 +68,9 @@ def output_modules(modules: Mapping[str, NamedModule], to: str, layers: int, *, 
     flat = [each for each in modules.values() if each.is_flat]
     if flat and not is_placed and to != "kohya":
         raise RuleError(
-            f"{quoted(_key(flat[0]))} has '_' for '.', and the base has to tell which is which", hint="give --base BASE"
+            f"{quoted(_key(flat[0]))} has '_' for '.', and only the base tells which is which",
+            hint="give --base BASE",
+            call="give base, the model that the adapter belongs to",
         )
     named = [(module, *_model_and_name(path, module, layers, to)) for path, module in modules.items()]
     if to == "peft":

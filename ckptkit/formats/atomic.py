@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,7 +184,10 @@ def _status(path: str) -> tuple[str, os.stat_result | None]:
         above = os.stat(parent).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise OutputError(
-            f"the directory {printable(parent)} does not exist", hint="create it first", path=path
+            f"the directory {printable(parent)} does not exist",
+            hint=f"create it first: mkdir -p {shlex.quote(printable(os.path.dirname(path) or parent))}",
+            call="create it first, as os.makedirs does",
+            path=path,
         ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

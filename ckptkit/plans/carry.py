@@ -68,8 +68,13 @@ class Adapted:
         if self.written is None:
             return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
         if self.found is None:
-            return f"{self.file}: {self.statement} was not there and is now {quoted(str(self.written))}"
-        return f"{self.file}: {self.statement} was {quoted(str(self.found))} and is now {quoted(str(self.written))}"
+            return f"{self.file}: {self.statement} was not there and is now {_as_json(self.written)}"
+        return f"{self.file}: {self.statement} was {_as_json(self.found)} and is now {_as_json(self.written)}"
+
+
+def _as_json(value: object) -> str:
+    """Return a value as the file spells it, as ``true`` for True; text has the quotes of other sentences."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else quoted(str(value))
 
 
 @dataclass(frozen=True, slots=True)

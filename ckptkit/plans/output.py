@@ -105,12 +105,15 @@ def choose_output(
     if chosen == "dcp" and os.path.splitext(name)[1].lower() in _SUFFIXES:
         raise OutputError("a distributed checkpoint is a directory", hint="give -o a name without a suffix", path=name)
     if chosen is None:
-        file = f", or name a file in a directory: {printable(os.path.join(name, 'model.safetensors'))}"
-        formats = f"{' or '.join(FORMATS)}{file if not os.path.splitext(name)[1] else ''}"
+        hint, call = (f"use {option} {' or '.join(FORMATS)}" for option in ("--format", "format="))
+        if not os.path.splitext(name)[1]:
+            file = printable(os.path.join(name, "model.safetensors"))
+            ways = f"for a directory of safetensors, or name a file in a directory: {file}"
+            hint, call = f"{hint}, --max-shard-size 5GB {ways}", f"{call}, max_shard_size='5GB' {ways}"
         raise OutputError(
             "the suffix does not name a known format",
-            hint=f"use --format {formats}",
-            call=f"use format= {formats}",
+            hint=hint,
+            call=call,
             path=name,
         )
     return Output(name, chosen, None, force, only_tensors, keep_unknown)
