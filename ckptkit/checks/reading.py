@@ -27,6 +27,8 @@ __all__ = ["VALUES_UNCHECKED", "Scan", "loading_findings", "loading_summary", "u
 VALUES_UNCHECKED = "no values were checked (NaN, Inf, zeros, equal tensors, indices out of range)"
 _COPY_AGAIN = "copy or download it again"
 _MOST_DEVICES = 8  # named in a finding
+# What reads a file that looks like one of torch.save, and that torch.load(weights_only=True) never takes.
+_OTHER_LOADERS = {"torchscript": "torch.jit.load", "torch-export": "torch.export.load", "pickle": "pickle.load"}
 _MIN_THREAD_BYTES = 1 << 18  # for smaller chunks a thread costs more than it saves
 
 
@@ -58,7 +60,10 @@ def loading_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def loading_summary(checkpoint: Checkpoint) -> str:
-    """Return the end of a sentence, which says that torch.load takes the file by default, if it does."""
+    """Return the end of a sentence, which says that torch.load takes the file by default, or what else loads it."""
+    loader = _OTHER_LOADERS.get(checkpoint.format)
+    if loader is not None:
+        return f"; the file is for {loader}, and torch.load(weights_only=True) refuses it"
     loading = checkpoint.torch_loading
     takes = loading is not None and not loading.refused
     return "; torch.load(weights_only=True) takes the file, judging by its pickle" if takes else ""

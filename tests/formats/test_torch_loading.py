@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from ckptkit import open_checkpoint, run_checks
+from tests.features import needs_module
+from tests.helpers_export import exported
 
 TENSOR = {"w": torch.ones(2)}
 VALUES: dict[str, Callable[[], Any]] = {
@@ -120,3 +122,38 @@ def test_the_devices_of_the_storages_are_named(tmp_path: Path) -> None:
 
 def test_a_file_that_torch_save_did_not_write_says_nothing() -> None:
     assert open_checkpoint("fixtures/lenet_10class.safetensors").torch_loading is None
+
+
+def _script(path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+
+
+def _bare(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"w": np.ones(2)}))
+
+
+def _exported(path: Path) -> None:
+    path.write_bytes(exported())
+
+
+OTHER_LOADERS = [
+    ("torch.jit.load", _script),
+    pytest.param("torch.export.load", _exported, marks=needs_module("torch.export.pt2_archive")),
+    ("pickle.load", _bare),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of TorchScript
+@pytest.mark.parametrize(("loader", "write"), OTHER_LOADERS)
+def test_a_file_for_another_loader_is_named(loader: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    """TorchScript, exported programs and bare pickles look like files of torch.save, which torch.load does not take."""
+    path = tmp_path / "file.pt2"
+    write(path)
+    sentence = f"the file is for {loader}, and torch.load(weights_only=True) refuses it"
+    assert sentence in run_checks(path).findings[-1].message
+    # Versions before 2.6 hand TorchScript to torch.jit.load.
+    try:
+        loaded = torch.load(path, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        return
+    assert isinstance(loaded, torch.jit.ScriptModule)
