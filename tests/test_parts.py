@@ -49,6 +49,7 @@ WHOLE_AND_PARTS: Mapping[str, tuple[Shapes, Shapes]] = {
         {"heads.weight": (3, 10, 5), "heads.bias": (3, 10)},
         {f"heads.{n}.{k}": (10, 5)[:dims] for n in range(3) for k, dims in (("weight", 2), ("bias", 1))},
     ),
+    "a list of parameters": ({"prompts": (3, 10, 5)}, {f"prompts.{n}": (10, 5) for n in range(3)}),
     "heads, one after the other": ({"heads.weight": (6, 5)}, {f"heads.{n}.weight": (2, 5) for n in range(3)}),
     "layers, scanned": (
         {"layers.attn.q.weight": (4, 6, 6), "layers.attn.k.weight": (4, 6, 6)},

@@ -9,7 +9,8 @@ from dataclasses import replace
 from ckptkit.align.digests import Digests
 from ckptkit.align.renames import as_template, fill_numbers, is_plain_text, numbers_in
 from ckptkit.align.to_rules import Suggestion
-from ckptkit.comparison.experts import ExpertFamily, StackedExperts, find_stacked_experts
+from ckptkit.comparison.experts import StackedExperts, find_stacked_experts
+from ckptkit.comparison.numbered import NumberedFamily
 from ckptkit.core.checkpoint import TensorInfo
 
 __all__ = ["expert_rules"]
@@ -104,7 +105,7 @@ def _rules(
     return rules
 
 
-def _last_name(family: ExpertFamily) -> str:
+def _last_name(family: NumberedFamily) -> str:
     """Return the name of the matrix, such as ``w1``."""
     return family.tail.strip("./").removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
 

@@ -7,30 +7,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptkit.comparison.numbered import NUMBER, NumberedFamily, numbered_families
 from ckptkit.comparison.roles import FUSED_ROLES, role_of, split_leaf, split_words, word_overlap
 from ckptkit.tensor_ops.operation import Operation, Shape
 from ckptkit.tensor_ops.registry import parse_operation
 
-__all__ = ["ExpertFamily", "StackedExperts", "find_stacked_experts"]
+__all__ = ["StackedExperts", "find_stacked_experts"]
 
-_NUMBER = re.compile(r"(?<![^./])(?:0|[1-9][0-9]{0,8})(?![^./])")
 _EXPERTS = re.compile(r"expert[^./]*[./]$", re.IGNORECASE)
 _GATE_UP = FUSED_ROLES["gate_up"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertFamily:
-    """The same tensor of every expert: ``head`` + number + ``tail``, for the numbers from 0 to ``count`` - 1."""
-
-    head: str
-    tail: str
-    count: int
-    shape: Shape
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys, in the order of the experts."""
-        return tuple(f"{self.head}{number}{self.tail}" for number in range(self.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +31,7 @@ class StackedExperts:
     """
 
     key: str
-    families: tuple[ExpertFamily, ...]
+    families: tuple[NumberedFamily, ...]
     join: tuple[Operation, ...]
     divide: tuple[Operation, ...]
     is_in_order: bool
@@ -81,7 +66,7 @@ def find_stacked_experts(wholes: Mapping[str, Shape], parts: Mapping[str, Shape]
     for key, shape in wholes.items():
         if len(shape) < 2:
             continue
-        numbers, place = tuple(_NUMBER.findall(key)), _Place.of(key)
+        numbers, place = tuple(NUMBER.findall(key)), _Place.of(key)
         fitting = families.get((numbers, shape[0], place.kind), [])
         ways_by_key[key] = _best_ways(key, shape, place, fitting)
     # A square matrix looks the same transposed, but one model has one orientation.
@@ -112,29 +97,21 @@ class _Place:
         return cls(split_words(path), role_of(path, in_layer=True)[0], kind)
 
 
-_Families = dict[tuple[tuple[str, ...], int, str], list[tuple[ExpertFamily, _Place]]]
+_Families = dict[tuple[tuple[str, ...], int, str], list[tuple[NumberedFamily, _Place]]]
 
 
 def _families(parts: Mapping[str, Shape]) -> _Families:
     """Return the families by the numbers of their layers, the number of experts, and torch's name for the tensor."""
-    shapes: dict[tuple[str, str], dict[int, Shape]] = defaultdict(dict)
-    for key, shape in parts.items():
-        for match in _NUMBER.finditer(key):
-            if _EXPERTS.search(key, 0, match.start()):
-                shapes[key[: match.start()], key[match.end() :]][int(match[0])] = shape
-                break
     families: _Families = defaultdict(list)
-    for (head, tail), by_number in shapes.items():
-        if len(set(by_number.values())) == 1 and by_number.keys() == set(range(len(by_number))):
-            place = _Place.of(head.rstrip("./") + tail)
-            family = ExpertFamily(head, tail, len(by_number), by_number[0])
-            numbers = (*_NUMBER.findall(head), *_NUMBER.findall(tail))
-            families[numbers, len(by_number), place.kind].append((family, place))
+    for family in numbered_families(parts):
+        if _EXPERTS.search(family.head):
+            place = _Place.of(family.head.rstrip("./") + family.tail)
+            families[family.numbers, family.count, place.kind].append((family, place))
     return families
 
 
 def _best_ways(
-    key: str, shape: Shape, place: _Place, fitting: Sequence[tuple[ExpertFamily, _Place]]
+    key: str, shape: Shape, place: _Place, fitting: Sequence[tuple[NumberedFamily, _Place]]
 ) -> list[StackedExperts]:
     """Return the ways to make the tensor from parts with the most similar names."""
     scored: list[tuple[float, StackedExperts]] = []
@@ -159,7 +136,7 @@ def _are_one_matrix(first: _Place, second: _Place) -> bool:
     return first.words[-1:] == second.words[-1:]
 
 
-def _ways(key: str, shape: Shape, families: tuple[ExpertFamily, ...]) -> list[StackedExperts]:
+def _ways(key: str, shape: Shape, families: tuple[NumberedFamily, ...]) -> list[StackedExperts]:
     """Return the ways to make a tensor of this shape, with matrices as they are or transposed."""
     experts, width, part = families[0].count, len(families), families[0].shape
     count = width * experts
@@ -192,7 +169,7 @@ def _permute(dims: Sequence[int]) -> Mapping[str, object]:
 
 def _without_rivals(found: Sequence[StackedExperts]) -> list[StackedExperts]:
     """Leave out the tensors that would be made of the same parts as another tensor."""
-    wanted: dict[ExpertFamily, int] = defaultdict(int)
+    wanted: dict[NumberedFamily, int] = defaultdict(int)
     for one in found:
         for family in one.families:
             wanted[family] += 1

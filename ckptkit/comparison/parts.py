@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import combinations
 
+from ckptkit.comparison.numbered import NUMBER, numbered_families
 from ckptkit.comparison.roles import FUSED_ROLES, role_of, split_leaf, split_words
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
@@ -97,7 +98,7 @@ class _Name:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        return tuple(segment for segment in self.segments if segment.isdigit())
+        return tuple(filter(NUMBER.fullmatch, self.segments))
 
     @property
     def role(self) -> str:
@@ -135,17 +136,13 @@ def _wholes(
 
 @dataclass(frozen=True, slots=True)
 class _NumberedList:
-    """Tensors of one shape with keys that differ in one number, which counts from 0: ``head``, the number, ``tail``."""
+    """A family of tensors by the segments of its keys: those before the number are ``head``, those behind ``tail``."""
 
     head: tuple[str, ...]
     tail: tuple[str, ...]
     keys: tuple[str, ...]
     shape: _Shape
     is_bias: bool
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        return tuple(segment for segment in (*self.head, *self.tail) if segment.isdigit())
 
     @property
     def role(self) -> str:
@@ -155,18 +152,13 @@ class _NumberedList:
 
 def _lists(names: Mapping[str, _Name], pieces: Mapping[str, TensorInfo]) -> dict[tuple[str, ...], list[_NumberedList]]:
     """Return the numbered lists by the numbers in their keys that do not count them."""
-    families: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[int, str]] = defaultdict(dict)
-    for key, name in names.items():
-        for at, segment in enumerate(name.segments):
-            if segment.isdigit() and len(segment) < 7 and str(int(segment)) == segment:
-                families[name.segments[:at], name.segments[at + 1 :]][int(segment)] = key
     found: dict[tuple[str, ...], list[_NumberedList]] = defaultdict(list)
-    for (head, tail), by_number in families.items():
-        keys = tuple(by_number[number] for number in sorted(by_number))
-        shapes = {pieces[key].shape for key in keys}
-        if len(keys) > 1 and max(by_number) == len(keys) - 1 and len(shapes) == 1 and head:
-            family = _NumberedList(head, tail, keys, shapes.pop(), names[keys[0]].is_bias)
-            found[family.numbers].append(family)
+    for family in numbered_families({key: info.shape for key, info in pieces.items()}):
+        if family.count > 1 and family.head:
+            head = tuple(family.head.removesuffix(".").split("."))
+            tail = tuple(family.tail.split(".")[1:])
+            is_bias = names[family.keys[0]].is_bias
+            found[family.numbers].append(_NumberedList(head, tail, family.keys, family.shape, is_bias))
     return found
 
 
