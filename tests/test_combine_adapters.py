@@ -151,6 +151,21 @@ def test_equal_names_need_the_path(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "2 donors have the name 'hero'" in run_ckpt(capsys, *command, "--weight", "hero=1").err
     ran = run_ckpt(capsys, *command, "--weight", f"{other}=0", "--dry-run", "--json")
     assert ran.code == 0, ran.err
+    command[3] = hero
+    assert f"{hero} is given 2 times: give it once" in run_ckpt(capsys, *command, "--weight", f"{hero}=1").err
+
+
+def test_a_tensor_that_is_saved_whole_has_no_scale() -> None:
+    """A note says so where a weight is given; a module without factors keeps its new values."""
+    whole = {
+        "x.lora_A.weight": randn(2, 48, seed=1),
+        "x.lora_B.weight": randn(48, 2, seed=2),
+        "n.weight": randn(3, seed=3),
+    }
+    base = {"x.weight": randn(48, 48, seed=4), "n.weight": randn(3, seed=3)}
+    notes = plan_lora(base, [whole], [CONFIG], weights=[0.5]).notes
+    assert notes == ("'n.weight' replaces values of the base as a whole, which no scale and no weight changes",)
+    assert not plan_lora(base, [whole], [CONFIG], weights=[1]).notes
 
 
 def test_an_error_names_the_adapter(tmp_path: Path) -> None:

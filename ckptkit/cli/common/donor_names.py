@@ -44,6 +44,10 @@ def _position(name: str, donors: Sequence[str]) -> int:
     found = by_path or [number for number, path in enumerate(donors) if _name(path) == name]
     if len(found) == 1:
         return found[0]
+    if len(by_path) > 1:
+        raise click.UsageError(
+            f"--weight: {name} is given {len(by_path)} times: give it once, with the sum of its weights"
+        )
     if found:
         paths = ", ".join(donors[number] for number in found)
         raise click.UsageError(

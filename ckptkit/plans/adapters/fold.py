@@ -222,6 +222,13 @@ def _place(role: str, donor: Checkpoint, context: _Context, *, config: LoraConfi
             f"{listed(added)} {'is' if len(added) == 1 else 'are'} added from the {role}: {MODEL_CONFIG} must describe "
             "the model with it, such as architectures and num_labels"
         )
+    replacing = [*adapter.replacements.values(), *(rows.name for rows in adapter.rows)]
+    unscaled = [names[name] for name in replacing if name not in left_out]
+    if factor != 1 and unscaled:
+        verb = "replaces" if len(unscaled) == 1 else "replace"
+        notes.append(
+            f"{listed(unscaled, 2)} {verb} values of the base as a whole, which no scale and no weight changes"
+        )
     dropped = [*dropped_entries(donor, role), *(Dropped(role, old, why) for old, why in key_map.dropped.items())]
     dropped += [Dropped(role, names[name], why) for name, why in left_out.items()]
     placed = PlacedAdapter(role, plan, names, frozenset(adapter.changed_keys()) - adapter.follows_ties)
