@@ -303,6 +303,16 @@ def test_a_name_that_from_pretrained_does_not_find_is_said(
     assert ("of transformers does not find" in ran.err) is not found
 
 
+def test_a_directory_has_not_the_name_that_diffusers_looks_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory of safetensors has the name that transformers finds, and the note names both names."""
+    source = model_directory(tmp_path / "in", config={"_diffusers_version": "0.42.1"})
+    ran = run_ckpt(capsys, "convert", source, "-o", tmp_path / "out", "--carry", "--max-shard-size", "5GB")
+    assert "of diffusers does not find 'model.safetensors': it looks for diffusion_pytorch_model.safetensors" in ran.err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_keys_and_shapes_that_the_configuration_does_not_know_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,10 +149,12 @@ def test_what_a_format_cannot_hold_is_refused(case: str) -> None:
 
 
 def test_the_options_of_other_conversions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A dtype would change the factors, and a base alone means nothing."""
+    """A dtype would change the factors, no library reads an adapter in shards, and a base alone means nothing."""
     base, kohya = written(tmp_path)
-    out = tmp_path / "out.safetensors"
-    for options in (["--adapter", "kohya", "--dtype", "BF16"], ["--base", str(base)]):
+    out = tmp_path / "out"
+    shards = ["--adapter", "diffusers", "--max-shard-size", "5GB"]
+    cast = ["--adapter", "kohya", "--dtype", "BF16", "--format", "safetensors"]
+    for options in (cast, shards, ["--base", str(base), "--format", "safetensors"]):
         ran = run_ckpt(capsys, "convert", kohya, "-o", out, *options)
         assert ran.code == 2
         assert "no meaning" in ran.err

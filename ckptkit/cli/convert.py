@@ -40,7 +40,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, in shards, or with another dtype.
 
-    With --adapter, SOURCE is a LoRA adapter of PEFT, kohya or diffusers, and OUT is one for the library named.
+    With --adapter, SOURCE is a LoRA adapter of PEFT, kohya or diffusers, and OUT has the names of one of them.
 
     \b
     ckpt convert pytorch_model.bin -o model.safetensors
@@ -51,8 +51,9 @@ def convert(
     ckpt convert kohya.safetensors -o adapter --adapter peft --base unet.safetensors
     """  # noqa: D301 - \b is click's mark
     if adapter is not None:
-        if dtype is not None or skip_unread or options.carry:
-            raise click.UsageError("--dtype, --skip-unread and --carry have no meaning with --adapter")
+        if dtype is not None or skip_unread or options.carry or options.output.max_shard_size is not None:
+            without = "--dtype, --skip-unread, --carry and --max-shard-size"
+            raise click.UsageError(f"{without} have no meaning with --adapter")
         _convert_adapter(source, options, adapter, base)
         return
     if base is not None:

@@ -276,10 +276,10 @@ def _notes_about_code(directory: str, config: Mapping[str, object]) -> Iterator[
 def _notes_about_name(output: Output, config: Mapping[str, object], *, is_adapter: bool) -> Iterator[str]:
     library = "PEFT" if is_adapter else "diffusers" if "_diffusers_version" in config else "transformers"
     expected = _FOUND_BY[library]
-    name = expected[0] if output.is_directory else os.path.basename(output.path)
+    name = "model.safetensors" if output.is_directory else os.path.basename(output.path)
     if output.format == "dcp":
         yield f"from_pretrained does not read a distributed checkpoint: convert it to {expected[0]} for that"
-    elif name not in expected or (output.is_directory and library != "transformers"):
+    elif name not in expected:
         yield f"from_pretrained of {library} does not find {quoted(name)}: it looks for {' and '.join(expected)}"
 
 
