@@ -160,13 +160,15 @@ def test_names_that_tell_twins_apart_decide(
 
 
 def test_a_tensor_alone_of_its_shape_is_not_ambiguous() -> None:
-    """Names do not matter where no other tensor has the shape, unless a size is one or two, or the names contradict."""
-    shapes = {"x.one": (7,), "y.two": (5, 9), "z.three": (3, 4, 6)}
+    """Names do not matter where no other tensor has the shape, unless the names or the dtypes contradict."""
+    shapes = {"x.one": (7,), "y.two": (5, 9), "z.three": (3, 4, 6), "cls": (1, 1, 8), "scale": (), "pair": (2, 8)}
     state = {key: torch.zeros(shape) for key, shape in shapes.items()}
     result = suggest_rules(state, {f"p{number}": value for number, value in enumerate(state.values())})
     assert result.complete
     assert filled(result) == {key: (f"p{number}",) for number, key in enumerate(state)}
     assert not suggest_rules({"head.bias": torch.zeros(7)}, {"norm.weight": torch.zeros(7)}).suggestions
+    assert not suggest_rules({"table": torch.zeros(7)}, {"ids": torch.zeros(7, dtype=torch.int64)}).suggestions
+    assert not suggest_rules({"one": torch.zeros(0, 7)}, {"other": torch.zeros(0, 7)}).suggestions
 
 
 LIVE = {

@@ -82,7 +82,9 @@ def short_renames(pairs: Mapping[str, str], found: Collection[str]) -> list[Rena
     renames: list[Rename] = []
     for part_of in (_heads, _whole):
         is_growing = True
-        while is_growing and waiting:  # the first rule that matches decides, so keys of earlier rules do not count
+        while (
+            is_growing and len(waiting) > 1
+        ):  # the first rule that matches decides, so keys of earlier rules do not count
             renamed = {given for rename in renames for given in rename.keys.values()}
             names = _Names.of(key for key in found if key not in renamed)
             before = len(renames)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from ckptkit.align.digests import Digests
@@ -20,13 +21,13 @@ from ckptkit.align.quantized import QuantizedSides
 from ckptkit.align.to_rules import Suggestion, fitting_presets, suggestions_for
 from ckptkit.comparison.roles import role_of, split_leaf
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import is_float
 from ckptkit.rules.model import Rules
 
 __all__ = ["find_rules"]
 
 EQUAL_BYTES = "equal bytes"
 _MAX_CANDIDATES = 16
-_LARGEST_COMMON_SIZE = 2  # two classes and two token types are equal by chance
 
 
 def find_rules(expected: Checkpoint, found: Checkpoint, digests: Digests, given: Rules) -> Alignment:
@@ -48,7 +49,7 @@ def find_rules(expected: Checkpoint, found: Checkpoint, digests: Digests, given:
     arrangement = gguf_arrangement(expected, found)
     matching = match_checkpoints(open_expected, open_found, digests, decisions[0].keys, arrangement)
     matching = sides.without_wrong_pairs(matching)
-    decisions.append(_alone_of_their_shape(matching, filled | _paired(matching, 0), used | _paired(matching, 1), sides))
+    decisions.append(_alone_of_their_shape(matching, filled, used, sides))
     same, rules = verified_rules(matching, decisions, made, (expected, found), (prefix, open_found))
     tied = [_tied(layout, *keys, expected, found) for keys in layout.tied]
     values = _Values(digests, proofs)
@@ -74,23 +75,8 @@ def _rest(
     )
 
 
-def _paired(matching: Matching, side: int) -> set[str]:
-    """Return the keys of the tensors that are paired on one side, or are unequal to a tensor of the same name."""
-    paired = {
-        members.tensors[index].key
-        for pair in matching.pairs
-        for link in pair.match.links
-        for indices in pair.match.index_pairs(link)
-        for members, index in ((member, indices[side]) for member in (link.expected, link.found)[side])
-    }
-    return paired | {info.key for modules in matching.unequal for info in _tensors([modules[side]])}
-
-
 def _alone_of_their_shape(matching: Matching, filled: set[str], used: set[str], sides: QuantizedSides) -> Decision:
-    """Return the pairs of open tensors whose shape no other tensor has on their side, if no name contradicts.
-
-    Sizes of one and two are equal by chance.
-    """
+    """Return the pairs of open tensors whose shape no other tensor has on their side, if no name contradicts."""
     alone = []
     for side, done in ((sides.expected, filled), (sides.found, used)):
         counts = Counter(info.shape for info in side.values())
@@ -99,10 +85,12 @@ def _alone_of_their_shape(matching: Matching, filled: set[str], used: set[str], 
         key: alone[1][shape]
         for shape, key in alone[0].items()
         if shape in alone[1]
-        and min(shape, default=0) > _LARGEST_COMMON_SIZE
-        and _may_be_one(key, alone[1][shape])
+        and 0 not in shape
+        and _may_be_one(sides.expected[key], sides.found[alone[1][shape]])
         and sides.are_alike(sides.expected[key], sides.found[alone[1][shape]])
     }
+    paired = _paired(matching, 0, keys.keys()), _paired(matching, 1, frozenset(keys.values()))
+    keys = {key: given for key, given in keys.items() if key not in paired[0] and given not in paired[1]}
     for undecided in matching.undecided if keys else ():
         if undecided.pair is not None:  # likely, but evidence is against it
             refused = {info.key for info in _tensors(undecided.found)}
@@ -112,16 +100,29 @@ def _alone_of_their_shape(matching: Matching, filled: set[str], used: set[str], 
     return Decision(keys, "the only tensors of this shape", 0.7)
 
 
-def _may_be_one(expected: str, found: str) -> bool:
-    """Return whether what the spellings of two keys say is not different: a bias is no weight, a query no value."""
+def _paired(matching: Matching, side: int, keys: AbstractSet[str]) -> set[str]:
+    """Return which of these keys are paired on one side, or are unequal to a tensor of the same name."""
+    paired = {info.key for modules in matching.unequal for info in _tensors([modules[side]])} if keys else set()
+    for pair in matching.pairs if keys else ():
+        for link in pair.match.links:
+            for member in (link.expected, link.found)[side]:
+                if keys.isdisjoint(info.key for info in member.tensors.values()):
+                    continue
+                paired.update(member.tensors[indices[side]].key for indices in pair.match.index_pairs(link))
+    return paired & keys
+
+
+def _may_be_one(*infos: TensorInfo) -> bool:
+    """Return whether neither the spelling of roles and kinds nor the dtypes say that two tensors differ."""
     kinds, roles = [], []
-    for key in (expected, found):
+    for key in (info.key for info in infos):
         cut = max(key.rfind("."), key.rfind("/")) + 1
         leaf = split_leaf(key[cut:])
         path = (key[:cut] + leaf[0] if leaf else key).strip("./")
         kinds.append(leaf[1] if leaf else "")
         roles.append(next((role for in_layer in (True, False) if (role := role_of(path, in_layer=in_layer)[0])), ""))
-    return all("" in pair or pair[0] == pair[1] for pair in (kinds, roles))
+    are_floats = {is_float(info.dtype) for info in infos}
+    return len(are_floats) == 1 and all("" in pair or pair[0] == pair[1] for pair in (kinds, roles))
 
 
 def _tied(

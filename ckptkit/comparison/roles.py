@@ -64,6 +64,7 @@ _EMBEDDING_ROLES = _spelled(
 # The whole path outside of layers, after at most one other word, the name of the model.
 _OUTPUT_ROLES = _spelled(
     head="lm head, head, classifier, fc, linear, output, score",
+    pair_head="seq relationship, cls seq relationship, nsp",  # of two classes: whether a sentence follows another
     final_norm="norm, norm f, final norm, norm final",
 )
 # The roles of the parts of a fused projection, in the order of its name.

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ckptkit.core.dtypes import is_float
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import torch_dtype
 
@@ -131,7 +132,7 @@ def wider_dtype(losses: Iterable[CastLoss]) -> str | None:
     """Return the first of BF16, F32 and F64 that holds every overflowed value of floating-point tensors, or None."""
     overflowed = [loss for loss in losses if loss.overflowed]
     largest = max((loss.largest for loss in overflowed), default=0.0)
-    if not all(loss.dtype.startswith(("F", "BF")) and loss.largest for loss in overflowed):
+    if not all(is_float(loss.dtype) and loss.largest for loss in overflowed):
         return None
     dtypes = {loss.dtype for loss in overflowed}
     return next((code for code in _WIDER if largest <= largest_value(code) and code not in dtypes), None)

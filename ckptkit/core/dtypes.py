@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "DType", "dtype_code", "torch_shape", "torch_view", "unpack_float4"]
+__all__ = ["DTYPES", "DType", "dtype_code", "is_float", "torch_shape", "torch_view", "unpack_float4"]
 
 
 class DType(NamedTuple):
@@ -65,6 +65,11 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
         )
     }
 )
+
+
+def is_float(code: str) -> bool:
+    """Return whether the dtype of this code is a floating-point dtype."""
+    return code.startswith(("F", "BF"))
 
 
 def dtype_code(name: str) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
 from ckptkit.core.checkpoint import Checkpoint, Payload
 from ckptkit.core.config_files import json_value, read_json
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.core.files import Extent, LocalFile, is_same_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
@@ -32,7 +32,6 @@ from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped, Plan, Source
-from ckptkit.plans.steps import is_float
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import is_float
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
@@ -21,7 +22,6 @@ from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,
     float_dtype,
-    is_float,
     make_step,
     moved_modules,
     refuse_suspicious,

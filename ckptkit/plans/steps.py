@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, Entry, TensorInfo
-from ckptkit.core.dtypes import DTYPES, dtype_code
+from ckptkit.core.dtypes import DTYPES, dtype_code, is_float
 from ckptkit.core.patterns import drop_options, literal
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import printable, quoted, shell_word
@@ -28,7 +28,6 @@ __all__ = [
     "dropped_entries",
     "dropped_sources",
     "float_dtype",
-    "is_float",
     "make_step",
     "moved_modules",
     "refuse_ambiguous",
@@ -214,11 +213,6 @@ def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:
         raise PlanError(
             f"{quoted(found.key)} is {found.dtype}, and a cast to {dtype} would lose its imaginary part", hint=hint
         )
-
-
-def is_float(code: str) -> bool:
-    """Return whether the dtype of this code is a floating-point dtype."""
-    return code.startswith(("F", "BF"))
 
 
 def float_dtype(dtype: str | DType) -> str:

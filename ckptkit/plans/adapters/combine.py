@@ -8,11 +8,12 @@ from types import MappingProxyType
 
 from ckptkit.adapters.model import AdapterPlan, Fold
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import is_float
 from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
 from ckptkit.plans.adapters.inputs import BASE
 from ckptkit.plans.plan import Dropped, Source, Step
-from ckptkit.plans.steps import complete_step, is_float
+from ckptkit.plans.steps import complete_step
 from ckptkit.tensor_ops.adapters import FoldDora
 from ckptkit.tensor_ops.arithmetic import Cast
 from ckptkit.tensor_ops.joining import Concat, Split
