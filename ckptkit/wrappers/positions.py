@@ -30,7 +30,6 @@ POSITIONAL = (
 _CONTENTS = dict(POSITIONAL)
 _ORDER = {name: number for number, (name, _) in enumerate(POSITIONAL)}
 _NUMBERED = re.compile(r"(?:(.*)\.)?(0|[1-9][0-9]{0,6})", re.DOTALL)
-_FEWEST = 2  # a single tensor is no list
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +80,12 @@ def find_positions(shapes: Mapping[str, tuple[int, ...]]) -> PositionalList | No
         return None
     head = min(lists, key=lambda head: _ORDER[known[head]])
     numbers = lists.pop(head)
-    if len(numbers) < _FEWEST or max(numbers) != len(numbers) - 1:
+    if max(numbers) != len(numbers) - 1:
         return None
     keys = tuple(numbers[number] for number in range(len(numbers)))
     rest = (key for other in lists.values() for key in other.values())
-    return PositionalList(head, keys, _CONTENTS[known[head]], (*others, *rest))
+    found = PositionalList(head, keys, _CONTENTS[known[head]], (*others, *rest))
+    return found if len(keys) > 1 or found.is_certain else None  # the name of a single tensor can end with a number
 
 
 def _last(head: str) -> str:
