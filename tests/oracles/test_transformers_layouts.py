@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ def _chains(transforms: list[Any]) -> frozenset[tuple[str, ...]]:
 
 
 WITH_OPERATIONS = {name: chains for name, transforms in _mapping().items() if (chains := _chains(transforms))}
-DISTINCT = list({chains: name for name, chains in reversed(WITH_OPERATIONS.items())}.values())
 
 # Numbers that the default configuration needs before a small model can be built.
 MORE: dict[str, dict[str, Any]] = {
@@ -293,6 +293,26 @@ def test_nothing_of_the_configuration_is_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
     with pytest.raises(RuleError, match="evil"):
         plan_remap(tmp_path, "transformers:auto")
+
+
+def test_nothing_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone that is the name of a repository is refused without a look-up, and the library is as before."""
+    from huggingface_hub import constants
+
+    asked: list[object] = []
+
+    def refuse(*address: object, **_: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("detr", "upernet", "dpt", "vitpose"):
+        config = {"model_type": name, "backbone": "microsoft/resnet-50", "use_timm_backbone": False}
+        with pytest.raises(RuleError, match="nothing is downloaded"):
+            plan_remap({"a": torch.ones(1)}, load_rules("transformers:auto", config=config))
+    assert not asked
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_what_a_configuration_says_wrongly_is_named(tmp_path: Path) -> None:

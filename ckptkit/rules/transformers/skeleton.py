@@ -164,7 +164,7 @@ def skeleton_of(name: str, config: Mapping[str, Any] | None, classes: Sequence[s
     owner = next((item for item in candidates if item.config_class is config_class), None)
     model_class = chosen or owner or _default_class(config_class)
     _refuse_large(settings)
-    with _quiet(), _refusing(f"transformers cannot build {model_class.__name__}"):
+    with _quiet(), _refusing(f"transformers cannot build {model_class.__name__}"), _offline():
         settings = None if settings is None else _without_code(settings)
         built = config_class() if settings is None else config_class.from_dict(settings)
         model = _built(model_class, built)
@@ -277,6 +277,19 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the library from asking the Hugging Face Hub, where a configuration names a backbone by its repository."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """Raise ``RuleError`` for whatever the library raises in the block."""
     try:
@@ -284,6 +297,11 @@ def _refusing(what: str) -> Iterator[None]:
     except RuleError:
         raise
     except Exception as error:
+        if type(error).__name__ == "OfflineModeIsEnabled":
+            raise RuleError(
+                f"{what}: config.json names another repository, and nothing is downloaded",
+                hint="write the configuration of the backbone into config.json, as backbone_config",
+            ) from error
         # The library names the field in the first line, and says in the next what is wrong with it.
         reason = first_line(ValueError(" ".join(str(error).split()))).partition(": ")[2] or type(error).__name__
         raise RuleError(f"{what}: {reason}", hint="check config.json beside the checkpoint") from error
