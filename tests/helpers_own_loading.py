@@ -283,7 +283,18 @@ def float_module(build: Build) -> Build:
     return lambda: build().half()
 
 
+def hook_above() -> nn.Module:
+    """Return a model whose hook is at the root, above modules without own code: shared, empty, and with a counter."""
+    model = nn.Sequential(nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)), linear(), nn.Sequential(), linear())
+    model[1].register_buffer("unsaved", torch.zeros(3), persistent=False)
+    model.append(model[3])
+    register: Any = model._register_load_state_dict_pre_hook
+    register(lambda state, *_: state.pop("old", None))
+    return model
+
+
 MODULES: dict[str, Build] = {
+    "hook above": hook_above,
     "weight norm": new_weight_norm,
     "old weight norm": old_weight_norm,
     "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(linear()), linear()),

@@ -254,8 +254,11 @@ def diff(
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
         key_map = apply_rules(rules_for(rules, found_side, expected_side), found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
-        unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint")
-        return replace(result, unmet=tuple(unmet)) if unmet else result
+        if not requirements:
+            return result
+        return replace(
+            result, unmet=tuple(find_unmet_in(result, requirements, of="the model", source="the checkpoint"))
+        )
 
 
 def loaded_keys(result: StateDictDiff, refused: AbstractSet[str] = frozenset()) -> frozenset[str]:
@@ -319,38 +322,43 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     computed: dict[str, tuple[str, ...]] = {}
     without: dict[str, str] = {}  # the keys that no tensor is loaded for, and why
     for key, info in expected_infos.items():
-        place = _place(info, answer, by_new_name, not_tensors)
-        if place.kind == "computed":
-            computed[key] = place.sources
-        elif place.kind != "loaded":
-            if _extra_state_key(key, expected) not in found_states:
-                missing.append(info)
-                without[key] = place.kind
-                if place.kind == "blocked":
-                    blocked.append(key)
-        else:
-            pair = KeyPair(info, by_new_name[place.sources[0]])
+        if key not in by_new_name or answer.decides(key):
+            place = _place(info, answer, by_new_name, not_tensors)
+            if place.kind == "computed":
+                computed[key] = place.sources
+                continue
+            if place.kind != "loaded":
+                if _extra_state_key(key, expected) not in found_states:
+                    missing.append(info)
+                    without[key] = place.kind
+                    if place.kind == "blocked":
+                        blocked.append(key)
+                continue
+            pair = _pair(info, by_new_name[place.sources[0]], answer)
+            expected_infos[key] = pair.expected
             if place.sources != (key,):
                 moved[key] = place.sources[0]
-            if info.shape != pair.found.shape and answer.makes_shape(key, pair.found.shape):
-                # The view is that of the shape before.
-                info = expected_infos[key] = replace(info, shape=pair.found.shape, view=None, kind=_loaded_kind(info))  # noqa: PLW2901
-                pair = KeyPair(info, pair.found)
-            if info.shape != pair.found.shape:
-                shape_mismatched.append(pair)
-                continue
-            if key in codes and pair.found.kind == "dense":
-                continue
-            matched.append(pair)
-            if info.dtype != pair.found.dtype:
-                dtype_mismatched.append(pair)
-            same = (info.dtype, info.kind) == (pair.found.dtype, pair.found.kind) and info.dtype != "F4"
-            if not same and not _is_copyable(pair):
-                uncopyable.append(pair)
+        else:
+            pair = KeyPair(info, by_new_name[key])
+        there, given = pair.expected, pair.found
+        if there.shape != given.shape:
+            shape_mismatched.append(pair)
+            continue
+        if key in codes and given.kind == "dense":
+            continue
+        matched.append(pair)
+        if there.dtype != given.dtype:
+            dtype_mismatched.append(pair)
+        same = (there.dtype, there.kind) == (given.dtype, given.kind) and there.dtype != "F4"
+        if not same and not _is_copyable(pair):
+            uncopyable.append(pair)
+    asked = by_new_name if answer.paths else by_new_name.keys() - expected_infos.keys()
     unexpected = {
         new: info
         for new, info in by_new_name.items()
-        if _is_unexpected(new, answer, expected_infos) and _extra_state_key(new, found) not in expected_states
+        if new in asked
+        and _is_unexpected(new, answer, expected_infos)
+        and _extra_state_key(new, found) not in expected_states
     }
     own_values = _values_of_own_code(expected, answer)
     foreign = [
@@ -431,11 +439,9 @@ def _ask(
 def _place(
     info: TensorInfo, answer: Answer, tensors: Mapping[str, TensorInfo], not_tensors: Mapping[str, None]
 ) -> Place:
-    """Return what happens to an expected key, as the model says, or by its name."""
+    """Return what happens to an expected key, as the model says, or to one that was not found."""
     key = info.key
     if not answer.decides(key):
-        if key in tensors:
-            return Place("loaded", (key,))
         if key in not_tensors:
             return Place("blocked")
         return Place("missing" if answer.rehearsal is None or key in answer.missing else "excused")
@@ -461,8 +467,12 @@ def _values_of_own_code(expected: Checkpoint, answer: Answer) -> set[str]:
     return {key for key in keys if is_inside(key, answer.paths) and _extra_state_key(key, expected) is None}
 
 
-def _loaded_kind(info: TensorInfo) -> str:
-    return "dense" if info.kind == UNINITIALISED else info.kind
+def _pair(info: TensorInfo, found: TensorInfo, answer: Answer) -> KeyPair:
+    """Return the pair, with the shape that the model's own code gives the tensor while it is loaded."""
+    if info.shape != found.shape and answer.makes_shape(info.key, found.shape):
+        kind = "dense" if info.kind == UNINITIALISED else info.kind
+        info = replace(info, shape=found.shape, view=None, kind=kind)  # the view was that of another shape
+    return KeyPair(info, found)
 
 
 def _is_unexpected(key: str, answer: Answer, expected: Mapping[str, TensorInfo]) -> bool:

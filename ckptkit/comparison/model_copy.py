@@ -35,29 +35,10 @@ def copy_on_meta(modules: Iterable[Module]) -> Copies:
 
     Raises any exception where a module cannot be copied.
     """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Copying(TorchFunctionMode):
-        """Copies a tensor as a tensor on the meta device."""
-
-        def __torch_function__(
-            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            if func is torch.Tensor.clone:  # the copy of a parameter calls it
-                return torch.empty_like(args[0], device="meta")
-            if func is torch.Tensor.__deepcopy__:
-                tensor, memo = args
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = torch.empty_like(tensor.detach(), device="meta")
-                return memo[id(tensor)]
-            return func(*args, **(kwargs or {}))
-
     wanted = list(modules)
     copying = _Copying()
     copying.note(wanted)
-    with Copying():
-        return Copies([copying.copy(module) for module in wanted], copying)
+    return Copies([copying.copy(module) for module in wanted], copying)
 
 
 class _Copying:
@@ -114,8 +95,37 @@ class _Copying:
         if isinstance(value, weakref.ReferenceType):
             target = value()
             return value if target is None else weakref.ref(self._attribute(target))
+        if kind is set and all(type(one) in _SHARED for one in value):
+            return self._memo.setdefault(id(value), set(value))
         copied = self._tensor(value)
-        return copy.deepcopy(value, self._memo) if copied is None else copied
+        return self._with_own_method(value) if copied is None else copied
+
+    def _with_own_method(self, value: Any) -> Any:
+        """Return the copy that the class of a value makes, whose tensors are on the meta device too."""
+        import torch
+        from torch.overrides import TorchFunctionMode
+
+        class Copying(TorchFunctionMode):
+            """Copies a tensor as a tensor on the meta device."""
+
+            def __torch_function__(
+                self,
+                func: Callable[..., Any],
+                types: Any,
+                args: tuple[Any, ...] = (),
+                kwargs: dict[str, Any] | None = None,
+            ) -> Any:
+                if func is torch.Tensor.clone:  # the copy of a parameter calls it
+                    return torch.empty_like(args[0], device="meta")
+                if func is torch.Tensor.__deepcopy__:
+                    tensor, memo = args
+                    if id(tensor) not in memo:
+                        memo[id(tensor)] = torch.empty_like(tensor.detach(), device="meta")
+                    return memo[id(tensor)]
+                return func(*args, **(kwargs or {}))
+
+        with Copying():
+            return copy.deepcopy(value, self._memo)
 
     def _tensor(self, value: Any) -> Tensor | None:
         """Return the copy of a tensor of torch's own classes; None for anything else."""

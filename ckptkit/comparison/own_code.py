@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ckptkit.core.torch_bridge import named_of
 from ckptkit.core.torch_types import Module
 
-__all__ = ["hooks_of", "is_below", "methods_of", "modules_with_own_code"]
+__all__ = ["hooks_of", "is_below", "methods_of", "modules_with_own_code", "own_code_test"]
 
 # The hooks of fully_shard bring the parameters into their sharded state, in which state_dict() has left them already.
 _HARMLESS = ("torch.distributed.fsdp._fully_shard.", "torch.distributed._composable.fsdp.")
 
-_METHODS = frozenset({"_load_from_state_dict", "_save_to_state_dict", "state_dict"})
+_METHODS = ("_load_from_state_dict", "_save_to_state_dict", "state_dict")
+# There is no public way to list them.
+_HOOKS_OF_LOADING = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_HOOKS = (*_HOOKS_OF_LOADING, "_state_dict_hooks", "_state_dict_pre_hooks")
+
+
+def own_code_test(*, saving: bool = False) -> Callable[[Module], bool]:
+    """Return a function that tells whether a module has own code, and that asks each class once.
+
+    BatchNorm overrides a method only for files without its counter, for which nothing is to be done where a missing key
+    keeps its value. With ``saving``, modules also count whose own code decides what ``state_dict()`` returns.
+    """
+    import torch
+
+    usual = (torch.nn.Module._load_from_state_dict, torch.nn.modules.batchnorm._NormBase._load_from_state_dict)  # noqa: SLF001
+    hooks = _HOOKS if saving else _HOOKS_OF_LOADING
+    classes: dict[type, bool] = {}
+
+    def has_own_code(module: Module) -> bool:
+        cls, held = type(module), module.__dict__
+        if cls not in classes:
+            classes[cls] = cls._load_from_state_dict not in usual or (saving and _saves_with_own_method(cls))
+        if classes[cls] or any(map(held.__contains__, _METHODS)):
+            return True
+        return any(map(held.get, hooks)) and any(not _is_harmless(hook) for hook in hooks_of(module, saving=saving))
+
+    return has_own_code
 
 
 def modules_with_own_code(model: Module, *, saving: bool = False) -> tuple[str, ...]:
     """Return the paths of the topmost modules that have a hook for loading, or override a method that loads.
 
-    The code of such a module can also see and change the tensors of the modules below it. BatchNorm overrides a method
-    only for files without its counter, for which nothing is to be done where a missing key keeps its value. With
-    ``saving``, modules also count whose own code decides what ``state_dict()`` returns.
+    The code of such a module can also see and change the tensors of the modules below it. ``saving`` is as in
+    ``own_code_test``.
     """
     import torch
 
-    module_class, norm = torch.nn.Module, torch.nn.modules.batchnorm._NormBase  # noqa: SLF001 - its method is compared
-    usual = (module_class._load_from_state_dict, norm._load_from_state_dict)  # noqa: SLF001
-    if _function(model, "load_state_dict") is not module_class.load_state_dict:
+    if _function(model, "load_state_dict") is not torch.nn.Module.load_state_dict:
         return ("",)
-    found: list[str] = []
-    classes: dict[type, bool] = {}
-    for path, module in named_of(model, "modules"):
-        if is_below(path, found[-1:]):  # a module comes before the modules below it
+    return tuple(_topmost(model, own_code_test(saving=saving)))
+
+
+def _topmost(model: Module, is_wanted: Callable[[Module], bool]) -> Iterator[str]:
+    """Yield the paths of the topmost modules that are wanted, in the order in which ``load_state_dict`` walks."""
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if is_wanted(module):
+            yield path
             continue
-        cls = type(module)
-        if cls not in classes:
-            classes[cls] = cls._load_from_state_dict not in usual or (saving and _saves_with_own_method(cls))
-        own = classes[cls] or not _METHODS.isdisjoint(module.__dict__)
-        if own or any(not _is_harmless(hook) for hook in hooks_of(module, saving=saving)):
-            found.append(path)
-    return tuple(found)
+        children = module._modules  # noqa: SLF001 - named_modules() of the user may list others than torch loads
+        if children:
+            start = f"{path}." if path else ""
+            waiting += [(start + name, child) for name, child in reversed(children.items()) if child is not None]
 
 
 def _saves_with_own_method(cls: type[Module]) -> bool:
@@ -57,15 +82,14 @@ def is_below(name: str, modules: Iterable[str]) -> bool:
     return any(not module or name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def hooks_of(module: Any, *, saving: bool = False) -> Iterator[Any]:
-    """Yield the hooks of a module that load_state_dict calls, and those that state_dict calls if ``saving``."""
-    # There is no public way to list them.
-    kinds = [module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks]  # noqa: SLF001
-    if saving:
-        kinds += [module._state_dict_hooks, module._state_dict_pre_hooks]  # noqa: SLF001
-    for hooks in filter(None, kinds):
-        for hook in hooks.values():
-            yield getattr(hook, "hook", hook)
+def hooks_of(module: Any, *, saving: bool = False) -> list[Any]:
+    """Return the hooks of a module that load_state_dict calls, and those that state_dict calls if ``saving``."""
+    held = module.__dict__
+    return [
+        getattr(hook, "hook", hook)
+        for name in (_HOOKS if saving else _HOOKS_OF_LOADING)
+        for hook in held.get(name, {}).values()
+    ]
 
 
 def methods_of(module: Module) -> Iterator[object]:

@@ -34,6 +34,10 @@ class Record(Protocol):
         """End the record."""
         ...
 
+    def write(self, target: Tensor, value: object) -> None:
+        """Take note that a tensor of the model got a value."""
+        ...
+
     def sources(self, value: object) -> tuple[str, ...]:
         """Return the given keys that a value came from."""
         ...
@@ -116,6 +120,9 @@ def make_record(targets: Mapping[str, Tensor], given: Mapping[str, object]) -> R
         def _sources_of(self, values: Iterable[object]) -> tuple[str, ...]:
             found = [self._sources.get(id(value), ()) for value in values]
             return found[0] if len(found) == 1 else tuple(dict.fromkeys(key for keys in found for key in keys))
+
+        def write(self, target: Tensor, value: object) -> None:
+            self._write((target, value), None)
 
         def sources(self, value: object) -> tuple[str, ...]:
             return self._sources.get(id(value), ())

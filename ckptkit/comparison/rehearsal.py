@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptkit.comparison.model_copy import copy_on_meta
 from ckptkit.comparison.own_code import methods_of
+from ckptkit.comparison.plain_subtrees import PlainSubtrees
 from ckptkit.comparison.record import Filled, make_record
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.dtypes import torch_shape
@@ -157,6 +158,8 @@ class _Attempt:
         self._uncopied: dict[str, Filled] = {}
         self._record = make_record(before, values)
         self._refusal = ""
+        self._watched_modules: set[int] = set()
+        self._plain: PlainSubtrees | None = None
         self.raised = False
 
     @property
@@ -171,11 +174,11 @@ class _Attempt:
         """Load. Raises ``_Uncertain`` where the outcome with values would not be known."""
         import torch
 
-        for module in torch.nn.Module.modules(self._root):
-            load = module._load_from_state_dict  # noqa: SLF001 - each module's part of load_state_dict
-            module.__dict__["_load_from_state_dict"] = functools.partial(self._watched, load)
-            if getattr(type(module), "set_extra_state", None) is not None:
-                module.__dict__["set_extra_state"] = _ignore  # the values of extra states are not known here
+        if self.is_overridden:  # it may call load_state_dict of any module inside
+            for module in torch.nn.Module.modules(self._root):
+                self._watch(module)
+        else:
+            self._plain = PlainSubtrees(self._root, self._values, self._record.write, self._watch)
         # torch's own code calls each module in the same way if strict or not, and its lists tell both outcomes.
         options = {} if self.is_overridden and strict else {"strict": False}
         try:
@@ -190,14 +193,23 @@ class _Attempt:
                     raise _Uncertain(f"it fails on tensors without values: {first_line(error)}") from error
                 self._refusal = f"there is no key {error}" if isinstance(error, KeyError) else _text(error)
 
+    def _watch(self, module: Module) -> None:
+        if id(module) not in self._watched_modules:
+            self._watched_modules.add(id(module))
+            load = module._load_from_state_dict  # noqa: SLF001 - each module's part of load_state_dict
+            module.__dict__["_load_from_state_dict"] = functools.partial(self._watched, module, load)
+            module.__dict__["set_extra_state"] = _ignore  # the values of extra states are not known here
+
     def _watched(
-        self, load: Callable[..., None], state: dict[str, Any], prefix: str, metadata: Any, *rest: Any
+        self, module: Module, load: Callable[..., None], state: dict[str, Any], prefix: str, metadata: Any, *rest: Any
     ) -> None:
         _, missing, unexpected, errors = rest
         if self._lists is None:
             self._lists = (missing, unexpected, errors)
         known = len(errors)
         load(state, prefix, metadata, *rest)
+        if self._plain is not None:
+            self._plain.follow(module, state, prefix, missing)
         for message in errors[known:]:
             mismatch, copying = _MISMATCH.match(message), _COPYING.match(message)
             if mismatch:

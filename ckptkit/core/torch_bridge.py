@@ -320,7 +320,8 @@ def _describe_module(model: Module, role: str) -> Checkpoint:
         raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
-    described = describe_state_dict(state, role, layers=_layers(model), model=model).with_entries(*_absent(model))
+    modules = named_of(model, "modules")
+    described = describe_state_dict(state, role, layers=_layers(modules), model=model).with_entries(*_absent(modules))
     return described.with_configuration(_configuration(model))
 
 
@@ -339,15 +340,15 @@ def _is_module(value: object) -> TypeGuard[Module]:
     return isinstance(value, torch.nn.Module)
 
 
-def _absent(model: Module) -> Iterator[Entry]:
-    for path, module in named_of(model, "modules"):
+def _absent(modules: Iterable[tuple[str, Module]]) -> Iterator[Entry]:
+    for path, module in modules:
         for name, child in module._modules.items():  # noqa: SLF001 - children() leaves out modules that are None
             if child is None:
                 yield Entry(f"{path}.{name}" if path else name, ABSENT, None)
 
 
-def _layers(model: Module) -> dict[str, str]:
-    return {path: _kind_of_layer(module) for path, module in named_of(model, "modules") if path}
+def _layers(modules: Iterable[tuple[str, Module]]) -> dict[str, str]:
+    return {path: _kind_of_layer(module) for path, module in modules if path}
 
 
 def _kind_of_layer(module: Module) -> str:

@@ -1,0 +1,146 @@
+"""Load the modules without own code below a module with it by their names, as torch does, in one pass over the keys."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptkit.comparison.own_code import own_code_test
+from ckptkit.core.torch_bridge import is_plain
+from ckptkit.core.torch_types import Module, Tensor
+
+__all__ = ["PlainSubtrees"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subtree:
+    """The tensors of a child and the modules below, by name, each with its shape; all of them are plain."""
+
+    tensors: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    fills_missing: bool  # batch norm has a value for a counter that is missing
+
+
+class _Children(dict[str, Any]):
+    """The children of a module. torch's own load gets only those from ``items()`` that it must load itself."""
+
+    rest: Callable[[Iterable[tuple[str, Any]]], Iterable[tuple[str, Any]]] | None = None
+
+    def items(self) -> Any:
+        """Return the names and the modules."""
+        rest, caller = self.rest, sys._getframe(1)  # noqa: SLF001 - hooks must see all children
+        is_load = caller.f_code.co_name == "load" and caller.f_globals.get("__name__") == "torch.nn.modules.module"
+        return super().items() if rest is None or not is_load else rest(super().items())
+
+
+class PlainSubtrees:
+    """The subtrees of some modules that have no own code. torch would filter all keys once for each of their modules.
+
+    A subtree that would raise or report unexpected keys is left to torch. So is one with a value that a hook made.
+    """
+
+    def __init__(
+        self,
+        root: Module,
+        given: Mapping[str, Any],
+        write: Callable[[Tensor, Any], None],
+        watch: Callable[[Module], None],
+    ) -> None:
+        """Take note of the subtrees of ``root``.
+
+        ``write`` is called for each tensor and the value that it gets, ``watch`` for each module that torch loads.
+        """
+        self._write = write
+        self._watch = watch
+        self._shapes = {id(value): tuple(value.shape) for value in given.values() if _is_simple(value)}
+        self._has_own_code = own_code_test(saving=True)  # the modules that were copied for it are watched
+        self._subtrees: dict[int, _Subtree | None] = {}
+        self._note(root)
+
+    def _note(self, root: Module) -> None:
+        import torch
+
+        modules = list(torch.nn.Module.modules(root))
+        for module in reversed(modules):  # a module comes before the modules below it
+            self._subtrees[id(module)] = self._subtree(module)
+        for module in modules:
+            if self._subtrees[id(module)] is None:
+                self._watch(module)
+                module.__dict__["_modules"] = _Children(module._modules)  # noqa: SLF001
+
+    def _subtree(self, module: Module) -> _Subtree | None:
+        import torch
+
+        usual, cls = torch.nn.Module, type(module)
+        has_state = cls.get_extra_state is not usual.get_extra_state or cls.set_extra_state is not usual.set_extra_state
+        if has_state or self._has_own_code(module):
+            return None
+        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001
+            if tensor is None or name in module._non_persistent_buffers_set:  # noqa: SLF001
+                continue
+            if not _is_simple(tensor):
+                return None
+            tensors[name] = tensor, tuple(tensor.shape)
+        fills_missing = cls._load_from_state_dict is not usual._load_from_state_dict  # noqa: SLF001
+        for name, child in module._modules.items():  # noqa: SLF001
+            if child is None:
+                continue
+            below = self._subtrees.get(id(child))
+            if below is None:
+                return None
+            tensors.update((f"{name}.{inner}", found) for inner, found in below.tensors.items())
+            fills_missing = fills_missing or below.fills_missing
+        return _Subtree(tensors, fills_missing)
+
+    def follow(self, module: Module, state: Mapping[str, Any], prefix: str, missing: list[str]) -> None:
+        """Prepare the children of a module for torch's load, which has just loaded the module itself."""
+        children = module._modules  # noqa: SLF001
+        if isinstance(children, _Children):
+            children.rest = lambda items: self._rest(items, state, prefix, missing)
+
+    def _rest(
+        self, items: Iterable[tuple[str, Any]], state: Mapping[str, Any], prefix: str, missing: list[str]
+    ) -> Iterator[tuple[str, Any]]:
+        import torch
+
+        by_child: dict[str, list[str]] = defaultdict(list)
+        for key in state:
+            if key.startswith(prefix):
+                by_child[key[len(prefix) :].partition(".")[0]].append(key)
+        for name, child in items:
+            subtree = self._subtrees.get(id(child))
+            if subtree is None:
+                yield name, child
+            elif not self._load(subtree, f"{prefix}{name}.", by_child.get(name, []), state, missing):
+                for module in torch.nn.Module.modules(child):
+                    self._watch(module)
+                yield name, child
+
+    def _load(
+        self, subtree: _Subtree, prefix: str, keys: list[str], state: Mapping[str, Any], missing: list[str]
+    ) -> bool:
+        """Load a subtree and return True, or do nothing where torch must do it."""
+        start = len(prefix)
+        for key in keys:
+            found = subtree.tensors.get(key[start:])
+            if found is None or self._shapes.get(id(state[key])) != found[1]:
+                return False
+        lacks = len(keys) < len(subtree.tensors)
+        if lacks and subtree.fills_missing:
+            return False
+        for key in keys:
+            self._write(subtree.tensors[key[start:]][0], state[key])
+        if lacks:
+            missing += [key for name in subtree.tensors if (key := prefix + name) not in state]
+        return True
+
+
+def _is_simple(value: Any) -> bool:
+    """Return whether torch can copy between a tensor and any other simple one of its shape."""
+    import torch
+
+    simple = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.dtype in simple and is_plain(value)
