@@ -86,6 +86,26 @@ def test_a_file_of_kohya_becomes_an_adapter_of_peft_and_returns(
     assert (fields["unet.r"], fields["unet.lora_alpha"]) == (2, 1)
 
 
+def test_a_renamed_adapter_of_peft_keeps_its_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors of PEFT that get the name of a model of diffusers have the scale of adapter_config.json beside them."""
+    adapter, renamed, out = tmp_path / "adapter", tmp_path / "renamed", tmp_path / "out.safetensors"
+    adapter.mkdir()
+    renamed.mkdir()
+    low = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(6, 2)}
+    save_file({f"base_model.model.{key}": value for key, value in low.items()}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"]}'
+    )
+    refused = run_ckpt(capsys, "convert", adapter, "-o", out, "--adapter", "diffusers")
+    assert (refused.code, "--carry --rename 'base_model.model.*=unet.*'" in refused.err) == (2, True)
+    options = ("-o", renamed / "adapter_model.safetensors", "--carry", "--rename", "base_model.model.*=unet.*")
+    assert run_ckpt(capsys, "remap", adapter, *options).code == 0
+    assert run_ckpt(capsys, "convert", renamed, "-o", out, "--adapter", "diffusers").code == 0
+    with safe_open(out, "pt") as file:
+        fields = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert fields["unet.lora_alpha"] / fields["unet.r"] == 3
+
+
 def test_names_of_diffusers_need_no_base(tmp_path: Path) -> None:
     """Names with dots are known without the base; those with '_' are not, and the error says what to give."""
     _, kohya = written(tmp_path)

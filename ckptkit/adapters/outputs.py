@@ -150,7 +150,8 @@ def _output(module: NamedModule, model: str, name: str, to: str, *, is_two: bool
     if to == "diffusers" and not model:
         raise RuleError(
             f"the names of the adapter do not tell a model of diffusers: {quoted(printable(name))}",
-            hint="put its name before them first: ckpt remap --rename 'base_model.model.*=unet.*'",
+            hint="name the model first: ckpt remap ADAPTER -o NEW/adapter_model.safetensors --carry --rename "
+            "'base_model.model.*=unet.*'",
         )
     stem = f"{_PEFT_PREFIX}{name}" if to == "peft" else f"{model}.{name}"
     kind = "embedding " if adapted.orientation == "transposed" else ""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from ckptkit.adapters.base_modules import on_base
-from ckptkit.adapters.diffusers import read_diffusers
+from ckptkit.adapters.diffusers import METADATA, read_diffusers
 from ckptkit.adapters.keys import named_format
 from ckptkit.adapters.kohya import read_kohya
 from ckptkit.adapters.model import Adapter
-from ckptkit.adapters.named import NamedAdapter
+from ckptkit.adapters.named import NamedAdapter, split_name
 from ckptkit.adapters.peft import read_peft
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_settings
@@ -72,7 +73,21 @@ def read_named(donor: Checkpoint, names: Mapping[str, str]) -> NamedAdapter | No
         return None
     shapes = {new: donor[old].shape for new, old in names.items()}
     alphas = _alphas(donor, names)
-    return read_kohya(shapes, alphas) if kind == "kohya" else read_diffusers(shapes, donor.metadata, alphas)
+    return read_kohya(shapes, alphas) if kind == "kohya" else read_diffusers(shapes, _metadata(donor, names), alphas)
+
+
+def _metadata(donor: Checkpoint, names: Iterable[str]) -> Mapping[str, str]:
+    """Return the metadata of a file of diffusers; where it has no scale, ``adapter_config.json`` beside it counts.
+
+    It is there if an adapter of PEFT was given the names of diffusers.
+    """
+    beside = file_beside(donor.path, CONFIG) if donor.files and METADATA not in donor.metadata else None
+    if beside is None:
+        return donor.metadata
+    config = read_settings(beside, CONFIG)
+    prefixes = {split_name(key)[0] for key in names}
+    fields = {f"{prefix}{field}": value for prefix in prefixes for field, value in config.items()}
+    return {**donor.metadata, METADATA: json.dumps(fields)}
 
 
 def read_config(given: LoraConfigLike | None, adapter: Checkpoint) -> Mapping[str, object]:
