@@ -147,6 +147,19 @@ def test_the_prefix_that_explains_everything_is_named(
     assert diff(expected, found, [hint.rename]).loads_strict
 
 
+def test_an_adapter_is_folded_and_not_renamed() -> None:
+    """A saved embedding would match after a rename, but the factors would not; a live model of PEFT folds nothing."""
+    factors = {"q.lora_A": torch.ones(1, 2), "q.lora_B": torch.ones(2, 1)}
+    saved = {f"base_model.model.{name}.weight": value for name, value in factors.items()}
+    found = saved | {"base_model.model.embed.weight": torch.ones(3, 2)}
+    base = {"q.weight": torch.ones(2, 2), "embed.weight": torch.ones(3, 2)}
+    (hint,) = diff(base, found).hints
+    assert "adapter; ckptkit.merge_lora(" in hint.message
+    live = {f"base_model.model.{name}.default.weight": value for name, value in factors.items()}
+    (hint,) = diff(live | {"base_model.model.q.base_layer.weight": torch.ones(2, 2)}, found).hints
+    assert "ckptkit.suggest_rules(" in hint.message
+
+
 def test_a_hint_counts_what_it_would_match() -> None:
     """If some keys still do not match, the hint gives the number that will match."""
     found = {**renamed(without(NET, "fc2.bias"), "", "module."), "extra": TensorInfo("extra", "F32", (9,))}

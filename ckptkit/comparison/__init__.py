@@ -208,14 +208,12 @@ class StateDictDiff(Result):
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """Renames that make the most keys match, unless the rules rename keys; then where ``align`` helps.
+        """How to fold an adapter; else renames that make the most keys match; else where ``align`` helps.
 
-        The last hints are about quantised weights.
+        There are no renames if the rules rename keys. The last hints are about quantised weights.
         """
-        renames = _hints(self)
         return (
-            *renames,
-            *([] if renames else _align_hints(self)),
+            *(_fold_hints(self) or _hints(self) or _align_hints(self)),
             *(Hint(message, "") for message in quantized_messages(self.quantized)),
         )
 
@@ -549,6 +547,20 @@ def _hints(result: StateDictDiff) -> list[Hint]:
     return [hint for matches, hint in hints if matches == most][:_MAX_HINTS]
 
 
+def _fold_hints(result: StateDictDiff) -> list[Hint]:
+    if not result.missing or not result.unexpected or result.matched or result.quantized:
+        return []
+    from ckptkit.adapters.keys import is_adapter
+
+    # A live model of PEFT expects factors itself: its names differ from those of the file, and nothing is folded.
+    if any(is_adapter([info.key]) for info in result.missing) or not is_adapter(
+        [info.key for info in result.unexpected]
+    ):
+        return []
+    command = fold_command(result.expected_checkpoint, result.found_checkpoint)
+    return [Hint(f"the found tensors are an adapter; {command} adds it to the expected ones", "")]
+
+
 def _align_hints(result: StateDictDiff) -> list[Hint]:
     sides = result.expected_checkpoint, result.found_checkpoint
     if (result.parted or not result.matched) and result.missing and result.unexpected:
@@ -558,10 +570,6 @@ def _align_hints(result: StateDictDiff) -> list[Hint]:
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
     if result.missing and result.unexpected and not result.matched and not result.quantized:
-        from ckptkit.adapters.keys import is_adapter
-
-        if is_adapter([info.key for info in result.unexpected]):
-            return [Hint(f"the found tensors are an adapter; {fold_command(*sides)} adds it to the expected ones", "")]
         return [Hint(f"no key matches; {align_command(*sides)} looks for rules that rename them", "")]
     return []
 
