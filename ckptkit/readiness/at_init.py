@@ -54,8 +54,11 @@ def find_untrained(
             fresh.add(pair.key)
         else:
             trained.add(pair.key)
-    modules = {key.rpartition(".")[0] for key in fresh}
-    modules -= {key.rpartition(".")[0] for key in trained}
+    trained_modules = {key.rpartition(".")[0] for key in trained}
+    # A vector has few numbers: it can be as in a new model by chance where the matrix beside it is trained.
+    vectors = {pair.key for pair in pairs if sum(size > 1 for size in pair.expected.shape) < 2}
+    fresh -= {key for key in fresh & vectors if key.rpartition(".")[0] in trained_modules}
+    modules = {key.rpartition(".")[0] for key in fresh} - trained_modules
     followers = {key for key in unclear if key.rpartition(".")[0] in modules}
     return frozenset(fresh | followers) if trained else frozenset()
 
