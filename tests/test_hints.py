@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckptkit import run_checks
 from ckptkit.cli.common.hints import hint_for_command
 from ckptkit.errors import CkptkitError, hint_for_python
 from tests.helpers_cli import ROOT, Ran, run_ckpt
@@ -250,3 +251,11 @@ def test_a_command_names_only_its_own_options() -> None:
     assert hint_for_command("--skip-unread leaves it out; ckpt remap A -o OUT --drop 'a'", set(), known) == (
         "ckpt remap A -o OUT --drop 'a'"
     )
+
+
+def test_findings_speak_to_their_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hint of a finding has the option in the command line, and the argument where Python prints the report."""
+    _save(tmp_path, a={"head.weight": torch.randn(2, 6)})
+    run = run_ckpt(capsys, "check", tmp_path / "a.pt", "--like", TEN)
+    assert "  ckpt diff EXPECTED PATH lists all keys" in run.out.splitlines()
+    assert "  diff(expected, path) lists all keys" in str(run_checks(tmp_path / "a.pt", like=TEN)).splitlines()

@@ -111,7 +111,8 @@ def test_another_head_stays_at_init() -> None:
     report = preflight(model, init=donor)
     assert codes(report)[0] == ("warning", "preflight.kept", "head.weight")
     assert report.findings[0].message == "all of 'head' stay at init: it has shape [10, 16] in init"
-    assert report.findings[0].hint == "if this is intended, pass fresh = 'head.*'"
+    assert report.findings[0].hint == "if this is intended, give --fresh 'head.*'"
+    assert "  if this is intended, give fresh='head.*'" in str(report).splitlines()
     assert codes(preflight(model, init=donor, fresh="head.*"))[0] == ("note", "preflight.kept", "head.weight")
 
 

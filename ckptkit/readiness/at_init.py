@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import group_by_module
 from ckptkit.core.findings import Finding
 from ckptkit.core.patterns import Pattern, matches_any
-from ckptkit.core.text import quoted
+from ckptkit.core.text import shell_word
 from ckptkit.readiness import codes
 from ckptkit.readiness.init import InspectedModel, tensors_of
 from ckptkit.readiness.model import Init
@@ -92,13 +92,13 @@ def check_untrained(
         if new:
             is_meant = all(matches_any(patterns, key) for key in new)
             verb = "has" if len(new) == 1 else "have"
-            pattern = quoted(new[0] if len(new) == 1 else f"{module}.*")
+            pattern = shell_word(new[0] if len(new) == 1 else f"{module}.*")
             yield codes.AT_INIT.finding(
                 new[0],
                 f"{tensors_of(module, new, keys)} {verb} values in init that are distributed as in a new model",
                 ""
                 if is_meant
-                else f"never trained, or kept from the base of a merge: if this is intended, pass fresh = {pattern}",
+                else f"never trained, or kept from the base of a merge: if this is intended, give --fresh {pattern}",
                 severity="note" if is_meant else "warning",
                 keys=new,
             )

@@ -15,7 +15,7 @@ from ckptkit.core.coverage.requirements import Requirements
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
-from ckptkit.core.text import listed, plural, printable, quoted
+from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import named_of, same_values
 from ckptkit.core.torch_types import Module
@@ -170,7 +170,7 @@ def check_requirements(
     """
     refused = frozenset(key for problem in problems for key in problem.outs)
     for unmet in find_unmet_in(result, requirements, refused, of="the model", source="init"):
-        hint = result.hints[0].message if result.hints else "require less, or rename the keys of init with rules"
+        hint = result.hints[0].message if result.hints else "require less, or rename the keys of init with --rename"
         yield codes.REQUIRED.finding(unmet.keys[0], unmet.message, hint, keys=unmet.keys)
 
 
@@ -261,13 +261,13 @@ def _kept_findings(
         if trains:
             is_note = len(intended) == len(trains)
             verb = "stays" if len(trains) == 1 else "stay"
-            pattern = quoted(trains[0] if len(trains) == 1 else f"{module}.*")
+            pattern = shell_word(trains[0] if len(trains) == 1 else f"{module}.*")
             embedding = next((found for key in trains if (found := _embedding_like(inspected, key)) not in kept), None)
             tie = f"if init ties it to {quoted(embedding)}, tie it in the model too; " if embedding else ""
             yield codes.KEPT.finding(
                 trains[0],
                 f"{tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
-                "" if is_note else f"{tie}if this is intended, pass fresh = {pattern}",
+                "" if is_note else f"{tie}if this is intended, give --fresh {pattern}",
                 severity="note" if is_note else "warning",
                 keys=trains,
             )

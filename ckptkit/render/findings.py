@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.errors import one_line
-from ckptkit.render.page import Code, Line, Page
+from ckptkit.render.page import Code, Hint, Line, Page
 
 __all__ = ["finding_lines", "findings_document", "findings_page"]
 
@@ -41,4 +41,4 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
     for finding in findings:
         yield Line((f"{finding.severity}: ", Code(one_line(finding.message)), f"  [{finding.code}]"))
         if finding.hint:
-            yield Line((Code(one_line(finding.hint)),), indented=True)
+            yield Line((Hint(one_line(finding.hint)),), indented=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
-from ckptkit.render.page import Page, as_text
+from ckptkit.errors import hint_for_python
+from ckptkit.render.page import Block, Hint, Line, Page, as_text
 
 __all__ = ["document_of", "html_of", "page_of", "text_of"]
 
@@ -59,15 +61,25 @@ def document_of(result: Result, **options: object) -> dict[str, Any]:
 
 
 def text_of(result: Result) -> str:
-    """Return the page of a result as text for a terminal."""
-    return "\n".join(as_text(page_of(result)))
+    """Return the page of a result as text; its hints name functions and arguments of Python."""
+    return "\n".join(as_text(_page_in_python(result)))
 
 
 def html_of(result: Result) -> str:
-    """Return the page of a result as HTML for a notebook."""
+    """Return the page of a result as HTML for a notebook; its hints name functions and arguments of Python."""
     from ckptkit.render.page.html import as_html
 
-    return as_html(page_of(result))
+    return as_html(_page_in_python(result))
+
+
+def _page_in_python(result: Result) -> Page:
+    def spelled(block: Block) -> Block:
+        if not isinstance(block, Line) or not any(isinstance(part, Hint) for part in block.parts):
+            return block
+        parts = tuple(Hint(hint_for_python(part)) if isinstance(part, Hint) else part for part in block.parts)
+        return replace(block, parts=parts)
+
+    return list(map(spelled, page_of(result)))
 
 
 def _renderer_of(result: Result) -> _Renderer:

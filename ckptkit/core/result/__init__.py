@@ -33,7 +33,7 @@ class Result:
     _truth: ClassVar[str] = "compare it with None"  # what to write instead of bool()
 
     def __str__(self) -> str:
-        """Return the page that the command line prints, as text."""
+        """Return the page that the command line prints, as text; hints name functions and arguments of Python."""
         text: str = import_module(_RENDERER).text_of(self)
         return text
 

@@ -17,6 +17,7 @@ from ckptkit.core.text import printable
 __all__ = [
     "Block",
     "Code",
+    "Hint",
     "Line",
     "Listing",
     "Page",
@@ -32,6 +33,12 @@ __all__ = [
 
 class Code(str):
     """Printable text that ckptkit did not write: a name, a path, or a message that quotes them."""
+
+    __slots__ = ()
+
+
+class Hint(Code):
+    """What to do about a finding, with the commands and options of ``ckpt``."""
 
     __slots__ = ()
 
