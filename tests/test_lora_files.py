@@ -88,6 +88,16 @@ def test_each_form_of_a_name_finds_its_module(tmp_path: Path, form: str) -> None
     assert any("no alpha for 1 module" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_magnitude_beside_other_factors_is_refused(tmp_path: Path, order: int) -> None:
+    """LyCORIS can train a LoHa with a magnitude, which is not lost in either order of the keys."""
+    hada = {f"{FLAT}.hada_{name}": randn(6, 2, seed=1) for name in ("w1_a", "w2_a")}
+    hada |= {f"{FLAT}.hada_{name}": randn(2, 4, seed=2) for name in ("w1_b", "w2_b")}
+    adapter = hada | {f"{FLAT}.alpha": torch.tensor(2.0), f"{FLAT}.dora_scale": randn(6, 1, seed=3)}
+    with pytest.raises(RuleError, match="and a magnitude cannot be folded together"):
+        plan_lora(ONE, dict(list(adapter.items())[::order]))
+
+
 def test_an_alpha_beside_the_names_of_peft_is_the_scale(tmp_path: Path) -> None:
     """Trainers of transformers for images write such files, without the name of the model before the keys."""
     base = {f"{QUERY}.weight": randn(6, 4, seed=0)}

@@ -10,10 +10,25 @@ from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["AdaptedModule", "Adapter", "AdapterPlan", "Fold", "Kind", "Orientation", "TokenRows"]
+__all__ = ["COMPLETE", "AdaptedModule", "Adapter", "AdapterPlan", "Fold", "Kind", "Orientation", "TokenRows"]
 
 Kind: TypeAlias = Literal["lora", "dora", "adalora", "loha", "lokr", "ia3"]
 Orientation: TypeAlias = Literal["by shape", "plain", "transposed"]
+
+
+def _sets(*roles: str) -> frozenset[frozenset[str]]:
+    return frozenset(frozenset(each.split()) for each in roles)
+
+
+# The sets of roles with which a module of each kind is complete; AdaptedModule says what the roles are.
+COMPLETE: Mapping[Kind, frozenset[frozenset[str]]] = {
+    "lora": _sets("A B", "A B mid"),
+    "dora": _sets("A B magnitude"),
+    "adalora": _sets("A B E"),
+    "loha": _sets("w1_a w1_b w2_a w2_b", "w1_a w1_b w2_a w2_b t1 t2"),
+    "lokr": _sets(*(f"{w1} {w2}" for w1 in ("w1", "w1_a w1_b") for w2 in ("w2", "w2_a w2_b", "w2_a w2_b t2"))),
+    "ia3": _sets("l"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.adapters.keys import ENDING, PEFT_PREFIX
-from ckptkit.adapters.model import AdaptedModule, Kind
+from ckptkit.adapters.model import COMPLETE, AdaptedModule, Kind
 from ckptkit.adapters.module_names import COMPONENTS, DENOISER, split_component
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.errors import RuleError
@@ -107,7 +107,7 @@ def group_tensors(keys: Collection[str]) -> dict[str, ModuleTensors]:
     if other:
         _refuse_others(other, len(keys))
     for group in groups.values():
-        _complete(group)
+        _refuse_incomplete(group)
     return groups
 
 
@@ -160,27 +160,15 @@ def _refuse_others(keys: list[str], count: int) -> None:
     )
 
 
-_NEEDED: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
-    "lora": (("A",), ("B",)),
-    "dora": (("A",), ("B",), ("magnitude",)),
-    "loha": (("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)),
-    "lokr": (("w1", "w1_a"), ("w2", "w2_a")),
-}
-
-
-def _complete(group: ModuleTensors) -> None:
-    if not group.factors:
+def _refuse_incomplete(group: ModuleTensors) -> None:
+    factors = group.factors
+    if not factors:
         raise RuleError(f"{quoted(group.alpha or group.bias)} has no factors beside it")
-    first = next(iter(group.factors.values()))
-    is_mixed = "A" in group.factors and "w1_a" in group.factors
-    if group.kind == "lokr":
-        for name in ("w1", "w2"):
-            parts = {part for part in ("", "_a", "_b") if f"{name}{part}" in group.factors}
-            is_mixed = is_mixed or parts not in ({""}, {"_a", "_b"})
-    if "mid" in group.factors and group.kind != "lora":
-        raise RuleError(f"{quoted(group.factors['mid'])} and a magnitude cannot be folded together")
-    if is_mixed or not all(any(role in group.factors for role in roles) for roles in _NEEDED[group.kind]):
-        raise RuleError(f"{quoted(first)} has no partner in the adapter")
+    others = factors.keys() - {"A", "B", "magnitude"}
+    if "magnitude" in factors and others:
+        raise RuleError(f"{quoted(factors[min(others)])} and a magnitude cannot be folded together")
+    if frozenset(factors) not in COMPLETE[group.kind]:
+        raise RuleError(f"{quoted(next(iter(factors.values())))} has no partner in the adapter")
 
 
 def rank_of(group: ModuleTensors, shapes: Mapping[str, Shape]) -> int | None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.model import AdaptedModule
 from ckptkit.adapters.module_names import COMPONENTS, DENOISER, diffusers_name, split_component
 from ckptkit.adapters.named import NamedModule
 from ckptkit.adapters.peft_names import exact_pattern, target_modules
 from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import RuleError
+from ckptkit.tensor_ops.lora import as_f32
 from ckptkit.tensor_ops.operation import Shape
 
 __all__ = ["FOLD_CALL", "FOLD_IT", "OutputModule", "alpha_of", "lora_fields", "output_modules", "refuse_replacements"]
 
 FOLD_IT = "fold it: ckpt merge BASE ADAPTER -o OUT --method lora"
 FOLD_CALL = "fold it: merge_lora(base, adapter, out)"
-_PEFT_PREFIX = "base_model.model."
 _UNET = re.compile(
     r"(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|time_embedding|add_embedding"
     r"|time_embed|label_emb|conv_in|conv_out|out)(?:\.|$)"
@@ -153,7 +153,7 @@ def _output(module: NamedModule, model: str, name: str, to: str, *, is_two: bool
             hint="name the model first: ckpt remap ADAPTER -o NEW/adapter_model.safetensors --carry --rename "
             "'base_model.model.*=unet.*'",
         )
-    stem = f"{_PEFT_PREFIX}{name}" if to == "peft" else f"{model}.{name}"
+    stem = f"{PEFT_PREFIX}{name}" if to == "peft" else f"{model}.{name}"
     kind = "embedding " if adapted.orientation == "transposed" else ""
     keys = {role: f"{stem}{_PEFT_ROLES[kind + role if role in 'AB' else role]}" for role in adapted.factors}
     if adapted.bias:
@@ -164,7 +164,7 @@ def _output(module: NamedModule, model: str, name: str, to: str, *, is_two: bool
 def alpha_of(scale: float, rank: int) -> float:
     """Return the alpha that gives ``scale`` with ``rank``: an integer, or a number that F32 holds, if one does."""
     exact = scale * rank
-    for candidate in (float(round(exact)), _as_f32(exact), exact, *_beside(exact)):
+    for candidate in (float(round(exact)), as_f32(exact), exact, *_beside(exact)):
         if candidate / rank == scale:
             return candidate
     return exact
@@ -172,13 +172,6 @@ def alpha_of(scale: float, rank: int) -> float:
 
 def _beside(number: float) -> Sequence[float]:
     return math.nextafter(number, math.inf), math.nextafter(number, -math.inf)
-
-
-def _as_f32(number: float) -> float:
-    try:
-        return float(struct.unpack("<f", struct.pack("<f", number))[0])
-    except OverflowError:
-        return number
 
 
 def lora_fields(

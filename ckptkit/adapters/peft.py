@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from ckptkit.adapters.model import AdaptedModule, Adapter, Kind, Orientation, TokenRows
+from ckptkit.adapters.keys import PEFT_PREFIX
+from ckptkit.adapters.model import COMPLETE, AdaptedModule, Adapter, Kind, Orientation, TokenRows
 from ckptkit.adapters.peft_config import (
     KINDS,
     WITH_PEFT,
@@ -27,7 +28,6 @@ from ckptkit.tensor_ops.operation import Shape
 
 __all__ = ["read_peft"]
 
-_PREFIX = "base_model.model."
 _NAME = r"(?:\.(?P<name>[^.]+))??"
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<side>[ABE])|lora_(?P<magnitude>magnitude)_vector"
@@ -37,16 +37,6 @@ _ROWS = re.compile(rf"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delt
 _ORIGINAL = re.compile(r".+\.original_module\..+")
 _TO_SAVE = re.compile(r"(?P<module>.+)\.(?:modules_to_save|ln_tuning_layers)\.(?:(?P<name>[^.]+)\.)?(?P<leaf>.+)")
 _BASE_LAYER = re.compile(r"(?<![^.])(?:token_adapter\.)?base_layer\.")
-_NEEDED: Mapping[str, tuple[tuple[str, ...], ...]] = {  # one of each group of roles
-    "lora": (("A",), ("B",)), "dora": (("A",), ("B",), ("magnitude",)), "adalora": (("A",), ("B",), ("E",)),
-    "loha": (("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)), "lokr": (("w1", "w1_a"), ("w2", "w2_a")), "ia3": (("l",),),
-}  # fmt: skip
-_PAIRS = (("w1_a", "w1_b"), ("w2_a", "w2_b"), ("t1", "t2"))
-_ROLES: Mapping[str, frozenset[str]] = {
-    kind: frozenset(role for group in groups for role in group)
-    | frozenset(role for pair in _PAIRS for role in pair if kind in ("loha", "lokr"))
-    for kind, groups in _NEEDED.items()
-}
 _CONFIG = "adapter_config.json"
 _NO_SHAPES: Mapping[str, Shape] = MappingProxyType({})
 
@@ -132,7 +122,7 @@ def _parse_keys(adapter: Collection[str], *, has_factors: bool) -> _Parts:
         if _ORIGINAL.fullmatch(key):
             parts.left_out[key] = "the values before the training"
             continue
-        whole = key.removeprefix(_PREFIX)
+        whole = key.removeprefix(PEFT_PREFIX)
         plain = _BASE_LAYER.sub("", whole)
         found = _FACTOR.fullmatch(plain) or _ROWS.fullmatch(plain) or _TO_SAVE.fullmatch(plain)
         names.add((found["name"] if found is not None else None) or "")
@@ -145,8 +135,8 @@ def _parse_keys(adapter: Collection[str], *, has_factors: bool) -> _Parts:
             table, place = parts.rows, found["module"]
         else:
             table, place = parts.replacements, f"{found['module']}.{found['leaf']}"
-            if f"{_PREFIX}{place}" in adapter:  # PEFT can save a trained embedding twice
-                parts.left_out[key] = f"saved twice, also as {quoted(_PREFIX + place)}"
+            if f"{PEFT_PREFIX}{place}" in adapter:  # PEFT can save a trained embedding twice
+                parts.left_out[key] = f"saved twice, also as {quoted(PEFT_PREFIX + place)}"
                 continue
         if place in table:
             raise RuleError(f"{quoted(table[place])} and {quoted(key)} have the same place in the base")
@@ -219,7 +209,7 @@ class _Modules:
         if "magnitude" in roles and not is_dora:
             raise RuleError(f"{quoted(roles['magnitude'])} belongs to DoRA, and use_dora of the config is not true")
         kind: Kind = "dora" if is_dora else self._kind
-        other = next((key for role, key in roles.items() if role not in _ROLES[kind]), None)
+        other = next((key for role, key in roles.items() if not any(role in each for each in COMPLETE[kind])), None)
         if other is not None:
             raise RuleError(f"{quoted(other)} is not a factor of {printable(peft_type(self._config))}")
         if kind != "lora" and factors.bias:
@@ -277,8 +267,5 @@ def _refuse_incomplete(factors: _Factors, kind: Kind) -> None:
         raise RuleError(f"{quoted(factors.bias)} has no factors lora_A and lora_B")
     if kind == "dora" and "magnitude" not in roles:
         raise RuleError(f"{quoted(factors.first)} belongs to DoRA, and has no lora_magnitude_vector beside it")
-    pairs = _PAIRS[:2] if kind == "lokr" else _PAIRS
-    if any((left in roles) != (right in roles) for left, right in pairs) or not all(
-        any(role in roles for role in group) for group in _NEEDED[kind]
-    ):
+    if frozenset(roles) not in COMPLETE[kind]:
         raise RuleError(f"{quoted(factors.first)} has no partner in the adapter")

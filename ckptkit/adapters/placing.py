@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.model import AdaptedModule, Adapter, AdapterPlan, Fold
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.errors import RuleError
@@ -23,8 +24,6 @@ from ckptkit.tensor_ops.lora import FoldLora
 from ckptkit.tensor_ops.operation import Operation, Shape
 
 __all__ = ["place_adapter"]
-
-_PREFIX = "base_model.model."  # of peft
 
 
 def place_adapter(
@@ -161,7 +160,7 @@ def _renaming(adapter: Adapter, unplaced: Sequence[tuple[str, str]], base: Mappi
     first, name = next(((key, name) for key, name in unplaced if key in needed), ("", ""))
     if not first:
         return None
-    head = _PREFIX if name.startswith(_PREFIX) else ""
+    head = PEFT_PREFIX if name.startswith(PEFT_PREFIX) else ""
     longer = (key[: -len(first)] for key in base if key.endswith(f".{first}"))
     shorter = (first[: at + 1] for at, char in enumerate(first) if char == "." and first[at + 1 :] in base)
     for prefix in longer:

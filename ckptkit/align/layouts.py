@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.tensor_ops.operation import Operation
 from ckptkit.tensor_ops.registry import parse_operation
@@ -22,7 +23,6 @@ _MARKS = (
     "lora_", "hada_", "lokr_", "ia3_l", "oft_", "vera_", "road_", "ln_tuning_", "hra_", "bone_", "c3a_", "shira_",
 )  # fmt: skip
 _TO_SAVE = re.compile(r"(?<![^.])modules_to_save\.(?P<name>[^.]+)\.")
-_WRAPPED = "base_model.model."
 _ADAPTED = ("base_layer.", "original_module.")  # the base's tensors in a wrapped model
 _PEFT = "the names of PEFT"
 
@@ -91,7 +91,7 @@ def _base_names(key: str) -> Iterable[str]:
 
 
 def _with_and_without_wrapper(name: str) -> tuple[str, ...]:
-    return (name, name.removeprefix(_WRAPPED)) if name.startswith(_WRAPPED) else (name,)
+    return (name, name.removeprefix(PEFT_PREFIX)) if name.startswith(PEFT_PREFIX) else (name,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from ckptkit.tensor_ops.operation import Shape
+if TYPE_CHECKING:
+    from ckptkit.tensor_ops.operation import Shape
 
 __all__ = ["NUMBER", "NumberedFamily", "numbered_families"]
 

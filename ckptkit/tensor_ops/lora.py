@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Operation, Rounded, Shape, working_dtype
 
-__all__ = ["ExtractLora", "FoldLora", "LoraAlpha", "largest_rank"]
+__all__ = ["ExtractLora", "FoldLora", "LoraAlpha", "as_f32", "largest_rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class LoraAlpha(Operation):
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
         """Return the dtype that holds the number."""
         del inputs
-        return ("F32" if _fits_f32(self.alpha) else "F64",)
+        return ("F32" if as_f32(self.alpha) == self.alpha else "F64",)
 
     def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Make the tensor."""
@@ -112,11 +112,12 @@ class LoraAlpha(Operation):
         return (torch.tensor(self.alpha, dtype=torch_dtype(self.dtypes([])[0]), device=tensors[0].device),)
 
 
-def _fits_f32(number: float) -> bool:
+def as_f32(number: float) -> float:
+    """Return the number that F32 holds for ``number``, which is infinite where that is too large."""
     try:
-        return bool(struct.unpack("<f", struct.pack("<f", number))[0] == number)
+        return float(struct.unpack("<f", struct.pack("<f", number))[0])
     except OverflowError:
-        return False
+        return math.copysign(math.inf, number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
@@ -13,7 +14,6 @@ from ckptkit.formats import codes
 __all__ = ["CONFIG", "adapter_warnings"]
 
 CONFIG = "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!lora_)\w+)?(?:\.weight)?")
 _LITERAL = re.compile(r"\^?[\w.]+")  # a module name; any other key is a regular expression, which is never evaluated
 _MOST_NAMED = 4
@@ -56,7 +56,7 @@ def _other_ranks(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) 
         match = _LOW_RANK.fullmatch(key)
         if match is None or len(info.shape) < 2:
             continue
-        expected = _rank_of(match["module"].removeprefix(_PEFT_PREFIX), config.get("r"), pattern, positions)
+        expected = _rank_of(match["module"].removeprefix(PEFT_PREFIX), config.get("r"), pattern, positions)
         found = info.shape[0] if match["side"] == "A" else info.shape[1]
         if type(expected) is int and found != expected:
             yield f"{quoted(key)} has rank {found:,}, but {CONFIG} gives {expected}"

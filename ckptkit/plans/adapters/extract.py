@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
@@ -18,7 +19,6 @@ from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.inputs import CheckpointLike, rules_for
 from ckptkit.plans.adapters.inputs import BASE, DONOR, opened_roles
 from ckptkit.plans.adapters.layers import AsLayer, AsLayerAction, LayerJudge, as_layer_policy
-from ckptkit.plans.adapters.peft_config import PEFT_PREFIX
 from ckptkit.plans.adapters.tied import TiedChanges
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import Policy, pattern_for

@@ -6,19 +6,19 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.peft_names import TIED_NAMES, exact_pattern, modules_of, target_modules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import Target, output_errors, prepare_target
 from ckptkit.formats.directories.adapters import CONFIG
+from ckptkit.plans.adapters.adapter_formats import PEFT_WEIGHTS
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
 from ckptkit.tensor_ops.lora import ExtractLora
 
-__all__ = ["PEFT_PREFIX", "adapter_config", "adapter_config_target"]
+__all__ = ["adapter_config", "adapter_config_target"]
 
-PEFT_PREFIX = "base_model.model."  # PEFT puts it before the keys of the base
-_WEIGHTS = "adapter_model.safetensors"  # the name under which PEFT looks for an adapter
 _BASE_LAYER_BIAS = ".base_layer.bias"
 
 
@@ -31,8 +31,8 @@ def adapter_config_target(output: Output) -> Iterator[Target]:
     (without ``force``) or cannot be created.
     """
     directory, name = os.path.split(output.path)
-    if name != _WEIGHTS:
-        raise OutputError(f"PEFT looks for {_WEIGHTS}", hint=f"give -o DIRECTORY/{_WEIGHTS}", path=output.path)
+    if name != PEFT_WEIGHTS:
+        raise OutputError(f"PEFT looks for {PEFT_WEIGHTS}", hint=f"give -o DIRECTORY/{PEFT_WEIGHTS}", path=output.path)
     is_new = False
     with output_errors(directory), contextlib.suppress(FileExistsError, FileNotFoundError):  # prepare_target says more
         os.mkdir(directory)
