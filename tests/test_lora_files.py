@@ -94,7 +94,7 @@ def test_a_magnitude_beside_other_factors_is_refused(tmp_path: Path, order: int)
     hada = {f"{FLAT}.hada_{name}": randn(6, 2, seed=1) for name in ("w1_a", "w2_a")}
     hada |= {f"{FLAT}.hada_{name}": randn(2, 4, seed=2) for name in ("w1_b", "w2_b")}
     adapter = hada | {f"{FLAT}.alpha": torch.tensor(2.0), f"{FLAT}.dora_scale": randn(6, 1, seed=3)}
-    with pytest.raises(RuleError, match="and a magnitude cannot be folded together"):
+    with pytest.raises(CkptkitError, match="and a magnitude cannot be folded together"):
         plan_lora(ONE, dict(list(adapter.items())[::order]))
 
 
