@@ -204,7 +204,8 @@ def refuse_replacements(keys: Sequence[str], to: str) -> None:
     """Raise ``RuleError`` where an adapter saves tensors whole, and the output is not an adapter of PEFT."""
     if keys and to != "peft":
         raise RuleError(
-            f"{listed(keys, 1)} replaces values of the base, which a file of {to} cannot say",
+            f"{listed(keys, 1)} {'replaces' if len(keys) == 1 else 'replace'} values of the base, which a file of {to} "
+            "cannot say",
             hint=FOLD_IT,
             call=FOLD_CALL,
         )
