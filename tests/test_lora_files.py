@@ -89,7 +89,7 @@ def test_each_form_of_a_name_finds_its_module(tmp_path: Path, form: str) -> None
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_magnitude_beside_other_factors_is_refused(tmp_path: Path, order: int) -> None:
+def test_a_magnitude_beside_other_factors_is_refused(order: int) -> None:
     """LyCORIS can train a LoHa with a magnitude, which is not lost in either order of the keys."""
     hada = {f"{FLAT}.hada_{name}": randn(6, 2, seed=1) for name in ("w1_a", "w2_a")}
     hada |= {f"{FLAT}.hada_{name}": randn(2, 4, seed=2) for name in ("w1_b", "w2_b")}
