@@ -305,6 +305,14 @@ def test_only_chosen_tensors_are_read(tmp_path: Path) -> None:
         checked(path, rules={"keep": ["c"]})
 
 
+def test_the_inputs_of_operations_are_read(tmp_path: Path) -> None:
+    """A NaN in a tensor that a rule stacks is found, under the name that the file has for it."""
+    path = tmp_path / "parts.pt"
+    torch.save({"w.0": torch.ones(2), "w.1": torch.tensor([1, float("nan")]), "b": torch.rand(2)}, path)
+    rules = {"keep": ["w.*"], "rule": [{"from": "w.{i:int}", "to": "w", "op": "stack"}]}
+    assert [finding.key for finding in run_checks(path, rules=rules).findings if finding.code == "nan"] == ["w.1"]
+
+
 def test_fast_reads_no_data(tmp_path: Path) -> None:
     """``fast`` does not see damaged data, and the report says that no data was read."""
     path = write(tmp_path, flipped(GOOD, middle_of(GOOD, "archive/data/0")))

@@ -102,7 +102,8 @@ def _check(
     progress: Progress | None,
 ) -> list[Finding]:
     key_map = apply_rules(rules, checkpoint, expected)
-    chosen = key_map.renamed
+    read = {key for one in key_map.outputs().values() for key in (*one.sources, *one.equals)}
+    chosen = dict.fromkeys(filter(read.__contains__, checkpoint))
     quantized = quantized_weights(checkpoint)
     findings = [*_check_headers(checkpoint, chosen, quantized), *loading_findings(checkpoint)]
     result = None
@@ -118,7 +119,7 @@ def _check(
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
         message += loading_summary(checkpoint)
         return [*findings, codes.NOT_SCANNED.finding("", message)]
-    scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen.keys())
+    scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen)
     with contextlib.ExitStack() as stack:
         if values and _has_torch():
             from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,7 @@ def _check(
             from ckptkit.checks.value_reader import ValueReader
             from ckptkit.statistics.threads import Workspace
 
-            scan.values = ValueReader(checkpoint, chosen.keys(), stack.enter_context(Workspace()))
+            scan.values = ValueReader(checkpoint, chosen, stack.enter_context(Workspace()))
             scan.checksum_pool = stack.enter_context(ThreadPoolExecutor(1))
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != reader_codes.NO_CHECKSUM.name for finding in findings):

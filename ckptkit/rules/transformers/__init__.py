@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import Configuration, TensorInfo
@@ -60,7 +60,7 @@ class LibraryStages:
             config, classes = live_config, live.classes
         name = self.model_type
         if name == _AUTO:
-            name = _model_type(config)
+            name = _model_type(config, self)
         check_model_type(name)
         skeleton = skeleton_of(name, config, classes)
         steps = (steps_to_disk if self.is_reverse else steps_from_disk)(infos, skeleton)
@@ -87,14 +87,15 @@ def _names_after(steps: Sequence[Step], names: Iterable[str]) -> list[str]:
     return [*(name for name in names if name not in taken), *(name for step in steps for name in step.outputs)]
 
 
-def _model_type(config: Mapping[str, Any] | None) -> str:
+def _model_type(config: Mapping[str, Any] | None, given: LibraryStages) -> str:
     found = None if config is None else config.get("model_type")
     if not isinstance(found, str) or not found:
         reason = "there is no config.json beside the checkpoint" if config is None else "config.json has no model_type"
+        example = replace(given, model_type="mixtral")
         raise RuleError(
-            f"--rules transformers:auto: {reason}",
-            hint="name the model type, such as --rules transformers:mixtral",
-            call='name the model type, such as rules="transformers:mixtral"',
+            f"--rules {given}: {reason}",
+            hint=f"name the model type, such as --rules {example}",
+            call=f'name the model type, such as rules="{example}"',
         )
     return found
 
