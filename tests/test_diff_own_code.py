@@ -341,6 +341,42 @@ def test_a_buffer_may_be_replaced_by_the_code_and_a_parameter_may_not() -> None:
         load_into(New(2, 2), New(2, 2).state_dict())
 
 
+class Slots(nn.Module):
+    """Has an attribute that is not in its ``__dict__``."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.seen = [0]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.seen.append(1)
+        super()._load_from_state_dict(*args)
+
+
+def test_attributes_in_slots_are_copied() -> None:
+    """``copy.deepcopy`` of torch's modules loses them."""
+    model = Slots()
+    assert diff(model, model.state_dict()).loads_strict
+    assert model.seen == [0]
+
+
+def test_a_tensor_that_state_dict_leaves_out_is_not_dropped_in_silence() -> None:
+    """torch loads it, and load_into, which goes by the keys of the state_dict, says that it does not."""
+    model = MODULES["saves less"]()
+    given = {key: torch.ones_like(value) for key, value in tensors_of(model).items()}
+    assert outcome(MODULES["saves less"](), dict(given), strict=True) == "loads"
+    assert diff(model, given).loads_strict
+    assert [info.key for info in diff(model, given).unexpected] == ["frozen.weight", "frozen.bias"]
+    messages = [finding.message for finding in load_into(model, given).findings]
+    assert (
+        "'frozen.weight' was not loaded: state_dict() of the model leaves it out, or the model's own code removes it"
+        in messages
+    )
+
+
 def test_a_value_that_is_repeated_along_a_dim_is_computed() -> None:
     """torch copies one number into a whole tensor, and ``diff`` has no error of the shape."""
 

@@ -431,7 +431,7 @@ def _ask(
     wanted = expected.keys() | _extra_state_keys(expected, expected)
     unexpected = [key for key in given if key not in wanted and not key.startswith(absent_modules)]
     outside = Outside(missing, unexpected)
-    return ask_model(expected.model, paths, Given(whole, sorted(others | states), versions), outside)
+    return ask_model(expected.model, paths, Given(whole, sorted(others | states), versions), outside, expected.keys())
 
 
 def _place(

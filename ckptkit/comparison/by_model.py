@@ -39,6 +39,7 @@ class Answer:
     refusals: tuple[str, ...] = ()
     rehearsal: Rehearsal | None = None
     given: frozenset[str] = frozenset()
+    expected: Collection[str] = ()
 
     def decides(self, key: str) -> bool:
         """Return whether the model's answer counts for a key, and not its name."""
@@ -88,17 +89,21 @@ class Answer:
 
     @cached_property
     def used(self) -> frozenset[str]:
-        """The given keys that something was loaded or computed from, or that have another shape than their place."""
+        """The given keys that something was loaded or computed from, or that have another shape than their place.
+
+        Tensors do not count that ``state_dict()`` of the model leaves out.
+        """
         if self.rehearsal is None:
             return frozenset()
-        sources = (key for filled in self.rehearsal.filled.values() for key in filled.sources)
+        filled = (filled for name, filled in self.rehearsal.filled.items() if name in self.expected)
+        sources = (key for one in filled for key in one.sources)
         return frozenset((*sources, *self.rehearsal.mismatched.values()))
 
 
-def ask_model(model: Module, paths: Sequence[str], given: Given, outside: Outside) -> Answer:
+def ask_model(model: Module, paths: Sequence[str], given: Given, outside: Outside, expected: Collection[str]) -> Answer:
     """Return what the modules at ``paths``, those with own code, do with what the whole model is given.
 
-    ``outside`` has what torch reports about all modules, by their names.
+    ``outside`` has what torch reports about all modules, by their names. ``expected`` are the keys of the model.
     """
     inside = frozenset(paths)
     given = Given(
@@ -112,7 +117,7 @@ def ask_model(model: Module, paths: Sequence[str], given: Given, outside: Outsid
         return Answer(inside, tried.reason)
     if tried.raised:
         return Answer(inside, refusals=tried.refusals)
-    return Answer(inside, "", tried.refusals, tried, frozenset((*given.tensors, *given.others)))
+    return Answer(inside, "", tried.refusals, tried, frozenset((*given.tensors, *given.others)), expected)
 
 
 def _outside(keys: Sequence[str], inside: Collection[str]) -> list[str]:

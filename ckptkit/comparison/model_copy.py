@@ -67,6 +67,9 @@ class _Copying:
         while self._plain:
             module, twin = self._plain.pop()
             twin.__dict__.update({name: self._attribute(one) for name, one in module.__dict__.items()})
+            for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined]  # noqa: SLF001 - as copy itself asks
+                if hasattr(module, name):
+                    object.__setattr__(twin, name, self._attribute(getattr(module, name)))
         return self._attribute(value)
 
     def _attribute(self, value: Any) -> Any:
@@ -184,7 +187,7 @@ class _Copying:
 def _is_plain(cls: type) -> bool:
     """Return whether an object of this class is copied by its attributes alone."""
     names = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
-    return all(_is_usual(getattr(cls, name, None)) for name in names) and not copyreg._slotnames(cls)  # type: ignore[attr-defined]  # noqa: SLF001 - as copy itself asks
+    return all(_is_usual(getattr(cls, name, None)) for name in names)
 
 
 def _is_usual(method: object) -> bool:

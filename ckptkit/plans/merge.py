@@ -385,7 +385,7 @@ def _make_overlay(
             dropped += dropped_sources(role, pair.key, _derivation(pair.key, result, outputs), why, pair.key)
     for new, info in unexpected.items():
         if actions[new] == "skip":
-            dropped += dropped_sources(role, new, outputs[new], f"the {policies.sides.base} does not have it")
+            dropped += dropped_sources(role, new, outputs[new], _why_unexpected(info, result, policies.sides))
         else:
             derivation = _decided(outputs[new], policies.on_unexpected.rule(outputs[new].sources[0]))
             added[new] = make_step(replace(info, key=new), derivation, role, donor)
@@ -591,6 +591,12 @@ def _mismatch_error(pairs: Sequence[KeyPair], role: str, sides: _Sides) -> PlanE
         hint=_mismatch_hint(pairs, _on_command_line, sides),
         call=_mismatch_hint(pairs, _in_python, sides),
     )
+
+
+def _why_unexpected(info: TensorInfo, result: StateDictDiff, sides: _Sides) -> str:
+    if result.has_own_code and info.key in result.unseen:
+        return f"state_dict() of the {sides.base} leaves it out, or the model's own code removes it"
+    return f"the {sides.base} does not have it"
 
 
 def _refusal_error(result: StateDictDiff) -> ModelError:
