@@ -1,8 +1,8 @@
 """Take the files that describe a model along: its configuration and its tokenizer, from an input to an output.
 
 What is taken, and how it changes, is decided before anything is written. ``adapter_config.json`` follows the names of
-the modules. Only three statements of ``config.json`` ever change: the dtype, where the output has another one, the
-quantisation, where it is gone, and the tie of the embedding, where the output has output weights with other values.
+the modules. Only four statements of ``config.json`` ever change: the dtype and the size of the vocabulary, where those of
+the output differ; the quantisation, where it is gone; and the tie of an embedding, where the output ends it.
 """
 
 from __future__ import annotations
