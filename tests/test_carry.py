@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_remap
+from ckptkit import choose_output, execute, merge_lora, open_checkpoint, parse_rules, plan_remap
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import names_in
@@ -374,3 +374,22 @@ def test_the_configuration_of_an_adapter_follows_the_names(tmp_path: Path) -> No
     execute(plan_remap(source, rules), source, choose_output(out / "adapter_model.safetensors", force=True), carry=True)
     found = json.loads((out / "adapter_config.json").read_text())
     assert sorted(found["target_modules"]) == [f"model.language_model.layers.0.{name}" for name in "kq"]
+
+
+def test_the_configuration_of_an_adapter_does_not_go_with_a_live_base(tmp_path: Path) -> None:
+    """transformers would look for the weights of an adapter beside the merged ones."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {"fc.lora_A.weight": torch.ones(1, 2), "fc.lora_B.weight": torch.ones(2, 1)},
+        adapter / "adapter_model.safetensors",
+    )
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}', encoding="utf-8")
+    base = {"fc.weight": torch.zeros(2, 2)}
+    with pytest.raises(PlanError, match="no input has a configuration or a tokenizer"):
+        merge_lora(base, adapter, tmp_path / "none.safetensors", carry=True)
+    (adapter / "tokenizer.json").write_text("{}", encoding="utf-8")
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_lora(base, adapter, out / "model.safetensors", carry=True)
+    assert names_in(out) == ["model.safetensors", "tokenizer.json"]

@@ -1,8 +1,8 @@
 """Take the files that describe a model along: its configuration and its tokenizer, from an input to an output.
 
 What is taken, and how it changes, is decided before anything is written. ``adapter_config.json`` follows the names of
-the modules. Only four statements of ``config.json`` ever change: the dtype and the size of the vocabulary, where those of
-the output differ; the quantisation, where it is gone; and the tie of an embedding, where the output ends it.
+the modules. Only four statements of ``config.json`` ever change: the dtype and the size of the vocabulary, where those
+of the output differ; the quantisation, where it is gone; and the tie of an embedding, where the output ends it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
@@ -101,16 +101,11 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     Raises ``PlanError`` where no input has such files, and ``FormatError`` where ``config.json`` cannot be read. Raises
     ``OutputError`` where a file of the output directory would be replaced without ``force``.
     """
-    role, directory, found = _find_owner(sources)
-    is_adapter = any(os.path.basename(file) in ADAPTER_NAMES for file in sources[role].files)
+    first = sources[_base_first(sources)[0]]  # the output is an adapter if this is one
+    is_adapter = any(os.path.basename(file) in ADAPTER_NAMES for file in first.files)
+    role, directory, found = _find_owner(sources, is_adapter=is_adapter)
     is_plain = not _is_quantized(plan, sources) and bool(quantized_weights(sources[role]))
-    names = [
-        name
-        for name in found
-        # Beside whole weights, this file would make transformers look for an adapter.
-        if (name != ADAPTER_CONFIG or is_adapter)
-        and (not is_plain or name == MODEL_CONFIG or name not in CONFIGURATION_FILES)
-    ]
+    names = [name for name in found if not is_plain or name == MODEL_CONFIG or name not in CONFIGURATION_FILES]
     notes = []
     if "base" in sources and role != "base":
         notes.append(f"carried from the directory of the {role}: that of the base has no such files")
@@ -160,14 +155,21 @@ def _follow_modules(plan: Plan, role: str, directory: str, contents: dict[str, b
     return [Adapted(ADAPTER_CONFIG, name, config[name], value) for name, value in changes.items()]
 
 
-def _find_owner(sources: Mapping[str, Checkpoint]) -> tuple[str, str, list[str]]:
+def _base_first(sources: Collection[str]) -> list[str]:
+    return sorted(sources, key=lambda role: role != "base")
+
+
+def _find_owner(sources: Mapping[str, Checkpoint], *, is_adapter: bool) -> tuple[str, str, list[str]]:
     """Return the role and the directory of the first input with files to carry, and the names of the files."""
-    for role, checkpoint in sorted(sources.items(), key=lambda item: item[0] != "base"):
+    for role in _base_first(sources):
+        checkpoint = sources[role]
         parents = [os.path.dirname(file) or "." for file in checkpoint.files[:1]]
         if parents and os.path.isdir(checkpoint.path):
             parents.append(checkpoint.path)
         for directory in parents:
             names = find_model_files(list_directory(directory).files)
+            if not is_adapter:  # beside whole weights, this file would make transformers look for an adapter
+                names = [name for name in names if name != ADAPTER_CONFIG]
             if names:
                 return role, directory, names
     raise PlanError("no input has a configuration or a tokenizer beside its weights", hint="leave out --carry")
