@@ -302,6 +302,38 @@ def test_gguf_by_its_architecture(architecture: str, back: bool, tmp_path: Path)
             assert torch.equal(made[key], wanted) or torch.allclose(made[key], wanted, atol=1e-6)
 
 
+def test_gguf_of_linear_attention(tmp_path: Path) -> None:
+    """Norms of Qwen3-Next have 1 added, except the gated norm; no rule makes ``A_log`` of ``-exp(A_log)``."""
+    gguf = pytest.importorskip("gguf")
+    names = {
+        "input_layernorm.weight": ("attn_norm.weight", (8,)), "linear_attn.norm.weight": ("ssm_norm.weight", (6,)),
+        "linear_attn.A_log": ("ssm_a", (5,)), "linear_attn.dt_bias": ("ssm_dt.bias", (4,)),
+    }  # fmt: skip
+    plain = {
+        f"model.layers.{layer}.{name}": torch.randn(shape) for layer in range(2) for name, (_, shape) in names.items()
+    }
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3next")
+    for key, value in plain.items():
+        _, _, layer, name = key.split(".", 3)
+        is_offset = name == "input_layernorm.weight"
+        stored = -value.exp() if name.endswith("A_log") else value + is_offset
+        writer.add_tensor(f"blk.{layer}.{names[name][0]}", stored.numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(plain, tmp_path / "plain.safetensors")
+    result = suggest_rules(tmp_path / "plain.safetensors", tmp_path / "m.gguf")
+    claimed = filled(result)
+    assert [key for key in claimed if key.endswith("A_log")] == []
+    assert any("-exp(A_log)" in ambiguity.why for ambiguity in result.ambiguous)
+    with open_checkpoint(tmp_path / "m.gguf") as source:
+        execute(plan_remap(source, result.rules), source, tmp_path / "out.safetensors")
+    made = load_file(tmp_path / "out.safetensors")
+    assert {"model.layers.0.input_layernorm.weight", "model.layers.0.linear_attn.norm.weight"} <= claimed.keys()
+    assert all(torch.allclose(made[key], plain[key], atol=1e-6) for key in claimed)
+
+
 def test_no_arrangement_without_gguf() -> None:
     """Only a GGUF file has an arrangement."""
     from ckptkit.inputs import opened

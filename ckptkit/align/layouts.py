@@ -105,8 +105,11 @@ class _GgufRow:
 
 _GGUF = (
     _GgufRow(frozenset({"llama", "granite", "granitemoe", "minicpm", "baichuan", "olmo"}), is_permuted=True),
-    _GgufRow(frozenset({"gemma", "gemma2", "gemma3", "nemotron"}), norm_offset=1),
+    _GgufRow(frozenset({"gemma", "gemma2", "gemma3", "gemma-embedding", "nemotron"}), norm_offset=1),
+    _GgufRow(frozenset({"qwen3next", "qwen35", "qwen35moe"}), norm_offset=1),
 )
+_GATED_NORM = "ssm_norm.weight"  # has no offset
+_DECAY = re.compile(r"\.ssm_a(\.weight)?$")
 _UNCHANGED = _GgufRow(frozenset())
 
 
@@ -127,11 +130,15 @@ class Arrangement:
             direction = "to_original" if self.is_expected else "to_hf"
             note = f"{self.architecture} in GGUF has the rows in another order"
             return parse_operation({"rope_permute": {"heads": heads, "direction": direction}}), note
-        if self.row.norm_offset and gguf_key.endswith("norm.weight"):
+        if self.row.norm_offset and gguf_key.endswith("norm.weight") and not gguf_key.endswith(_GATED_NORM):
             value = self.row.norm_offset if self.is_expected else -self.row.norm_offset
             note = f"{self.architecture} in GGUF stores norms plus {self.row.norm_offset}, with rounding"
             return parse_operation({"add": {"value": value}}), note
         return None
+
+    def is_inexpressible(self, gguf_key: str) -> bool:
+        """Return whether a tensor is a function of the original that no operation computes: ``-exp(A_log)``."""
+        return _DECAY.search(gguf_key) is not None
 
 
 def gguf_arrangement(expected: Checkpoint, found: Checkpoint) -> Arrangement | None:

@@ -15,7 +15,7 @@ from itertools import permutations
 from ckptkit.align.digests import Digests, Places
 from ckptkit.align.evidence import ModuleMatch, TensorLink, best_shift
 from ckptkit.align.layouts import Arrangement
-from ckptkit.align.modules import LayeredModule, group_into_modules
+from ckptkit.align.modules import LayeredModule, ModuleMember, group_into_modules
 from ckptkit.align.pairing import ModulePair, Scope, Undecided
 from ckptkit.comparison.roles import split_words, word_overlap
 from ckptkit.core.checkpoint import TensorInfo
@@ -96,6 +96,7 @@ def match_checkpoints(
     _transpose_squares(result, digests)
     _order_fused_parts(result, digests)
     if arrangement is not None:
+        _reject_inexpressible(result, arrangement)
         result.pairs = [_arranged(pair, arrangement) for pair in result.pairs]
     if may_rotate:
         _reject_rotary(result, digests)
@@ -358,6 +359,23 @@ def _transposed_kinds(pairs: Iterable[ModulePair]) -> Mapping[tuple[str | None, 
     return kinds
 
 
+def _reject_inexpressible(result: Matching, arrangement: Arrangement) -> None:
+    """Make pairs undecided of which a GGUF file has other values, which no rule makes."""
+    accepted = []
+    for pair in result.pairs:
+        members = [member for link in pair.match.links for member in _stored(link, arrangement)]
+        if any(arrangement.is_inexpressible(info.key) for member in members for info in member.tensors.values()):
+            why = "GGUF stores -exp(A_log), which no rule computes"
+            result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
+        else:
+            accepted.append(pair)
+    result.pairs = accepted
+
+
+def _stored(link: TensorLink, arrangement: Arrangement) -> tuple[ModuleMember, ...]:
+    return link.expected if arrangement.is_expected else link.found
+
+
 def _arranged(pair: ModulePair, arrangement: Arrangement) -> ModulePair:
     """Return the pair with the operations that undo, or make, the form of a GGUF file."""
     if len(pair.expected) != 1 or len(pair.found) != 1:
@@ -365,8 +383,7 @@ def _arranged(pair: ModulePair, arrangement: Arrangement) -> ModulePair:
     roles = {pair.expected[0].role, pair.found[0].role}
     links = []
     for link in pair.match.links:
-        member = (link.expected if arrangement.is_expected else link.found)[0]
-        change = arrangement.operation(roles, next(iter(member.tensors.values())).key)
+        change = arrangement.operation(roles, next(iter(_stored(link, arrangement)[0].tensors.values())).key)
         if change is None or link.operations:
             links.append(link)
         else:
