@@ -66,6 +66,7 @@ _FLAGS: Final = frozenset(
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "reset")
+_BY_PATTERN: Final = ("as-layer", "on-mismatch", "on-missing", "on-unexpected")  # a mapping of patterns in Python
 _OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
 _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
 _OPTIMIZER: Final = "optimizer_state."
@@ -142,6 +143,9 @@ def _argument(match: re.Match[str]) -> str:
     if name == "set" and value is not None:
         variable, _, text = value.partition("=")
         return f"settings={{{variable!r}: {text.lower()}}}"
+    if name in _BY_PATTERN and value is not None and "=" in value:
+        pattern, _, action = value.strip("'").rpartition("=")
+        return f"{argument}={{{pattern!r}: {action!r}}}"
     if name == "allow-unused":
         return "parse_rules(..., allow_unused=True)"
     if value is not None:

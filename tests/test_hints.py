@@ -229,6 +229,7 @@ SPELLINGS = {
     "cast it: ckpt convert BASE -o OUT --dtype F32": "cast it: convert(base, out, dtype='F32')",
     "ckpt optim prune PATH -o OUT --drop 'a' --drop 'b'": "optimizer_state.prune(path, drop=['a', 'b'])",
     "all 3 keys match after --rename 'module.*=*'": "all 3 keys match after rules=['module.*=*']",
+    "--as-layer 'PATTERN=KIND' decides otherwise": "as_layer={'PATTERN': 'KIND'} decides otherwise",
     "save it with --dist-ckpt-format torch_dist": "save it with --dist-ckpt-format torch_dist",
     "no option": "no option",
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Hint, Line, Page, Row, Table, as_code, table_rows
 from ckptkit.render.summary import names_in_short
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
         lines += [Line((sentence,)) for sentence in _coverage(plan, expand=expand)]
         return [*_tables(plan, expand=expand), *lines]
     before = [*_kept(plan), *_extracted(written), *_losses(written)]
-    page: list[Block] = [*(Line((note,)) for note in plan.notes), Line(_written(plan, written))]
+    page: list[Block] = [*map(_note, plan.notes), Line(_written(plan, written))]
     page += [Line((sentence,)) for sentence in before]
     dropped = [drop for drop in plan.dropped if not drop.is_entry]
     if dropped:
@@ -146,6 +146,12 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
     for group in written.untied:
         yield f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}"
     yield from _verified(written)
+
+
+def _note(note: str) -> Line:
+    """Return the line of a note; the options in its last part are arguments in Python."""
+    before, mark, way_out = note.rpartition("; ")
+    return Line((f"{before}{mark}", Hint(way_out))) if mark and "--" in way_out else Line((note,))
 
 
 def _extracted(written: Written) -> list[str]:

@@ -143,6 +143,8 @@ _verify_option = click.option(
 def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
     from ckptkit.plans.execute import check_output, execute
+    from ckptkit.render.page import as_text
+    from ckptkit.render.results import page_of
 
     plan = check_output(plan, options.output, sources, carry=options.carry)
     written = None
@@ -164,7 +166,7 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
         echo_result(options.report_format, written, tensors=True, expand=options.expand)
     if options.quiet:
         return
-    for message in plan.notes if written is None else str(written).split("\n"):
+    for message in plan.notes if written is None else as_text(page_of(written)):
         print_message(message)
 
 
