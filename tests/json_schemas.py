@@ -489,7 +489,7 @@ SCHEMAS: dict[str, Schema] = dict(
                         },
                     ),
                 ),
-                "reported": _texts("Further keys that the model's own code reports as missing or unexpected."),
+                "reported": _texts("Further keys that the model's own code reports, or saves where it was not tried."),
                 "own_code": {
                     "description": "The model's own code for loading; null without it, or if EXPECTED is not live.",
                     "anyOf": [

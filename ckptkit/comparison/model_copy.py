@@ -16,7 +16,9 @@ from ckptkit.core.torch_types import Module, Tensor
 
 __all__ = ["Copies", "copy_on_meta"]
 
-_SHARED = (type(None), bool, int, float, complex, str, bytes, type, types.BuiltinFunctionType, types.ModuleType)
+_SHARED = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, type, types.BuiltinFunctionType, types.ModuleType)
+)
 _CONTAINERS = (list, dict, set, deque)
 
 
