@@ -88,7 +88,7 @@ def _pattern(module: NamedModule) -> str:
 def on_base(adapter: NamedAdapter, base: Mapping[str, Shape]) -> Adapter:
     """Return the adapter with the modules of ``base`` that its names mean. Raises as ``find_modules`` does."""
     modules = tuple(each for each, _ in find_modules(adapter, base))
-    return Adapter(adapter.format, modules, fan_in_fan_out=adapter.fan_in_fan_out)
+    return Adapter(modules, fan_in_fan_out=adapter.fan_in_fan_out)
 
 
 def find_modules(adapter: NamedAdapter, base: Mapping[str, Shape]) -> list[tuple[AdaptedModule, NamedModule]]:

@@ -50,9 +50,9 @@ def read_diffusers(
     modules: list[NamedModule] = []
     for prefix, names in by_prefix.items():
         modules += _modules(prefix, names, shapes, configs[_model_of(prefix, configs) or ""])
-    old = read_kohya(rest, alphas) if rest else NamedAdapter("diffusers", ())
+    old = read_kohya(rest, alphas) if rest else NamedAdapter(())
     transposed = any(bool(config.get("fan_in_fan_out")) for config in configs.values())
-    return NamedAdapter("diffusers", (*modules, *old.modules), old.notes, transposed)
+    return NamedAdapter((*modules, *old.modules), old.notes, transposed)
 
 
 def _modules(
@@ -70,7 +70,7 @@ def _modules(
 def _renamed(module: AdaptedModule, names: Mapping[str, str]) -> AdaptedModule:
     factors = {role: names[key] for role, key in module.factors.items()}
     bias = names[module.bias] if module.bias else ""
-    return replace(module, factors=factors, bias=bias, scale_from=METADATA)
+    return replace(module, factors=factors, bias=bias)
 
 
 def adapter_metadata(metadata: Mapping[str, str]) -> dict[str, dict[str, object]]:

@@ -25,21 +25,19 @@ def read_kohya(shapes: Mapping[str, Shape], alphas: Mapping[str, float]) -> Name
     without = []
     for stem, group in groups.items():
         prefix, component, name, is_flat = split_name(stem)
-        scale, scale_from = 1.0, "no alpha in the file"
+        scale = 1.0
         rank = rank_of(group, shapes)
         if group.alpha and rank is not None:
-            scale, scale_from = alphas[group.alpha] / rank, ".alpha"
+            scale = alphas[group.alpha] / rank
         elif not group.alpha:
             without.append(next(iter(group.factors.values())))
-        adapted = _adapted(name, group, scale, scale_from, shapes)
+        adapted = _adapted(name, group, scale, shapes)
         modules.append(NamedModule(prefix, component, name, is_flat, adapted))
     notes = (f"no alpha for {plural(len(without), 'module')} ({listed(without)}): the scale is 1 there",)
-    return NamedAdapter("kohya", tuple(modules), notes if without else ())
+    return NamedAdapter(tuple(modules), notes if without else ())
 
 
-def _adapted(
-    name: str, group: ModuleTensors, scale: float, scale_from: str, shapes: Mapping[str, Shape]
-) -> AdaptedModule:
+def _adapted(name: str, group: ModuleTensors, scale: float, shapes: Mapping[str, Shape]) -> AdaptedModule:
     """Return the description of a module with these tensors.
 
     Raises ``RuleError`` for a magnitude that is neither one value for each output nor one for each input.
@@ -53,4 +51,4 @@ def _adapted(
             raise RuleError(f"{quoted(key)} is {list(magnitude)}, which is not one value for each output or input")
         # LyCORIS writes [out, 1] or, in its older versions, [1, in]; PEFT writes [out], or [1, out, 1, 1].
         of_inputs = key.endswith("dora_scale") and len(magnitude) > 1 and magnitude[0] == 1 and count != 1
-    return AdaptedModule(name, group.kind, group.factors, scale, scale_from, bias=group.bias, per_input=of_inputs)
+    return AdaptedModule(name, group.kind, group.factors, scale, bias=group.bias, per_input=of_inputs)

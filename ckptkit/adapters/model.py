@@ -47,8 +47,7 @@ class AdaptedModule:
     - ``lokr``: ``w1`` or ``w1_a`` and ``w1_b``, ``w2`` or ``w2_a`` and ``w2_b``, and for some convolutions ``t2``.
     - ``ia3``: ``l``, with one value for each output, or for each input if ``per_input``. It has no scale.
 
-    ``scale`` multiplies the update, as a number: alpha over the rank. ``scale_from`` says where it came from, in words
-    for a report. ``bias`` is the key of an update of ``{module}.bias``, which is added times ``scale``, or is empty.
+    ``scale`` multiplies the update, as a number: alpha over the rank. ``bias`` is the key of an update of ``{module}.bias``, which is added times ``scale``, or is empty.
     ``orientation`` says how the base stores the weight: ``plain`` is ``[out, in]``, ``transposed`` is ``[in, out]``,
     and ``by shape`` leaves it to the shapes of the weight and the factors. ``rows`` are the first and the end of the
     rows of the weight that change, if not all do. ``up_rows`` are those of ``B`` that belong to this module, if others
@@ -59,7 +58,6 @@ class AdaptedModule:
     kind: Kind
     factors: Mapping[str, str]
     scale: float
-    scale_from: str = ""
     orientation: Orientation = "by shape"
     bias: str = ""
     parameter: str = "weight"
@@ -93,14 +91,13 @@ class TokenRows:
 class Adapter:
     """What the tensors of an adapter mean, read from any format.
 
-    ``format`` is the name of the format: ``peft``, ``kohya`` or ``diffusers``. ``replacements`` maps a key of the model
+    ``replacements`` maps a key of the model
     to the key of a tensor that the adapter saves whole, such as those of ``modules_to_save``. ``fan_in_fan_out`` says
     how square weights are stored whose orientation is ``by shape``: true means ``[in, out]``. ``follows_ties`` has the
     keys of the model whose change is also that of every tensor tied to them. The change of another key ends its tie.
     ``left_out`` are the tensors of the file that change nothing, each with the reason.
     """
 
-    format: str
     modules: tuple[AdaptedModule, ...]
     replacements: Mapping[str, str] = field(default_factory=dict)
     fan_in_fan_out: bool = False

@@ -72,7 +72,6 @@ class NamedAdapter:
     ``notes`` are about scales that the file does not say. ``fan_in_fan_out`` is as in ``Adapter``.
     """
 
-    format: str
     modules: tuple[NamedModule, ...]
     notes: tuple[str, ...] = ()
     fan_in_fan_out: bool = False

@@ -37,7 +37,6 @@ _ROWS = re.compile(rf"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delt
 _ORIGINAL = re.compile(r".+\.original_module\..+")
 _TO_SAVE = re.compile(r"(?P<module>.+)\.(?:modules_to_save|ln_tuning_layers)\.(?:(?P<name>[^.]+)\.)?(?P<leaf>.+)")
 _BASE_LAYER = re.compile(r"(?<![^.])(?:token_adapter\.)?base_layer\.")
-_CONFIG = "adapter_config.json"
 _NO_SHAPES: Mapping[str, Shape] = MappingProxyType({})
 
 
@@ -61,7 +60,7 @@ def read_peft(
         for module, key in parts.rows.items()
     )
     is_turned = bool(config.get("fan_in_fan_out"))
-    made = Adapter("peft", tuple(modules), parts.replacements, is_turned, rows, left_out=parts.left_out)
+    made = Adapter(tuple(modules), parts.replacements, is_turned, rows, left_out=parts.left_out)
     return _with_ties(made, config)
 
 
@@ -201,7 +200,7 @@ class _Modules:
         parameter, experts = self._parameter(factors) if self._parameters else ("weight", 1)
         scale = self._scale(factors, kind, experts)
         orientation: Orientation = "transposed" if factors.is_embedding else "by shape"
-        return AdaptedModule(module, kind, roles, scale, _CONFIG, orientation, factors.bias, parameter)
+        return AdaptedModule(module, kind, roles, scale, orientation, factors.bias, parameter)
 
     def _kind_of(self, factors: _Factors) -> Kind:
         """Return the kind of a module; raise ``RuleError`` for a tensor that the type of the adapter does not have."""

@@ -148,7 +148,7 @@ def _read(
         raise RuleError("the adapter is one of PEFT already", hint="copy it: ckpt convert ADAPTER -o OUT --carry")
     refuse_replacements([*adapter.replacements.values(), *(rows.name for rows in adapter.rows)], to)
     modules = tuple(NamedModule("", "", each.module, False, each) for each in adapter.modules)
-    return NamedAdapter("peft", modules, fan_in_fan_out=adapter.fan_in_fan_out), config
+    return NamedAdapter(modules, fan_in_fan_out=adapter.fan_in_fan_out), config
 
 
 def _steps(output: OutputModule, to: AdapterFormat, source: Checkpoint) -> list[Step]:
