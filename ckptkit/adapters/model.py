@@ -47,7 +47,8 @@ class AdaptedModule:
     - ``lokr``: ``w1`` or ``w1_a`` and ``w1_b``, ``w2`` or ``w2_a`` and ``w2_b``, and for some convolutions ``t2``.
     - ``ia3``: ``l``, with one value for each output, or for each input if ``per_input``. It has no scale.
 
-    ``scale`` multiplies the update, as a number: alpha over the rank. ``bias`` is the key of an update of ``{module}.bias``, which is added times ``scale``, or is empty.
+    ``scale`` multiplies the update, as a number: alpha over the rank. ``bias`` is the key of an update of
+    ``{module}.bias``, which is added times ``scale``, or is empty.
     ``orientation`` says how the base stores the weight: ``plain`` is ``[out, in]``, ``transposed`` is ``[in, out]``,
     and ``by shape`` leaves it to the shapes of the weight and the factors. ``rows`` are the first and the end of the
     rows of the weight that change, if not all do. ``up_rows`` are those of ``B`` that belong to this module, if others
