@@ -340,6 +340,34 @@ def test_a_buffer_may_be_replaced_by_the_code_and_a_parameter_may_not() -> None:
     with pytest.raises(ModelError, match="'weight' would be replaced while loading"):
         load_into(New(2, 2), New(2, 2).state_dict())
 
+    class Table(nn.Module):
+        def __init__(self, table: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.table = torch.zeros(2)
+            super()._load_from_state_dict(*args)
+
+    first = Table(torch.ones(2))
+    tables = nn.ModuleList([first, Table(first.table), nn.Linear(2, 2)])
+    for model, given, reason in (
+        (
+            tables,
+            {"0.table": torch.ones(2), "1.table": torch.ones(2)},
+            "would not share memory with '1.table' any more",
+        ),
+        (
+            nn.Sequential(Table(torch.ones(2)), nn.Linear(2, 2)),
+            {"1.bias": torch.ones(2)},
+            "the checkpoint does not have it",
+        ),
+    ):
+        before = {name: (id(tensor), tensor._version) for name, tensor in tensors_of(model).items()}
+        with pytest.raises(ModelError, match=f"'0.table' would be replaced while loading, and {reason}"):
+            load_into(model, given)
+        assert {name: (id(tensor), tensor._version) for name, tensor in tensors_of(model).items()} == before
+
 
 class Slots(nn.Module):
     """Has an attribute that is not in its ``__dict__``."""

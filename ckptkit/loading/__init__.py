@@ -269,11 +269,21 @@ class _Loading:
             for refusal in (*tried.refusals, *(f"size mismatch for {key}" for key in tried.mismatched)):
                 raise ModelError(f"load_state_dict failed: {refusal}")
             for name in tried.replaced:
-                if name in self._before.parameters:
-                    raise ModelError(
-                        f"{quoted(name)} would be replaced while loading, and optimizers would hold the old tensor",
-                        hint="pass assign=True, which names the optimizers that hold it",
-                    )
+                self._refuse_replaced(name)
+
+    def _refuse_replaced(self, name: str) -> None:
+        """Raise ``ModelError`` where something else would change if a tensor were replaced while loading."""
+        would = f"{quoted(name)} would be replaced while loading"
+        if name in self._before.parameters:
+            raise ModelError(
+                f"{would}, and optimizers would hold the old tensor",
+                hint="pass assign=True, which names the optimizers that hold it",
+            )
+        others = sorted(set().union(*(tie for tie in self._before.ties if name in tie)) - {name})
+        if others:
+            raise ModelError(f"{would}, and would not share memory with {quoted(others[0])} any more")
+        if name in self._base and name not in self._loaded and name not in self._handing.own.filled:
+            raise ModelError(f"{would}, and the checkpoint does not have it")
 
     def watch(self) -> Watch:
         """Return the watch that can tell afterwards what changed, without a copy of the model."""

@@ -233,7 +233,8 @@ def _plan(
         base.versions,
         role_to_edit(base, "base"),
         command="merge",
-        covered=measure_coverage(base, from_donor.keys() | own.computed.keys()),
+        # A step has the shape that a lazy module gets.
+        covered=measure_coverage({step.out.key: step.out for step in steps}, from_donor.keys() | own.computed.keys()),
     )
     return check_quantized(follow_metadata(plan, {"base": base, **sources}), quantized), own
 
