@@ -233,8 +233,8 @@ def extract_lora(
         OutputError: One of both files exists (without ``force``), or cannot be written.
 
     Example:
-        >>> import ckptkit, os, tempfile
-        >>> base, tuned = "py:fixtures.lenet:build(num_classes=10)", "fixtures/lenet_10class.pth"
+        >>> import ckptkit, os, tempfile, torch
+        >>> base, tuned = ({"fc.weight": torch.full((4, 4), value)} for value in (0.0, 1.0))
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     written = ckptkit.extract_lora(base, tuned, os.path.join(directory, "adapter_model.safetensors"), 2)
         ...     sorted(os.listdir(directory))
