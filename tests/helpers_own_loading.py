@@ -293,8 +293,42 @@ def hook_above() -> nn.Module:
     return model
 
 
+def hook_of_another_shape() -> nn.Module:
+    """Return a model whose hook makes a value of a shape that does not fit, where the file has one that fits."""
+    model = nn.Sequential(linear(), nn.Sequential(linear()))
+    register: Any = model._register_load_state_dict_pre_hook
+    register(lambda state, *_: state.update({"1.0.weight": torch.ones(5, 3)}) if "more" in state else None)
+    return model
+
+
+def hook_of_a_sibling() -> nn.Module:
+    """Return a model whose hook of one layer changes what a later layer gets."""
+    model, states = nn.Sequential(linear(), linear(), linear()), list[State]()
+    register: Any = model._register_load_state_dict_pre_hook
+    register(lambda state, *_: states.append(state))
+    register = model[1]._register_load_state_dict_pre_hook
+    register(lambda *_: states[-1].pop("2.weight", None))
+    return model
+
+
+def hook_of_an_absent_bias() -> nn.Module:
+    """Return a model whose hook takes away what the file does not have, from a module without own code."""
+    model = nn.Sequential(linear(), nn.Sequential(linear()))
+
+    def take_away(state: State, *_: Any) -> None:
+        if "1.0.bias" not in state:
+            model[1][0].register_parameter("bias", None)  # type: ignore[index]
+
+    register: Any = model._register_load_state_dict_pre_hook
+    register(take_away)
+    return model
+
+
 MODULES: dict[str, Build] = {
     "hook above": hook_above,
+    "hook above of another shape": hook_of_another_shape,
+    "hook above of a sibling": hook_of_a_sibling,
+    "hook above of an absent bias": hook_of_an_absent_bias,
     "weight norm": new_weight_norm,
     "old weight norm": old_weight_norm,
     "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(linear()), linear()),

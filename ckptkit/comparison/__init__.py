@@ -348,7 +348,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         if there.dtype != given.dtype:
             dtype_mismatched.append(pair)
         same = (there.dtype, there.kind) == (given.dtype, given.kind) and there.dtype != "F4"
-        if not same and not _is_copyable(pair):
+        if (not same and not _is_copyable(pair)) or answer.refuses_shape(key):  # code of the model made another shape
             uncopyable.append(pair)
     asked = by_new_name if answer.paths else by_new_name.keys() - expected_infos.keys()
     unexpected = {
@@ -450,7 +450,7 @@ def _place(
         return Place("loaded" if is_scalar else "computed", known)
     if place.kind == "loaded" and not known:  # the value of an extra state
         return Place("computed")
-    if place.kind == "loaded" and answer.accepts_shape(key):
+    if place.kind == "loaded" and not answer.refuses_shape(key):
         shape = tensors[known[0]].shape
         if shape != info.shape and not answer.makes_shape(key, shape):
             return Place("computed", known)  # torch repeats the values along some dims

@@ -69,9 +69,9 @@ class Answer:
         """Return whether a tensor of the model had this shape after it was loaded, which it did not have before."""
         return self.rehearsal is not None and self.rehearsal.shapes.get(key) == shape
 
-    def accepts_shape(self, key: str) -> bool:
-        """Return whether a tensor of the model was loaded, and torch did not refuse the shape."""
-        return self.rehearsal is not None and key not in self.rehearsal.mismatched
+    def refuses_shape(self, key: str) -> bool:
+        """Return whether torch refused the shape of what would be loaded at a key."""
+        return self.rehearsal is not None and key in self.rehearsal.mismatched
 
     def ignores(self, key: str) -> bool:
         """Return whether torch does not report a found key that nothing is loaded from."""

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from ckptkit.comparison.own_code import own_code_test
@@ -17,9 +18,13 @@ __all__ = ["PlainSubtrees"]
 
 @dataclass(frozen=True, slots=True)
 class _Subtree:
-    """The tensors of a child and the modules below, by name, each with its shape; all of them are plain."""
+    """The tensors of a child and the modules below, by name, each with its shape; all of them are plain.
+
+    ``holders`` has what each module held: a hook of a module above can change it before it is loaded.
+    """
 
     tensors: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    holders: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...]
     fills_missing: bool  # batch norm has a value for a counter that is missing
 
 
@@ -84,6 +89,8 @@ class PlainSubtrees:
             if not _is_simple(tensor):
                 return None
             tensors[name] = tensor, tuple(tensor.shape)
+        dicts: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]  # noqa: SLF001
+        holders = [(held, tuple(held.values())) for held in dicts if held]
         fills_missing = cls._load_from_state_dict is not usual._load_from_state_dict  # noqa: SLF001
         for name, child in module._modules.items():  # noqa: SLF001
             if child is None:
@@ -92,8 +99,9 @@ class PlainSubtrees:
             if below is None:
                 return None
             tensors.update((f"{name}.{inner}", found) for inner, found in below.tensors.items())
+            holders += below.holders
             fills_missing = fills_missing or below.fills_missing
-        return _Subtree(tensors, fills_missing)
+        return _Subtree(tensors, tuple(holders), fills_missing)
 
     def follow(self, module: Module, state: Mapping[str, Any], prefix: str, missing: list[str]) -> None:
         """Prepare the children of a module for torch's load, which has just loaded the module itself."""
@@ -106,11 +114,10 @@ class PlainSubtrees:
     ) -> Iterator[tuple[str, Any]]:
         import torch
 
-        by_child: dict[str, list[str]] = defaultdict(list)
-        for key in state:
-            if key.startswith(prefix):
-                by_child[key[len(prefix) :].partition(".")[0]].append(key)
+        by_child, count = _keys_by_child(state, prefix), len(state)
         for name, child in items:
+            if len(state) != count:  # code of another child can change the state of its parent
+                by_child, count = _keys_by_child(state, prefix), len(state)
             subtree = self._subtrees.get(id(child))
             if subtree is None:
                 yield name, child
@@ -123,6 +130,10 @@ class PlainSubtrees:
         self, subtree: _Subtree, prefix: str, keys: list[str], state: Mapping[str, Any], missing: list[str]
     ) -> bool:
         """Load a subtree and return True, or do nothing where torch must do it."""
+        if any(
+            len(held) != len(before) or not all(map(is_, held.values(), before)) for held, before in subtree.holders
+        ):
+            return False
         start = len(prefix)
         for key in keys:
             found = subtree.tensors.get(key[start:])
@@ -136,6 +147,14 @@ class PlainSubtrees:
         if lacks:
             missing += [key for name in subtree.tensors if (key := prefix + name) not in state]
         return True
+
+
+def _keys_by_child(state: Mapping[str, Any], prefix: str) -> Mapping[str, list[str]]:
+    by_child: dict[str, list[str]] = defaultdict(list)
+    for key in state:
+        if key.startswith(prefix):
+            by_child[key[len(prefix) :].partition(".")[0]].append(key)
+    return by_child
 
 
 def _is_simple(value: Any) -> bool:
