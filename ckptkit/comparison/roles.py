@@ -67,6 +67,7 @@ _OUTPUT_ROLES = _spelled(
     pair_head="seq relationship, cls seq relationship, nsp",  # of two classes: whether a sentence follows another
     final_norm="norm, norm f, final norm, norm final",
 )
+_MOST_WORDS = max(len(words) for table in (_ROLES_IN_LAYERS, _EMBEDDING_ROLES, _OUTPUT_ROLES) for words in table)
 # The roles of the parts of a fused projection, in the order of its name.
 FUSED_ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv": ("query", "key", "value"), "kv": ("key", "value"), "gate_up": ("gate", "up")}
@@ -107,7 +108,7 @@ def role_of(path: str, *, in_layer: bool) -> tuple[str, tuple[str, ...]]:
     words = split_words(path)
     tables = (_ROLES_IN_LAYERS,) if in_layer else (_EMBEDDING_ROLES, _OUTPUT_ROLES)
     for table in tables:
-        for start in range(len(words)):
+        for start in range(max(0, len(words) - _MOST_WORDS), len(words)):
             if words[start:] in table and (table is not _OUTPUT_ROLES or start <= 1):
                 return table[words[start:]], words[:start]
     return "", words

@@ -136,7 +136,7 @@ def test_it_becomes_safetensors_and_torch_files(tmp_path: Path, capsys: pytest.C
     assert made["a.weight"].data_ptr() == made["b.weight"].data_ptr()
     document = json.loads(run_ckpt(capsys, "show", path, "--json").out)
     assert [entry["key"] for entry in document["tensors"]] == list(expected)
-    assert {"path": "constants.passing", "type": "tensor", "value": "F32 [4]"} in document["entries"]
+    assert {"path": "constants.passing", "type": "tensor", "value": "F32 [4]", "beside": True} in document["entries"]
 
 
 def test_a_flipped_byte_is_found_with_the_tensors_that_lie_in_it(tmp_path: Path) -> None:
