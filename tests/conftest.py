@@ -11,6 +11,8 @@ settings.load_profile("ckptkit")
 
 # Small models are slower with several threads, and the tests run in parallel already. torch reads it when it is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Workers of parallel tests inherit a width of the terminal, and pages would be fitted into it.
+os.environ.pop("COLUMNS", None)
 
 from tests.features import accept_names  # noqa: E402
 
