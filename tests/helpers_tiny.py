@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from ckptkit.rules.transformers.skeleton import quiet_library
 
 __all__ = ["model_classes", "tiny_model"]
 
@@ -68,7 +66,7 @@ def tiny_model(model_class: Any, **more: Any) -> Any:
     """
     error: Exception | None = None
     config_class = model_class.config_class
-    with _quiet():
+    with quiet_library():
         for left_out in _ATTEMPTS:
             small = {name: value for name, value in _SMALL.items() if name not in left_out}
             try:
@@ -118,16 +116,3 @@ def _config(config_class: Any, small: dict[str, Any], more: dict[str, Any]) -> A
         if part is not None and hasattr(part, "to_dict"):
             values[name] = _config(type(part), small, more).to_dict()
     return config_class(**values)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

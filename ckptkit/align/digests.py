@@ -77,7 +77,7 @@ class Digests:
         return {}
 
     def contradict(self, expected: str, found: str) -> bool:
-        """Return whether bytes say that two tensors with different names are no pair: another tensor has the bytes."""
+        """Return whether bytes say that two tensors do not belong together, because another tensor has the bytes."""
         if expected == found or self.are_equal(expected, found) is not False:
             return False
         return any(

@@ -112,7 +112,7 @@ def _check(
         from ckptkit.comparison import diff_checkpoints
 
         result = diff_checkpoints(expected, checkpoint, key_map)
-        given = reader_codes.ADAPTER_BASE.name  # that the weights of the base are elsewhere is no news: they are given
+        given = reader_codes.ADAPTER_BASE.name  # the base is given, so the user knows where its weights are
         findings = [finding for finding in findings if finding.code != given]
         findings += check_differences(result)
     if fast:

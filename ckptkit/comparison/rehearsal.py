@@ -141,7 +141,7 @@ def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside
     return _Attempt(root, values, before, kept)
 
 
-class _Uncertain(Exception):  # noqa: N818 - it is no error: the outcome with values is not known
+class _Uncertain(Exception):  # noqa: N818 - not an error: the outcome with values is not known
     """The code failed in a way that can come from the meta device."""
 
 

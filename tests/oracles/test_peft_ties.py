@@ -70,6 +70,16 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits  # type: ignore[no-any-return]
 
 
+def train_and_save(model: Any, path: Path, vocabulary: int) -> None:
+    """Change every parameter that the adapter trains, and save the adapter."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path, save_embedding_layers=True if vocabulary != 64 else "auto")
+
+
 @pytest.mark.parametrize("stored", ["one key", "one storage"])
 @pytest.mark.parametrize(("settings", "vocabulary", "stays_tied"), CASES.values(), ids=CASES.keys())
 def test_a_reload_computes_what_the_adapted_model_computes(
@@ -84,12 +94,7 @@ def test_a_reload_computes_what_the_adapted_model_computes(
     settings = {**settings, "target_modules": ["q_proj", *settings.get("target_modules", ())]}
     base = bases["one key"]
     model = peft.get_peft_model(opened(base, vocabulary), peft.LoraConfig(r=4, lora_alpha=8, **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True if vocabulary != 64 else "auto")
+    train_and_save(model, tmp_path / "adapter", vocabulary)
     out = tmp_path / "out"
     out.mkdir()
     ckptkit.merge_lora(bases[stored], tmp_path / "adapter", out / "model.safetensors", carry=True)
@@ -143,12 +148,7 @@ def test_other_architectures_compute_the_same(kind: str, field: str, part: str, 
         return loaded.eval()
 
     tuned = peft.get_peft_model(base_model(), peft.LoraConfig(r=4, fan_in_fan_out=kind == "gpt2", **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True if vocabulary != 64 else "auto")
+    train_and_save(tuned, tmp_path / "adapter", vocabulary)
     if stored == "both keys":
         (tmp_path / "base" / "model.safetensors").unlink()
         safetensors.torch.save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})

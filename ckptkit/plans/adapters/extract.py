@@ -302,7 +302,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, object]:
     path = file_beside(checkpoint.path, "config.json") if checkpoint.files else None
     if path is None:
         return {}
-    with contextlib.suppress(CkptkitError):  # evidence only: a broken config.json is no reason to refuse
+    with contextlib.suppress(CkptkitError):  # evidence only: a broken config.json does not stop the extraction
         config = read_settings(path, "config.json")
         text = config.get("text_config")
         return {**(text if isinstance(text, Mapping) else {}), **config}

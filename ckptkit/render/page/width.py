@@ -18,7 +18,7 @@ _CUT = "…"
 
 
 def fitted(page: Page, width: int | None) -> Page:
-    """Return the page with no line longer than ``width``, as far as the number of columns allows; None is no limit."""
+    """Return the page with lines of at most ``width``, as far as the number of columns allows; None: unchanged."""
     return page if width is None else [fit for block in page for fit in _fit(block, width)]
 
 

@@ -15,7 +15,7 @@ from ckptkit.core.text import first_line, nearest, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
 
-__all__ = ["Skeleton", "check_library", "check_model_type", "has_conversions", "skeleton_of"]
+__all__ = ["Skeleton", "check_library", "check_model_type", "has_conversions", "quiet_library", "skeleton_of"]
 
 # Of a model that a config.json describes; the largest published models have 8,000 layers and experts in all.
 _MOST_MODULES = 200_000
@@ -164,7 +164,7 @@ def skeleton_of(name: str, config: Mapping[str, Any] | None, classes: Sequence[s
     owner = next((item for item in candidates if item.config_class is config_class), None)
     model_class = chosen or owner or _default_class(config_class)
     _refuse_large(settings)
-    with _quiet(), _refusing(f"transformers cannot build {model_class.__name__}"), _offline():
+    with quiet_library(), _refusing(f"transformers cannot build {model_class.__name__}"), _offline():
         settings = None if settings is None else _without_code(settings)
         built = config_class() if settings is None else config_class.from_dict(settings)
         model = _built(model_class, built)
@@ -263,7 +263,7 @@ def _built(model_class: Any, config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Keep the library from printing advice about values, which a model without values does not need."""
     logger = logging.getLogger("transformers")
     level = logger.level
