@@ -25,6 +25,7 @@ PACKAGE = ROOT / "ckptkit"
 LEVELS = (
     {"errors"},
     {"core"},
+    {"values"},
     {"quantized", "tensor_ops", "wrappers"},
     {"adapters"},
     {"rules", "formats"},
@@ -40,7 +41,7 @@ LEVELS = (
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
-HEAVY_LIBRARIES = {"torch", "numpy"}
+HEAVY_LIBRARIES = {"torch", "numpy", "ml_dtypes"}
 
 
 def module_name(path: Path) -> str:

@@ -492,8 +492,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     def numpy(self, key: str, *, rows: slice | None = None) -> npt.NDArray[Any]:
         """Return one tensor as a numpy array in memory of its own, without torch; ``rows`` as in ``read``.
 
-        numpy itself has no bfloat16 and no float8. These are arrays of the dtypes of ``ml_dtypes``, where that
-        package is installed.
+        numpy itself has no bfloat16 and no float8. These are arrays of the dtypes of ``ml_dtypes``.
 
         Raises:
             KeyError: The checkpoint has no tensor ``key``.

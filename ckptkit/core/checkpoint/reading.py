@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptkit.core.arguments import refuse, require_type
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["read_array", "read_tensor", "torch_bytes", "torch_dtype_of"]
+__all__ = ["numpy_dtype", "read_array", "read_tensor", "torch_bytes", "torch_dtype_of"]
 
 _HUGE, _MADV_HUGEPAGE = 4 << 20, 14  # the size from which numpy gives the advice, and its number on Linux
 Opener: TypeAlias = Callable[[TensorInfo], Payload]
@@ -45,7 +44,11 @@ def read_array(info: TensorInfo, open_payload: Opener, rows: slice | None = None
     """Return a tensor, or some of its rows, as ``Checkpoint.numpy`` says."""
     import numpy as np
 
-    dtype = _numpy_dtype_of(info)
+    dtype = numpy_dtype(info.dtype)
+    if dtype is None:
+        raise ArgumentError(
+            f"{quoted(info.key)}: numpy has no dtype for {info.dtype}", hint="read the bytes with read_bytes()"
+        )
     part, payload = _part(info, open_payload, rows)
     if payload is None:
         return np.empty(part.shape, dtype)
@@ -96,27 +99,21 @@ def torch_dtype_of(info: TensorInfo) -> torch.dtype:
     return dtype
 
 
-def _numpy_dtype_of(info: TensorInfo) -> np.dtype[Any]:
+def numpy_dtype(code: str) -> np.dtype[Any] | None:
+    """Return the numpy dtype of elements of ``code``, which ml_dtypes may define; None if there is none.
+
+    Elements of fewer than 8 bits have none, because numpy would store each of them in a byte of its own.
+    """
     import numpy as np
 
-    known = DTYPES.get(info.dtype)
+    known = DTYPES.get(code)
     name = known.torch_name if known is not None and known.bits >= 8 else ""
     scalar = getattr(np, "bool_" if name == "bool" else name, None) if name else None
     if scalar is None and name.startswith(("bfloat16", "float8")):
-        try:
-            ml_dtypes = import_module("ml_dtypes")
-        except ImportError:
-            raise ArgumentError(
-                f"{quoted(info.key)}: numpy itself has no dtype for {info.dtype}",
-                hint="pip install ml_dtypes, which adds it, or read a torch tensor with read()",
-            ) from None
+        import ml_dtypes
+
         scalar = getattr(ml_dtypes, name, None)
-    if scalar is None:
-        raise ArgumentError(
-            f"{quoted(info.key)}: numpy has no dtype for {info.dtype}", hint="read the bytes with read_bytes()"
-        )
-    dtype: np.dtype[Any] = np.dtype(scalar)
-    return dtype
+    return None if scalar is None else np.dtype(scalar)
 
 
 def _part(info: TensorInfo, open_payload: Opener, rows: slice | None) -> tuple[TensorInfo, Payload | None]:

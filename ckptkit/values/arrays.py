@@ -1,0 +1,44 @@
+"""View the bytes of tensors as numpy arrays: of their own dtype, or of the integers that the bits make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.core.checkpoint.reading import numpy_dtype
+from ckptkit.core.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["array_of", "bits_dtype", "bits_of", "numpy_dtype"]
+
+
+def array_of(data: bytes | bytearray | memoryview, code: str) -> npt.NDArray[Any]:
+    """Return the elements of ``code`` in ``data``, which the array does not copy; an element may begin at any address.
+
+    Raises ``ValueError`` for a dtype that numpy does not have, such as F4, and for bytes that end inside an element.
+    """
+    import numpy as np
+
+    dtype = numpy_dtype(code)
+    if dtype is None:
+        raise ValueError(f"numpy has no dtype for {code}")
+    return np.frombuffer(data, np.uint8).view(dtype)
+
+
+def bits_of(data: bytes | bytearray | memoryview, code: str) -> npt.NDArray[Any]:
+    """Return the bits of each number in ``data`` as an unsigned integer; the array does not copy the bytes.
+
+    A complex element is two numbers. Of a dtype with several numbers in a byte, each byte is one integer.
+    """
+    import numpy as np
+
+    return np.frombuffer(data, np.uint8).view(bits_dtype(code))
+
+
+def bits_dtype(code: str) -> np.dtype[Any]:
+    """Return the unsigned integer dtype that is as wide as one number of ``code``."""
+    import numpy as np
+
+    return np.dtype(f"u{DTYPES[code].part_bytes}")

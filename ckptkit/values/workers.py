@@ -1,0 +1,117 @@
+"""Threads that share work in bounded pieces, and the scratch buffers of each thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
+from ckptkit.core.closing import Closing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["PIECE", "Workers", "pieces"]
+
+# Numbers in a piece. Threads hand the interpreter's lock to each other too often in smaller pieces, and the buffers of
+# larger pieces leave the cache.
+PIECE: Final = 1 << 19
+_MAX_THREADS: Final = 8
+_WAITING: Final = 2  # tasks for each thread that are begun before their results are taken
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+class Workers(Closing):
+    """Threads, one for each processor, and the buffers of each thread.
+
+    One object serves all tensors of a checkpoint. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Use ``threads`` threads; by default one for each processor of this process, but at most 8."""
+        self.threads = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+        self._local = threading.local()
+
+    def each(self, work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator[_Result]:
+        """Yield ``work(task)`` for each task, in the order of the tasks; the threads do the work.
+
+        ``tasks`` is advanced in the thread of the caller, and only a few tasks ahead of the results that are taken, so
+        memory is bounded. One task alone is done in the thread of the caller. If a task raises, later tasks that have
+        begun end first, and the error is raised where its result would have been.
+        """
+        waiting: deque[Future[_Result]] = deque()
+        remaining = iter(tasks)
+        first = next(remaining, _NOTHING)
+        if isinstance(first, _Nothing):
+            return
+        second = next(remaining, _NOTHING)
+        if isinstance(second, _Nothing):
+            yield work(first)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads)
+        try:
+            waiting += [self._pool.submit(work, first), self._pool.submit(work, second)]
+            for task in remaining:
+                waiting.append(self._pool.submit(work, task))
+                if len(waiting) > _WAITING * self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            for future in waiting:
+                if not future.cancelled():
+                    future.exception()  # waits: the caller may close a file that the task reads
+
+    def buffer(self, name: str, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+        """Return a scratch array for ``count`` numbers, which this thread gets again under this name and dtype.
+
+        Its content is arbitrary. The array is valid until the thread asks for the same name again.
+        """
+        import numpy as np
+
+        wanted: np.dtype[Any] = np.dtype(dtype)
+        found: npt.NDArray[np.uint8] | None = getattr(self._local, name, None)
+        if found is None or len(found) < count * wanted.itemsize:
+            found = np.empty(count * wanted.itemsize, np.uint8)
+            setattr(self._local, name, found)
+        return found[: count * wanted.itemsize].view(wanted)
+
+    def read(self, name: str, payload: Payload, start: int = 0, nbytes: int | None = None) -> memoryview:
+        """Return ``nbytes`` bytes of a payload from its byte ``start``, in a buffer of this thread.
+
+        The payload must be readable in any order (``is_seekable``) unless all of it is read. Raises what reading it
+        raises.
+        """
+        count = payload.nbytes - start if nbytes is None else nbytes
+        buffer = self.buffer(name, "u1", count).data
+        read_into(payload if count == payload.nbytes else part_of(payload, start, count), buffer)
+        return buffer
+
+    def close(self) -> None:
+        """End the threads."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+
+def pieces(count: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
+    """Yield the first number and the end of each piece of ``count`` numbers; every piece but the last has ``size``."""
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+class _Nothing:
+    """No further task."""
+
+
+_NOTHING: Final = _Nothing()
