@@ -24,7 +24,7 @@ from ckptkit import Output, Plan, choose_output, execute, open_checkpoint, plan_
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_optimizer
-from ckptkit.formats.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
+from ckptkit.formats.writing.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
 from ckptkit.optimizer_state.forms import read_state
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.write import write_optimizer_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptkit import TensorInfo, choose_output, execute, open_checkpoint, plan_merge, plan_remap
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, is_contiguous, storage_range
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, View, is_contiguous, storage_range
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import ChangedError, OutputError, PlanError
-from ckptkit.formats.atomic import AtomicFile
-from ckptkit.formats.safetensors import layout_safetensors, merge_extents
+from ckptkit.formats.safetensors import layout_safetensors
 from ckptkit.formats.torch.write import layout_torch_zip, write_torch_zip
+from ckptkit.formats.writing.atomic import AtomicFile
+from ckptkit.formats.writing.copying import OffsetWriter, merge_extents
 from tests.features import FLOAT4
 from tests.helpers_outputs import CODES, STORABLE, described, raw, same_state, scratch, state_dicts, tensor_of
 
@@ -292,19 +293,23 @@ def test_a_plan_without_tensors_writes_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class Holes:
-    """An output file that keeps copied payloads as holes, so large files take no space."""
+class Holes(OffsetWriter):
+    """An output file that keeps copied ranges of files as holes, so large files take no space."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(0)
         self.file = path.open("wb")
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         self.file.seek(offset)
         self.file.write(data)
 
-    def copy(self, payload: Extent, offset: int) -> Iterator[int]:
-        assert offset % 64 == 0
+    def copy(self, payload: Payload, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
+        assert offset % 64 == 0 or not isinstance(payload, Extent)
+        if not isinstance(payload, Extent):
+            return (yield from super().copy(payload, offset, checksum=checksum))
         yield payload.nbytes
+        return payload.crc or 0
 
 
 @pytest.mark.parametrize("large", [2**32 - 2, 2**32 - 1, 2**32, 4_800_000_000], ids=["below", "at", "above", "4.8 GB"])
@@ -321,7 +326,7 @@ def test_records_beyond_4_gib(large: int, tmp_path: Path) -> None:
 
     layout = layout_torch_zip(infos, payload, lambda _: None)
     out = Holes(tmp_path / "big.pt")
-    assert sum(write_torch_zip(layout, out)) > large  # type: ignore[arg-type]
+    assert sum(write_torch_zip(layout, out)) > large
     out.file.close()
     assert (tmp_path / "big.pt").stat().st_size == layout.nbytes
     with zipfile.ZipFile(tmp_path / "big.pt") as archive:

@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import parse_json
@@ -18,16 +18,13 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import first_line, plural, quoted
 from ckptkit.errors import FormatError, PlanError
-
-if TYPE_CHECKING:
-    from ckptkit.formats.atomic import AtomicFile
+from ckptkit.formats.writing.copying import OffsetWriter, merge_extents
 
 __all__ = [
     "LARGEST_HEADER",
     "METADATA",
     "SafetensorsLayout",
     "layout_safetensors",
-    "merge_extents",
     "open_safetensors",
     "reader_refusal",
     "refuse_unstorable",
@@ -284,7 +281,7 @@ def _aligned(infos: Sequence[TensorInfo]) -> bool:
     return True
 
 
-def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload], out: AtomicFile) -> Iterator[int]:
+def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload], out: OffsetWriter) -> Iterator[int]:
     """Write the tensors and the header to ``out``; yield the number of bytes of each step."""
     offset = len(layout.header)
     for payload in merge_extents(payloads[info.key] for info in layout.infos):
@@ -292,26 +289,3 @@ def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload]
         offset += payload.nbytes
     # The header is written last, so that a killed process does not leave a valid checkpoint of zeros.
     out.write(layout.header, 0)
-
-
-def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:
-    """Yield the payloads, joining adjacent ranges of one file so that the kernel copies them in one call."""
-    pending: Extent | None = None
-    for payload in payloads:
-        if not isinstance(payload, Extent):
-            if pending is not None:
-                yield pending
-                pending = None
-            yield payload
-        elif pending is not None and _is_adjacent(pending, payload):
-            pending = Extent(pending.file, pending.offset, pending.nbytes + payload.nbytes)
-        else:
-            if pending is not None:
-                yield pending
-            pending = payload
-    if pending is not None:
-        yield pending
-
-
-def _is_adjacent(first: Extent, second: Extent) -> bool:
-    return first.file is second.file and first.offset + first.nbytes == second.offset

@@ -14,12 +14,12 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_inside
-from ckptkit.formats.atomic import AtomicFile, output_errors, prepare_target
 from ckptkit.formats.pickle.edit import dict_part, list_part, scalar_part, text_part, tuple_part
 from ckptkit.formats.pickle.nodes import Part, plain_value
 from ckptkit.formats.torch.edit import TorchFileEditor, refuse_unknown_code
 from ckptkit.formats.torch.tree import bracketed_key
 from ckptkit.formats.torch.write import TorchZipLayout, assign_records, refuse_unwritable, write_torch_zip
+from ckptkit.formats.writing.atomic import AtomicFile, output_errors, prepare_target
 from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
 from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
 from ckptkit.plans.execute import Written, refuse_replacing_inputs

@@ -22,11 +22,11 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats import errors_about
-from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, real_path
 from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.formats.directories.tied_head import TIE_FLAG, embeddings_of, is_head_group, tied_head
+from ckptkit.formats.writing.atomic import AtomicFile, Target, prepare_target, real_path
 from ckptkit.plans.metadata import StaleNames
 from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of

@@ -16,7 +16,11 @@ from ckptkit.core.result import Result
 from ckptkit.core.text import human_bytes, listed, plural, printable
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
-from ckptkit.formats.atomic import (
+from ckptkit.formats.detect import TORCH_SUFFIXES
+from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
+from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
+from ckptkit.formats.sharded import is_output_shard_name, is_shard_name, split_into_shards, weight_index
+from ckptkit.formats.writing.atomic import (
     AtomicFile,
     Target,
     atomic_directory,
@@ -25,10 +29,6 @@ from ckptkit.formats.atomic import (
     prepare_target,
     real_path,
 )
-from ckptkit.formats.detect import TORCH_SUFFIXES
-from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
-from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
-from ckptkit.formats.sharded import is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries

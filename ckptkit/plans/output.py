@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ckptkit.core.arguments import require_flags, require_number, require_path, require_type
 from ckptkit.core.text import kind_of, printable, quoted
 from ckptkit.errors import OutputError
-from ckptkit.formats.atomic import PathState
+from ckptkit.formats.writing.atomic import PathState
 
 __all__ = ["FORMATS", "Output", "choose_output"]
 

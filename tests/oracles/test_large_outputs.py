@@ -9,8 +9,8 @@ import torch
 
 from ckptkit import TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.formats.atomic import AtomicFile
 from ckptkit.formats.torch.write import layout_torch_zip, write_torch_zip
+from ckptkit.formats.writing.atomic import AtomicFile
 
 
 def test_more_entries_than_16_bits_can_count(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ckptkit.cli.common.options import (
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
-from ckptkit.formats.atomic import prepare_side_file, present_state, small_file
+from ckptkit.formats.writing.atomic import prepare_side_file, present_state, small_file
 from ckptkit.plans.adapters.adapter_formats import adapter_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
 

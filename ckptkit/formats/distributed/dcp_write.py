@@ -14,7 +14,6 @@ from ckptkit.core.checkpoint import Payload, TensorInfo, row_major
 from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import PlanError
-from ckptkit.formats.atomic import AtomicFile
 from ckptkit.formats.distributed.dcp_metadata import DCP_VERSION, METADATA_MODULE, STORAGE_MODULE
 from ckptkit.formats.distributed.file_names import DCP_SUFFIX
 from ckptkit.formats.pickle.emit import PickleWriter
@@ -26,6 +25,7 @@ from ckptkit.formats.torch.write import (
     refuse_unwritable,
     write_torch_zip,
 )
+from ckptkit.formats.writing.copying import OffsetWriter
 from ckptkit.wrappers.entries import known_entries
 
 __all__ = ["DCP_FILE", "DcpLayout", "layout_dcp", "refuse_unfit", "write_dcp"]
@@ -77,7 +77,7 @@ def layout_dcp(infos: Sequence[TensorInfo], payload: Callable[[TensorInfo], Payl
     return DcpLayout(tuple(items), offset, _metadata(infos, [(at, archive.nbytes) for at, archive in items]))
 
 
-def write_dcp(layout: DcpLayout, out: AtomicFile) -> Iterator[int]:
+def write_dcp(layout: DcpLayout, out: OffsetWriter) -> Iterator[int]:
     """Write the archives to ``out``, and yield the number of bytes of each step."""
     for offset, archive in layout.items:
         yield from write_torch_zip(archive, out, offset)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from ckptkit.core.dtypes import DTYPES, torch_view
 from ckptkit.core.files import Extent
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
-from ckptkit.errors import ChangedError, PlanError
-from ckptkit.formats.atomic import AtomicFile
+from ckptkit.errors import PlanError
 from ckptkit.formats.pickle.emit import PickleWriter
+from ckptkit.formats.writing.copying import OffsetWriter
 
 __all__ = [
     "STORAGE_CLASSES",
@@ -270,23 +269,11 @@ def _single(
     return payload(info), row_major(info.shape)
 
 
-def write_torch_zip(layout: TorchZipLayout, out: AtomicFile, at: int = 0) -> Iterator[int]:
+def write_torch_zip(layout: TorchZipLayout, out: OffsetWriter, at: int = 0) -> Iterator[int]:
     """Write the archive to ``out`` from its byte ``at``, and yield the number of bytes of each step."""
     directory = bytearray()
     for entry in layout.entries:
-        # Unchanged bytes keep the checksum of the source, so damage in the source stays detectable.
-        crc = entry.content.crc if isinstance(entry.content, Extent) else None
-        if crc is not None:
-            yield from out.copy(entry.content, at + entry.start)
-        else:
-            crc, done = 0, 0
-            for chunk in entry.content.chunks():
-                crc = zlib.crc32(chunk, crc)
-                out.write(chunk, at + entry.start + done)
-                done += len(chunk)
-                yield len(chunk)
-            if done != entry.content.nbytes:
-                raise ChangedError(f"a tensor has {done} bytes in place of {entry.content.nbytes}")
+        crc = yield from out.copy(entry.content, at + entry.start, checksum=True)
         out.write(_local_header(entry, crc), at + entry.header)
         directory += _central_header(entry, crc)
     out.write(directory + _end(len(layout.entries), len(directory), layout.directory), at + layout.directory)

@@ -10,8 +10,8 @@ from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.peft_names import TIED_NAMES, exact_pattern, modules_of, target_modules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import OutputError
-from ckptkit.formats.atomic import Target, output_errors, prepare_target
 from ckptkit.formats.directories.adapters import CONFIG
+from ckptkit.formats.writing.atomic import Target, output_errors, prepare_target
 from ckptkit.plans.adapters.adapter_formats import PEFT_WEIGHTS
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from ckptkit.core.checkpoint import Payload
-from ckptkit.core.files import CHUNK, Extent, FileState, file_state, is_same_file
+from ckptkit.core.files import FileState, file_state, is_same_file
 from ckptkit.core.text import human_bytes, printable, quoted
-from ckptkit.errors import ChangedError, CkptkitError, OutputError
+from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.formats.writing.copying import OffsetWriter
 
 __all__ = [
     "AtomicFile",
@@ -203,7 +203,7 @@ def _status(path: str) -> tuple[str, os.stat_result | None]:
         raise OutputError((error.strerror or str(error)).lower(), path=path) from None
 
 
-class AtomicFile:
+class AtomicFile(OffsetWriter):
     """A temporary file of known size that becomes the target when the ``with`` block ends without an error.
 
     Raises ``OutputError`` at the end if another program changed the target meanwhile; the newer file is kept.
@@ -211,10 +211,9 @@ class AtomicFile:
 
     def __init__(self, target: Target | str, size: int) -> None:
         """Take the target and the size in bytes. A target that is a string is replaced, whatever is there."""
+        super().__init__(size)
         self.target = target if isinstance(target, str) else target.path
         self.before = None if isinstance(target, str) else target.before
-        self.size = size
-        self._fd = -1
         self._temporary = ""
 
     def __enter__(self) -> Self:
@@ -257,49 +256,6 @@ class AtomicFile:
     def temporary(self) -> str:
         """Path of the temporary file, from which the content can be read back."""
         return self._temporary
-
-    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        """Write all of ``data`` at ``offset``."""
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], offset + done)
-
-    def copy(self, payload: Payload, offset: int) -> Iterator[int]:
-        """Copy a payload to ``offset`` and yield the number of bytes of each step; the kernel copies where possible.
-
-        Raises ``ChangedError`` where the source became shorter.
-        """
-        if isinstance(payload, Extent):
-            yield from self._copy_extent(payload, offset)
-            return
-        done = 0
-        for chunk in payload.chunks():
-            self.write(chunk, offset + done)
-            done += len(chunk)
-            yield len(chunk)
-        if done != payload.nbytes:
-            raise ChangedError(f"a tensor has {done} bytes in place of {payload.nbytes}")
-
-    def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
-        done = 0
-        while done < extent.nbytes:
-            count = min(extent.nbytes - done, 16 * CHUNK)
-            try:
-                copied = os.copy_file_range(extent.file.fileno(), self._fd, count, extent.offset + done, offset + done)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                    raise
-                rest = extent.slice(done, extent.nbytes - done)
-                for chunk in rest.chunks():
-                    self.write(chunk, offset + done)
-                    done += len(chunk)
-                    yield len(chunk)
-                return
-            if copied == 0:
-                raise ChangedError("the file became shorter while it was read", path=extent.file.path)
-            done += copied
-            yield copied
 
     def _commit(self) -> None:
         _keep_owner_and_mode(self._fd, self.target)

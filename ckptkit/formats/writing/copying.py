@@ -1,0 +1,128 @@
+"""Write bytes at offsets of an output file; the bytes of input files are copied by the kernel where it can."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+from ckptkit.core.checkpoint import Payload
+from ckptkit.core.files import Extent
+from ckptkit.errors import ChangedError
+
+__all__ = ["OffsetWriter", "merge_extents"]
+
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+_EARLY = 16 << 20  # bytes; the disk begins to write so many while the next ones are copied
+_START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+
+
+class OffsetWriter:
+    """An output file of known size that is written at offsets. A subclass opens and closes the file."""
+
+    def __init__(self, size: int) -> None:
+        """Take the size in bytes; no file is open yet."""
+        self.size = size
+        self._fd = -1
+        self._not_started = 0  # bytes since the disk was last told to begin
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``. Several threads may write at once, each into a range of its own."""
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+        self._start_writing(done)
+
+    def copy(self, payload: Payload, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
+        """Copy a payload to ``offset``, and yield the number of bytes of each step.
+
+        Returns the CRC-32 of the bytes with ``checksum``, else 0. A range of a file that has a recorded CRC-32 keeps
+        it, so that damage in the input stays detectable. Raises ``ChangedError`` where the source became shorter.
+        """
+        if isinstance(payload, Extent) and (payload.crc is not None or not checksum):
+            yield from self._copy_extent(payload, offset)
+            return payload.crc or 0
+        crc, done = 0, 0
+        for chunk in payload.chunks():
+            if checksum:
+                crc = zlib.crc32(chunk, crc)
+            self.write(chunk, offset + done)
+            done += len(chunk)
+            yield len(chunk)
+        if done != payload.nbytes:
+            raise ChangedError(f"a tensor has {done} bytes in place of {payload.nbytes}")
+        return crc
+
+    def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
+        done = 0
+        while done < extent.nbytes:
+            count = min(extent.nbytes - done, _EARLY)
+            try:
+                copied = os.copy_file_range(extent.file.fileno(), self._fd, count, extent.offset + done, offset + done)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                rest = extent.slice(done, extent.nbytes - done)
+                for chunk in rest.chunks():
+                    self.write(chunk, offset + done)
+                    done += len(chunk)
+                    yield len(chunk)
+                return
+            if copied == 0:
+                raise ChangedError("the file became shorter while it was read", path=extent.file.path)
+            self._start_writing(copied)
+            done += copied
+            yield copied
+
+    def _start_writing(self, count: int) -> None:
+        """Let the disk begin to write what the last calls wrote, so that the end need not wait for all of it."""
+        if self.size < 2 * _EARLY:
+            return
+        self._not_started += count  # if two threads count at once, the disk only begins a little later
+        if self._not_started >= _EARLY:
+            self._not_started = 0
+            start = _early_start()
+            if start is not None:
+                start(self._fd, 0, 0, _START_WRITING)  # an error comes again at the end, from fsync
+
+
+@functools.cache
+def _early_start() -> Callable[[int, int, int, int], int] | None:
+    """Return ``sync_file_range`` of the C library, or None where the system has no such call."""
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is None:
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+    def start(fd: int, offset: int, count: int, flags: int) -> int:
+        return int(call(fd, offset, count, flags))
+
+    return start
+
+
+def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:
+    """Yield the payloads, joining adjacent ranges of one file so that the kernel copies them in one call."""
+    pending: Extent | None = None
+    for payload in payloads:
+        if not isinstance(payload, Extent):
+            if pending is not None:
+                yield pending
+                pending = None
+            yield payload
+        elif pending is not None and _is_adjacent(pending, payload):
+            pending = Extent(pending.file, pending.offset, pending.nbytes + payload.nbytes)
+        else:
+            if pending is not None:
+                yield pending
+            pending = payload
+    if pending is not None:
+        yield pending
+
+
+def _is_adjacent(first: Extent, second: Extent) -> bool:
+    return first.file is second.file and first.offset + first.nbytes == second.offset
