@@ -18,7 +18,7 @@ from ckptkit.core.checkpoint.info import (
     row_major,
     storage_range,
 )
-from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
+from ckptkit.core.checkpoint.payload import Part, Payload, SelfWriting, Sink, part_of, read_into
 from ckptkit.core.closing import Closing
 from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.result import Result
@@ -43,6 +43,8 @@ __all__ = [
     "Part",
     "Payload",
     "Record",
+    "SelfWriting",
+    "Sink",
     "TensorInfo",
     "TorchLoading",
     "View",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ckptkit.errors import FormatError
 
-__all__ = ["Part", "Payload", "part_of", "read_into"]
+__all__ = ["Part", "Payload", "SelfWriting", "Sink", "part_of", "read_into"]
 
 
 class Payload(Protocol):
@@ -21,6 +21,26 @@ class Payload(Protocol):
 
     def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
         """Yield the bytes in order, in pieces of bounded size; each piece is valid until the next."""
+        ...
+
+
+class Sink(Protocol):
+    """A file that is written at offsets. Several threads may write at once, each into a range of its own."""
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``."""
+        ...
+
+
+@runtime_checkable
+class SelfWriting(Payload, Protocol):
+    """A payload that writes its bytes itself, such as one that computes them in several threads."""
+
+    def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
+        """Write all bytes from ``offset`` of ``out``, and yield the number of bytes of each step.
+
+        Returns the CRC-32 of the bytes with ``checksum``, else 0. All threads have ended when it returns or raises.
+        """
         ...
 
 

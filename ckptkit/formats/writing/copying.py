@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 
-from ckptkit.core.checkpoint import Payload
+from ckptkit.core.checkpoint import Payload, SelfWriting
 from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError
 
@@ -45,6 +45,8 @@ class OffsetWriter:
         if isinstance(payload, Extent) and (payload.crc is not None or not checksum):
             yield from self._copy_extent(payload, offset)
             return payload.crc or 0
+        if isinstance(payload, SelfWriting):
+            return (yield from payload.write_to(self, offset, checksum=checksum))
         crc, done = 0, 0
         for chunk in payload.chunks():
             if checksum:
