@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ckptkit import run_checks, stats
+from ckptkit.checks.fresh import judge_values
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.readiness.fresh import judge_values
 
 ZEROS = {
     "B of LoRA": ("q.lora_B.weight", True),

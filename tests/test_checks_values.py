@@ -291,9 +291,7 @@ def test_an_untrained_layer_is_found(
     ran = run_ckpt(capsys, "check", "--json", "--like", "py:some_net:build", tmp_path / "f.pt")
     messages = {f["severity"]: f["message"] for f in json.loads(ran.out)["findings"] if f["code"] == "at-init"}
     assert ran.code == 1
-    assert messages["warning"].endswith(
-        "1 tensor distributed as in a new model (mean, deviation, magnitudes): '2.weight'"
-    )
+    assert messages["warning"].endswith("2 tensors with values distributed as in a new model: '2.weight', '2.bias'")
     assert messages["note"].endswith(
         "of a new model (ones or zeros): '1.weight', '1.bias', '1.running_mean', '1.running_var'"
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ckptkit import load_into, merge, preflight, run_checks, stats
+from ckptkit.core.findings import Report
 from tests.helpers_cli import run_ckpt
 
 MODEL = """
@@ -22,25 +25,111 @@ class Net(torch.nn.Module):
         if own_init:
             torch.nn.init.normal_(self.head.weight, std=0.02)
             torch.nn.init.zeros_(self.head.bias)
+
+class Kinds(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(9, 8)
+        self.conv = torch.nn.Conv1d(8, 8, 3)
+        self.bn = torch.nn.BatchNorm1d(8)
+        self.rnn = torch.nn.GRU(8, 8)
+        self.norm = torch.nn.LayerNorm(8)
+        self.body = torch.nn.Linear(8, 8)
+        self.body.lora_A = torch.nn.Linear(8, 4, bias=False)
+        self.body.lora_B = torch.nn.Linear(4, 8, bias=False)
+        torch.nn.init.zeros_(self.body.lora_B.weight)
+        self.gate = torch.nn.Parameter(torch.zeros(8))
+        self.wide = torch.nn.Linear(8, 200)
+        torch.nn.init.normal_(self.wide.weight, std=0.02)
+        torch.nn.init.zeros_(self.wide.bias)
+        self.head = torch.nn.Linear(8, 3)
+        self.tiny = torch.nn.Linear(8, 1)
+
+def seeded():
+    torch.manual_seed(7)
+    return Kinds()
 """
 CODE = "preflight.at-init"
 
 
 @pytest.fixture
-def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
-    """Write the module that the commands import, and return its class."""
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Write the module that the commands import, and return what it defines."""
     (tmp_path / "untrained_net.py").write_text(MODEL, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, type[nn.Module]] = {}
-    exec(compile(MODEL, "untrained_net", "exec"), names)  # noqa: S102 - the text above
-    return names["Net"]
+    found: dict[str, Any] = {}
+    exec(compile(MODEL, "untrained_net", "exec"), found)  # noqa: S102 - the text above
+    return found
+
+
+@pytest.fixture
+def net(names: dict[str, Any]) -> type[nn.Module]:
+    """Return the class of the model with one head."""
+    found: type[nn.Module] = names["Net"]
+    return found
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a state that no initialisation makes, without the head."""
-    state = {key: value.detach() * 1.7 + 0.1 * torch.randn(value.shape) for key, value in model.state_dict().items()}
-    return {key: value for key, value in state.items() if not key.startswith("head")}
+    return {key: value for key, value in moved(model).items() if not key.startswith("head")}
+
+
+def moved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a state that no initialisation makes."""
+    return {
+        key: value.detach() * 1.7 + 0.1 * torch.randn(value.shape) if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
+
+
+HEAD = {"head.weight", "head.bias"}
+NEW: dict[str, tuple[list[str], set[str]]] = {
+    "a small head": (["head."], HEAD),
+    "its bias alone": (["head.bias"], set()),
+    "a wide head with an initialisation of its own": (["wide."], {"wide.weight", "wide.bias"}),
+    "an embedding": (["embed."], {"embed.weight"}),
+    "a convolution and a head": (["conv.", "head."], {"conv.weight", "conv.bias", *HEAD}),
+    "a recurrent layer": (["rnn."], {f"rnn.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}),
+    "norms and meant zeros": (["norm.", "bn.", "body.lora_B.", "gate"], set()),
+    "too few numbers": (["tiny."], set()),
+    "nothing": ([], set()),
+}
+
+
+@pytest.mark.parametrize(("prefixes", "expected"), NEW.values(), ids=NEW)
+@pytest.mark.parametrize("build", ["Kinds", "seeded"])
+def test_check_and_preflight_name_the_same_tensors(
+    names: dict[str, Any], build: str, prefixes: list[str], expected: set[str]
+) -> None:
+    """``check --like`` and ``preflight --init`` have one judgement of what is as in a new model, for every layer.
+
+    A function that builds a model with its own seed makes the same values each time: then equal values prove nothing,
+    since the model may be built with trained ones, and only torch's own initialisation is known. So it is for a Module.
+    """
+    torch.manual_seed(3)
+    new = names[build]().state_dict()
+    state = {
+        key: new[key] if key.startswith(tuple(prefixes)) else value for key, value in moved(names["Kinds"]()).items()
+    }
+    save_file(state, "init.safetensors")
+    model = names[build]()
+    initial = stats(model)
+    load_into(model, "init.safetensors")
+    reports = (
+        run_checks("init.safetensors", like=f"py:untrained_net:{build}"),
+        preflight(model, init="init.safetensors", initial=initial),
+        run_checks("init.safetensors", like=model),
+        preflight(model, init="init.safetensors"),
+    )
+    known = {key for key in expected if not key.startswith("wide.")}
+    expected = expected if build == "Kinds" else known
+    assert [untrained_in(report) for report in reports] == [expected, expected, known, known]
+
+
+def untrained_in(report: Report) -> set[str]:
+    """Return the keys about which a report warns that they have the values of a new model."""
+    return {key for finding in report.warnings if finding.code in ("at-init", CODE) for key in finding.keys}
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["torch's init", "an init of the model"])

@@ -32,8 +32,6 @@ from ckptkit.rules.model import Rules, RulesLike
 __all__ = ["run_checks"]
 
 _MAX_PER_CODE = 32
-# No seed that a training script has: weights of its own first model would be equal, and not like those of a new model.
-_SEED = 3_141_592_653
 _ONE_OF_SEVERAL = frozenset({reader_codes.ONE_SHARD.name, reader_codes.PART_OF_SEVERAL.name})
 # With these warnings the reader has already said where the scale of the adapter is, or that it is unknown.
 _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTER_CONFIG.name})
@@ -60,8 +58,8 @@ def run_checks(
         rules: Rules that keep and drop keys, or the path of a rule file: records without a kept tensor are not read.
             Renames count only for the comparison with ``like``.
         like: The model to compare with, as ``expected`` in ``diff``. A ``py:`` model is built with its values, from a
-            fixed seed, and tensors that look newly initialised are reported. A Module is compared without this, since
-            its values may be trained.
+            fixed seed, and tensors that look newly initialised are reported. The values of a Module may be trained, so
+            with a Module only torch's own initialisation is recognised.
         fast: Read headers only.
         values: Whether values are checked. This needs torch; without torch they are not checked.
         progress: Called with the number of bytes after each chunk.
@@ -134,13 +132,13 @@ def _check(
             findings.append(scan.no_checksum_finding())
         if scan.values is not None:
             from ckptkit.checks.values import check_expected_values, check_values
-            from ckptkit.core.random_state import restored_random_state
+            from ckptkit.core.random_state import NEW_MODEL_SEED, restored_random_state
 
             if not scan.stopped:
                 scan.values.read_remaining()
             findings += check_values(checkpoint, scan.values.stats, quantized)
             if expected is not None and result is not None:
-                with restored_random_state(seed=_SEED):  # a new model has the same values in every run
+                with restored_random_state(seed=NEW_MODEL_SEED):  # it has the same values in every run
                     findings += check_expected_values(result, expected, scan.values, quantized)
     return [*findings, codes.NOT_SCANNED.finding("", scan.summary())]
 

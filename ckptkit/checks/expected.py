@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from itertools import groupby
 
 from ckptkit.checks import codes
-from ckptkit.checks.structure import FLOATS
+from ckptkit.checks.at_init import Untrained
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.text import listed, plural, printable
 from ckptkit.core.ties import tied_keys
-from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["check_as_expected", "check_at_init", "check_differences", "find_at_init"]
-
-_MIN_VALUES = 1024  # smaller samples are too often alike by chance
-_SIGMAS = 4.0
-_MIN_IN_BIN = 10
+__all__ = ["check_as_expected", "check_at_init", "check_differences"]
 
 
 def check_differences(result: StateDictDiff) -> Iterator[Finding]:
@@ -100,64 +95,19 @@ def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyP
         yield codes.AS_EXPECTED.finding(equal[0], message, keys=equal)
 
 
-def check_at_init(
-    pairs: Iterable[KeyPair], found_stats: Mapping[str, ValueStats], fresh_stats: Mapping[str, ValueStats]
-) -> Iterator[Finding]:
-    """Yield ``at-init`` for tensors that look as if they were never trained, compared with a newly built model.
+def check_at_init(untrained: Untrained, equal: AbstractSet[str]) -> Iterator[Finding]:
+    """Yield ``at-init`` for tensors that look as in a new model; constant ones of trained modules are a note.
 
-    A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram fit the new model. They may
-    differ as much as two samples of one distribution differ. A constant tensor is a note if the new model has the same
-    constant. This is evidence, not proof: a short training can look the same. ``found_stats`` has the keys of the
-    checkpoint, ``fresh_stats`` has the keys of the model.
+    Where the whole checkpoint looks so, the tensors ``equal`` to those of EXPECTED have a finding already.
     """
-    sampled, constant = find_at_init(pairs, found_stats, fresh_stats)
-    if sampled:
-        count = plural(len(sampled), "tensor")
-        message = f"{count} distributed as in a new model (mean, deviation, magnitudes): {listed(sampled)}"
+    keys = [key for key in untrained.keys if not (untrained.is_whole and key in equal)]
+    if keys:
+        message = f"{plural(len(keys), 'tensor')} with values distributed as in a new model: {listed(keys)}"
         hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
-        yield codes.AT_INIT.finding(sampled[0], message, hint, keys=sampled)
-    if constant:
-        count = plural(len(constant), "tensor")
-        message = f"{count} with the constant initial values of a new model (ones or zeros): {listed(constant)}"
-        yield codes.AT_INIT.finding(constant[0], message, severity="note", keys=constant)
-
-
-def find_at_init(
-    pairs: Iterable[KeyPair], found_stats: Mapping[str, ValueStats], fresh_stats: Mapping[str, ValueStats]
-) -> tuple[list[str], list[str]]:
-    """Return the keys of tensors that look newly initialised: those of random values, and those of one value."""
-    sampled: list[str] = []
-    constant: list[str] = []
-    for pair in pairs:
-        found, fresh = found_stats.get(pair.found.key), fresh_stats.get(pair.expected.key)
-        if found is None or fresh is None or pair.found.dtype not in FLOATS or found.finite != found.count:
-            continue
-        if fresh.constant is not None:
-            if found.constant == fresh.constant and found.count > 1:
-                constant.append(pair.key)
-        elif _have_one_distribution(found, fresh, same_dtype=pair.found.dtype == pair.expected.dtype):
-            sampled.append(pair.key)
-    return sampled, constant
-
-
-def _have_one_distribution(found: ValueStats, fresh: ValueStats, *, same_dtype: bool) -> bool:
-    count = found.count
-    if count < _MIN_VALUES or fresh.count != count or not found.std or not fresh.std:
-        return False
-    if found.mean is None or fresh.mean is None:
-        return False
-    error = math.sqrt(2 / count)
-    if abs(found.mean - fresh.mean) > _SIGMAS * max(found.std, fresh.std) * error:
-        return False
-    # The standard error of a normal distribution; no common initialisation has a larger error.
-    if abs(math.log(found.std / fresh.std)) > _SIGMAS * error / math.sqrt(2):
-        return False
-    return not same_dtype or _have_one_histogram(found.histogram, fresh.histogram)
-
-
-def _have_one_histogram(found: Mapping[int, int], fresh: Mapping[int, int]) -> bool:
-    """Return whether a chi-squared test finds no difference between two histograms of equally many numbers."""
-    bins = [(found.get(exponent, 0), fresh.get(exponent, 0)) for exponent in found.keys() | fresh.keys()]
-    full = [(count, fresh_count) for count, fresh_count in bins if count + fresh_count >= _MIN_IN_BIN]
-    squared = sum((count - fresh_count) ** 2 / (count + fresh_count) for count, fresh_count in full)
-    return squared <= len(full) + _SIGMAS * math.sqrt(2 * len(full))
+        yield codes.AT_INIT.finding(keys[0], message, hint, keys=keys)
+    if untrained.constant:
+        count = plural(len(untrained.constant), "tensor")
+        message = (
+            f"{count} with the constant initial values of a new model (ones or zeros): {listed(untrained.constant)}"
+        )
+        yield codes.AT_INIT.finding(untrained.constant[0], message, severity="note", keys=untrained.constant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ckptkit.checks.at_init import find_untrained
 from ckptkit.checks.buffers import check_buffers
 from ckptkit.checks.duplicates import check_duplicates, check_recorded_ties, equal_groups
 from ckptkit.checks.expected import check_as_expected, check_at_init
@@ -56,10 +57,11 @@ def check_expected_values(
 ) -> Iterator[Finding]:
     """Yield findings about tensors that equal the tensors of ``expected``, and about tensors that look untrained.
 
-    A ``py:`` model is built to get its values.
+    A ``py:`` model is built to get its values. Those of a Module may be trained, so nothing is compared with them but
+    for equality.
     """
     pairs = [pair for pair in result.matched if values.checkpoint.get(pair.found.key) == pair.found]
-    is_live = expected.path.startswith(LIVE_PREFIX)
+    is_built = expected.path.startswith(LIVE_PREFIX)
     equal: set[str] = set()
 
     def have_equal_bytes(pair: KeyPair) -> bool:
@@ -70,14 +72,15 @@ def check_expected_values(
     def is_worth_comparing(pair: KeyPair) -> bool:
         stats = values.stats.get(pair.found.key)
         is_constant = stats is not None and stats.constant is not None
-        return pair.found.dtype == pair.expected.dtype and not (is_live and is_constant)
+        return pair.found.dtype == pair.expected.dtype and not (is_built and is_constant)
 
     yield from check_as_expected(filter(is_worth_comparing, pairs), have_equal_bytes)
-    if is_live:
-        fresh = ValueReader(expected, [pair.expected.key for pair in pairs], values.workspace)
-        fresh.read_remaining()
-        numbers = (pair for pair in pairs if pair.key not in equal and pair.found.key not in quantized.by_key)
-        yield from check_at_init(numbers, values.stats, fresh.stats)
+    if expected.model is not None:
+        new = ValueReader(expected, [pair.expected.key for pair in pairs] if is_built else [], values.workspace)
+        new.read_remaining()
+        pairs = [pair for pair in pairs if pair.found.key not in quantized.by_key]
+        found = {pair.key: stats for pair in pairs if (stats := values.stats.get(pair.found.key)) is not None}
+        yield from check_at_init(find_untrained(pairs, found, new.stats, expected.model), equal)
 
 
 def _have_equal_bytes(first: Checkpoint, first_key: str, second: Checkpoint, second_key: str) -> bool:

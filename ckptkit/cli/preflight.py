@@ -82,6 +82,7 @@ def preflight(
     ckpt preflight --model py:mynet:build --init init.safetensors --groups groups.toml --optimizer AdamW
     ckpt preflight --model py:mynet:build --resume run.ckpt --groups groups.toml --optimizer AdamW
     """  # noqa: D301 - \b is click's mark
+    from ckptkit.core.random_state import NEW_MODEL_SEED, restored_random_state
     from ckptkit.param_groups.parse import parse_spec
     from ckptkit.readiness import preflight as check_run
     from ckptkit.statistics.state_dict_stats import stats
@@ -97,7 +98,8 @@ def preflight(
     if init is None and resume is None and rules.stages:
         raise click.UsageError("rules are for the keys of --init or --resume, and neither is given")
     parse_ignore(ignore)
-    live = build_module(model, with_values=not shapes_only)
+    with restored_random_state(seed=NEW_MODEL_SEED):  # the model has the same values in every run
+        live = build_module(model, with_values=not shapes_only)
     spec = None if groups is None else parse_spec(groups)
     loss = None if dry_step is None else _import_loss(dry_step)
     initial = None

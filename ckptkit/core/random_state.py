@@ -7,7 +7,11 @@ import random
 import sys
 from collections.abc import Iterator
 
-__all__ = ["restored_random_state"]
+__all__ = ["NEW_MODEL_SEED", "restored_random_state"]
+
+# For a new model that a checkpoint is compared with. No training script has this seed: the weights of its own first
+# model would be equal, and not like those of a new model.
+NEW_MODEL_SEED = 3_141_592_653
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from ckptkit.param_groups import codes as group_codes
 from ckptkit.param_groups.parameters import bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.readiness import codes
-from ckptkit.readiness.at_init import check_untrained, find_untrained
+from ckptkit.readiness.at_init import check_untrained, find_untrained_in_init
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
 from ckptkit.readiness.init import (
     UNLOADED,
@@ -294,7 +294,7 @@ def _check_init(
     findings = [*unread_findings(init.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
     findings += [*check_own_code(result), *check_requirements(result, requirements, problems)]
     patterns = fresh_patterns(fresh, inspected.state)
-    untrained = find_untrained(inspected, section, result, init, initial)
+    untrained = find_untrained_in_init(inspected, section, result, init, initial)
     findings += check_init(inspected, section, result, init, patterns, untrained=untrained)
     findings += check_untrained(inspected, untrained, patterns)
     return section, [*findings, *check_values(inspected, section)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from ckptkit.checks.expected import find_at_init
+from ckptkit.checks.at_init import find_untrained
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import group_by_module
@@ -18,10 +18,10 @@ from ckptkit.readiness.model import Init
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["check_untrained", "find_untrained"]
+__all__ = ["check_untrained", "find_untrained_in_init"]
 
 
-def find_untrained(
+def find_untrained_in_init(
     inspected: InspectedModel,
     init: Init,
     result: StateDictDiff,
@@ -30,37 +30,14 @@ def find_untrained(
 ) -> frozenset[str]:
     """Return the keys for which the initial checkpoint ``opened`` has values as those of a new model.
 
-    A tensor is compared with ``initial``, the statistics of the model before anything was loaded, and with what torch
-    fills its module with. A bias, or another tensor that alone proves nothing, follows the rest of its module. Where
-    no tensor has other values, nothing is returned: then init is the state of a new model as a whole.
+    ``initial`` are the statistics of the model before anything was loaded. Where no tensor has other values, nothing is
+    returned: then init is the state of a new model as a whole.
     """
     if inspected.stats is None:
         return frozenset()
-    pairs = [pair for pair in result.matched if pair.expected.shape == pair.found.shape and pair.found.kind == "dense"]
-    numbers = _numbers(inspected, init, pairs, opened)
-    pairs = [pair for pair in pairs if pair.key in numbers]
-    found = {pair.found.key: numbers[pair.key] for pair in pairs}
-    new = _numbers_of(initial) if initial is not None else {}
-    sampled, constant = find_at_init(pairs, found, new)
-    fresh, trained, unclear = set(sampled), set[str](), set(constant)
-    for pair in pairs:
-        judgement = inspected.judge(pair.key, numbers[pair.key])
-        if pair.key in fresh or judgement is None:
-            continue
-        is_constant = numbers[pair.key].constant is not None
-        if is_constant or judgement.kind == "few":
-            unclear.add(pair.key)
-        elif judgement.kind == "fresh":
-            fresh.add(pair.key)
-        else:
-            trained.add(pair.key)
-    trained_modules = {key.rpartition(".")[0] for key in trained}
-    # A vector has few numbers: it can be as in a new model by chance where the matrix beside it is trained.
-    vectors = {pair.key for pair in pairs if sum(size > 1 for size in pair.expected.shape) < 2}
-    fresh -= {key for key in fresh & vectors if key.rpartition(".")[0] in trained_modules}
-    modules = {key.rpartition(".")[0] for key in fresh} - trained_modules
-    followers = {key for key in unclear if key.rpartition(".")[0] in modules}
-    return frozenset(fresh | followers) if trained else frozenset()
+    found = _numbers(inspected, init, result.matched, opened)
+    untrained = find_untrained(result.matched, found, _numbers_of(initial), inspected.model)
+    return frozenset(() if untrained.is_whole else untrained.keys)
 
 
 def _numbers(
@@ -69,9 +46,9 @@ def _numbers(
     """Return the statistics of the values in init by the keys of the model: of the model itself, if it has them."""
     if init.in_model == "all":
         return _numbers_of(inspected.stats)
-    direct = {pair.found.key: pair.key for pair in pairs if pair.found.key in opened}
-    chosen = opened.without(opened.keys() - direct.keys())
-    return {direct[key]: found for key, found in _numbers_of(stats(chosen)).items()}
+    direct = [pair for pair in pairs if opened.get(pair.found.key) == pair.found]
+    numbers = _numbers_of(stats(opened.without(opened.keys() - {pair.found.key for pair in direct})))
+    return {pair.key: numbers[pair.found.key] for pair in direct if pair.found.key in numbers}
 
 
 def _numbers_of(found: StateDictStats | None) -> dict[str, ValueStats]:

@@ -7,6 +7,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.checks.at_init import module_of
+from ckptkit.checks.fresh import Judgement, judge_values
 from ckptkit.comparison import StateDictDiff, find_unmet_in, loaded_keys
 from ckptkit.core.arguments import require_strings
 from ckptkit.core.checkpoint import Checkpoint
@@ -22,11 +24,9 @@ from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.plans.quantized import QuantizedInputs, QuantizedProblem
 from ckptkit.readiness import codes
-from ckptkit.readiness.fresh import Judgement, judge_values
 from ckptkit.readiness.model import Init, InModel, Kept
 from ckptkit.rules.model import KeyMap
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
-from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = [
     "UNLOADED",
@@ -76,18 +76,7 @@ class InspectedModel:
     def judgement(self, key: str) -> Judgement | None:
         """Return where the values of ``key`` probably come from, or None where the tensor has no values."""
         found = None if self.stats is None else self.stats.tensors[key].numbers
-        return None if found is None else self.judge(key, found)
-
-    def judge(self, key: str, found: ValueStats) -> Judgement | None:
-        """Return where values with the statistics ``found`` probably come from, if ``key`` had them."""
-        if not found.count:
-            return None
-        path, _, _ = key.rpartition(".")
-        try:
-            module: Module | None = self.model.get_submodule(path)
-        except (AttributeError, RuntimeError):  # torch.jit refuses the call
-            module = None
-        return judge_values(self.state[key], found, module)
+        return judge_values(self.state[key], found, module_of(self.model, key)) if found and found.count else None
 
 
 def compare_init(
