@@ -21,12 +21,13 @@ Every other exception that leaves ckptkit is a bug.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 __all__ = [
     "COMMAND",
     "OPTION",
+    "PLAIN_WORD",
     "RULE_OPTIONS",
     "ArgumentError",
     "ChangedError",
@@ -40,6 +41,7 @@ __all__ = [
     "PlanError",
     "RuleError",
     "hint_for_python",
+    "message_for_python",
     "one_line",
 ]
 
@@ -66,20 +68,31 @@ _FLAGS: Final = frozenset(
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "reset")
+_NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
 _BY_PATTERN: Final = ("as-layer", "on-mismatch", "on-missing", "on-unexpected")  # a mapping of patterns in Python
 _OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
 _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
 _OPTIMIZER: Final = "optimizer_state."
 _QUOTED: Final = r"""\$?'(?:[^'\\]|\\.)*'|"[^"]*\""""
-_WORDED: Final = ("adapter", "format", "hyper", "method", "on-unexpected", "rules")  # their values are plain words
+_WORDED: Final = (  # their values are plain words
+    "adapter", "format", "hyper", "method", "on-mismatch", "on-missing", "on-unexpected", "rules"
+)  # fmt: skip
 _AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
-_VALUE: Final = rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})[\w:]+"
-OPTION: Final = re.compile(rf"--(?P<name>[a-z][a-z-]+)(?:[ =](?P<value>{_VALUE}))?")
+_VALUE: Final = (
+    rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?::\w+)*|(?<=--strip )auto\b|(?<=--min-coverage )[\d.]*\d"
+    r"|(?<=--max-shard-size )\w+"
+)
+OPTION: Final = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z-]+)(?:[ =](?P<value>{_VALUE}))?")
+# A word that no sentence has, such as a path or py:mynet:build, without the punctuation of the sentence after it.
+PLAIN_WORD: Final = r"(?=[\w@%+=:.-]*(?:/|[:@%+=.]\w))[\w@%+=:./-]*[\w/@%+=-](?![\w@%+=/-])"
 COMMAND: Final = re.compile(
     rf"\bckpt (?P<name>{'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})\b"
-    rf"(?P<words>(?: (?:-o \S+|--[a-z-]+(?: (?:{_VALUE}))?|[A-Z][A-Z0-9]*\b|{_QUOTED}"
-    r"|[\w-]*[./][\w./-]*\w(?:::[\w.]+)?))*)"
+    rf"(?P<words>(?: (?:(?:-o )?(?:{_QUOTED}|{PLAIN_WORD}|[A-Z][A-Z0-9]*\b)|--[a-z-]+(?: (?:{_VALUE}))?))*)",
+    re.ASCII,
 )
+_QUOTED_OR_OPTION: Final = re.compile(rf"(?<!\w)(?:{_QUOTED})|{OPTION.pattern}")
+_RULE_OPTION: Final = rf"--(?:{'|'.join(RULE_OPTIONS)}) (?:{_QUOTED})"
+_RULE_OPTIONS_IN_ROW: Final = re.compile(rf"{_RULE_OPTION}(?: {_RULE_OPTION})+")
 _WORD: Final = re.compile(rf"-o (?P<out>\S+)|{OPTION.pattern}|(?P<word>{_QUOTED}|\S+)")
 
 
@@ -91,7 +104,50 @@ def hint_for_python(hint: str) -> str:
         >>> hint_for_python("--force replaces it; ckpt remap FILE -o OUT --drop 'fc.*' leaves it out")
         "force=True replaces it; plan_remap(file, parse_rules(drop=['fc.*'])) leaves it out"
     """
-    return OPTION.sub(_argument, COMMAND.sub(_call, hint))
+    joined = _RULE_OPTIONS_IN_ROW.sub(_one_call, COMMAND.sub(_call, hint))
+    return _QUOTED_OR_OPTION.sub(_argument_outside_quotes, joined)
+
+
+def message_for_python(message: str) -> str:
+    """Return a message that names options of ``ckpt`` with the arguments of Python; text in quotes stays as it is.
+
+    Example:
+        >>> from ckptkit.errors import message_for_python
+        >>> message_for_python("--fresh 'fc.*' matches none of 3 keys of 'a --force b'")
+        "fresh='fc.*' matches none of 3 keys of 'a --force b'"
+    """
+    return _QUOTED_OR_OPTION.sub(_named_argument, message) if "--" in message else message
+
+
+def _one_call(match: re.Match[str]) -> str:
+    """Return one call for several options of rules in a row."""
+    return _parse_rules(_rule_lists(OPTION.finditer(match[0])))
+
+
+def _rule_lists(options: Iterable[re.Match[str]]) -> list[str]:
+    """Return the arguments of the options of rules, such as ``drop=['a', 'b']``."""
+    rules: dict[str, list[str]] = {}
+    for option in options:
+        rules.setdefault(option["name"], []).append(_python_word(option["value"]))
+    return [f"{name}=[{', '.join(values)}]" for name, values in rules.items()]
+
+
+def _parse_rules(lists: Iterable[str]) -> str:
+    return f"parse_rules({', '.join(lists)})"
+
+
+def _argument_outside_quotes(match: re.Match[str]) -> str:
+    return match[0] if match["name"] is None else _argument(match)
+
+
+def _named_argument(match: re.Match[str]) -> str:
+    """Return the name of the argument that does what an option does, with its value; quoted text as it is."""
+    name, value = match["name"], match["value"]
+    if name is None or name in _OF_OTHER_PROGRAMS:
+        return match[0]
+    if value is None or name not in RULE_OPTIONS:
+        return name if name in RULE_OPTIONS else _argument(match)
+    return f"{name}={_python_word(value)}"
 
 
 def _call(match: re.Match[str]) -> str:
@@ -100,7 +156,7 @@ def _call(match: re.Match[str]) -> str:
     if not match["words"]:
         return name
     inputs: list[str] = []
-    rules: dict[str, list[str]] = {}
+    rules: list[re.Match[str]] = []
     others, out = [], ""
     for word in _WORD.finditer(match["words"]):
         if word["out"]:
@@ -110,7 +166,7 @@ def _call(match: re.Match[str]) -> str:
         elif word["name"] == "model" and word["value"]:
             inputs.insert(0, _python_word(word["value"]))
         elif word["name"] in RULE_OPTIONS and word["value"]:
-            rules.setdefault(word["name"], []).append(_python_word(word["value"]))
+            rules.append(word)
         else:
             others.append(_argument(word))
     for argument in [argument for argument in others if argument in _METHODS]:
@@ -120,10 +176,10 @@ def _call(match: re.Match[str]) -> str:
         inputs = [inputs[0], f"[{', '.join(inputs[1:])}]"] if len(inputs) > 2 else inputs
     if name in ("merge", "convert", *_METHODS.values()) and out:
         inputs.append(out)
-    lists = [f"{option}=[{', '.join(values)}]" for option, values in rules.items()]
+    lists = _rule_lists(rules)
     is_state = name.startswith(_OPTIMIZER)
     if lists:
-        others = [*lists, *others] if is_state else [f"parse_rules({', '.join(lists)})", *others]
+        others = [*lists, *others] if is_state else [_parse_rules(lists), *others]
     if not inputs:
         inputs = ["state" if is_state else "..."]
     return f"{name}({', '.join((*inputs, *others))})"
@@ -158,16 +214,16 @@ def _python_word(word: str) -> str:
     """Return a word of a command as Python writes it: a placeholder is a variable, everything else a string."""
     if word[:1] in "'\"" or word.startswith("$'"):
         return word.removeprefix("$")
-    return word.lower() if re.fullmatch(r"[A-Z][A-Z_]+", word) else repr(word)
+    return word.lower() if re.fullmatch(r"[A-Z][A-Z_]+", word) else word if _NUMBER.fullmatch(word) else repr(word)
 
 
 class CkptkitError(Exception):
     """Raised, as one of its subclasses, whenever ckptkit refuses a request.
 
     ``reason`` is one sentence that says why ckptkit refused, ``hint`` says what to do instead, and ``path`` is the
-    file, or None. The text of the error is all three on one line. ``hint`` names the options of the command line.
-    ``call`` is the hint for Python, which the text of the error has in place of ``hint``: it names arguments and
-    functions. ``--rename``, ``--keep``, ``--drop`` and ``--strip`` are arguments of ``parse_rules``.
+    file, or None. The text of the error is all three on one line. ``reason`` and ``hint`` name the options of the
+    command line, and the text of the error the arguments and functions of Python. ``call`` is the hint for Python
+    where it needs other words. ``--rename``, ``--keep``, ``--drop`` and ``--strip`` are arguments of ``parse_rules``.
 
     Example:
         >>> try:
@@ -192,7 +248,7 @@ class CkptkitError(Exception):
         where = f"{self.path}: " if self.path else ""
         call = self.call or hint_for_python(self.hint or "")
         hint = f" ({call})" if call else ""
-        return one_line(f"{where}{self.reason}{hint}")
+        return one_line(f"{where}{message_for_python(self.reason)}{hint}")
 
 
 class ArgumentError(CkptkitError, TypeError):

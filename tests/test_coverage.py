@@ -94,7 +94,7 @@ UNMET: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "the second pattern": (
         {"require": ["*.attn.weight", "head.*"]},
         ["--require", "*.attn.weight", "--require", "head.*"],
-        "require = 'head.*': 1 of 1 tensor would not be filled, 'head.weight' (its shape is [5, 2], not [4, 2])",
+        "--require 'head.*': 1 of 1 tensor would not be filled, 'head.weight' (its shape is [5, 2], not [4, 2])",
     ),
     "a share": ({"min_coverage": 0.48}, ["--min-coverage", "0.48"], "72 of 152 elements (47.4 %), below"),
     "percent": ({"min_coverage": 0.48}, ["--min-coverage", "48%"], "72 of 152 elements (47.4 %), below"),

@@ -12,7 +12,8 @@ import torch
 
 from ckptkit import run_checks
 from ckptkit.cli.common.hints import hint_for_command
-from ckptkit.errors import CkptkitError, hint_for_python
+from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.errors import CkptkitError, hint_for_python, message_for_python
 from tests.helpers_cli import ROOT, Ran, run_ckpt
 from tests.helpers_hints import FOREIGN, all_options, commands_in, options_in, problems_of_hint
 
@@ -231,6 +232,7 @@ SPELLINGS = {
     "all 3 keys match after --rename 'module.*=*'": "all 3 keys match after rules=['module.*=*']",
     "--as-layer 'PATTERN=KIND' decides otherwise": "as_layer={'PATTERN': 'KIND'} decides otherwise",
     "save it with --dist-ckpt-format torch_dist": "save it with --dist-ckpt-format torch_dist",
+    "if not needed: --drop 'a' --drop 'b'; or not": "if not needed: parse_rules(drop=['a', 'b']); or not",
     "no option": "no option",
 }
 
@@ -239,6 +241,66 @@ SPELLINGS = {
 def test_the_spelling_of_python(hint: str, spelling: str) -> None:
     """Flags, values, rules and whole commands become arguments and calls; options of other programs stay."""
     assert hint_for_python(hint) == spelling
+
+
+MESSAGES = {
+    "--fresh 'fc.*' matches none of 3 keys": "fresh='fc.*' matches none of 3 keys",
+    "5 of 9, below --min-coverage 0.75; the rest": "5 of 9, below min_coverage=0.75; the rest",
+    "--on-mismatch 'zz.*=skip' and --rename 'a=b'": "on_mismatch={'zz.*': 'skip'} and rename='a=b'",
+    "--strip auto: 'module.' from 3 keys": "strip='auto': 'module.' from 3 keys",
+    "the model's key 'a --force' is \"it's --drop\"": "the model's key 'a --force' is \"it's --drop\"",
+    "save it with --dist-ckpt-format torch_dist": "save it with --dist-ckpt-format torch_dist",
+}
+
+
+@pytest.mark.parametrize(("message", "spelling"), MESSAGES.items())
+def test_messages_name_arguments_in_python(message: str, spelling: str) -> None:
+    """The reason of an error, a finding and a note name arguments in Python; quoted names stay as they are."""
+    assert str(CkptkitError(message)) == message_for_python(message) == spelling
+
+
+NAMES = (
+    "py:fixtures.lenet:build",
+    "py:a.b:c(n=4)",
+    "run",
+    "run/",
+    ".",
+    "a b.pt",
+    "a=b.pt",
+    "w.pt::model",
+    "it's.pt",
+    "ü.pt",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_in_a_hint_is_read_to_its_end(name: str) -> None:
+    """Whatever the name of the checkpoint, its command stays one command, and becomes one call in Python."""
+    word = CheckpointSummary(name, "safetensors").argument
+    hint = f"leave it out: ckpt remap {word} -o OUT --drop 'a', or see ckpt show {word} in full"
+    assert commands_in(hint) == [["remap", name, "-o", "OUT", "--drop", "a"], ["show", name]]
+    assert hint_for_command(hint, {"--keep"}, all_options()) == hint
+    call = hint_for_python(hint).removeprefix("leave it out: ").partition(", or see")[0]
+    parsed = ast.parse(call, mode="eval").body
+    assert isinstance(parsed, ast.Call)
+    assert ast.literal_eval(parsed.args[0]) == name
+
+
+# Lines of files and of Python code, which ckptkit writes or asks for: the fields have the names of options.
+_FIELDS = frozenset(("keep", "strip", "drop", "dtype", "groups", "optimizer"))
+_FIELD_FILES = frozenset(
+    ("emit.py", "rule_files.py", "parse.py", "build.py", "checks.py", "tables.py", "spec_findings.py", "quantized.py")
+)
+
+
+def test_messages_name_options_on_the_command_line() -> None:
+    """No message that a command prints names an argument of Python in place of the option of the same name."""
+    names = "|".join(sorted(name.removeprefix("--").replace("-", "_") for name in all_options()))
+    spelled = re.compile(rf"(?<![\w.\"'{{-])({names}) = ")
+    for path in SOURCES:
+        for text in _texts(ast.parse(path.read_text(encoding="utf-8"))):
+            found = set(spelled.findall(text)) - (_FIELDS if path.name in _FIELD_FILES else set())
+            assert found == set(), (path, text)
 
 
 def test_a_command_names_only_its_own_options() -> None:

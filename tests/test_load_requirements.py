@@ -57,32 +57,32 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
     "another shape": (
         {"require": "head.*"},
         ModelError,
-        "require = 'head.*': 2 of 2 tensors would not be filled, 'head.weight' (its shape is [5, 4], not [3, 4]), ",
-        "require less, or set on_mismatch to an operation that makes the shapes equal",
+        "--require 'head.*': 2 of 2 tensors would not be filled, 'head.weight' (its shape is [5, 4], not [3, 4]), ",
+        "require less, or on_mismatch={'head.*': 'slice'}",
     ),
     "not there": (
         {"require": ["body.*", "neck.*"]},
         ModelError,
-        "require = 'neck.*': 1 of 2 tensors would not be filled, 'neck.bias' (not in the checkpoint)",
+        "--require 'neck.*': 1 of 2 tensors would not be filled, 'neck.bias' (not in the checkpoint)",
         "rename the keys with the rules that suggest_rules finds",
     ),
     "fits no key": (
         {"require": "backbone.*"},
         RuleError,
-        "require = 'backbone.*' matches none of 11 keys of the model",
+        "--require 'backbone.*' matches none of 11 keys of the model",
         "",
     ),
     "a module, not its keys": (
         {"require": "body"},
         RuleError,
-        "require = 'body' matches none",
+        "--require 'body' matches none",
         "did you mean 'body.*'?",
     ),
     "no pattern": ({"require": "a{"}, RuleError, "'a{' has a brace", "regex"),
     "one element below": (
         {"min_coverage": 54 / 72},
         ModelError,
-        "the checkpoint fills 53 of 72 elements (73.6 %), below min_coverage = 0.75; the largest tensors that would ",
+        "the checkpoint fills 53 of 72 elements (73.6 %), below --min-coverage 0.75; the largest tensors that would ",
         "require less",
     ),
     "percent": (

@@ -582,7 +582,7 @@ def test_patterns_choose_which_state_may_be_left_out() -> None:
     assert {name for name, tensor in by_name.items() if tensor in other.state} == by_name.keys() - {*report.dropped}
     with pytest.raises(PlanError, match=r"the state of 'head.bias' .*on_mismatch=\{\"head.bias\": \"skip\"\}"):
         load_optimizer_state(other, model, saved, on_mismatch={"head.weight": "skip"})
-    with pytest.raises(RuleError, match=r"--on-mismatch 'hed.\*' matches none of 6 keys of the optimizer"):
+    with pytest.raises(RuleError, match=r"on_mismatch='hed.\*' matches none of 6 keys of the optimizer"):
         load_optimizer_state(other, model, saved, on_mismatch={"hed.*": "skip"})
     del saved["state"][0]
     with pytest.raises(PlanError, match=r"the file has no state for 'qkv.weight'"):

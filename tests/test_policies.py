@@ -310,7 +310,7 @@ def test_an_error_of_a_call_names_its_arguments() -> None:
     assert "--on-mismatch 'fc.*=slice': the first" in str(error.hint)
     plan_merge(base, donor, on_mismatch={"fc.*": "slice"})
     error = refusal(base, {"m.fc.w": torch.ones(4, 2)})
-    assert str(error).endswith("1 of 2 keys match after --rename 'm.*=*': pass rules=['m.*=*'])")
+    assert str(error).endswith("1 of 2 keys match after rules=['m.*=*'])")
     assert str(error.hint).endswith("--rename 'm.*=*'")
     plan_merge(base, {"m.fc.w": torch.ones(4, 2)}, ["m.*=*"])
     with pytest.raises(PlanError, match=r"\(on_missing={'fc.b': 'keep'} keeps the base's own values\)"):

@@ -120,7 +120,7 @@ def test_a_fresh_pattern_must_match_tensors_that_init_does_not_fill() -> None:
     """It is an error where init fills such a tensor, and where the pattern matches nothing."""
     report = preflight(seeded(), init=seeded(), fresh=["head.*"])
     assert ("error", "preflight.not-fresh", "head.weight") in codes(report)
-    message = "'head.weight', 'head.bias' must stay at init by fresh = 'head.*', but init has values for them"
+    message = "'head.weight', 'head.bias' must stay at init by fresh='head.*', but init has values for them"
     assert message in str(report)
     dropped = preflight(seeded(), init=seeded(), rules=parse_rules(drop=["head.*"]), fresh=["head.*"])
     assert [code for code in codes(dropped) if code[0] == "error"] == []  # the way out that the hint names

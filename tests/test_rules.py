@@ -153,7 +153,7 @@ def test_an_optional_rule_may_do_nothing_and_that_is_noted() -> None:
 
 
 def test_a_name_that_a_rule_empties_is_an_error_naming_rule_and_key() -> None:
-    with pytest.raises(RuleError, match=r"--rename 'step=' leaves 'step' without a name"):
+    with pytest.raises(RuleError, match=r"rename='step=' leaves 'step' without a name"):
         applied(rename=["step="])
 
 

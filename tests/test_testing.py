@@ -54,7 +54,7 @@ def test_fresh_keys_must_not_load() -> None:
 
 def test_fresh_must_match_a_key() -> None:
     """A pattern that matches nothing would hide that a layer was renamed."""
-    with pytest.raises(RuleError, match=r"fresh = 'head\.\*' matches none of 10 keys"):
+    with pytest.raises(RuleError, match=r"fresh='head\.\*' matches none of 10 keys"):
         assert_loads(build(10), LENET, fresh="head.*")
     with pytest.raises(ArgumentError, match="fresh is 3"):
         assert_loads(build(10), LENET, fresh=3)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, find_unmet, parse_requirements
-from ckptkit.core.patterns import literal, parse_pattern
+from ckptkit.core.patterns import drop_options, parse_pattern
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
@@ -58,6 +58,7 @@ __all__ = ["OwnLoading", "follow_ties", "plan_loading", "plan_merge"]
 _SKIP: MismatchAction = "skip"
 _MOST_RESIZES = 3  # operations that a hint names for one tensor
 _MOST_OPTIONS = 4  # of one hint
+_OTHER_SHAPES = "take the values from a checkpoint that has these shapes"
 _MOST_DROPPED = 6  # keys that a hint names
 # Writes the action of a policy for a pattern: as an option, or as an argument.
 _Spelling: TypeAlias = Callable[[str, str, str], str]
@@ -250,10 +251,14 @@ def _refuse_unmet(
         return
     rename = next((hint for overlay in overlays for hint in overlay.hints), None)
     if all(key in reasons for key in unmet[0].keys):
-        hint = call = "require less, or set on_mismatch to an operation that makes the shapes equal"
-        hint = hint.replace("on_mismatch", "--on-mismatch")
+        pairs = {key: pair for overlay in overlays for key, pair in overlay.mismatched.items()}
+        empty = [pairs[key] for key in unmet[0].keys if key in pairs]
+        hint, call = (
+            f"require less, or {_mismatch_hint(empty, spell, sides, skips=False) or _OTHER_SHAPES}"
+            for spell in (_on_command_line, _in_python)
+        )
     elif rename is not None:
-        hint, call = rename.message, f"{rename.message}: pass rules=[{rename.rename!r}]"
+        hint, call = rename.message, None
     else:
         hint = "require less, or rename the keys of DONOR: ckpt align BASE DONOR -o rules.toml finds rules for --rules"
         call = "require less, or rename the keys with the rules that suggest_rules finds"
@@ -336,7 +341,7 @@ class _Overlay:
     from_donor: Mapping[str, Step]
     added: Mapping[str, Step]
     unexpected: Mapping[str, TensorInfo]
-    mismatched: Sequence[str]
+    mismatched: Mapping[str, KeyPair]
     dropped: Sequence[Dropped]
     notes: Sequence[str]
     hints: Sequence[Hint]  # renames that would make more keys match
@@ -396,7 +401,7 @@ def _make_overlay(
             left = [name for name in names if name not in matched and name not in result.moved.values()]
             dropped += [drop for name in left for drop in dropped_sources(role, name, outputs[name], why)]
     dropped += dropped_entries(donor, role)
-    mismatched = [pair.key for pair in result.shape_mismatched]
+    mismatched = {pair.key: pair for pair in result.shape_mismatched}
     hints = [hint for hint in result.hints if hint.rename]
     own = _own_loading(result, outputs, role, donor) if policies.sides.is_loading else OwnLoading()
     return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes, hints, own)
@@ -471,11 +476,15 @@ def _in_python(policy: str, pattern: str, action: str) -> str:
     return f"{policy}={{{pattern!r}: {action!r}}}"
 
 
-def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling, sides: _Sides) -> str:
-    """Return the actions that fit, each with its pattern: all for one module, or the best for each of several."""
+def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling, sides: _Sides, *, skips: bool = True) -> str:
+    """Return the actions that fit, each with its pattern: all for one module, or the best for each of several.
+
+    Unless it ``skips``, it is about the pairs that an action can resize, and empty if there are none.
+    """
     from ckptkit.tensor_ops.suggestions import suggest
 
-    by_key = {pair.key: pair for pair in pairs}
+    ways = {pair.key: _ways(pair, sides, skips=skips) for pair in pairs}
+    by_key = {pair.key: pair for pair in pairs if ways[pair.key]}
 
     def pattern(key: str, action: str) -> str:
         def fits(other: str) -> bool:
@@ -490,22 +499,25 @@ def _mismatch_hint(pairs: Sequence[KeyPair], spell: _Spelling, sides: _Sides) ->
     left, best = list(by_key), []
     while left:
         first = left[0]
-        action, effect = _ways(by_key[first], sides)[0]
+        action, effect = ways[first][0]
         covered = parse_pattern(pattern(first, action))
         left = [key for key in left if not covered.match(key)]
         best.append(option(first, action, effect))
     if len(best) == 1:
-        best = [option(pairs[0].key, *way) for way in _ways(pairs[0], sides)]
+        first = next(iter(by_key))
+        best = [option(first, *way) for way in ways[first]]
     more = f"; {plural(len(best) - _MOST_OPTIONS, 'more pattern')} to give" if len(best) > _MOST_OPTIONS else ""
-    return f"{'; '.join(best[:_MOST_OPTIONS])}{more}{_for_others(by_key, spell)}"
+    return f"{'; '.join(best[:_MOST_OPTIONS])}{more}{_for_others(by_key, spell) if skips else ''}"
 
 
-def _ways(pair: KeyPair, sides: _Sides) -> list[tuple[str, str]]:
-    """Return the actions that would fit a pair, best first, each with its effect."""
+def _ways(pair: KeyPair, sides: _Sides, *, skips: bool) -> list[tuple[str, str]]:
+    """Return the actions that would fit a pair, best first, each with its effect; only if it ``skips``, also that."""
     from ckptkit.tensor_ops.suggestions import suggestions
 
     found, expected = pair.found.shape, pair.expected.shape
     resizes = [(name, f": {why}") for name, why in suggestions(found, expected, pair.key)][:_MOST_RESIZES]
+    if not skips:
+        return resizes
     skip = (_SKIP, f" keeps the {sides.base}'s values there")
     # Fewer rows are mostly a head of fewer classes, of which the first have no meaning.
     shrinks = [name for name, _ in resizes[:1]] == ["slice"] and found[0] > expected[0]
@@ -602,10 +614,10 @@ def _why_unexpected(info: TensorInfo, result: StateDictDiff, sides: _Sides) -> s
 
 def _refusal_error(result: StateDictDiff) -> ModelError:
     """Return the error where the model's own code refuses what torch would give it."""
-    keys = [literal(info.key) for info in result.unexpected[:_MOST_DROPPED]]
+    keys = [info.key for info in result.unexpected[:_MOST_DROPPED]]
     return ModelError(
         f"load_state_dict failed: {result.refusals[0]}",
-        hint=f"if these tensors are not needed, pass rules=ckptkit.parse_rules(drop={keys})" if keys else None,
+        hint=f"if these tensors are not needed, leave them out: {drop_options(keys)}" if keys else None,
     )
 
 
@@ -617,12 +629,10 @@ def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str, sides: 
     expected = result.expected_checkpoint.argument or sides.base.upper()
     found = result.found_checkpoint.argument or role.upper()
     hint = first.message if first else f"compare the shapes: ckpt diff {expected} {found}"
-    call = f"{hint}: pass rules=[{first.rename!r}]" if first and first.rename else None
     return PlanError(
         f"the {role} has no tensor with a key and shape of the {sides.base}, so there is nothing to "
         f"{'load' if sides.is_loading else 'merge'}",
         hint=hint,
-        call=call,
     )
 
 

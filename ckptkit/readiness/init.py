@@ -187,8 +187,8 @@ def check_init(
         if filled:
             yield codes.NOT_FRESH.finding(
                 filled[0],
-                f"{listed(filled, _SHOWN)} must stay at init by fresh = {quoted(pattern.text)}, but init has values "
-                f"for {'it' if len(filled) == 1 else 'them'}",
+                f"{listed(filled, _SHOWN)} must stay at init by --fresh {shell_word(pattern.text)}, but init has "
+                f"values for {'it' if len(filled) == 1 else 'them'}",
                 "if init has their new values, as after ckpt merge with a new head, leave the pattern out; else drop "
                 "these keys of init with a rule (--drop)",
                 keys=filled,
@@ -222,7 +222,7 @@ def fresh_patterns(given: str | Sequence[str], state: Mapping[str, object]) -> l
     for pattern in patterns:
         if not any(map(pattern.match, state)):
             raise RuleError(
-                f"fresh = {quoted(pattern.text)} matches none of {plural(len(state), 'key')} of the model",
+                f"--fresh {shell_word(pattern.text)} matches none of {plural(len(state), 'key')} of the model",
                 hint="a pattern must match the whole key: 'head.*'",
             )
     return patterns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable
-from ckptkit.render.page import Code, Line, Page, Row, Table, table_rows
+from ckptkit.render.page import Line, Message, Page, Row, Table, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["diff_document", "diff_page"]
@@ -106,7 +106,7 @@ def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool =
         *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
         Line((", ".join(counts),)),
         Line((f"coverage {percent(result.coverage)} of {elements}{unread}",)),
-        *(Line(("not met: ", Code(unmet.message))) for unmet in result.unmet),
+        *(Line(("not met: ", Message(unmet.message))) for unmet in result.unmet),
         Line((_verdict(result),)),
         *(
             [Line((f"names decided: the model's own code for loading was not tried, because {result.undecided}",))]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.errors import one_line
-from ckptkit.render.page import Code, Hint, Line, Page
+from ckptkit.render.page import Hint, Line, Message, Page
 
 __all__ = ["finding_lines", "findings_document", "findings_page"]
 
@@ -39,6 +39,6 @@ def findings_page(report: Report) -> Page:
 def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
     """Yield one line per finding, and its hint as an indented line."""
     for finding in findings:
-        yield Line((f"{finding.severity}: ", Code(one_line(finding.message)), f"  [{finding.code}]"))
+        yield Line((f"{finding.severity}: ", Message(one_line(finding.message)), f"  [{finding.code}]"))
         if finding.hint:
             yield Line((Hint(one_line(finding.hint)),), indented=True)

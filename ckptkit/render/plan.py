@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Block, Code, Hint, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Row, Table, as_code, table_rows
 from ckptkit.render.summary import names_in_short
 
 if TYPE_CHECKING:
@@ -151,7 +151,9 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
 def _note(note: str) -> Line:
     """Return the line of a note; the options in its last part are arguments in Python."""
     before, mark, way_out = note.rpartition("; ")
-    return Line((f"{before}{mark}", Hint(way_out))) if mark and "--" in way_out else Line((note,))
+    if mark and "--" in way_out:
+        return Line((Message(f"{before}{mark}"), Hint(way_out)))
+    return Line((Message(note),))
 
 
 def _extracted(written: Written) -> list[str]:

@@ -8,7 +8,7 @@ from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
-from ckptkit.render.page import Block, Code, Line, Page, Table
+from ckptkit.render.page import Block, Code, Line, Message, Page, Table
 from ckptkit.render.summary import coverage_documents, json_number, share_cell
 
 __all__ = ["preflight_document", "preflight_page"]
@@ -36,7 +36,7 @@ def preflight_page(report: Preflight) -> Page:
     if report.ignored:
         page.append(Line((report.ignored_counts,)))
     reason = report.not_ready_reason
-    page.append(Line(("not ready: ", Code(printable(reason)))) if reason else Line((report.verdict,)))
+    page.append(Line(("not ready: ", Message(printable(reason)))) if reason else Line((report.verdict,)))
     return page
 
 

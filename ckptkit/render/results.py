@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
-from ckptkit.errors import hint_for_python
-from ckptkit.render.page import Block, Hint, Line, Page, as_text
+from ckptkit.errors import hint_for_python, message_for_python
+from ckptkit.render.page import Block, Hint, Line, Message, Page, as_text
 
 __all__ = ["document_of", "html_of", "page_of", "text_of"]
 
@@ -61,25 +61,29 @@ def document_of(result: Result, **options: object) -> dict[str, Any]:
 
 
 def text_of(result: Result) -> str:
-    """Return the page of a result as text; its hints name functions and arguments of Python."""
+    """Return the page of a result as text; it names functions and arguments of Python."""
     return "\n".join(as_text(_page_in_python(result)))
 
 
 def html_of(result: Result) -> str:
-    """Return the page of a result as HTML for a notebook; its hints name functions and arguments of Python."""
+    """Return the page of a result as HTML for a notebook; it names functions and arguments of Python."""
     from ckptkit.render.page.html import as_html
 
     return as_html(_page_in_python(result))
 
 
 def _page_in_python(result: Result) -> Page:
-    def spelled(block: Block) -> Block:
-        if not isinstance(block, Line) or not any(isinstance(part, Hint) for part in block.parts):
-            return block
-        parts = tuple(Hint(hint_for_python(part)) if isinstance(part, Hint) else part for part in block.parts)
-        return replace(block, parts=parts)
+    return list(map(_block_in_python, page_of(result)))
 
-    return list(map(spelled, page_of(result)))
+
+def _block_in_python(block: Block) -> Block:
+    return replace(block, parts=tuple(map(_in_python, block.parts))) if isinstance(block, Line) else block
+
+
+def _in_python(text: str) -> str:
+    if isinstance(text, Hint):
+        return Hint(hint_for_python(text))
+    return Message(message_for_python(text)) if isinstance(text, Message) else text
 
 
 def _renderer_of(result: Result) -> _Renderer:

@@ -10,7 +10,7 @@ from ckptkit.core.arguments import refuse, require_number, require_strings
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
-from ckptkit.core.text import listed, percent, plural, quoted
+from ckptkit.core.text import listed, percent, plural, quoted, shell_word
 from ckptkit.errors import RuleError
 
 __all__ = ["Requirements", "Unmet", "find_unmet", "parse_requirements"]
@@ -78,13 +78,13 @@ def find_unmet(
         wanted = [key for key in base if pattern.match(key)]
         if not wanted:
             raise RuleError(
-                f"require = {quoted(pattern.text)} matches none of {plural(len(base), 'key')} of {of}",
+                f"--require {shell_word(pattern.text)} matches none of {plural(len(base), 'key')} of {of}",
                 hint=suggest_pattern(pattern, base),
             )
         empty = [key for key in wanted if key not in filled]
         if empty:
             message = (
-                f"require = {quoted(pattern.text)}: {len(empty):,} of {plural(len(wanted), 'tensor')} would not be "
+                f"--require {shell_word(pattern.text)}: {len(empty):,} of {plural(len(wanted), 'tensor')} would not be "
                 f"filled, {explained(empty)}"
             )
             unmet.append(Unmet("require", message, tuple(empty)))
@@ -93,7 +93,7 @@ def find_unmet(
         empty = sorted(coverage.kept, key=lambda key: -base[key].elements)
         message = (
             f"{source} fills {coverage.filled_elements:,} of {plural(coverage.elements, 'element')} "
-            f"({percent(coverage.share)}), below min_coverage = {requirements.min_coverage:.15g}; the largest tensors "
+            f"({percent(coverage.share)}), below --min-coverage {requirements.min_coverage:.15g}; the largest tensors "
             f"that would not be filled: {explained(empty)}"
         )
         unmet.append(Unmet("min_coverage", message, coverage.kept))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, ClassVar
 
+from ckptkit.errors import message_for_python
+
 __all__ = ["Result"]
 
 # Results stand below the renderer, and cannot import it. This is the only place that reaches up to it.
@@ -33,13 +35,13 @@ class Result:
     _truth: ClassVar[str] = "compare it with None"  # what to write instead of bool()
 
     def __str__(self) -> str:
-        """Return the page that the command line prints, as text; hints name functions and arguments of Python."""
+        """Return the page that the command line prints, as text; it names functions and arguments of Python."""
         text: str = import_module(_RENDERER).text_of(self)
         return text
 
     def __repr__(self) -> str:
         """Return the class and the most important numbers, on one line."""
-        return f"<{type(self).__name__}: {self.in_short}>"
+        return f"<{type(self).__name__}: {message_for_python(self.in_short)}>"
 
     @property
     def in_short(self) -> str:

@@ -10,10 +10,11 @@ from typing import Self
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import shell_word
+from ckptkit.errors import PLAIN_WORD
 
 __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
 
-_PLAIN_WORD = re.compile(r"[\w./:@%+-]+", re.ASCII)  # a shell takes it as it is
+_PLAIN_WORD = re.compile(PLAIN_WORD, re.ASCII)  # a shell takes it as it is, and a hint shows where it ends
 _IN_MEMORY = frozenset({"", "live model", "description"})
 _LIVE_PATH = "py:"
 

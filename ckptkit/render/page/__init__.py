@@ -20,6 +20,7 @@ __all__ = [
     "Hint",
     "Line",
     "Listing",
+    "Message",
     "Page",
     "Row",
     "Table",
@@ -39,6 +40,12 @@ class Code(str):
 
 class Hint(Code):
     """What to do about a finding, with the commands and options of ``ckpt``."""
+
+    __slots__ = ()
+
+
+class Message(Code):
+    """What ckptkit says about a result, with the options of ``ckpt`` and quoted names."""
 
     __slots__ = ()
 
