@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptkit import diff, load_into, merge, plan_merge, preflight
+from ckptkit import diff, extract_lora, load_into, merge, merge_lora, plan_merge, preflight
 from ckptkit.errors import ArgumentError, ModelError, PlanError, RuleError
 from fixtures.lenet import build
 from tests.helpers_cli import run_ckpt
@@ -125,6 +126,53 @@ def test_met_requirements_do_not_change_a_plan(files: tuple[Path, Path, Path]) -
     base, donor, _ = files
     plan = plan_merge(base, donor, on_mismatch="skip")
     assert plan_merge(base, donor, on_mismatch="skip", require="*.attn.*", min_coverage=72 / 152) == plan
+
+
+def adapter_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Write a base of three weights with 24, 24 and 48 elements, an adapter of the first, and the two merged."""
+    base = {"a.weight": torch.zeros(4, 6), "b.weight": torch.zeros(4, 6), "head.weight": torch.zeros(6, 8)}
+    factors = {"lora_A": torch.ones(1, 6), "lora_B": torch.ones(4, 1)}
+    (folder / "adapter").mkdir()
+    save_file(base, folder / "base.safetensors")
+    save_file(base | {"a.weight": torch.ones(4, 6)}, folder / "tuned.safetensors")
+    save_file({f"base_model.model.a.{name}.weight": value for name, value in factors.items()},
+              folder / "adapter" / "adapter_model.safetensors")  # fmt: skip
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["a"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder / "base.safetensors", folder / "adapter", folder / "tuned.safetensors"
+
+
+REASONS = {"lora": "not in the adapter", "extract-lora": "it did not change"}
+
+
+@pytest.mark.parametrize("method", REASONS)
+def test_an_adapter_must_change_what_is_required(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pattern is for keys of the base, and the share for its elements, in the command and in Python."""
+    base, adapter, tuned = adapter_files(tmp_path)
+    out = tmp_path / "out" / "adapter_model.safetensors"
+    out.parent.mkdir()
+    donor = adapter if method == "lora" else tuned
+    asked: dict[tuple[str, ...], tuple[dict[str, Any], str]] = {
+        ("--require", "a.*", "--require", "b.*"): (
+            {"require": ["a.*", "b.*"]},
+            f"1 of 1 tensor would not be changed, 'b.weight' ({REASONS[method]})",
+        ),
+        ("--min-coverage", "26%"): ({"min_coverage": 0.26}, "the adapter changes 24 of 96 elements (25.0 %), below"),
+        ("--require", "a.*", "--min-coverage", "25%"): ({"require": "a.*", "min_coverage": 0.25}, ""),
+    }
+    for options, (arguments, reason) in asked.items():
+        ran = run_ckpt(capsys, "merge", "--method", method, "-o", out, base, donor, *options)
+        assert (ran.code, out.exists(), reason in ran.err) == (2 if reason else 0, not reason, True), ran.err
+        call = partial(merge_lora if method == "lora" else extract_lora, base, donor, out, force=True, **arguments)
+        if reason:
+            with pytest.raises(PlanError, match=re.escape(reason)):
+                call()
+        else:
+            assert call().plan is not None
+    with pytest.raises(RuleError, match="matches none of 3 keys of the base"):
+        call(require="fc.*")
 
 
 def test_wrong_requirements_are_refused(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

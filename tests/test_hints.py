@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ckptkit import run_checks
 from ckptkit.cli.common.hints import hint_for_command
@@ -108,6 +109,29 @@ def _too_little(folder: Path) -> list[str]:
     return [*_other_head(folder), "--on-mismatch", "skip", "--require", "fc3.*"]
 
 
+def _adapter(folder: Path, method: str) -> list[str]:
+    """Return the command for an adapter of one of two weights, without what it must change."""
+    states = {
+        "base": {"a.weight": torch.zeros(4, 6), "b.weight": torch.zeros(4, 6)},
+        "tuned": {"a.weight": torch.ones(4, 6), "b.weight": torch.zeros(4, 6)},
+        "adapter": {"a.lora_A.weight": torch.ones(1, 6), "a.lora_B.weight": torch.ones(4, 1)},
+    }
+    for name, state in states.items():
+        save_file(state, folder / f"{name}.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}', encoding="utf-8")
+    donor = folder / ("adapter.safetensors" if method == "lora" else "tuned.safetensors")
+    return ["merge", str(folder / "base.safetensors"), "--require", "b.*", "--method", method,
+            "-o", str(folder / "out.safetensors"), str(donor)]  # fmt: skip
+
+
+def _too_small_an_adapter(folder: Path) -> list[str]:
+    return _adapter(folder, "lora")
+
+
+def _too_small_a_change(folder: Path) -> list[str]:
+    return _adapter(folder, "extract-lora")
+
+
 def _prefixed_run(_folder: Path) -> list[str]:
     return ["preflight", "--model", "py:fixtures.lenet:build(num_classes=10)", "--resume", str(DDP)]
 
@@ -119,7 +143,8 @@ def _carry_of_nothing(folder: Path) -> list[str]:
 SITUATIONS: list[Callable[[Path], list[str]]] = [
     _prefixed, _other_head, _missing_keys, _unexpected_keys, _unused_policy, _unused_rule, _unused_filter,
     _unused_filter_of_statistics, _existing_output, _sparse, _no_code, _overflow, _strip_without_dot, _unset_variable,
-    _parts_of_layers, _too_little, _prefixed_run, _carry_of_nothing,
+    _parts_of_layers, _too_little, _too_small_an_adapter,
+    _too_small_a_change, _prefixed_run, _carry_of_nothing,
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from ckptkit.rules.model import Rules
 __all__ = ["merge"]
 
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
-    "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread", "require", "min_coverage"),
+    "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread"),
     "lora": ("scale", "weight", "on_unexpected"),
     "extract-lora": ("rank", "as_layer"),
 }
@@ -106,7 +106,8 @@ def merge(
     experts may be, is refused without --on-missing.
 
     The report ends with the share of BASE that got values from a DONOR, and the keys that stay as BASE has them.
-    --require and --min-coverage refuse to write anything if too little would get them.
+    --require and --min-coverage refuse to write anything if too little would get them. With an adapter they are about
+    the tensors of BASE that it changes.
 
     \b
     ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch 'fc.*=skip'
@@ -134,11 +135,23 @@ def merge(
                 from ckptkit.plans.adapters.fold import plan_lora
 
                 unexpected = on_unexpected if _is_given("on_unexpected") else "error"
-                plan = plan_lora(first, others, None, rules, scale=scale, weights=weights, on_unexpected=unexpected)
+                plan = plan_lora(
+                    first,
+                    others,
+                    None,
+                    rules,
+                    scale=scale,
+                    weights=weights,
+                    on_unexpected=unexpected,
+                    require=require,
+                    min_coverage=min_coverage,
+                )
             elif method == "extract-lora":
                 from ckptkit.plans.adapters.extract import plan_extract_lora
 
-                plan = plan_extract_lora(first, others[0], rank, rules, as_layer=as_layer)
+                plan = plan_extract_lora(
+                    first, others[0], rank, rules, as_layer=as_layer, require=require, min_coverage=min_coverage
+                )
             else:
                 plan = plan_merge(
                     first,

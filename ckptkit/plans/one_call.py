@@ -153,6 +153,8 @@ def merge_lora(
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
     on_unexpected: OnUnexpected = "error",
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -166,13 +168,15 @@ def merge_lora(
     """Write ``base`` with one or several LoRA adapters folded into its weights, as ``ckpt merge --method lora`` does.
 
     ``base`` and each adapter are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules``,
-    ``scale``, ``weights`` and ``on_unexpected`` are as in ``plan_lora``; the other arguments are as in ``convert``.
+    ``scale``, ``weights``, ``on_unexpected``, ``require`` and ``min_coverage`` are as in ``plan_lora``; the other
+    arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: A tensor of the adapter has no matching key in the base, or a rule is not valid.
-        PlanError: There is no configuration of the adapter, or a weight cannot be changed.
+        PlanError: There is no configuration of the adapter, a weight cannot be changed, or ``require`` or
+            ``min_coverage`` is not met.
         OutputError: The output exists (without ``force``), or cannot be written.
 
     Example:
@@ -198,8 +202,9 @@ def merge_lora(
         opened_base, *donors = sources.values()
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
             plan = plan_lora(
-                opened_base, donors, lora_config, rules, scale=scale, weights=weights, on_unexpected=on_unexpected
-            )
+                opened_base, donors, lora_config, rules, scale=scale, weights=weights, on_unexpected=on_unexpected,
+                require=require, min_coverage=min_coverage,
+            )  # fmt: skip
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
         )
@@ -213,6 +218,8 @@ def extract_lora(
     rules: RulesLike | None = None,
     *,
     as_layer: AsLayer = "auto",
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
     force: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
@@ -223,13 +230,15 @@ def extract_lora(
     ``base`` and ``tuned`` are a path, a Checkpoint, a Module or a mapping of tensors. ``out`` is the path of an
     ``adapter_model.safetensors``. ``adapter_config.json`` is written beside it, so that peft loads the directory. The
     directory is made if it does not exist.
-    ``rank``, ``rules`` and ``as_layer`` are as in ``plan_extract_lora``; the other arguments are as in ``convert``.
+    ``rank``, ``rules``, ``as_layer``, ``require`` and ``min_coverage`` are as in ``plan_extract_lora``; the other
+    arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: A rule or a pattern is not valid.
-        PlanError: The tensors of the two inputs cannot be compared, no weight changed, or a weight is quantised.
+        PlanError: The tensors of the two inputs cannot be compared, no weight changed, a weight is quantised, or
+            ``require`` or ``min_coverage`` is not met.
         OutputError: One of both files exists (without ``force``), or cannot be written.
 
     Example:
@@ -247,7 +256,10 @@ def extract_lora(
     output = choose_output(out, force=force)
     with adapter_config_target(output) as target, _opened(roles_of(base, [tuned])) as sources:
         with default_error_path(_path(tuned)):
-            plan = plan_extract_lora(sources["base"], sources["donor"], rank, rules, as_layer=as_layer)
+            plan = plan_extract_lora(
+                sources["base"], sources["donor"], rank, rules, as_layer=as_layer, require=require,
+                min_coverage=min_coverage,
+            )  # fmt: skip
         written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)
         write_small_file(target, json_bytes(adapter_config(plan, sources["base"])))
     return written

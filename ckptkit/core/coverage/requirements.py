@@ -63,11 +63,13 @@ def find_unmet(
     *,
     of: str,
     source: str,
+    verbs: tuple[str, str] = ("fills", "filled"),
 ) -> list[Unmet]:
     """Return each requirement that ``filled``, the keys of ``base`` that get values, does not meet.
 
     ``reasons`` say why a key is not filled; other keys are not in the ``source``. Messages call ``base`` by the name
-    ``of``. Raises ``RuleError`` for a pattern that matches no key of ``base``.
+    ``of``, and say what the source does with ``verbs``. Raises ``RuleError`` for a pattern that matches no key of
+    ``base``.
     """
 
     def explained(keys: Sequence[str]) -> str:
@@ -85,16 +87,16 @@ def find_unmet(
         if empty:
             message = (
                 f"--require {shell_word(pattern.text)}: {len(empty):,} of {plural(len(wanted), 'tensor')} would not be "
-                f"filled, {explained(empty)}"
+                f"{verbs[1]}, {explained(empty)}"
             )
             unmet.append(Unmet("require", message, tuple(empty)))
     coverage = measure_coverage(base, filled)
     if coverage.share < requirements.min_coverage:
         empty = sorted(coverage.kept, key=lambda key: -base[key].elements)
         message = (
-            f"{source} fills {coverage.filled_elements:,} of {plural(coverage.elements, 'element')} "
+            f"{source} {verbs[0]} {coverage.filled_elements:,} of {plural(coverage.elements, 'element')} "
             f"({percent(coverage.share)}), below --min-coverage {requirements.min_coverage:.15g}; the largest tensors "
-            f"that would not be filled: {explained(empty)}"
+            f"that would not be {verbs[1]}: {explained(empty)}"
         )
         unmet.append(Unmet("min_coverage", message, coverage.kept))
     return unmet

@@ -10,8 +10,10 @@ from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
+from ckptkit.core.coverage.requirements import Requirements, parse_requirements
 from ckptkit.core.files import same_bytes
 from ckptkit.core.patterns import literal
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, ModelError, PlanError
@@ -19,6 +21,7 @@ from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.inputs import CheckpointLike, rules_for
 from ckptkit.plans.adapters.inputs import BASE, DONOR, opened_roles
 from ckptkit.plans.adapters.layers import AsLayer, AsLayerAction, LayerJudge, as_layer_policy
+from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.tied import TiedChanges
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import Policy, pattern_for
@@ -48,6 +51,8 @@ def plan_extract_lora(
     rules: RulesLike | None = None,
     *,
     as_layer: AsLayer = "auto",
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
 ) -> Plan:
     """Return the plan of the LoRA adapter of rank ``rank`` that is nearest to the change from ``base`` to ``tuned``.
 
@@ -69,8 +74,12 @@ def plan_extract_lora(
     opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
     rule file, its parsed content, or ``Rules``; they rename and filter the keys of ``tuned`` first.
 
+    ``require`` is a pattern or a list of patterns: the adapter must hold the change of every matching key of the base.
+    ``min_coverage`` is the least share of the base's elements whose change it must hold, between 0 and 1.
+
     Raises ``PlanError`` where the base does not have a key or has it in another shape, where a weight is quantised,
-    and where no weight changed. It is also raised where tensors that are one in the base differ in ``tuned``.
+    and where no weight changed. It is also raised where tensors that are one in the base differ in ``tuned``, and where
+    ``require`` or ``min_coverage`` is not met.
 
     Example:
         >>> base, tuned = {"fc.weight": torch.zeros(2, 2)}, {"fc.weight": torch.ones(2, 2)}
@@ -79,6 +88,7 @@ def plan_extract_lora(
     """
     require_number(rank, "rank", "an int of at least 1", at_least=1, whole=True)
     policy = as_layer_policy(as_layer)
+    requirements = parse_requirements(require, min_coverage)
     with opened_roles(base, tuned) as roles:
         base_side, donor = roles.values()
         parsed = rules_for(rules, donor)
@@ -91,6 +101,8 @@ def plan_extract_lora(
             quantized.refuse_change(key, _EXTRACT)
         extraction = _Extraction(roles, {new: old for old, new in key_map.renamed.items()}, rank, policy)
         steps = tuple(extraction.steps())
+        if requirements:
+            _refuse_unmet(requirements, roles, extraction)
         unused = policy.unused(extraction.keys, "the model", allow_unused=parsed.allow_unused)
         left_out = [Dropped(DONOR, key, reason) for key, reason in key_map.dropped.items()]
         plan = Plan(
@@ -103,13 +115,29 @@ def plan_extract_lora(
         return check_quantized(plan, quantized)
 
 
+def _refuse_unmet(requirements: Requirements, roles: Mapping[str, Checkpoint], extraction: _Extraction) -> None:
+    base, donor = roles.values()
+    keys = {old: key for key, old in extraction.names.items()}
+    reasons = {key: "not in the tuned model" for key in base if key not in extraction.names}
+    reasons |= {keys[drop.key]: drop.reason for drop in extraction.dropped if drop.key in keys}
+    paths = [CheckpointSummary.of(each, ()).argument or role.upper() for role, each in ((BASE, base), (DONOR, donor))]
+    refuse_unmet(
+        requirements,
+        base,
+        extraction.held,
+        reasons,
+        hint=f"see what changed: ckpt merge {' '.join(paths)} -o OUT --method extract-lora --dry-run",
+        call="see what changed in the plan without requirements: plan_extract_lora(base, tuned, rank)",
+    )
+
+
 class _Extraction:
     """The plan of an extraction while it is made; ``names`` has the key of the tuned model for each key of the base."""
 
     def __init__(
         self, roles: Mapping[str, Checkpoint], names: Mapping[str, str], rank: int, policy: Policy[AsLayerAction]
     ) -> None:
-        self._roles, self._names, self._rank = roles, names, rank
+        self._roles, self.names, self._rank = roles, names, rank
         self._base, self._donor = roles[BASE], roles[DONOR]
         self._config = {**_config(self._donor), **_config(self._base)}
         sizes = {name: size for name in _SIZES if type(size := self._config.get(name)) is int and size > 1}
@@ -121,10 +149,11 @@ class _Extraction:
         self._same_as: Mapping[str, str] = {}  # of tied keys that are saved whole: the key whose values they have
         self.dropped: list[Dropped] = []
         self.notes: list[str] = []
+        self.held: set[str] = set()  # keys of the base whose change the adapter holds
 
     def steps(self) -> list[Step]:
         """Return the steps of the adapter, and record what is left out and what was decided."""
-        ties = TiedChanges(self._base, self._donor, self._names, self._judge, self._config)
+        ties = TiedChanges(self._base, self._donor, self.names, self._judge, self._config)
         changed = ties.resolve(list(self._changed_keys()))
         self.dropped += ties.dropped
         self._same_as = ties.same_as
@@ -144,7 +173,7 @@ class _Extraction:
                 name = f"{module}.base_layer.bias" if f"{module}.weight" in adapted else key
                 steps.append(self._copy(key, name, "the bias"))
             else:
-                self.dropped.append(Dropped(DONOR, self._names[key], self._no_place(key, module)))
+                self.dropped.append(Dropped(DONOR, self.names[key], self._no_place(key, module)))
         for block, is_left in whole.items():  # modules that PEFT saves too, because their names end alike
             steps += self._steps_of_module(block) if is_left else ()
         if not any(step.recipe is not None for step in steps):
@@ -168,15 +197,15 @@ class _Extraction:
 
     def _note_about_missing(self) -> Iterator[str]:
         """Yield a note about tensors of the base that the tuned model does not have, even under a tied key."""
-        tied = {key for group in tied_keys(self._base.values()) if self._names.keys() & set(group) for key in group}
-        missing = [key for key in self._base if key not in {*self._names, *tied}]
+        tied = {key for group in tied_keys(self._base.values()) if self.names.keys() & set(group) for key in group}
+        missing = [key for key in self._base if key not in {*self.names, *tied}]
         if missing:
             stays = "stays" if len(missing) == 1 else "stay"
             yield f"the tuned model does not have {listed(missing, 4)}, which {stays} as in the base"
 
     def _changed_keys(self) -> Iterator[str]:
         unknown = False
-        for key, old in self._names.items():
+        for key, old in self.names.items():
             if key not in self._base or self._base[key].shape != self._donor[old].shape:
                 if self._is_named_whole(key, old):
                     yield key
@@ -198,12 +227,12 @@ class _Extraction:
         if self._judge.policy.action(key) == "whole":
             return True
         group = next((group for group in tied_keys(self._donor.values()) if old in group), [])
-        others = [new for new, name in self._names.items() if name in group and new in base]
+        others = [new for new, name in self.names.items() if name in group and new in base]
         if key not in base and others:
             self.dropped.append(Dropped(DONOR, old, f"one tensor with {quoted(others[0])}"))
             return False
         has = f"has it as {list(base[key].shape)}" if key in base else "does not have it"
-        pattern = pattern_for(key, self._names)
+        pattern = pattern_for(key, self.names)
         raise PlanError(
             f"{quoted(key)} is {list(info.shape)} in the tuned model, and the base {has}",
             hint=f"leave it out: --drop {shell_word(literal(old))}; or save its module whole: "
@@ -224,7 +253,7 @@ class _Extraction:
 
     def _is_adapted(self, key: str) -> bool:
         """Return whether a changed tensor gets factors."""
-        info, base = self._donor[self._names[key]], self._base.get(key)
+        info, base = self._donor[self.names[key]], self._base.get(key)
         if base is None or base.shape != info.shape or self._attention_block(key.rpartition(".")[0]) is not None:
             return False
         can_compute = {info.dtype, base.dtype} <= ARITHMETIC or info.kind != "dense"  # complete_step says why not
@@ -268,13 +297,15 @@ class _Extraction:
         return (self._copy(key, key, _WHOLE) for key in self._modules[module])
 
     def _copy(self, key: str, name: str, what: str) -> Step:
-        origin = key if key in self._names else self._same_as.get(key, key)
-        source = Source(DONOR, self._names[origin]) if origin in self._names else Source(BASE, origin)
+        self.held.add(key)
+        origin = key if key in self.names else self._same_as.get(key, key)
+        source = Source(DONOR, self.names[origin]) if origin in self.names else Source(BASE, origin)
         out = replace(self._roles[source.role][source.key], key=f"{PEFT_PREFIX}{name}")
         return complete_step(Step(out, (source,), "", f"{_EXTRACT}, {what}"), self._roles)
 
     def _factors(self, key: str) -> Iterator[Step]:
-        old = self._names[key]
+        self.held.add(key)
+        old = self.names[key]
         info = self._donor[old]
         layer = self._judge.layer(key, info.shape)
         rank = min(self._rank, largest_rank(info.shape))

@@ -14,7 +14,9 @@ from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.coverage import measure_coverage
+from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.findings import ReaderWarning
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
 from ckptkit.formats import codes
@@ -26,6 +28,7 @@ from ckptkit.inputs import CheckpointLike, rules_for
 from ckptkit.plans.adapters.combine import PlacedAdapter, combine
 from ckptkit.plans.adapters.inputs import BASE, opened_roles
 from ckptkit.plans.adapters.reading import LoraConfigLike, read_adapter
+from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.ties import head_of, resolve_ties
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
@@ -51,6 +54,8 @@ def plan_lora(
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
     on_unexpected: OnUnexpected = "error",
+    require: str | Sequence[str] = (),
+    min_coverage: float = 0.0,
 ) -> Plan:
     """Return the plan that folds one or several LoRA adapters into ``base``: ``W + scale * B @ A``.
 
@@ -70,6 +75,10 @@ def plan_lora(
     or a mapping of patterns to actions. ``add`` writes a tensor that is saved whole, such as a task head, under its key
     in the model. ``skip`` leaves a tensor out.
 
+    ``require`` is a pattern or a list of patterns: an adapter must change every matching key of the base.
+    ``min_coverage`` is the least share of the base's elements that are in changed tensors, between 0 and 1.
+    ``coverage`` of the plan is this share.
+
     Where the adapter changes only one of several tied tensors, the others keep the values of the base, as in the model
     with the adapter, and the output has both. New rows of an embedding, and all changes of an adapter with
     ``ensure_weight_tying``, hold for what is tied to it. Output weights that the file of the base leaves to their tie
@@ -77,7 +86,8 @@ def plan_lora(
 
     Raises ``RuleError`` for a tensor of an adapter without a matching key in the base. Raises ``PlanError`` where
     an adapter changes a quantised weight, and where nothing says whether an adapted embedding is tied. It is also
-    raised where ``scale`` or a weight is not finite, and where there is no configuration.
+    raised where ``scale`` or a weight is not finite, where there is no configuration, and where ``require`` or
+    ``min_coverage`` is not met.
 
     Example:
         >>> import torch
@@ -87,9 +97,21 @@ def plan_lora(
         'lora, scale 2'
     """
     policy = parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS)
+    requirements = parse_requirements(require, min_coverage)
     adapters, configs, factors = _several(adapter, lora_config, scale, weights)
     with opened_roles(base, *adapters) as roles:
-        return _plan_lora(roles, configs, rules, factors, policy)
+        plan = _plan_lora(roles, configs, rules, factors, policy)
+        changed = frozenset(() if plan.covered is None else plan.covered.filled)
+        first = next(donor for role, donor in roles.items() if role != BASE)
+        refuse_unmet(
+            requirements,
+            roles[BASE],
+            changed,
+            source="the adapter" if len(adapters) == 1 else "the adapters",
+            hint=f"see which layers it has: ckpt show {CheckpointSummary.of(first, ()).argument or 'DONOR'}",
+            call="see which layers it has with open_checkpoint",
+        )
+        return plan
 
 
 def _several(
