@@ -46,10 +46,10 @@ def attempt(call: Callable[[], Any]) -> Any:
         assert result.reason.strip()
         assert "\n" not in str(result)
     if isinstance(result, ckptkit.Preflight):
-        as_text(preflight_page(result))
+        list(as_text(preflight_page(result)))
         json.dumps(preflight_document(result), allow_nan=False)
     elif isinstance(result, ckptkit.Report):
-        as_text(findings_page(result))
+        list(as_text(findings_page(result)))
         json.dumps(findings_document(result), allow_nan=False)
     if isinstance(result, ckptkit.Report):
         result._repr_html_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary, totals
@@ -65,19 +65,26 @@ def show_page(
     if tree:
         return _tree_page(checkpoint, infos)
     shared = shared_keys(checkpoint)
+    has_ties = not shared.keys().isdisjoint(infos)
+    known: dict[tuple[object, ...], tuple[str, ...]] = {}  # most tensors look like many others
     rows = []
-    for info in infos.values():
-        others = shared.get(info.key, ())
-        ties = ", ".join(map(printable, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
-        rows.append(Row(info.key, (dtype, str(list(info.shape)), human_bytes(info.nbytes), ties)))
-    headers = ("key", "dtype", "shape", "bytes", "shares memory with")
-    width = len(headers) if any(row.cells[-1] for row in rows) else -1
-    cells = tuple(cell[:width] for cell in table_rows(rows, expand=expand))
-    tensors = Table(headers[:width], cells, frozenset({"bytes"})) if rows else Listing(("no tensors",))
+    for key, info in infos.items():
+        look = (info.dtype, info.shape, info.kind, info.stored_bytes)
+        cells = known.get(look)
+        if cells is None:
+            dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
+            cells = known[look] = (dtype, str(list(info.shape)), human_bytes(info.nbytes))
+        rows.append(Row(key, (*cells, _ties(shared.get(key, ()))) if has_ties else cells))
+    headers = ("key", "dtype", "shape", "bytes", *(["shares memory with"] if has_ties else []))
+    table = tuple(table_rows(rows, expand=expand))
+    tensors = Table(headers, table, frozenset({"bytes"})) if rows else Listing(("no tensors",))
     title = Line(describe(CheckpointSummary.of(checkpoint, infos.values())))
     quantized = quantized_lines(quantized_weights(checkpoint), infos)
     return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
+
+
+def _ties(others: Sequence[str]) -> str:
+    return ", ".join(map(printable, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
 
 
 def _tree_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ __all__ = [
     "terminal_width",
 ]
 
+_LINES_AT_ONCE = 1000
+
 
 class ReportFormat(Enum):
     """The format in which a command prints its result."""
@@ -42,10 +45,17 @@ class ReportFormat(Enum):
     MARKDOWN = "markdown"
 
 
-def print_line(line: str, *, colour: str | None = None) -> None:
-    """Print a line of a result on stdout, in ``colour`` if the terminal has colours and the user allows them."""
+def print_line(line: str) -> None:
+    """Print a line of a result on stdout; its colours are left out unless the user and the terminal allow them."""
     # Without file=, click wraps an ASCII stream in an encoding of its own, and such a terminal may obey those bytes.
-    click.echo(click.style(line, fg=colour) if colour else line, file=sys.stdout)
+    click.echo(line, file=sys.stdout)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Print lines of a result on stdout, many at a time: click looks at the stream and flushes it each time."""
+    left = iter(lines)
+    while some := list(islice(left, _LINES_AT_ONCE)):
+        print_line("\n".join(some))
 
 
 def print_message(message: str) -> None:
@@ -92,12 +102,15 @@ def echo_report(
     from ckptkit.render.page import as_markdown, as_text
 
     if report_format is ReportFormat.MARKDOWN:
-        for line in as_markdown(page()):
-            print_line(line)
+        _print_lines(as_markdown(page()))
         return
-    for line in as_text(page()):
+
+    def coloured(line: str) -> str:
         colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
-        print_line(line, colour=colour)
+        return click.style(line, fg=colour) if colour else line
+
+    lines = as_text(page())
+    _print_lines(map(coloured, lines) if colours else lines)
 
 
 def terminal_width() -> int | None:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 
-from ckptkit.render.page import Block, Line, Page, Table
+from ckptkit.render.page import BESIDE_HEADER, Block, Line, Page, Table
 
 __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
-_BESIDE_HEADERS = 2  # tabulate makes no column narrower than its header and two spaces
 _NARROWEST = 10  # a shorter cell says nothing
 _CUT = "…"
 
@@ -37,7 +36,7 @@ def _fit(block: Block, width: int) -> Iterator[Block]:
 def _fit_table(table: Table, width: int) -> Table:
     if not table.rows:
         return table
-    headers = [len(header) + _BESIDE_HEADERS for header in table.headers]
+    headers = [len(header) + BESIDE_HEADER for header in table.headers]
     columns = zip(*table.rows, strict=True)
     widths = [max(header, *map(len, column)) for header, column in zip(headers, columns, strict=True)]
     least = [min(size, max(_NARROWEST, header)) for size, header in zip(widths, headers, strict=True)]
