@@ -478,6 +478,12 @@ def test_a_prefix_is_always_found(shapes: Shapes, prefix: str) -> None:
         assert all(truth[old] == new for old, new in renames(result).items())
 
 
+def test_keys_of_more_segments_than_are_split() -> None:
+    """Keys of many separators are all listed, and found under the same names."""
+    keys = [f"{'a.' * count}{end}" for count in (30, 31, 32, 33, 5000) for end in ("", "./", "weight", "0.b")]
+    assert set(aligned(dict.fromkeys(keys, (3,)), dict.fromkeys(keys, (3,))).same) == set(keys)
+
+
 def test_no_bytes_to_compare() -> None:
     """Digests need bytes, and descriptions have none."""
     with pytest.raises(PlanError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 from ckptkit.align.modules import Index, LayeredModule, ModuleMember
 from ckptkit.tensor_ops.operation import Operation, Shape
@@ -39,8 +40,11 @@ class ModuleMatch:
     def index_pairs(self, link: TensorLink) -> Iterator[tuple[Index, Index]]:
         """Yield the expected and the found index of each layer that both sides have."""
         expected, found = link.expected[0].tensors, link.found[0].tensors
+        if not any(self.shift):
+            yield from ((index, index) for index in found if index in expected)
+            return
         for index in found:
-            shifted = tuple(number + by for number, by in zip(index, self.shift, strict=True))
+            shifted = tuple(map(add, index, self.shift))
             if shifted in expected:
                 yield shifted, index
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.align.matching import Matching
-from ckptkit.align.modules import LayeredModule, group_into_modules
+from ckptkit.align.modules import LayeredModule
 from ckptkit.align.pairing import ModulePair
 from ckptkit.align.prefixes import Prefix
 from ckptkit.align.renames import covering_patterns, short_renames
@@ -54,15 +54,14 @@ def verified_rules(
     decisions: Sequence[Decision],
     made: Sequence[Suggestion],
     sides: tuple[Checkpoint, Checkpoint],
-    changed: tuple[Prefix | None, Mapping[str, TensorInfo]],
+    prefix: Prefix | None,
 ) -> tuple[tuple[str, ...], tuple[Suggestion, ...]]:
     """Return the keys that need no rule, and the rules for all other keys in the shortest form that works.
 
-    ``made`` are finished rules. ``changed`` has the common prefix and the found tensors that ``matching`` is about.
-    Both results are empty if no form of the rules fills the intended keys.
+    ``made`` are finished rules. The found tensors that ``matching`` is about have ``prefix`` changed already. Both
+    results are empty if no form of the rules fills the intended keys.
     """
     expected, found = sides
-    prefix, open_infos = changed
     fixed = [rule for decision in decisions for rule in renames_for(decision, expected, found)]
     fixed += made
     same = [key for decision in decisions for key, given in decision.keys.items() if key == given]
@@ -79,8 +78,7 @@ def verified_rules(
         for member in module.members.values()
         for info in member.tensors.values()
     }
-    modules = group_into_modules(open_infos)
-    for suggestions in _rule_forms(matching.pairs, modules, prefix, plain, sides):
+    for suggestions in _rule_forms(matching.pairs, matching.found, prefix, plain, sides):
         rules = [*drops, *fixed, *suggestions]
         if _do_as_intended(rules, intended, ignored, expected, found):
             return tuple(same), tuple(rules)

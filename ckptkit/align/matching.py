@@ -35,11 +35,15 @@ _FIRST_NUMBER = re.compile(r"(?<![0-9])[0-9]+(?=[./])")
 
 @dataclass(slots=True)
 class Matching:
-    """The paired modules, the undecided modules, and modules with equal names but different shapes."""
+    """The paired modules, the undecided modules, and modules with equal names but different shapes.
+
+    ``found`` are all found modules, paired or not.
+    """
 
     pairs: list[ModulePair] = field(default_factory=list)
     undecided: list[Undecided] = field(default_factory=list)
     unequal: list[tuple[LayeredModule, LayeredModule]] = field(default_factory=list)
+    found: Sequence[LayeredModule] = ()
 
 
 def match_checkpoints(
@@ -57,7 +61,7 @@ def match_checkpoints(
     in_order = not (_is_sorted(expected) or _is_sorted(found))
     expected_modules, found_modules = group_into_modules(expected), group_into_modules(found)
     may_rotate = not any(map(_adds_positions, (*expected_modules, *found_modules)))
-    result = Matching()
+    result = Matching(found=found_modules)
     expected_stacks, found_stacks = _group_by_stack(expected_modules), _group_by_stack(found_modules)
     outside = Scope(
         [module for module in expected_modules if module.stack is None],
@@ -164,8 +168,10 @@ def _plain_keys(pair: ModulePair) -> Iterator[tuple[str, str]]:
 
 def _share_of_equal_bytes(pair: ModulePair, digests: Digests) -> float | None:
     """Return the share of a pair's tensors that have equal bytes; None if no digests are known."""
+    if digests.sides is None:
+        return None
     results = [equal for keys in _plain_keys(pair) if (equal := digests.are_equal(*keys)) is not None]
-    for link in pair.match.links if digests.sides is not None else ():
+    for link in pair.match.links:
         if len(link.expected) + len(link.found) > 2:
             for shifted, index in pair.match.index_pairs(link):
                 expected = tuple(member.tensors[shifted].key for member in link.expected)
@@ -306,7 +312,7 @@ def _count_elements(shapes: Counter[tuple[int, ...]]) -> int:
 
 
 def _is_square(link: TensorLink, match: ModuleMatch) -> bool:
-    shapes = [link.found[0].tensors[index].shape for _, index in match.index_pairs(link)]
+    shapes = (link.found[0].tensors[index].shape for _, index in match.index_pairs(link))
     return all(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
 
 
@@ -352,8 +358,8 @@ def _transposed_kinds(pairs: Iterable[ModulePair]) -> Mapping[tuple[str | None, 
         if pair.expected[0].role in _EMBEDDING_ROLES or len(pair.found) != 1 or len(pair.expected) != 1:
             continue
         for link in pair.match.links:
-            shapes = [info.shape for info in link.found[0].tensors.values()]
-            if all(len(shape) == 2 for shape in shapes) and not _is_square(link, pair.match):
+            infos = link.found[0].tensors.values()
+            if all(len(info.shape) == 2 for info in infos) and not _is_square(link, pair.match):
                 for stack in {pair.found[0].stack, None}:
                     kinds[stack, link.expected[0].leaf, link.found[0].leaf].add(_TRANSPOSE in link.operations)
     return kinds

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice, pairwise
 
 from ckptkit.comparison.roles import role_of, split_leaf, split_words
 from ckptkit.core.checkpoint import TensorInfo
@@ -87,7 +88,7 @@ class LayeredModule:
         role, words = role_of(self.path_in_layer, in_layer=self.stack is not None)
         return frozenset((*words, role) if role else words)
 
-    @property
+    @cached_property
     def indices(self) -> frozenset[Index]:
         """Every index that at least one of its tensors has."""
         return frozenset(index for member in self.members.values() for index in member.tensors)
@@ -115,8 +116,10 @@ class LayeredModule:
 def group_into_modules(infos: Mapping[str, TensorInfo]) -> list[LayeredModule]:
     """Return the modules of a checkpoint, in its order; only numbers that count layers become indices."""
     tensors_by_template: dict[tuple[str, ...], dict[Index, TensorInfo]] = {}
-    for key, (texts, index) in _split_indices(infos).items():
-        tensors_by_template.setdefault(texts, {})[index] = infos[key]
+    places = _Tree.of(infos).places()
+    for key, info in infos.items():
+        texts, index = places[key]
+        tensors_by_template.setdefault(texts, {})[index] = info
     modules: dict[tuple[tuple[str, ...], str], LayeredModule] = {}
     for order, (texts, tensors) in enumerate(tensors_by_template.items()):
         cut = max(texts[-1].rfind("."), texts[-1].rfind("/")) + 1
@@ -133,73 +136,107 @@ def group_into_modules(infos: Mapping[str, TensorInfo]) -> list[LayeredModule]:
     return list(modules.values())
 
 
-_SEGMENT = re.compile(r"[^./]*[./]?", re.DOTALL)
+_SEGMENT = re.compile(r"[^./]*[./]", re.DOTALL)
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([./]?)", re.DOTALL)
 _MAX_SEGMENTS = 32  # a hostile key can have a million
 _MAX_NAMES = 4  # w1, w2 and w3 are names, but layer_0 to layer_11 are counted
-_END = "./"  # marks the end of a key: no segment has two separators
-_Node = dict[str, "_Node"]
+_ENDED = frozenset({"./"})  # the name of the end of a key: no segment has two separators
+_Texts = tuple[str, ...]
+_Place = tuple[_Texts, Index]
 
 
-def _split_indices(keys: Iterable[str]) -> dict[str, tuple[tuple[str, ...], Index]]:
-    """Return the texts and the indices of each key."""
-    root: _Node = {}
-    for key in keys:
-        node = root
-        for segment in _segments(key):
-            node = node.setdefault(segment, {})
-    found: dict[str, tuple[tuple[str, ...], Index]] = {}
-    waiting: list[tuple[_Node, str, tuple[str, ...], Index]] = [(root, "", ("",), ())]
-    names_below: dict[int, frozenset[str]] = {}
-    _collect_names(root, names_below)
-    while waiting:
-        node, key, texts, index = waiting.pop()
-        counted = _counted_children(node, names_below)
-        for segment, child in node.items():
-            number = counted.get(segment)
-            if number is None:
-                child_texts, child_index = (*texts[:-1], texts[-1] + segment), index
-            else:
-                child_texts = (*texts[:-1], texts[-1] + number[0], number[2])
-                child_index = (*index, int(number[1]))
-            if segment == _END:
-                found[key] = (texts, index)
-            else:
-                waiting.append((child, key + segment, child_texts, child_index))
-    return {key: found[key] for key in keys}
+@dataclass(eq=False, slots=True)
+class _Node:
+    """What follows a beginning of keys: the next segments, each with what follows it; None where the key ends.
+
+    The segment ``""`` is the end of a key that is the beginning itself. Equal nodes, such as those of layers, are one
+    object after ``_Tree.of``.
+    """
+
+    children: dict[str, _Node | None] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()  # the keys below, with every number written as ``#``
+    counted: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # the text, number and separator of children
+    keys: list[tuple[str, _Texts, Index]] = field(default_factory=list)  # each key below, and its place
 
 
-def _segments(key: str) -> list[str]:
-    parts = [part for part in _SEGMENT.findall(key) if part]
-    if len(parts) > _MAX_SEGMENTS:
-        parts = [*parts[: _MAX_SEGMENTS - 1], "".join(parts[_MAX_SEGMENTS - 1 :])]
-    return [*parts, _END]
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """All keys of a checkpoint by their segments."""
+
+    root: _Node
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> _Tree:
+        root = _Node()
+        by_beginning = {"": root}
+        for key in keys:
+            cut = max(key.rfind("."), key.rfind("/")) + 1
+            node = by_beginning.get(key[:cut])
+            if node is None:
+                node, cut = _add_beginning(by_beginning, key[:cut])
+            node.children[key[cut:]] = None
+        return cls(_merged(root, {}))
+
+    def places(self) -> dict[str, _Place]:
+        """Return the texts and the indices of each key."""
+        return {key: (texts, index) for key, texts, index in _keys_below(self.root)}
 
 
-def _collect_names(node: _Node, names_below: dict[int, frozenset[str]]) -> frozenset[str]:
-    """Return the names below a node, with every number written as ``#``, and store them for each node by its id."""
+def _add_beginning(by_beginning: dict[str, _Node], beginning: str) -> tuple[_Node, int]:
+    """Add a node for a beginning of keys, or for as many of its segments as are split; return it and its length."""
+    if beginning.count(".") + beginning.count("/") >= _MAX_SEGMENTS:
+        beginning = "".join(found[0] for found in islice(_SEGMENT.finditer(beginning), _MAX_SEGMENTS - 1))
+    cuts = [len(beginning)]
+    while beginning[: cuts[-1]] not in by_beginning:
+        last = cuts[-1] - 1
+        cuts.append(max(beginning.rfind(".", 0, last), beginning.rfind("/", 0, last)) + 1)
+    node = by_beginning[beginning[: cuts[-1]]]
+    for start, end in pairwise(reversed(cuts)):
+        child = node.children[beginning[start:end]] = by_beginning[beginning[:end]] = _Node()
+        node = child
+    return node, len(beginning)
+
+
+def _merged(node: _Node, known: dict[object, _Node]) -> _Node:
+    """Return one object for all equal nodes, with the names and the places of the keys below."""
+    for segment, child in node.children.items():
+        if child is not None:
+            node.children[segment] = _merged(child, known)
+    value = tuple((segment, id(child)) for segment, child in node.children.items())
+    same = known.get(value)
+    if same is not None:
+        return same
+    known[value] = node
+    node.names = _names(node)
+    node.counted = _counted_children(node)
+    return node
+
+
+def _names(node: _Node) -> frozenset[str]:
     names: set[str] = set()
-    for segment, child in node.items():
-        match = _NUMBERED.fullmatch(segment)
-        plain = f"#{match[3]}" if match and not match[1] else segment
-        inner = _collect_names(child, names_below)
-        names.update(f"{plain}{name}" for name in inner) if inner else names.add(plain)
-    names_below[id(node)] = frozenset(names)
-    return names_below[id(node)]
+    for plain, child in dict.fromkeys((_without_number(segment), child) for segment, child in node.children.items()):
+        names.update(f"{plain}{name}" for name in (child.names if child is not None else _ENDED))
+    return frozenset(names)
 
 
-def _counted_children(node: _Node, names_below: Mapping[int, frozenset[str]]) -> dict[str, tuple[str, str, str]]:
+def _without_number(segment: str) -> str:
+    match = _NUMBERED.fullmatch(segment)
+    return f"#{match[3]}" if match and not match[1] else segment
+
+
+def _counted_children(node: _Node) -> dict[str, tuple[str, str, str]]:
     """Return the children of a node that are counted, each with its text, number and separator."""
     families: dict[tuple[str, str], list[tuple[str, re.Match[str]]]] = {}
-    for segment in node:
+    for segment in node.children:
         match = _NUMBERED.fullmatch(segment)
         if match:
             families.setdefault((match[1], match[3]), []).append((segment, match))
     counted: dict[str, tuple[str, str, str]] = {}
     for (text, _), members in families.items():
         numbers = {int(match[2]) for _, match in members}
-        layers = [names_below[id(node[segment])] for segment, _ in members]
-        have_children = any(layer != frozenset({_END}) for layer in layers)
+        below = [node.children[segment] for segment, _ in members]
+        layers = [_ENDED if child is None else child.names for child in below]
+        have_children = any(layer != _ENDED for layer in layers)
         are_counted = have_children and len(numbers) > 1 and (0 in numbers or len(numbers) > _MAX_NAMES)
         if (not text or are_counted) and _are_alike(layers):
             counted |= {segment: (match[1], match[2], match[3]) for segment, match in members}
@@ -209,5 +246,27 @@ def _counted_children(node: _Node, names_below: Mapping[int, frozenset[str]]) ->
 def _are_alike(layers: Sequence[frozenset[str]]) -> bool:
     """Return whether most children have the same names below them, like layers, unlike modules of a Sequential."""
     usual = Counter(layers).most_common(1)[0][0]
-    shares = [len(layer & usual) / max(len(layer | usual), 1) for layer in layers]
-    return len(shares) == 1 or sum(shares) - 1 >= 0.5 * (len(shares) - 1)  # the usual layer itself does not count
+    share_of = {layer: len(layer & usual) / max(len(layer | usual), 1) for layer in set(layers)}
+    # The usual layer itself does not count.
+    return len(layers) == 1 or sum(share_of[layer] for layer in layers) - 1 >= 0.5 * (len(layers) - 1)
+
+
+def _keys_below(node: _Node) -> list[tuple[str, _Texts, Index]]:
+    """Return each key below a node, without what is before the node, with its texts and indices."""
+    if node.keys:
+        return node.keys
+    texts_below: dict[tuple[_Texts, _Node], list[_Texts]] = {}
+    for segment, child in node.children.items():
+        number = node.counted.get(segment)
+        head, index = ((segment,), ()) if number is None else ((number[0], number[2]), (int(number[1]),))
+        if child is None:
+            node.keys.append((segment, head, index))
+            continue
+        below = _keys_below(child)
+        if (head, child) not in texts_below:
+            texts_below[head, child] = [(*head[:-1], head[-1] + texts[0], *texts[1:]) for _, texts, _ in below]
+        node.keys += [
+            (segment + key, texts, index + inner)
+            for (key, _, inner), texts in zip(below, texts_below[head, child], strict=True)
+        ]
+    return node.keys

@@ -54,7 +54,7 @@ class QuantizedSides:
             for group in matching.undecided
         ]
         pairs = [pair for pair in map(self.without_wrong_links, matching.pairs) if pair is not None]
-        return Matching(pairs, undecided, matching.unequal)
+        return replace(matching, pairs=pairs, undecided=undecided)
 
     def without_wrong_links(self, pair: ModulePair) -> ModulePair | None:
         """Return the pair without wrong tensors, or None if no tensor is left."""

@@ -50,7 +50,7 @@ def find_rules(expected: Checkpoint, found: Checkpoint, digests: Digests, given:
     matching = match_checkpoints(open_expected, open_found, digests, decisions[0].keys, arrangement)
     matching = sides.without_wrong_pairs(matching)
     decisions.append(_alone_of_their_shape(matching, filled, used, sides))
-    same, rules = verified_rules(matching, decisions, made, (expected, found), (prefix, open_found))
+    same, rules = verified_rules(matching, decisions, made, (expected, found), prefix)
     tied = [_tied(layout, *keys, expected, found) for keys in layout.tied]
     values = _Values(digests, proofs)
     rules = tuple(map(values.add, rules))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from operator import add
 
 from ckptkit.align.evidence import ModuleMatch, TensorLink
 from ckptkit.align.modules import Index, KeyTemplate, LayeredModule
 from ckptkit.align.pairing import ModulePair
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.patterns import matches_any, parse_pattern
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.load import preset_rules
@@ -25,6 +27,7 @@ __all__ = ["Suggestion", "fitting_presets", "suggestions_for"]
 _PATTERN_CHARACTERS = re.compile(r"[*{}=]|^re:")
 _VARIABLES = "ijklmnopqrstuvwxyz"
 _PRESET_SAMPLE = 64  # keys
+_CAPTURE, _BACK_REFERENCE = re.compile(r"\{[^}]*\}"), re.compile(r"\\(?:g<[^>]*>|.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +185,9 @@ def _suggestion(draft: _RuleDraft) -> Suggestion | None:
     for link in draft.links:
         # A joined rule has the shift of the layer only; further indices do not change.
         shift = draft.shift + (0,) * (len(link.found[0].name.texts) - 1 - len(draft.shift))
+        is_shifted = any(shift)
         for index in link.found[0].tensors:
-            shifted = tuple(number + by for number, by in zip(index, shift, strict=True))
+            shifted = tuple(map(add, index, shift)) if is_shifted else index
             are_expected = all(shifted in member.tensors for member in link.expected)
             if are_expected and all(index in member.tensors for member in link.found):
                 sources = tuple(member.tensors[index].key for member in link.found)
@@ -241,13 +245,31 @@ def fitting_presets(expected: Mapping[str, TensorInfo], found: Mapping[str, Tens
 def _is_fitting(name: str, expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> bool:
     variables = tomllib.loads(preset_text(name)).get("vars", {})
     rules = preset_rules(name, dict.fromkeys(variables, 1))  # the number of heads changes no shape
-    if not _matches_many(rules, found):
+    if not _matches_many(rules, found) or not _may_name(rules, expected, found):
         return False
     try:
         infos = apply_rules(rules, found).describe(found)
     except RuleError:
         return False
     return all(key in infos and infos[key].shape == info.shape for key, info in expected.items())
+
+
+def _may_name(rules: Rules, expected: Iterable[str], found: Container[str]) -> bool:
+    """Return whether each expected key is a found key, or has a form that the rules give to new names.
+
+    Most presets fail at the first key, which is much faster than to apply them to all keys.
+    """
+    if any(stage.strip for stage in rules.stages):
+        return True
+    texts = {
+        (_BACK_REFERENCE if template.pattern.is_regex else _CAPTURE).sub("*", template.text)
+        for stage in rules.stages
+        for rule in stage.rules
+        for templates in rule.templates
+        for template in templates
+    }
+    forms = [parse_pattern(text) for text in texts]
+    return all(key in found or matches_any(forms, key) for key in expected)
 
 
 def _matches_many(rules: Rules, found: Mapping[str, TensorInfo]) -> bool:
