@@ -115,11 +115,11 @@ def test_folders_are_small() -> None:
 
 @pytest.mark.parametrize(
     ("library", "packages"),
-    [("click", ("cli",)), ("pickle", ()), ("mmap", ())],
-    ids=["click", "pickle", "mmap"],
+    [("click", ("cli",)), ("tabulate", ("render",)), ("pickle", ()), ("mmap", ())],
+    ids=["click", "tabulate", "pickle", "mmap"],
 )
 def test_libraries_are_imported_only_in_their_package(library: str, packages: tuple[str, ...]) -> None:
-    """Only the command line imports click, and nothing imports pickle or mmap."""
+    """Only the command line imports click, only reports import tabulate, and nothing imports pickle or mmap."""
     users = [name for name, path in FILES.items() if library in {top.partition(".")[0] for top in imports_of(path)}]
     assert [name for name in users if not name.startswith(packages or ("none",))] == []
 

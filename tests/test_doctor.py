@@ -24,7 +24,8 @@ def test_the_versions_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ran.code, document["problems"], document["schema"]) == (0, [], "ckptkit.doctor/1")
     found = {package["name"]: package["version"] for package in document["packages"]}
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    assert found == {name: version(name) for name, _, _ in (line.partition(">=") for line in needed)}
+    names = [line.partition(">=")[0] for line in needed]
+    assert {name.replace("-", "_"): found for name, found in found.items()} == {name: version(name) for name in names}
     devices = [
         "cpu",
         *(["cuda"] if torch.cuda.is_available() else []),
@@ -79,7 +80,7 @@ def test_another_program_of_the_same_name_is_a_problem(
 
 def test_a_package_that_is_not_installed_has_no_version(tmp_path: Path) -> None:
     """``ckpt -V`` says so, where ckptkit is on the path of Python without being installed."""
-    for name in ("ckptkit", "click"):
+    for name in ("ckptkit", "click", "tabulate"):
         origin = Path(str(importlib.import_module(name).__file__))
         origin = origin.parent if origin.name == "__init__.py" else origin
         (tmp_path / origin.name).symlink_to(origin)

@@ -101,7 +101,7 @@ def test_installing_replaces_no_library(tmp_path: Path) -> None:
 def test_extras_resolve(extras: str, tmp_path: Path) -> None:
     """pip finds versions that fit for each extra alone and for all together, with the versions of the tests."""
     names = resolved(tmp_path, "--ignore-installed", "-c", CONSTRAINTS, f"{ROOT}[{extras}]")
-    assert {"ckptkit", "torch", "safetensors", "click"} <= set(names)
+    assert {"ckptkit", "torch", "safetensors", "click", "tabulate"} <= set(names)
 
 
 def test_a_git_url(tmp_path: Path) -> None:
