@@ -139,9 +139,7 @@ def _table_lines(rows: Sequence[Sequence[str]], table: Table, style: str) -> lis
     # at both ends of a cell, so each cell gets a first and a last line more, which are left out afterwards.
     columns = ["\n".join(("-", *column, "-")) for column in zip(*rows, strict=True)]
     align = ["right" if header in table.right else "left" for header in table.headers] if columns else None
-    text = tabulate(
-        [columns] if columns else [], table.headers, tablefmt=style, disable_numparse=True, colalign=align
-    )
+    text = tabulate([columns] if columns else [], table.headers, tablefmt=style, disable_numparse=True, colalign=align)
     lines = [line.rstrip() for line in text.split("\n")]
     return [*lines[: -len(rows) - 2], *lines[-len(rows) - 1 : -1]] if columns else lines
 
