@@ -1,10 +1,8 @@
-"""Conversions between live tensors and stored bytes keep every bit, and casts are those of torch."""
+"""Conversions between live tensors and stored bytes keep every bit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,73 +12,17 @@ from torch import nn
 
 from ckptkit import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint import View
-from ckptkit.core.torch_bridge import CASTABLE, as_checkpoint
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.tensor_ops.casting import CastPayload
-from tests.features import FLOAT4, has_dtype, needs_dtype
+from tests.features import FLOAT4, needs_dtype
 from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*quantiz.*:UserWarning"),
 ]
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """A payload in pieces of the given size, which may end within an element."""
-
-    data: bytes
-    size: int
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
-
-    def chunks(self) -> Iterator[bytes]:
-        yield from (self.data[at : at + self.size] for at in range(0, len(self.data), self.size))
-
-
-def cast(tensor: torch.Tensor, before: str, after: str, size: int) -> bytes:
-    shape = tuple(tensor.shape)
-    payload = CastPayload(Pieces(raw(tensor), size), TensorInfo("w", before, shape), TensorInfo("w", after, shape))
-    made = b"".join(bytes(chunk) for chunk in payload.chunks())
-    assert payload.nbytes == len(made)
-    return made
-
-
-KNOWN = sorted(code for code in CASTABLE if has_dtype(code))
-
-
-@pytest.mark.parametrize("before", KNOWN)
-def test_a_cast_is_that_of_tensor_to(before: str) -> None:
-    """Casts between all castable dtypes equal ``Tensor.to`` for pieces of any size, except for the bits of NaN."""
-    # Within the range of every integer: converting what one cannot hold is undefined, and differs between kernels.
-    source = torch.linspace(0, 100, 67).to(dtype_of(before))
-    for after in KNOWN:
-        wanted = source.to(dtype_of(after))
-        for size in (7, 24, 1000):
-            made = torch.frombuffer(bytearray(cast(source, before, after, size)), dtype=torch.uint8).view(wanted.dtype)
-            assert alike(made, wanted), (before, after, size)
-
-
-def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors have equal bits, or NaN in both."""
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    differ = one.view(torch.uint8).reshape(len(one), -1) != other.view(torch.uint8).reshape(len(other), -1)
-    rest = differ.any(dim=1)
-    return all(bool(tensor.to(wide)[rest].isnan().all()) for tensor in (one, other))
-
-
-@pytest.mark.parametrize("after", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F64"])
-def test_every_bit_pattern_of_a_float_is_cast_as_torch_casts_it(after: str) -> None:
-    """This includes subnormals, infinities, NaN and values out of range."""
-    source = tensor_of("F32", (4099,), seed=5)
-    made = torch.frombuffer(bytearray(cast(source, "F32", after, 4093)), dtype=torch.uint8).view(dtype_of(after))
-    assert alike(made, source.to(dtype_of(after)))
 
 
 @settings(deadline=None, max_examples=100)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.dtypes import is_float
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import torch_dtype
 
-__all__ = ["CastLoss", "describe_overflow", "describe_small_losses", "largest_value", "wider_dtype"]
+__all__ = ["CastLoss", "describe_overflow", "describe_small_losses", "wider_dtype"]
 
 _MOST_KEYS = 4
-_WIDER = ("BF16", "F32", "F64")
+_WIDER = {  # the largest finite values
+    "BF16": float.fromhex("0x1.fep+127"),
+    "F32": float.fromhex("0x1.fffffep+127"),
+    "F64": sys.float_info.max,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +138,4 @@ def wider_dtype(losses: Iterable[CastLoss]) -> str | None:
     if not all(is_float(loss.dtype) and loss.largest for loss in overflowed):
         return None
     dtypes = {loss.dtype for loss in overflowed}
-    return next((code for code in _WIDER if largest <= largest_value(code) and code not in dtypes), None)
-
-
-@functools.cache
-def largest_value(code: str) -> float:
-    """Return the largest finite value of the dtype with this code."""
-    import torch
-
-    dtype = torch_dtype(code)
-    if dtype.is_floating_point or dtype.is_complex:
-        return float(torch.finfo(dtype).max)
-    return 1.0 if dtype == torch.bool else float(torch.iinfo(dtype).max)
+    return next((code for code, most in _WIDER.items() if largest <= most and code not in dtypes), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ class FilePool:
         self.files: dict[str, PooledFile] = {}
         self._recent: dict[PooledFile, None] = {}
         self._closed = False
+        self.lock = threading.Lock()  # held while a file is read, so that no other thread closes it meanwhile
 
     def get(self, name: str) -> PooledFile:
         """Return the file of this name. Raises ``PathError`` where it is missing or not a regular file."""
@@ -85,13 +87,15 @@ class PooledFile(LocalFile):
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes."""
-        self._ensure_open()
-        return super().read(offset, count)
+        with self._pool.lock:
+            self._ensure_open()
+            return super().read(offset, count)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``."""
-        self._ensure_open()
-        super().read_into(buffer, offset)
+        with self._pool.lock:
+            self._ensure_open()
+            super().read_into(buffer, offset)
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if the size or the modification time changed since the file was first opened."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
-from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import code_of
 from ckptkit.core.torch_optim import OptimizerSchema
@@ -13,7 +12,8 @@ from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.model import LazyTensor, SlotValue
 from ckptkit.param_groups.parameters import LiveModel
-from ckptkit.tensor_ops.casting import LossCounter
+from ckptkit.tensor_ops.casting import loss_of_cast
+from ckptkit.values.losses import can_lose
 
 __all__ = ["cast_findings"]
 
@@ -59,9 +59,6 @@ def _losses(
                 continue
             if not parameter.is_floating_point():
                 continue
-            found = value.info
-            counter = LossCounter(found, TensorInfo(f"{name}.{slot}", code, found.shape))
-            if counter.can_lose:
+            if can_lose(value.dtype, code):
                 tensor = value.read_shared()
-                counter.add(tensor, tensor.to(parameter.dtype))
-                yield name, counter.loss
+                yield name, loss_of_cast(f"{name}.{slot}", tensor, tensor.to(parameter.dtype))

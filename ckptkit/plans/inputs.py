@@ -179,7 +179,8 @@ def opened_inputs(
         checked = check_steps(steps, inputs)
         for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(checked):
             raise problem.error()
-        yield PlanInputs({step.out.key: step for step in checked}, inputs, Producer(inputs), allow_overflow)
+        with contextlib.closing(Producer(inputs)) as producer:
+            yield PlanInputs({step.out.key: step for step in checked}, inputs, producer, allow_overflow)
 
 
 def stream_tensors(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint.reading import read_tensor
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
@@ -19,6 +20,8 @@ from ckptkit.plans.steps import describe_step
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.casting import RecipeCounter
     from ckptkit.tensor_ops.operation import Rounded
+    from ckptkit.values.cast_payload import CastPayload
+    from ckptkit.values.workers import Workers
 
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
 
@@ -41,6 +44,7 @@ class Producer:
     losses: dict[str, CastLoss] = field(default_factory=dict)
     extracted: dict[str, ExtractedChange] = field(default_factory=dict)
     _outputs: dict[object, tuple[tuple[Tensor, ...], RecipeCounter]] = field(default_factory=dict, repr=False)
+    _workers: Workers | None = field(default=None, repr=False)
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, which are read or computed only with the chunks.
@@ -53,9 +57,7 @@ class Producer:
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         if found.dtype == step.out.dtype:
             return payload
-        from ckptkit.tensor_ops.casting import CastPayload
-
-        return CastPayload(payload, found, step.out, self.losses)
+        return self._cast(payload, found, step.out)
 
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.
@@ -66,7 +68,7 @@ class Producer:
         dtype = torch_dtype(step.out.dtype)
         if step.recipe is None:
             tensor = self._read(step, 0)
-            return tensor if found.dtype == step.out.dtype else self._cast(tensor, found, step.out)
+            return tensor if found.dtype == step.out.dtype else self._cast_tensor(tensor, found, step.out)
         from ckptkit.tensor_ops.casting import RecipeCounter
         from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
 
@@ -86,7 +88,7 @@ class Producer:
         outputs, counter = evaluated
         tensor = outputs[step.recipe.part]
         loss = counter.loss(step.out.key, tensor)
-        cast = tensor if tensor.dtype == dtype else self._cast(tensor, found, step.out)
+        cast = tensor if tensor.dtype == dtype else self._cast_tensor(tensor, found, step.out)
         self.losses[step.out.key] = loss + self.losses[step.out.key] if cast is not tensor else loss
         return cast
 
@@ -114,28 +116,35 @@ class Producer:
 
         A tensor that is only cast is read in bounded memory.
         """
-        from ckptkit.tensor_ops.casting import CastPayload, can_overflow
-
         if step.recipe is not None:
             if not step.is_cast and not step.recipe.is_lossy:
                 return None
             self.tensor(step)
         else:
-            payload = self.payload(step)
-            if not isinstance(payload, CastPayload) or not can_overflow(payload.found.dtype, step.out.dtype):
+            from ckptkit.values.losses import can_overflow
+
+            found = self._describe(step)
+            if not can_overflow(found.dtype, step.out.dtype):
                 return None
-            for _ in payload.blocks():
-                pass
+            self._cast(self.roles[step.sources[0].role].payload(step.sources[0].key), found, step.out).find_losses()
         return self.losses[step.out.key]
 
-    def _cast(self, tensor: Tensor, found: TensorInfo, out: TensorInfo) -> Tensor:
-        from ckptkit.tensor_ops.casting import LossCounter
+    def _cast(self, payload: Payload, found: TensorInfo, out: TensorInfo) -> CastPayload:
+        from ckptkit.values.cast_payload import CastPayload
+        from ckptkit.values.workers import Workers
 
-        cast = tensor.to(torch_dtype(out.dtype))
-        counter = LossCounter(found, out)
-        counter.add(tensor, cast)
-        self.losses[out.key] = counter.loss
-        return cast
+        if self._workers is None:
+            self._workers = Workers()
+        return CastPayload(payload, found, out, self.losses, self._workers)
+
+    def _cast_tensor(self, tensor: Tensor, found: TensorInfo, out: TensorInfo) -> Tensor:
+        payload = self._cast(TensorPayload(tensor, found.nbytes), found, out)
+        return read_tensor(out, lambda _: payload)
+
+    def close(self) -> None:
+        """End the threads that cast."""
+        if self._workers is not None:
+            self._workers.close()
 
     def _shrink_cache(self) -> None:
         rest = _CACHE_BYTES

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from ckptkit.core.dtypes import DTYPES, dtype_code
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import CASTABLE, torch_dtype
+from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.core.torch_types import Tensor
+from ckptkit.tensor_ops.casting import cast_tensor
 from ckptkit.tensor_ops.operation import (
     Arithmetic,
     Flag,
@@ -60,7 +61,7 @@ class Cast(Operation):
 
     def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Cast the tensor."""
-        cast = tensors[0].to(torch_dtype(self.dtype)).contiguous()
+        cast = cast_tensor(tensors[0], self.dtype)
         if rounded is not None:
             rounded(tensors, tensors[0], cast)
         return (cast,)

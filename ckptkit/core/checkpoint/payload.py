@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ckptkit.errors import FormatError
 
-__all__ = ["Part", "Payload", "SelfWriting", "Sink", "part_of", "read_into"]
+__all__ = ["Joining", "Part", "Payload", "SelfWriting", "Sink", "joining", "part_of", "read_into"]
 
 
 class Payload(Protocol):
@@ -44,6 +44,18 @@ class SelfWriting(Payload, Protocol):
         ...
 
 
+class Joining(Payload, Protocol):
+    """A payload that can be read together with its neighbours, such as a small tensor that is cast as they are."""
+
+    def joins(self, other: Payload) -> bool:
+        """Return whether this payload and ``other``, which comes before it, can be one payload."""
+        ...
+
+    def join(self, others: Sequence[Payload]) -> Payload:
+        """Return this payload and ``others``, which come after it, as one."""
+        ...
+
+
 def read_into(payload: Payload, buffer: memoryview) -> None:
     """Fill ``buffer``, which has one item for each byte of the payload, without another copy where that is possible.
 
@@ -62,6 +74,11 @@ def read_into(payload: Payload, buffer: memoryview) -> None:
         done += len(chunk)
     if done < len(buffer):
         raise FormatError(f"only {done:,} of the {len(buffer):,} bytes of the tensor are stored")
+
+
+def joining(payload: Payload) -> Joining | None:
+    """Return the payload if it has the methods of ``Joining``, else None. To ask ``isinstance`` is much slower."""
+    return payload if hasattr(payload, "join") else None  # type: ignore[return-value]
 
 
 def part_of(payload: Payload, start: int, nbytes: int) -> Payload:

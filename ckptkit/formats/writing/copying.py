@@ -6,9 +6,10 @@ import errno
 import functools
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from ckptkit.core.checkpoint import Payload, SelfWriting
+from ckptkit.core.checkpoint.payload import joining
 from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError
 
@@ -108,23 +109,32 @@ def _early_start() -> Callable[[int, int, int, int], int] | None:
 
 
 def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:
-    """Yield the payloads, joining adjacent ranges of one file so that the kernel copies them in one call."""
-    pending: Extent | None = None
+    """Yield the payloads, joining adjacent ranges of one file so that the kernel copies them in one call.
+
+    Other neighbours are joined where they say so.
+    """
+    run: list[Payload] = []
     for payload in payloads:
-        if not isinstance(payload, Extent):
-            if pending is not None:
-                yield pending
-                pending = None
-            yield payload
-        elif pending is not None and _is_adjacent(pending, payload):
-            pending = Extent(pending.file, pending.offset, pending.nbytes + payload.nbytes)
-        else:
-            if pending is not None:
-                yield pending
-            pending = payload
-    if pending is not None:
-        yield pending
+        if run and not _is_neighbour(run[-1], payload):
+            yield _joined(run)
+            run = []
+        run.append(payload)
+    if run:
+        yield _joined(run)
 
 
-def _is_adjacent(first: Extent, second: Extent) -> bool:
-    return first.file is second.file and first.offset + first.nbytes == second.offset
+def _is_neighbour(first: Payload, second: Payload) -> bool:
+    if isinstance(first, Extent):
+        return isinstance(second, Extent) and first.file is second.file and first.offset + first.nbytes == second.offset
+    later = joining(second)
+    return later is not None and later.joins(first)
+
+
+def _joined(run: Sequence[Payload]) -> Payload:
+    first = run[0]
+    if len(run) == 1:
+        return first
+    if isinstance(first, Extent):
+        return Extent(first.file, first.offset, sum(payload.nbytes for payload in run))
+    earlier = joining(first)
+    return first if earlier is None else earlier.join(run[1:])
