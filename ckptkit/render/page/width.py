@@ -1,70 +1,91 @@
-"""Fit a page into the width of a terminal: sentences are wrapped, and long names are shortened in the middle."""
+"""Fit a page into the width of a terminal: sentences and names are wrapped, and a table that is too wide is listed."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
-from ckptkit.render.page import BESIDE_HEADER, Block, Line, Page, Table
+from ckptkit.render.page import BESIDE_HEADER, Block, Line, Listing, Page, Table
 
 __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
-_NARROWEST = 10  # a shorter cell says nothing
-_CUT = "…"
+_NARROWEST = 16  # names and sentences in a narrower column are hard to read
+_MOST_LINES = 4  # of one row: names that are broken more often are hard to read
+_INDENT = 2
+_BREAKS = ("./", "_-=,")  # a name is broken after one of these, the first kind if possible
 
 
 def fitted(page: Page, width: int | None) -> Page:
-    """Return the page with lines of at most ``width``, as far as the number of columns allows; None: unchanged."""
+    """Return the page with lines of at most ``width`` characters, without leaving out any text; None: unchanged."""
     return page if width is None else [fit for block in page for fit in _fit(block, width)]
 
 
 def _fit(block: Block, width: int) -> Iterator[Block]:
     if isinstance(block, Table):
         yield _fit_table(block, width)
-    elif isinstance(block, Line) and len("".join(block.parts)) + 2 * block.indented > width:
-        for number, text in enumerate(
-            textwrap.wrap("".join(block.parts), max(width - 2, _NARROWEST), break_on_hyphens=False)
-        ):
+    elif isinstance(block, Line) and len("".join(block.parts)) + _INDENT * block.indented > width:
+        for number, text in enumerate(_wrapped("".join(block.parts), width - _INDENT)):
             yield Line((text,), indented=block.indented or number > 0)
     else:
         yield block
 
 
-def _fit_table(table: Table, width: int) -> Table:
+def _fit_table(table: Table, width: int) -> Table | Listing:
     if not table.rows:
         return table
     headers = [len(header) + BESIDE_HEADER for header in table.headers]
     columns = zip(*table.rows, strict=True)
     widths = [max(header, *map(len, column)) for header, column in zip(headers, columns, strict=True)]
     least = [min(size, max(_NARROWEST, header)) for size, header in zip(widths, headers, strict=True)]
-    left = sum(widths) + _GAP * (len(widths) - 1) - width
-    while left > 0:
+    gaps = _GAP * (len(widths) - 1)
+    if sum(least) + gaps > width:
+        return Listing(tuple(_listed(table, width)))
+    for _ in range(sum(widths) + gaps - width):
         widest = max(range(len(widths)), key=lambda at: widths[at] - least[at])
-        if widths[widest] <= least[widest]:
-            break
         widths[widest] -= 1
-        left -= 1
-    return replace(table, rows=tuple(line for row in table.rows for line in _row_lines(row, widths)))
+    rows = [list(_row_lines(row, widths)) for row in table.rows]
+    if max(map(len, rows)) > _MOST_LINES:
+        return Listing(tuple(_listed(table, width)))
+    return replace(table, rows=tuple(chain.from_iterable(rows)))
 
 
-def _row_lines(row: tuple[str, ...], widths: list[int]) -> Iterator[tuple[str, ...]]:
-    """Yield the lines of a row: sentences are wrapped at spaces, and words that are too long are shortened."""
-    cells = [
-        [cell]
-        if len(cell) <= size
-        else [
-            _shortened(line, size) for line in textwrap.wrap(cell, size, break_long_words=False, break_on_hyphens=False)
-        ]
-        for cell, size in zip(row, widths, strict=True)
-    ]
+def _row_lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    cells = (_wrapped(cell, size) if len(cell) > size else [cell] for cell, size in zip(row, widths, strict=True))
     yield from zip_longest(*cells, fillvalue="")
 
 
-def _shortened(cell: str, size: int) -> str:
-    if len(cell) <= size:
-        return cell
-    tail = (size - len(_CUT)) // 2
-    return f"{cell[: size - len(_CUT) - tail]}{_CUT}{cell[len(cell) - tail :]}"
+def _listed(table: Table, width: int) -> Iterator[str]:
+    """Yield the rows one below the other: the name, with the mark before it, and each other cell with its header."""
+    named = next((at for at, header in enumerate(table.headers) if header), 0)
+    yield table.headers[named]
+    for row in table.rows:
+        yield from _indented(" ".join(filter(None, row[: named + 1])), 1, width)
+        for header, cell in zip(table.headers[named + 1 :], row[named + 1 :], strict=True):
+            if cell:
+                yield from _indented(f"{header}: {cell}", 2, width)
+
+
+def _indented(text: str, level: int, width: int) -> Iterator[str]:
+    """Yield the lines of a text at a level; the lines after the first are one level deeper."""
+    for number, line in enumerate(_wrapped(text, width - _INDENT * (level + 1))):
+        yield f"{' ' * _INDENT * (level + (number > 0))}{line}"
+
+
+def _wrapped(text: str, size: int) -> list[str]:
+    """Return lines of at most ``size`` characters: broken at spaces, and a long name after a dot or another sign."""
+    size = max(size, 1)
+    lines = [""]
+    for word in text.split(" "):
+        line = f"{lines[-1]} {word}" if lines[-1] else word
+        if len(line) > size and lines[-1]:
+            lines.append("")
+            line = word
+        while len(line) > size:
+            places = (max(line.rfind(sign, 0, size) for sign in signs) + 1 for signs in _BREAKS)
+            cut = next(filter(None, places), size)
+            lines[-1:] = [line[:cut], ""]
+            line = line[cut:]
+        lines[-1] = line
+    return lines
