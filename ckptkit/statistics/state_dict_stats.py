@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.core.arguments import require_number, require_progress
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.files import Extent
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
@@ -17,9 +18,11 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
-from ckptkit.statistics.accumulator import Accumulator, why_unsupported
-from ckptkit.statistics.threads import Workspace
+from ckptkit.statistics.kernel import StatsKernel, StatsPart
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
+from ckptkit.values.kernels import Tally, parts_of, why_unsupported
+from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
+from ckptkit.values.workers import Workers
 
 __all__ = ["StateDictStats", "TensorStats", "module_name", "stats"]
 
@@ -104,7 +107,7 @@ def stats(
     """Return statistics of the values of each tensor: counts, extremes, moments, norms and a histogram of magnitudes.
 
     Each tensor is read once, in chunks of bounded size; sums are computed in float64. Quantized and sparse tensors,
-    the parts of quantised weights, and dtypes without arithmetic in torch are listed with the reason why they are not
+    the parts of quantised weights, and dtypes without arithmetic are listed with the reason why they are not
     measured.
 
     Args:
@@ -136,20 +139,51 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
         raise RuleError(f"an operation would compute {computed}", hint=hint)
     first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in key_map.renamed) for key in group[1:]}
     quantized = quantized_weights(found)
+    reasons = {key: why_unsupported(found[key]) or _why_not_numbers(key, quantized) for key in key_map.renamed}
+    measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
+    numbers = _measure(found, measured, progress or (lambda _: None))
     tensors: dict[str, TensorStats] = {}
-    with Workspace() as workspace:
-        for key, name in key_map.renamed.items():
-            info = found[key]
-            if key in first_of_tie:
-                same = key_map.renamed[first_of_tie[key]]
-                tensors[name] = TensorStats(info, tensors[same].numbers, tensors[same].why, same)
-            elif why := why_unsupported(info) or _why_not_numbers(key, quantized):
-                tensors[name] = TensorStats(info, None, why)
-            else:
-                tensors[name] = TensorStats(info, _value_stats(found, info, workspace, progress))
+    for key, name in key_map.renamed.items():
+        first = first_of_tie.get(key)
+        if first is None:
+            tensors[name] = TensorStats(found[key], numbers.get(key), reasons[key])
+        else:
+            same = key_map.renamed[first]
+            tensors[name] = TensorStats(found[key], tensors[same].numbers, tensors[same].why, same)
     found.check_unchanged()
     summary = CheckpointSummary.of(found, (tensor.info for tensor in tensors.values()))
     return StateDictStats(tensors, quantized, summary)
+
+
+def _measure(checkpoint: Checkpoint, keys: Iterable[str], progress: Progress) -> dict[str, ValueStats]:
+    """Return the statistics of tensors, each of which is read by itself."""
+    kernel = StatsKernel()
+    numbers: dict[str, ValueStats] = {}
+
+    def sources() -> Iterator[Source[Tally[StatsPart]]]:
+        for key, payload in sorted(((key, checkpoint.payload(key)) for key in keys), key=_place):
+            tally = Tally[StatsPart](checkpoint[key])
+            if tally.bytes_left:
+                yield Source(payload, (Span(tally, 0, tally.bytes_left, tally.width),))
+            else:
+                numbers[key] = kernel.together([], tally.code)
+
+    def measure(read: Read[Tally[StatsPart]]) -> tuple[tuple[Span[Tally[StatsPart]], ...], list[StatsPart]]:
+        return read.spans, parts_of(read, read_bytes(read, workers), kernel, workers)
+
+    with Workers() as workers:
+        for spans, parts in workers.each(measure, reads(sources())):
+            for (tally, start, stop, _), part in zip(spans, parts, strict=True):
+                if tally.add(part, stop - start):
+                    numbers[tally.keys[0]] = kernel.together(tally.parts, tally.code)
+                progress(stop - start)
+    return numbers
+
+
+def _place(item: tuple[str, Payload]) -> tuple[str, int]:
+    """Return where the bytes of a tensor are, so that those of one file are read in order."""
+    payload = item[1]
+    return (payload.file.path, payload.offset) if isinstance(payload, Extent) else ("", 0)
 
 
 def _why_not_numbers(key: str, quantized: Quantized) -> str:
@@ -157,14 +191,3 @@ def _why_not_numbers(key: str, quantized: Quantized) -> str:
     if weight is None:
         return ""
     return f"codes of a weight, quantised as {weight.scheme}" if key == weight.coded else f"part of {weight.scheme}"
-
-
-def _value_stats(
-    checkpoint: Checkpoint, info: TensorInfo, workspace: Workspace, progress: Progress | None
-) -> ValueStats:
-    accumulator = Accumulator(info, workspace)
-    for chunk in checkpoint.payload(info.key).chunks():
-        accumulator.add(chunk)
-        if progress is not None:
-            progress(len(chunk))
-    return accumulator.result()

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-__all__ = ["Moments", "ValueStats", "exact_sum", "merge_moments", "merge_stats"]
+from ckptkit.values.extremes import Extremes, merge_extremes
+from ckptkit.values.moments import NO_MOMENTS, Moments, merge_moments
 
-
-class Moments(NamedTuple):
-    """Moments of ``finite`` numbers; ``squares`` is the sum of their squared distances from ``mean``."""
-
-    finite: int
-    mean: float
-    squares: float
-    l1: float
-
-
-_NO_MOMENTS = Moments(0, 0.0, 0.0, 0.0)
+__all__ = ["ValueStats", "counts_and_extremes", "merge_stats"]
 
 
 @dataclass(frozen=True)
-class ValueStats:
+class ValueStats(Extremes):
     """Statistics of the values of one tensor, or of several together.
 
     An element of a complex tensor counts as two numbers: its real and its imaginary part. ``min``, ``max``, ``mean``,
@@ -46,21 +36,8 @@ class ValueStats:
             are rounded to float64 first.
     """
 
-    count: int = 0
-    nan: int = 0
-    posinf: int = 0
-    neginf: int = 0
-    zeros: int = 0
-    subnormal: int = 0
-    min: float | None = None
-    max: float | None = None
-    moments: Moments = _NO_MOMENTS
+    moments: Moments = NO_MOMENTS
     histogram: Mapping[int, int] = field(default_factory=dict)
-
-    @property
-    def finite(self) -> int:
-        """The number of values that are neither NaN nor infinite."""
-        return self.count - self.nan - self.posinf - self.neginf
 
     @property
     def mean(self) -> float | None:
@@ -84,44 +61,6 @@ class ValueStats:
         # Both terms are at least 0, so that no digits cancel.
         return math.sqrt(squares + finite * mean * mean) if self.finite else None
 
-    @property
-    def abs_max(self) -> float | None:
-        """The largest magnitude of the finite numbers."""
-        return None if self.min is None or self.max is None else max(abs(self.min), abs(self.max))
-
-    @property
-    def constant(self) -> float | None:
-        """The value of every element if all values are finite and equal, else None."""
-        return self.min if self.finite == self.count and self.min == self.max else None
-
-    @property
-    def zero_share(self) -> float:
-        """The share of zeros among the values, between 0 and 1; 0 if there are no values."""
-        return self.zeros / self.count if self.count else 0.0
-
-
-def merge_moments(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of all parts together; the order of the parts does not matter."""
-    parts = [part for part in parts if part.finite]
-    if len(parts) < 2:
-        return parts[0] if parts else _NO_MOMENTS
-    finite = sum(part.finite for part in parts)
-    mean = exact_sum(part.finite * part.mean for part in parts) / finite
-    if not math.isfinite(mean):  # the sum overflows float64, but the mean does not
-        mean = exact_sum(part.finite / finite * part.mean for part in parts)
-    offsets = [(part.finite, part.mean - mean) for part in parts]
-    between = (count * offset * offset for count, offset in offsets)
-    squares = exact_sum([*(part.squares for part in parts), *between])
-    return Moments(finite, mean, squares, exact_sum(part.l1 for part in parts))
-
-
-def exact_sum(numbers: Iterable[float]) -> float:
-    """Return the sum with a single rounding; infinite if it overflows float64."""
-    try:
-        return math.fsum(numbers)
-    except (OverflowError, ValueError):  # ValueError: infinities of both signs
-        return math.inf
-
 
 def merge_stats(parts: Iterable[ValueStats]) -> ValueStats:
     """Return the statistics of several tensors together, as if they were one tensor."""
@@ -129,15 +68,10 @@ def merge_stats(parts: Iterable[ValueStats]) -> ValueStats:
     bins: Counter[int] = Counter()
     for part in parts:
         bins.update(part.histogram)
-    return ValueStats(
-        sum(part.count for part in parts),
-        sum(part.nan for part in parts),
-        sum(part.posinf for part in parts),
-        sum(part.neginf for part in parts),
-        sum(part.zeros for part in parts),
-        sum(part.subnormal for part in parts),
-        min((part.min for part in parts if part.min is not None), default=None),
-        max((part.max for part in parts if part.max is not None), default=None),
-        merge_moments([part.moments for part in parts]),
-        dict(sorted(bins.items())),
-    )
+    moments = merge_moments([part.moments for part in parts])
+    return ValueStats(*counts_and_extremes(merge_extremes(parts)), moments, dict(sorted(bins.items())))
+
+
+def counts_and_extremes(found: Extremes) -> tuple[int, int, int, int, int, int, float | None, float | None]:
+    """Return the fields of ``Extremes`` in order, as the first arguments of ``ValueStats``."""
+    return found.count, found.nan, found.posinf, found.neginf, found.zeros, found.subnormal, found.min, found.max

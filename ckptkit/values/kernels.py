@@ -1,0 +1,117 @@
+"""What is computed of the bytes of tensors: a kernel takes pieces, and puts the parts of a tensor together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+
+from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import DTYPES
+from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
+from ckptkit.values.exponents import count_bytes
+from ckptkit.values.extremes import FLOAT_FORMATS, INTEGERS, Extremes, extremes_of, merge_extremes
+from ckptkit.values.reading import Read
+from ckptkit.values.workers import Workers
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["ExtremesKernel", "Kernel", "Tally", "part_code", "parts_of", "why_unsupported"]
+
+_PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
+_Part = TypeVar("_Part")
+_Result = TypeVar("_Result", covariant=True)
+
+
+class Kernel(Protocol[_Part, _Result]):
+    """Arithmetic over the numbers of tensors."""
+
+    def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[_Part]:
+        """Return what was computed of each run of numbers of dtype ``code``; a run begins at each of ``starts``."""
+        ...
+
+    def together(self, parts: list[_Part], code: str) -> _Result:
+        """Return the result of a tensor, given its parts in order."""
+        ...
+
+
+class ExtremesKernel:
+    """Counts and extremes, which need no conversion of numbers."""
+
+    def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[Extremes]:
+        """Return the counts and extremes of each run."""
+        if code in FLOAT_FORMATS or code in INTEGERS:
+            return extremes_of(data, code, workers, starts)
+        import numpy as np
+
+        numbers: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+        ends = [*starts[1:], len(numbers)]
+        pairs = [pairs_of_codes(count_bytes(numbers[start:end]), code) for start, end in zip(starts, ends, strict=True)]
+        return [extremes_of_codes(one, code) for one in pairs]
+
+    def together(self, parts: list[Extremes], code: str) -> Extremes:  # noqa: ARG002 - other kernels need the dtype
+        """Return the counts and extremes of a tensor."""
+        return merge_extremes(parts)
+
+
+class Tally(Generic[_Part]):
+    """The parts of a tensor that are computed already."""
+
+    __slots__ = ("bytes_left", "code", "keys", "parts")
+
+    def __init__(self, info: TensorInfo) -> None:
+        """Wait for all bytes of a tensor that ``why_unsupported`` has nothing against."""
+        self.keys = [info.key]
+        self.code = part_code(info.dtype)
+        self.bytes_left = info.nbytes
+        self.parts: list[_Part] = []
+
+    @property
+    def width(self) -> int:
+        """The bytes of one number."""
+        return DTYPES[self.code].part_bytes
+
+    def add(self, part: _Part, nbytes: int) -> bool:
+        """Add the part that was computed of the next ``nbytes`` bytes, and return whether it is the last."""
+        self.parts.append(part)
+        self.bytes_left -= nbytes
+        return self.bytes_left == 0
+
+
+def part_code(dtype: str) -> str:
+    """Return the dtype of the numbers in an element: those of a complex element are real."""
+    return _PARTS.get(dtype, dtype)
+
+
+def why_unsupported(info: TensorInfo) -> str:
+    """Return why nothing can be computed of the values of a tensor; an empty string if it can."""
+    if info.kind != "dense":
+        return f"{info.kind} tensor"
+    if info.dtype == "F4" and info.elements % 2:
+        return "an odd number of F4 elements, which are stored two to a byte"
+    code = part_code(info.dtype)
+    if code in FLOAT_FORMATS or code in INTEGERS or code in BYTE_CODES:
+        return ""
+    return f"torch has no arithmetic for {info.dtype}"
+
+
+def parts_of(
+    read: Read[Tally[_Part]], data: memoryview, kernel: Kernel[_Part, object], workers: Workers
+) -> list[_Part]:
+    """Return what the kernel computes of each span of a read; the spans of one dtype are computed together."""
+    spans = read.spans
+    if len(spans) == 1:
+        return kernel.parts(data[spans[0].start : spans[0].stop], spans[0].item.code, workers, (0,))
+    by_code: dict[str, list[int]] = {}
+    for index, span in enumerate(spans):
+        by_code.setdefault(span.item.code, []).append(index)
+    found: dict[int, _Part] = {}
+    for code, indices in by_code.items():
+        starts, at, chunks = [], 0, []
+        for index in indices:
+            _, start, stop, width = spans[index]
+            starts.append(at // width)
+            at += stop - start
+            chunks.append(data[start:stop])
+        found |= zip(indices, kernel.parts(memoryview(b"".join(chunks)), code, workers, starts), strict=True)
+    return [found[index] for index in range(len(spans))]

@@ -1,0 +1,153 @@
+"""Plan how bytes are read for arithmetic: long payloads in pieces, short neighbours in a file together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from ckptkit.core.checkpoint.payload import Payload
+from ckptkit.core.files import Extent, is_seekable
+from ckptkit.values.workers import Workers
+
+__all__ = ["Read", "Source", "Span", "read_bytes", "reads"]
+
+_PIECE: Final = 1 << 21  # bytes; what a thread reads stays in its cache
+_SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
+_MAX_GAP: Final = 1 << 12  # bytes between two payloads that are read together
+_MAX_TOGETHER: Final = 1024  # payloads; some kernels need memory for each
+_Item = TypeVar("_Item")
+
+
+class Span(NamedTuple, Generic[_Item]):
+    """The numbers of an item, such as a tensor, in a payload: ``width`` bytes each, from ``start`` to ``stop``."""
+
+    item: _Item
+    start: int
+    stop: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Generic[_Item]):
+    """A payload, the numbers in it, and a ``label`` that its reads have."""
+
+    payload: Payload
+    spans: tuple[Span[_Item], ...]
+    label: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Generic[_Item]):
+    """Bytes to read at once, and what they mean; all positions count from the first byte of the read.
+
+    Attributes:
+        payload: What to read; None if ``data`` has the bytes already.
+        data: The bytes, of a payload that can be read only in order.
+        start: The first byte of the payload.
+        nbytes: The number of bytes.
+        spans: Whole numbers of each item; an item has its numbers in the order of the reads.
+        labels: The label of each source, and its range of bytes here. The ranges of a source do not overlap, and
+            leave nothing out.
+    """
+
+    payload: Payload | None
+    data: memoryview
+    start: int
+    nbytes: int
+    spans: tuple[Span[_Item], ...]
+    labels: tuple[tuple[object, int, int], ...]
+
+
+def read_bytes(read: Read[_Item], workers: Workers) -> memoryview:
+    """Return the bytes of a read, in a buffer of this thread."""
+    return read.data if read.payload is None else workers.read("bytes", read.payload, read.start, read.nbytes)
+
+
+def reads(sources: Iterable[Source[_Item]]) -> Iterator[Read[_Item]]:
+    """Yield the reads of all sources, in order; none has many more than 2 MiB.
+
+    The reads of a source depend on nothing but its length and its spans: sums over them are always the same. A payload
+    that is not ``is_seekable`` is read by this iterator.
+    """
+    small: list[Source[_Item]] = []
+    for source in sources:
+        if small and not _are_neighbours(small, source):
+            yield _together(small)
+            small = []
+        if isinstance(source.payload, Extent) and source.payload.nbytes < _SMALL:
+            small.append(source)
+        elif is_seekable(source.payload):
+            for read in _pieces(source):
+                yield replace(read, payload=source.payload)
+        else:
+            yield from _in_order(source)
+    if small:
+        yield _together(small)
+
+
+def _are_neighbours(small: list[Source[_Item]], source: Source[_Item]) -> bool:
+    first, last, payload = small[0].payload, small[-1].payload, source.payload
+    if not isinstance(payload, Extent) or not isinstance(first, Extent) or not isinstance(last, Extent):
+        return False
+    gap = payload.offset - last.offset - last.nbytes
+    return (
+        payload.nbytes < _SMALL
+        and payload.file is first.file
+        and 0 <= gap <= _MAX_GAP
+        and payload.offset + payload.nbytes - first.offset <= _PIECE
+        and len(small) < _MAX_TOGETHER
+    )
+
+
+def _together(sources: list[Source[_Item]]) -> Read[_Item]:
+    first, last = sources[0].payload, sources[-1].payload
+    if len(sources) == 1 or not isinstance(first, Extent) or not isinstance(last, Extent):
+        source = sources[0]
+        labels = ((source.label, 0, source.payload.nbytes),)
+        return Read(source.payload, memoryview(b""), 0, source.payload.nbytes, source.spans, labels)
+    nbytes = last.offset + last.nbytes - first.offset
+    spans, labelled = [], []
+    for source in sources:
+        at = source.payload.offset - first.offset if isinstance(source.payload, Extent) else 0
+        spans += [Span(item, at + start, at + stop, width) for item, start, stop, width in source.spans]
+        labelled.append((source.label, at, at + source.payload.nbytes))
+    return Read(Extent(first.file, first.offset, nbytes), memoryview(b""), 0, nbytes, tuple(spans), tuple(labelled))
+
+
+def _pieces(source: Source[_Item]) -> Iterator[Read[_Item]]:
+    """Yield the reads of a long payload, without the payload. A number that a piece cuts belongs to the first piece."""
+    nbytes = source.payload.nbytes
+    spans = sorted(source.spans, key=lambda span: span.start)
+    active: list[Span[_Item]] = []
+    following = 0
+    for start in range(0, nbytes, _PIECE):
+        stop = min(start + _PIECE, nbytes)
+        while following < len(spans) and spans[following].start < stop:
+            active.append(spans[following])
+            following += 1
+        parts = []
+        for item, first, end, width in active:
+            begin = first + -(-max(start - first, 0) // width) * width
+            ending = min(first + -(-(stop - first) // width) * width, end)
+            if begin < ending:
+                parts.append(Span(item, begin - start, ending - start, width))
+        count = max([stop - start, *(part.stop for part in parts)])
+        yield Read(None, memoryview(b""), start, count, tuple(parts), ((source.label, 0, stop - start),))
+        active = [span for span in active if span.stop > stop]
+
+
+def _in_order(source: Source[_Item]) -> Iterator[Read[_Item]]:
+    """Yield the reads of a payload that can be read only from its beginning, with their bytes."""
+    chunks = iter(source.payload.chunks())
+    rest = memoryview(b"")
+    for read in _pieces(source):
+        parts, have = [rest], len(rest)
+        while have < read.nbytes:
+            parts.append(memoryview(bytes(next(chunks))))  # its buffer is filled again for the next chunk
+            have += len(parts[-1])
+        data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        rest = data[read.labels[0][2] :]
+        yield replace(read, data=data[: read.nbytes])
+    for _ in chunks:  # a payload may find only at its end that its bytes are damaged
+        pass
