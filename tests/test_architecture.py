@@ -208,6 +208,20 @@ def test_light_commands_import_no_heavy_library(code: str, tmp_path: Path) -> No
     assert done.stderr.splitlines()[-1] == "HEAVY []"
 
 
+NUMPY_COMMANDS = {
+    "check": "main(['check', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt', 'fixtures/encoder_sharded'])",
+    "stats": "main(['stats', 'fixtures/lenet_10class.pth'])",
+}
+
+
+@pytest.mark.parametrize("code", NUMPY_COMMANDS.values(), ids=NUMPY_COMMANDS.keys())
+def test_values_of_files_need_no_torch(code: str) -> None:
+    """Commands that judge the values of files import numpy, but not torch, which takes a second."""
+    program = f"import sys\nfrom ckptkit.cli import main\n{code}\nprint('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False"
+
+
 # The packages that a command must not load, because it calls nothing in them.
 UNUSED_PACKAGES = {
     "help": ("main(['--help'])", {"core", "formats", "render", "rules", "wrappers"}),

@@ -412,7 +412,7 @@ def test_a_reader_without_records_is_read_tensor_by_tensor(tmp_path: Path) -> No
 def test_a_file_that_becomes_shorter_is_a_finding(tmp_path: Path) -> None:
     """A file that becomes shorter ends the reading with a finding, and the report says that the rest was not read."""
     path = tmp_path / "f.safetensors"
-    save_file({str(index): torch.ones(1000) for index in range(4)}, path)
+    save_file({str(index): torch.ones(40_000) for index in range(20)}, path)
     report = checked(path, progress=lambda _: os.truncate(path, 5000))
     assert codes(report) == ["changed", "no-checksum", "not-scanned"]
     assert "cannot be read: the file became shorter" in report.findings[0].message

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from ckptkit.core.checkpoint import TensorInfo
+from ckptkit import stats
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.statistics.accumulator import Accumulator, why_unsupported
-from ckptkit.statistics.threads import Workspace
+from ckptkit.statistics.state_dict_stats import measure_values
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
+from ckptkit.values.kernels import why_unsupported
+from ckptkit.values.workers import Workers
 from tests.features import FLOAT4, has_dtype
 from tests.helpers_formats import bits, random_tensor
 
@@ -24,17 +29,30 @@ F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SUPPORTED = [code for code in DTYPES if has_dtype(code) and not code.startswith(("Q", "BITS"))]
 
 
-@pytest.fixture(scope="module")
-def workspace() -> Iterator[Workspace]:
-    with Workspace(2) as workspace:
-        yield workspace
+@dataclass(frozen=True)
+class Chunked:
+    """Bytes in chunks of ``step``, in one buffer that is filled again for each chunk."""
+
+    data: bytes
+    step: int
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[memoryview]:
+        buffer = bytearray(self.step)
+        for start in range(0, len(self.data), self.step):
+            part = self.data[start : start + self.step]
+            buffer[: len(part)] = part
+            yield memoryview(buffer)[: len(part)]
 
 
-def stats_of(info: TensorInfo, data: bytes, workspace: Workspace, step: int = 1 << 22) -> ValueStats:
-    accumulator = Accumulator(info, workspace)
-    for start in range(0, len(data), step):
-        accumulator.add(memoryview(data)[start : start + step])
-    return accumulator.result()
+def stats_of(info: TensorInfo, data: bytes, step: int = 1 << 22, threads: int = 2) -> ValueStats:
+    payload = Chunked(data, step)
+    checkpoint = Checkpoint({info.key: info}, Access(lambda _: payload), Description("a", "test"))
+    with Workers(threads) as workers:
+        return measure_values(checkpoint, [info.key], workers, lambda _: None)[info.key]
 
 
 def described(tensor: torch.Tensor) -> TensorInfo:
@@ -94,14 +112,14 @@ def check(found: ValueStats, values: list[float], code: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("code", SUPPORTED)
-def test_every_dtype(code: str, workspace: Workspace) -> None:
+def test_every_dtype(code: str) -> None:
     """The statistics of random bits, with NaN, infinities and unused codes, agree with exact arithmetic."""
     dtype = getattr(torch, DTYPES[code].torch_name)
     tensor = random_tensor(dtype, (4002,))
     if code in ("F64", "C128"):  # squares of the full range are beyond float64, in torch as well
         tensor = torch.where(tensor.abs() < 1e100, tensor, torch.tensor(math.nan).to(dtype))
         tensor = torch.where((tensor.abs() > 1e-100) | tensor.isnan(), tensor, torch.zeros((), dtype=dtype))
-    check(stats_of(described(tensor), bits(tensor), workspace), numbers_in(tensor), code)
+    check(stats_of(described(tensor), bits(tensor)), numbers_in(tensor), code)
 
 
 def test_no_dtype_is_forgotten() -> None:
@@ -112,8 +130,6 @@ def test_no_dtype_is_forgotten() -> None:
     assert why_unsupported(TensorInfo("w", "F4", (3,)))
     for kind in ("sparse", "quantized", "meta", "subclass"):
         assert why_unsupported(TensorInfo("w", "F32", (2,), kind=kind)) == f"{kind} tensor"
-    with Workspace() as workspace, pytest.raises(ValueError, match="'w': quantized tensor"):
-        Accumulator(TensorInfo("w", "Q4_K", (256,), kind="quantized"), workspace)
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-45, 65504.0, 6e-8, math.nan, math.inf, -math.inf]
@@ -125,23 +141,23 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-45, 65504.0, 6e-8, math.nan, m
     st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), max_size=40),
     st.integers(1, 9),
 )
-def test_any_floats_in_any_chunks(workspace: Workspace, dtype: torch.dtype, values: list[float], step: int) -> None:
+def test_any_floats_in_any_chunks(dtype: torch.dtype, values: list[float], step: int) -> None:
     """Chunks of any size, even those that split a number, give the same result as all bytes at once."""
     tensor = torch.tensor(values, dtype=dtype)
     info, data = described(tensor), bits(tensor)
-    check(stats_of(info, data, workspace), numbers_in(tensor), info.dtype)
-    in_pieces = stats_of(info, data, workspace, step)
-    check(in_pieces, numbers_in(tensor), info.dtype)
+    found = stats_of(info, data)
+    check(found, numbers_in(tensor), info.dtype)
+    assert stats_of(info, data, step) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32], ids=str)
 @pytest.mark.parametrize("count", [32767, 32768, 131071, 131072, 131073, 400_001])
-def test_pieces_of_threads_add_up(dtype: torch.dtype, count: int, workspace: Workspace) -> None:
+def test_pieces_of_threads_add_up(dtype: torch.dtype, count: int) -> None:
     """Splitting a tensor for the threads loses no number, counts none twice, and rounds no more than float64."""
     tensor = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * 1000).to(dtype)
     if dtype.is_floating_point:
         tensor[[0, 131072 % count, -1]] = torch.tensor([math.nan, math.inf, 0.0], dtype=dtype)
-    found = stats_of(described(tensor), bytes(tensor.view(torch.uint8).numpy()), workspace)
+    found = stats_of(described(tensor), bytes(tensor.view(torch.uint8).numpy()))
     wide = tensor.to(torch.float64)
     finite = wide[wide.isfinite()]
     assert (found.count, found.nan, found.posinf) == (count, int(wide.isnan().sum()), int((wide == math.inf).sum()))
@@ -154,50 +170,43 @@ def test_pieces_of_threads_add_up(dtype: torch.dtype, count: int, workspace: Wor
     assert sum(found.histogram.values()) == len(finite) - found.zeros
 
 
-def test_a_large_mean_does_not_hide_the_deviation(workspace: Workspace) -> None:
+def test_a_large_mean_does_not_hide_the_deviation() -> None:
     """A deviation of a ten-millionth of the mean is exact to the last digits, over pieces with different means."""
     steps = torch.arange(300_000, dtype=torch.float64)
     tensor = 1e8 + (steps % 7) + (steps > 150_000) * 3
-    found = stats_of(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor))
     assert found.std == pytest.approx((tensor - 1e8).std(correction=0).item(), rel=1e-12)
     assert found.mean == pytest.approx(1e8 + (tensor - 1e8).mean().item(), rel=1e-15)
 
 
 @pytest.mark.parametrize("center", [0.0, 1e-3, 3.0, -1e6, 1e12], ids=str)
 @pytest.mark.parametrize("special", [0, 1, 499, 1000], ids=str)
-def test_nan_and_inf_do_not_change_moments(center: float, special: int, workspace: Workspace) -> None:
+def test_nan_and_inf_do_not_change_moments(center: float, special: int) -> None:
     """NaN and Inf, few or many, do not change the moments of the other numbers, whatever their mean."""
     tensor = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + center
     tensor[7] = 0.0
     tensor[-20:] *= -1
     tensor[torch.randperm(1000, generator=torch.Generator().manual_seed(4))[:special]] = math.nan
     tensor[::5] = torch.where(tensor[::5].isnan(), -math.inf, tensor[::5])
-    check(stats_of(described(tensor), bits(tensor), workspace), numbers_in(tensor), "F64")
+    check(stats_of(described(tensor), bits(tensor)), numbers_in(tensor), "F64")
     narrow = tensor.float()
-    check(stats_of(described(narrow), bits(narrow), workspace), numbers_in(narrow), "F32")
+    check(stats_of(described(narrow), bits(narrow)), numbers_in(narrow), "F32")
 
 
-def test_the_order_of_threads_does_not_show() -> None:
-    """The result has the same bits in a second run, and with one thread or four."""
-    tensor = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))
-    data = bytes(tensor.view(torch.uint8).numpy())
-    results = []
-    for threads in (1, 4, 4):
-        with Workspace(threads) as workspace:
-            results.append(stats_of(described(tensor), data, workspace))
-    assert results[0] == results[1] == results[2]
-
-
-def test_threads_of_torch_are_as_before() -> None:
-    """Afterwards this thread and later threads use as many torch threads as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with Workspace(2) as workspace:
-            stats_of(TensorInfo("w", "U8", (1 << 17,)), bytes(1 << 17), workspace)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("code", ["F32", "BF16", "F16", "F8_E4M3", "I32"])
+def test_threads_chunks_and_neighbours_do_not_show(code: str, tmp_path: Path) -> None:
+    """The result has the same bits with one thread or four, from chunks of any size, and from a file."""
+    tensor = (torch.randn(1_200_001, generator=torch.Generator().manual_seed(1)) * 9).to(
+        getattr(torch, DTYPES[code].torch_name)
+    )
+    data, info = bits(tensor), described(tensor)
+    expected = stats_of(info, data, threads=1)
+    assert stats_of(info, data, threads=4) == expected
+    assert stats_of(info, data, step=999_999) == expected
+    save_file({"a": tensor[:7].clone(), "b": tensor[7:20].clone(), "w": tensor}, tmp_path / "f")
+    found = stats(tmp_path / "f").tensors
+    assert found["w"].numbers == expected
+    assert found["b"].numbers == stats_of(described(tensor[7:20]), bits(tensor[7:20]))
 
 
 @pytest.mark.parametrize(
@@ -211,56 +220,45 @@ def test_threads_of_torch_are_as_before() -> None:
     ],
     ids=str,
 )
-def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int], workspace: Workspace) -> None:
+def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int]) -> None:
     """The smallest and the largest integer are exact, even beyond the precision of float64."""
     tensor = torch.tensor(values, dtype=dtype)
-    found = stats_of(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor))
     assert (found.min, found.max) == (min(values), max(values))
     assert found.zeros == values.count(0)
 
 
-def test_overflow_of_float64_gives_inf(workspace: Workspace) -> None:
+def test_overflow_of_float64_gives_inf() -> None:
     """If the sum and the squares overflow, the mean is finite and the deviation infinite, as in torch."""
     tensor = torch.tensor([1.7e308, 1.7e308, 1.7e308, -1e308], dtype=torch.float64)
     for step in (32, 8):
-        found = stats_of(described(tensor), bits(tensor), workspace, step)
+        found = stats_of(described(tensor), bits(tensor), step)
         assert found.mean == pytest.approx(1.025e308, rel=1e-12)
         assert (found.std, found.l1, found.l2) == (math.inf, math.inf, math.inf)
         assert (found.min, found.max) == (-1e308, 1.7e308)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
-def test_scalars_and_empty_tensors(shape: tuple[int, ...], workspace: Workspace) -> None:
+def test_scalars_and_empty_tensors(shape: tuple[int, ...]) -> None:
     tensor = torch.full(shape, 0.1)
-    found = stats_of(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor))
     check(found, numbers_in(tensor), "F32")
     assert found.zero_share == 0
 
 
-def test_a_constant_has_no_deviation(workspace: Workspace) -> None:
+def test_a_constant_has_no_deviation() -> None:
     """A tensor of one number is constant and has a deviation of exactly 0; a tensor of two numbers is not constant."""
     tensor = torch.full((100_003,), 0.1)
-    found = stats_of(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor))
     assert (found.constant, found.std, found.mean) == (tensor[0].item(), 0.0, tensor[0].item())
     tensor[5] = math.nan
-    assert stats_of(described(tensor), bits(tensor), workspace).constant is None
+    assert stats_of(described(tensor), bits(tensor)).constant is None
 
 
 @given(st.lists(st.lists(st.sampled_from(SPECIAL[:6]) | st.floats(-1e6, 1e6), max_size=9), max_size=5))
 @settings(max_examples=50)
-def test_merged_stats_equal_those_of_one_tensor(workspace: Workspace, parts: list[list[float]]) -> None:
+def test_merged_stats_equal_those_of_one_tensor(parts: list[list[float]]) -> None:
     """Merged statistics of several tensors equal the statistics of one tensor with all their numbers."""
     tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
-    found = merge_stats(stats_of(described(tensor), bits(tensor), workspace) for tensor in tensors)
+    found = merge_stats(stats_of(described(tensor), bits(tensor)) for tensor in tensors)
     check(found, [value for part in parts for value in part], "F64")
-
-
-def test_read_only_and_unaligned_chunks(workspace: Workspace) -> None:
-    """Chunks may be read-only, and may begin at an odd address."""
-    tensor = torch.randn(1000)
-    data = bits(tensor)
-    expected = stats_of(described(tensor), data, workspace)
-    shifted = bytearray(b"?" + data)
-    accumulator = Accumulator(described(tensor), workspace)
-    accumulator.add(memoryview(shifted)[1:])
-    assert accumulator.result() == expected

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.values.arrays import array_of, bits_of
+from ckptkit.values.reading import Source, Span, read_bytes, reads
 from ckptkit.values.workers import Workers, pieces
+
+
+class InChunks(NamedTuple):
+    """A payload that can be read only from its beginning."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[bytes]:
+        for start in range(0, len(self.data), 700_000):
+            yield self.data[start : start + 700_000]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -94,6 +114,37 @@ def test_pieces_of_a_file_make_the_whole(tmp_path: Path) -> None:
         )
         assert b"".join(read) == data[1:]
         assert workers.read("bytes", extent) == data[1:]
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50), st.integers(0, 3_000_000))
+@settings(max_examples=30)
+def test_checksums_of_ranges_are_joined(first: bytes, second: bytes, zeros: int) -> None:
+    """The checksum that is joined from those of two ranges is zlib's checksum of both together."""
+    second += bytes(zeros)
+    joined = joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second))
+    assert joined == zlib.crc32(first + second)
+
+
+def test_reads_hold_each_number_once(tmp_path: Path) -> None:
+    """Whatever the spans and the pieces are, the reads of an item are its numbers in order, and none is cut."""
+    data = np.random.default_rng(0).bytes(5_000_003)
+    (tmp_path / "a").write_bytes(data)
+    spans = (Span("w", 1, 5_000_001, 8), Span("v", 5, 2_100_001, 4), Span("u", 5_000_001, 5_000_003, 2))
+    extent = Extent(LocalFile(str(tmp_path / "a")), 0, len(data))
+    for payload in (extent, InChunks(data)):
+        found = {"u": b"", "v": b"", "w": b""}
+        whole = b""
+        with Workers(1) as workers:
+            for read in reads([Source(payload, spans, "label")]):
+                part = bytes(read_bytes(read, workers))
+                ((label, start, stop),) = read.labels
+                assert label == "label"
+                whole += part[start:stop]
+                for item, first, last, width in read.spans:
+                    assert (last - first) % width == 0
+                    found[item] += part[first:last]
+        assert whole == data
+        assert found == {item: data[first:last] for item, first, last, _ in spans}
 
 
 @pytest.mark.parametrize("code", ["BF16", "F8_E5M2", "F16", "F64"])

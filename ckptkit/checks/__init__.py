@@ -28,6 +28,9 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.statistics.kernel import StatsKernel
+from ckptkit.values.kernels import ExtremesKernel
+from ckptkit.values.workers import Workers
 
 __all__ = ["run_checks"]
 
@@ -61,7 +64,7 @@ def run_checks(
             fixed seed, and tensors that look newly initialised are reported. The values of a Module may be trained, so
             with a Module only torch's own initialisation is recognised.
         fast: Read headers only.
-        values: Whether values are checked. This needs torch; without torch they are not checked.
+        values: Whether values are checked.
         progress: Called with the number of bytes after each chunk.
         ignore: Expected findings, as ``CODE`` or ``CODE:KEY-PATTERN``. They are in ``ignored`` of the report, not in
             ``findings``. An entry that matches no finding is a note.
@@ -117,16 +120,14 @@ def _check(
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
         message += loading_summary(checkpoint)
         return [*findings, codes.NOT_SCANNED.finding("", message)]
-    scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen)
-    with contextlib.ExitStack() as stack:
-        if values and _has_torch():
-            from concurrent.futures import ThreadPoolExecutor
-
+    with Workers() as workers:
+        scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen, workers)
+        if values:
             from ckptkit.checks.value_reader import ValueReader
-            from ckptkit.statistics.threads import Workspace
 
-            scan.values = ValueReader(checkpoint, chosen, stack.enter_context(Workspace()))
-            scan.checksum_pool = stack.enter_context(ThreadPoolExecutor(1))
+            # Only tensors of a new model are known by their moments.
+            kernel = ExtremesKernel() if expected is None or expected.model is None else StatsKernel()
+            scan.values = ValueReader(checkpoint, chosen, workers, kernel)
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != reader_codes.NO_CHECKSUM.name for finding in findings):
             findings.append(scan.no_checksum_finding())
@@ -136,19 +137,11 @@ def _check(
 
             if not scan.stopped:
                 scan.values.read_remaining()
-            findings += check_values(checkpoint, scan.values.stats, quantized)
+            findings += check_values(checkpoint, scan.values.stats, quantized, workers)
             if expected is not None and result is not None:
                 with restored_random_state(seed=NEW_MODEL_SEED):  # it has the same values in every run
                     findings += check_expected_values(result, expected, scan.values, quantized)
     return [*findings, codes.NOT_SCANNED.finding("", scan.summary())]
-
-
-def _has_torch() -> bool:
-    try:
-        import torch  # noqa: F401
-    except (ImportError, OSError, MemoryError):  # checksums need neither torch nor the memory that torch takes
-        return False
-    return True
 
 
 def _report(findings: Sequence[Finding], ignore: Sequence[IgnoreEntry], checkpoint: Checkpoint) -> CheckReport:

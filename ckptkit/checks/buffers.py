@@ -13,7 +13,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.extremes import Extremes
 
 __all__ = ["check_buffers"]
 
@@ -25,7 +25,7 @@ _RECOMPUTE = "compute the buffer again: it is not trained"
 
 
 def check_buffers(
-    infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats], read_bytes: Callable[[str], bytes]
+    infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes], read_bytes: Callable[[str], bytes]
 ) -> Iterator[Finding]:
     """Yield findings about index buffers, batch counters and running variances.
 
@@ -53,7 +53,7 @@ def check_buffers(
             yield codes.INDEX_RANGE.finding(key, message, _RECOMPUTE)
 
 
-def _check_positions(info: TensorInfo, found: ValueStats, read_bytes: Callable[[str], bytes]) -> Iterator[Finding]:
+def _check_positions(info: TensorInfo, found: Extremes, read_bytes: Callable[[str], bytes]) -> Iterator[Finding]:
     count = info.shape[-1] if info.shape else 1
     if info.dtype in FLOATS:
         message = f"{quoted(info.key)} has dtype {info.dtype}, but positions are integers"

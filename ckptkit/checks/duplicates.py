@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 from ckptkit.checks import codes
 from ckptkit.checks.meant import is_mask
@@ -11,9 +12,9 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import human_bytes, listed, plural, quoted
-from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.extremes import Extremes
 
-__all__ = ["check_duplicates", "check_recorded_ties", "equal_groups"]
+__all__ = ["Bytes", "check_duplicates", "check_recorded_ties", "equal_groups"]
 
 _MIN_BYTES = 1024  # smaller tensors can be equal by chance, and their copies cost nothing
 _MAX_COMPARED = 8  # distinct tensors with one fingerprint; further tensors are skipped
@@ -25,30 +26,42 @@ _TIE_HINT = "tie them in the model before training (tie_weights): otherwise they
 EqualBytes = Callable[[str, str], bool]
 
 
-def equal_groups(
-    infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats], have_equal_bytes: EqualBytes
-) -> list[list[str]]:
+class Bytes(Protocol):
+    """Ways to look at the bytes of the tensors, which are read again only where that is needed."""
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Return whether two tensors have equal bytes."""
+        ...
+
+    def begin(self, key: str) -> bytes:
+        """Return the first bytes of a tensor."""
+        ...
+
+    def have_one_magnitude(self, key: str) -> bool:
+        """Return whether all finite numbers of a tensor that are not zero have the same magnitude."""
+        ...
+
+
+def equal_groups(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes], contents: Bytes) -> list[list[str]]:
     """Return groups of keys with equal tensors that are stored separately; of tied keys, only the first counts.
 
-    ``have_equal_bytes`` compares the tensors of two keys. Tensors that are often equal in healthy networks are skipped:
-    small tensors, integers, masks, computed buffers, and tensors with only one magnitude apart from zeros.
+    Tensors that are often equal in healthy networks are skipped: small tensors, integers, masks, computed buffers, and
+    tensors with only one magnitude apart from zeros.
     """
-    by_fingerprint: dict[tuple[object, ...], list[str]] = {}
-    for key, found in stats.items():
-        info = infos[key]
-        if (
-            info.dtype in FLOATS
-            and info.nbytes >= _MIN_BYTES
-            and not _has_one_magnitude(found)
-            and not _is_computed(key)
-        ):
-            by_fingerprint.setdefault(_fingerprint(info, found), []).append(key)
+    candidates = [
+        key
+        for key, found in stats.items()
+        if infos[key].dtype in FLOATS and infos[key].nbytes >= _MIN_BYTES and found.abs_max and not _is_computed(key)
+    ]
+    alike = _grouped(candidates, lambda key: _sign(infos[key], stats[key]))
     groups: list[list[str]] = []
-    for keys in by_fingerprint.values():
+    for keys in (group for some in alike for group in _grouped(some, contents.begin)):
+        if _may_have_one_magnitude(stats[keys[0]]) and contents.have_one_magnitude(keys[0]):
+            keys = [key for key in keys[1:] if not contents.have_one_magnitude(key)]  # noqa: PLW2901
         distinct: list[list[str]] = []
         for key in keys if len(keys) > 1 else ():
             for group in distinct[:_MAX_COMPARED]:
-                if _are_equal(infos, group[0], key, have_equal_bytes):
+                if _are_equal(infos, group[0], key, contents.are_equal):
                     group.append(key)
                     break
             else:
@@ -57,10 +70,17 @@ def equal_groups(
     return groups
 
 
-def _fingerprint(info: TensorInfo, found: ValueStats) -> tuple[object, ...]:
-    """Return exact counts, extremes and magnitudes: equal tensors agree in all of them, other tensors rarely do."""
-    bins = tuple(found.histogram.items())
-    return info.dtype, info.shape, found.nan, found.posinf, found.zeros, found.min, found.max, bins
+def _sign(info: TensorInfo, found: Extremes) -> tuple[object, ...]:
+    """Return exact counts and extremes: equal tensors agree in all of them, other tensors rarely do."""
+    return info.dtype, info.shape, found.nan, found.posinf, found.zeros, found.subnormal, found.min, found.max
+
+
+def _grouped(keys: Iterable[str], sign_of: Callable[[str], Hashable]) -> list[list[str]]:
+    """Return groups of at least two keys with one sign, such as the same counts and extremes."""
+    by_sign: dict[Hashable, list[str]] = {}
+    for key in keys:
+        by_sign.setdefault(sign_of(key), []).append(key)
+    return [group for group in by_sign.values() if len(group) > 1]
 
 
 def _are_equal(infos: Mapping[str, TensorInfo], first: str, second: str, have_equal_bytes: EqualBytes) -> bool:
@@ -75,12 +95,9 @@ def _without_tied_keys(infos: Mapping[str, TensorInfo], keys: list[str]) -> list
     return list(places.values())
 
 
-def _has_one_magnitude(found: ValueStats) -> bool:
-    """Return whether all values that are not zero have the same magnitude, as in a mask."""
-    largest = found.abs_max
-    if not largest or found.l1 is None:
-        return True
-    return abs(found.l1 - largest * (found.finite - found.zeros)) <= 1e-9 * found.l1
+def _may_have_one_magnitude(found: Extremes) -> bool:
+    """Return whether the extremes allow that all values that are not zero have the same magnitude, as in a mask."""
+    return found.min in (found.max, 0) or found.max == 0 or found.min == -(found.max or 0)
 
 
 def _is_computed(key: str) -> bool:

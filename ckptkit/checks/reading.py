@@ -1,25 +1,26 @@
-"""Read all stored bytes once: compare checksums, and pass the bytes to a ``ValueReader``."""
+"""Read all stored bytes once: compare checksums, and have a ``ValueReader`` judge the values."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.checks import codes
 from ckptkit.core.checkpoint import Checkpoint, Record
+from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.formats.codes import NO_CHECKSUM
+from ckptkit.values.kernels import Tally
+from ckptkit.values.reading import Read, Source, read_bytes, reads
+from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from ckptkit.checks.value_reader import ValueReader
 
 __all__ = ["VALUES_UNCHECKED", "Scan", "loading_findings", "loading_summary", "unreadable_finding"]
@@ -29,7 +30,6 @@ _COPY_AGAIN = "copy or download it again"
 _MOST_DEVICES = 8  # named in a finding
 # What reads a file that looks like one of torch.save, and that torch.load(weights_only=True) never takes.
 _OTHER_LOADERS = {"torchscript": "torch.jit.load", "torch-export": "torch.export.load", "pickle": "pickle.load"}
-_MIN_THREAD_BYTES = 1 << 18  # for smaller chunks a thread costs more than it saves
 
 
 def unreadable_finding(error: CkptkitError, path: str) -> Finding:
@@ -70,6 +70,20 @@ def loading_summary(checkpoint: Checkpoint) -> str:
 
 
 @dataclass(slots=True)
+class _RecordInProgress:
+    """A record that is being read: the checksum of its first ``done`` bytes, and whether the next cannot be read."""
+
+    record: Record
+    crc: int = 0
+    done: int = 0
+    failed: bool = False
+
+
+def _has_crc(label: object) -> bool:
+    return isinstance(label, _RecordInProgress) and label.record.crc is not None
+
+
+@dataclass(slots=True)
 class Scan:
     """One pass over the stored bytes of a checkpoint.
 
@@ -78,8 +92,8 @@ class Scan:
 
     checkpoint: Checkpoint
     chosen_keys: Collection[str] | None
+    workers: Workers
     values: ValueReader | None = None
-    checksum_pool: ThreadPoolExecutor | None = None  # computes checksums while the values are read
     records: int = 0
     nbytes: int = 0
     compared: int = 0
@@ -91,54 +105,65 @@ class Scan:
     def read(self, report: Progress) -> Iterator[Finding]:
         """Yield a finding for each damaged record; stop if a file changes while it is read."""
         try:
-            for record in self.checkpoint.records():
-                if self.chosen_keys is not None and not any(key in self.chosen_keys for key in record.keys):
-                    self.left_out += 1
-                    continue
-                finding = self._read_record(record, report)
-                if finding is not None:
-                    yield finding
-                    if finding.code == codes.CHANGED.name:
-                        self.stopped = True
+            for read, checksums, parts, error in self.workers.each(self._read, reads(self._sources())):
+                for (label, start, stop), checksum in zip(read.labels, checksums, strict=True):
+                    if isinstance(label, _RecordInProgress) and not label.failed:
+                        yield from self._add(label, stop - start, checksum, error)
+                        report(0 if error else stop - start)
+                    if self.stopped:
                         return
+                if self.values is not None and error is None:
+                    self.values.take(read, parts)
             self.checkpoint.check_unchanged()
         except (CkptkitError, OSError) as error:
             self.stopped = True
             yield unreadable_finding(_as_ckptkit_error(error), self.checkpoint.path)
 
-    def _read_record(self, record: Record, report: Progress) -> Finding | None:
-        crc = done = 0
-        tensors = self.values.start_record(record) if self.values is not None else None
-        try:
-            for chunk in record.payload.chunks():
-                checksum = self._checksum(chunk, crc) if record.crc is not None else None
-                if tensors is not None and self.values is not None:
-                    self.values.add(tensors, done, chunk)
-                crc = checksum() if checksum is not None else 0
-                done += len(chunk)
-                report(len(chunk))
-        except (CkptkitError, OSError) as error:
-            problem = _as_ckptkit_error(error)
-            message = f"cannot be read: {problem.reason}"
-            return self._record_finding(_code_of(problem), record, message, problem.hint or "")
-        finally:
-            self.nbytes += done
-        self.records += bool(done)
-        if record.crc is None:
-            self.unchecked += bool(done)
-            self.unchecked_bytes += done
-            return None
-        self.compared += bool(done)
-        if crc == record.crc:
-            return None
-        message = f"does not match its checksum: CRC-32 {record.crc:08x} recorded, {crc:08x} read"
-        return self._record_finding(codes.CHECKSUM, record, message, _COPY_AGAIN)
+    def _sources(self) -> Iterator[Source[Tally[Any]]]:
+        for record in self.checkpoint.records():
+            if self.chosen_keys is not None and not any(key in self.chosen_keys for key in record.keys):
+                self.left_out += 1
+                continue
+            spans = self.values.spans_of(record) if self.values is not None else ()
+            yield Source(record.payload, spans, _RecordInProgress(record))
 
-    def _checksum(self, chunk: bytes | bytearray | memoryview, crc: int) -> Callable[[], int]:
-        """Return a function that returns the checksum, which may be computed meanwhile in another thread."""
-        if self.checksum_pool is None or len(chunk) < _MIN_THREAD_BYTES:
-            return partial(zlib.crc32, chunk, crc)
-        return self.checksum_pool.submit(zlib.crc32, chunk, crc).result
+    def _read(
+        self, read: Read[Tally[Any]]
+    ) -> tuple[Read[Tally[Any]], list[int], list[Any], CkptkitError | OSError | None]:
+        """Return a read, the checksum of each of its records, and what its values are; a thread calls this."""
+        try:
+            data = read_bytes(read, self.workers)
+        except (CkptkitError, OSError) as error:
+            return read, [0] * len(read.labels), [], error
+        checksums = [zlib.crc32(data[start:stop]) if _has_crc(label) else 0 for label, start, stop in read.labels]
+        return read, checksums, self.values.parts_of(read, data) if self.values is not None else [], None
+
+    def _add(
+        self, progress: _RecordInProgress, nbytes: int, checksum: int, error: CkptkitError | OSError | None
+    ) -> Iterator[Finding]:
+        """Add the next bytes of a record, and yield a finding if they cannot be read, or show damage at its end."""
+        record = progress.record
+        if error is not None:
+            progress.failed = True
+            problem = _as_ckptkit_error(error)
+            code = _code_of(problem)
+            self.stopped = code is codes.CHANGED
+            yield self._record_finding(code, record, f"cannot be read: {problem.reason}", problem.hint or "")
+            return
+        progress.crc = joined_crc32(progress.crc, checksum, nbytes) if progress.done else checksum
+        progress.done += nbytes
+        self.nbytes += nbytes
+        if progress.done < record.payload.nbytes:
+            return
+        self.records += bool(progress.done)
+        if record.crc is None:
+            self.unchecked += bool(progress.done)
+            self.unchecked_bytes += progress.done
+            return
+        self.compared += bool(progress.done)
+        if progress.crc != record.crc:
+            message = f"does not match its checksum: CRC-32 {record.crc:08x} recorded, {progress.crc:08x} read"
+            yield self._record_finding(codes.CHECKSUM, record, message, _COPY_AGAIN)
 
     def _record_finding(self, code: Code, record: Record, message: str, hint: str) -> Finding:
         file = "" if record.path == self.checkpoint.path else f" of {quoted(os.path.basename(record.path))}"

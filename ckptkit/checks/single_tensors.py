@@ -11,7 +11,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.extremes import Extremes
 
 __all__ = ["check_finite", "check_single_tensors"]
 
@@ -22,13 +22,13 @@ _COMPLEX = frozenset({"C32", "C64", "C128"})
 _WIDE_RANGE = frozenset({"F32", "BF16", "F64"})  # trained weights are far larger than their smallest normal number
 
 
-def check_single_tensors(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def check_single_tensors(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes]) -> Iterator[Finding]:
     """Yield the findings about finite values: all zeros, one constant, subnormal numbers."""
     yield from _check_constant(infos, stats)
     yield from _check_subnormal(infos, stats)
 
 
-def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes]) -> Iterator[Finding]:
     """Yield an error for each tensor with NaN (``nan``), or with infinities but no NaN (``inf``).
 
     Minus infinity in a mask is a note.
@@ -48,7 +48,7 @@ def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats
                 yield codes.INF.finding(key, message, hint)
 
 
-def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes]) -> Iterator[Finding]:
     """Yield a finding for tensors with one value throughout, if this is not usual: ``all-zero`` and ``constant``.
 
     Matrices and larger tensors are warnings. Vectors are notes, because a norm may have learned to disable its branch;
@@ -79,7 +79,7 @@ def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueSt
         yield code.finding(keys[0], message, hint, severity="warning" if is_serious else "note")
 
 
-def _check_subnormal(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def _check_subnormal(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes]) -> Iterator[Finding]:
     """Yield ``subnormal`` notes: some processors are slow with such numbers, and narrow dtypes round them coarsely.
 
     In F32, BF16 and F64 every subnormal number counts. In narrower dtypes a tensor is reported if more than half of its

@@ -1,11 +1,11 @@
-"""Statistics of all tensors of a checkpoint, computed from the bytes that the checksum pass reads."""
+"""Judge the values of all tensors of a checkpoint by the bytes that the checksum pass reads."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, Inflated, LocalFile
@@ -13,11 +13,12 @@ from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.file_pool import Section
 from ckptkit.formats.layout import BlockTensor, Strided
-from ckptkit.statistics.accumulator import Accumulator, why_unsupported
-from ckptkit.statistics.threads import Workspace
-from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.extremes import Extremes
+from ckptkit.values.kernels import Kernel, Tally, parts_of, why_unsupported
+from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
+from ckptkit.values.workers import Workers
 
-__all__ = ["RecordTensors", "ValueReader"]
+__all__ = ["ValueReader"]
 
 # How often the values of one stored byte may be read: any number of views can overlap in a storage.
 _MAX_OVERLAP = 4
@@ -48,85 +49,85 @@ def _byte_range(payload: Payload) -> _ByteRange | None:
 
 @dataclass(slots=True)
 class _TensorInProgress:
-    """A tensor that is being read; it has several keys if they name the same bytes."""
+    """A tensor that is being read; its tally has several keys if they name the same bytes."""
 
-    keys: list[str]
+    tally: Tally[Any]
     ranges: tuple[_ByteRange, ...]
     dtype: str
-    accumulator: Accumulator
-    bytes_left: int
-
-
-@dataclass(slots=True)
-class RecordTensors:
-    """The tensors in a record that is being read, with the byte range of each tensor."""
-
-    tensors: list[tuple[int, int, _TensorInProgress]]  # first byte, end, tensor; in the order of the record
-    next_tensor: int = 0
-    active: list[tuple[int, int, _TensorInProgress]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class ValueReader:
-    """Compute the statistics of the tensors ``keys`` from records that the caller reads.
+    """Compute what ``kernel`` says of the tensors ``keys``, from records that the caller reads.
 
     ``stats`` has each finished tensor, by key. ``skipped`` says why a tensor was not read.
     """
 
     checkpoint: Checkpoint
     keys: Collection[str]
-    workspace: Workspace
-    stats: dict[str, ValueStats] = field(default_factory=dict)
+    workers: Workers
+    kernel: Kernel[Any, Extremes]
+    stats: dict[str, Extremes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _bytes_allowed: int = 0
     _by_key: dict[str, _TensorInProgress] = field(default_factory=dict)
     _by_ranges: dict[tuple[tuple[_ByteRange, ...], str], _TensorInProgress] = field(default_factory=dict)
 
-    def start_record(self, record: Record) -> RecordTensors:
-        """Return the tensors in a record, before the first call of ``add`` for the record."""
+    def spans_of(self, record: Record) -> tuple[Span[Tally[Any]], ...]:
+        """Return where the numbers of tensors are in a record, which is read next."""
         whole = _byte_range(record.payload)
-        tensors: dict[int, tuple[int, int, _TensorInProgress]] = {}
         self._bytes_allowed += _MAX_OVERLAP * record.payload.nbytes
+        spans: dict[int, Span[Tally[Any]]] = {}
         for key in record.keys if whole is not None else ():
             tensor = self._by_key.get(key) or self._start_tensor(key)
             if tensor is None or whole is None:
                 continue
             for part in tensor.ranges:
                 if part.source == whole.source and whole.start <= part.start < part.stop <= whole.stop:
-                    tensors[id(tensor)] = (part.start - whole.start, part.stop - whole.start, tensor)
-        return RecordTensors(sorted(tensors.values(), key=lambda item: item[:2]))
+                    start, stop = part.start - whole.start, part.stop - whole.start
+                    spans[id(tensor)] = Span(tensor.tally, start, stop, tensor.tally.width)
+        return tuple(spans.values())
 
-    def add(self, record: RecordTensors, offset: int, chunk: bytes | bytearray | memoryview) -> None:
-        """Add a chunk of a record, which begins at byte ``offset`` of the record."""
-        end = offset + len(chunk)
-        while record.next_tensor < len(record.tensors) and record.tensors[record.next_tensor][0] < end:
-            record.active.append(record.tensors[record.next_tensor])
-            record.next_tensor += 1
-        for start, stop, tensor in record.active:
-            part = chunk[max(start - offset, 0) : stop - offset]
-            tensor.accumulator.add(part)
-            tensor.bytes_left -= len(part)
-            if not tensor.bytes_left:
-                self._finish(tensor)
-        record.active = [item for item in record.active if item[1] > end]
+    def parts_of(self, read: Read[Tally[Any]], data: memoryview) -> list[Any]:
+        """Return what the kernel computes of each span of a read; a thread may call this."""
+        return parts_of(read, data, self.kernel, self.workers) if read.spans else []
+
+    def take(self, read: Read[Tally[Any]], parts: list[Any]) -> None:
+        """Add the parts of a read, in the order of the reads."""
+        for (tally, start, stop, _), part in zip(read.spans, parts, strict=True):
+            if tally.add(part, stop - start):
+                self._finish(tally)
 
     def read_remaining(self) -> None:
         """Read the tensors that no record holds as they are: byte-swapped, scattered or in memory."""
+        for read, parts in self.workers.each(self._read, reads(self._remaining())):
+            if parts is None:
+                for label, _, _ in read.labels:  # the pass over the records has reported a damaged file
+                    self.skipped[str(label)] = _UNREAD
+            else:
+                self.take(read, parts)
+
+    def _read(self, read: Read[Tally[Any]]) -> tuple[Read[Tally[Any]], list[Any] | None]:
+        try:
+            return read, self.parts_of(read, read_bytes(read, self.workers))
+        except (CkptkitError, OSError):
+            return read, None
+
+    def _remaining(self) -> Iterator[Source[Tally[Any]]]:
         for key in self._supported_keys():
             if key in self.stats or key in self.skipped:
                 continue
             info = self.checkpoint[key]
             try:
                 payload, span = self.checkpoint.payload(key), self.checkpoint.span(key)
-                if isinstance(payload, Strided) and span is not None and info.nbytes > span.nbytes:
-                    self.skipped[key] = _EXPANDED
-                elif not self.checkpoint.files or self._allow(key, max(info.nbytes, span.nbytes if span else 0)):
-                    accumulator = Accumulator(info, self.workspace)
-                    for chunk in payload.chunks():
-                        accumulator.add(chunk)
-                    self.stats[key] = accumulator.result()
             except (CkptkitError, OSError):
-                self.skipped[key] = _UNREAD  # the pass over the records has reported a damaged file
+                self.skipped[key] = _UNREAD
+                continue
+            if isinstance(payload, Strided) and span is not None and info.nbytes > span.nbytes:
+                self.skipped[key] = _EXPANDED
+            elif not self.checkpoint.files or self._allow(key, max(info.nbytes, span.nbytes if span else 0)):
+                tally = Tally[Any](info)
+                yield Source(payload, (Span(tally, 0, info.nbytes, tally.width),), key)
 
     def summary(self) -> str:
         """Return the number and dtypes of the checked tensors, and the reasons why other tensors were not checked."""
@@ -164,9 +165,10 @@ class ValueReader:
         if tensor is None:
             if not self._allow(key, info.nbytes):
                 return None
-            tensor = _TensorInProgress([], ranges, info.dtype, Accumulator(info, self.workspace), info.nbytes)
+            tensor = _TensorInProgress(Tally[Any](info), ranges, info.dtype)
             self._by_ranges[ranges, info.dtype] = tensor
-        tensor.keys.append(key)
+        else:
+            tensor.tally.keys.append(key)
         self._by_key[key] = tensor
         return tensor
 
@@ -189,8 +191,9 @@ class ValueReader:
             self.skipped[key] = _OVERLAPPING
         return self._bytes_allowed >= 0
 
-    def _finish(self, tensor: _TensorInProgress) -> None:
-        self.stats |= dict.fromkeys(tensor.keys, tensor.accumulator.result())
-        for key in tensor.keys:
-            del self._by_key[key]
-        del self._by_ranges[tensor.ranges, tensor.dtype]
+    def _finish(self, tally: Tally[Any]) -> None:
+        self.stats |= dict.fromkeys(tally.keys, self.kernel.together(tally.parts, tally.code))
+        for key in tally.keys:
+            tensor = self._by_key.pop(key, None)
+            if tensor is not None:
+                self._by_ranges.pop((tensor.ranges, tensor.dtype), None)

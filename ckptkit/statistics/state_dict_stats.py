@@ -20,11 +20,11 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.kernel import StatsKernel, StatsPart
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
-from ckptkit.values.kernels import Tally, parts_of, why_unsupported
-from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
+from ckptkit.values.kernels import Tally, computed, why_unsupported
+from ckptkit.values.reading import Source, Span
 from ckptkit.values.workers import Workers
 
-__all__ = ["StateDictStats", "TensorStats", "module_name", "stats"]
+__all__ = ["StateDictStats", "TensorStats", "measure_values", "module_name", "stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,8 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     quantized = quantized_weights(found)
     reasons = {key: why_unsupported(found[key]) or _why_not_numbers(key, quantized) for key in key_map.renamed}
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
-    numbers = _measure(found, measured, progress or (lambda _: None))
+    with Workers() as workers:
+        numbers = measure_values(found, measured, workers, progress or (lambda _: None))
     tensors: dict[str, TensorStats] = {}
     for key, name in key_map.renamed.items():
         first = first_of_tie.get(key)
@@ -155,8 +156,10 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     return StateDictStats(tensors, quantized, summary)
 
 
-def _measure(checkpoint: Checkpoint, keys: Iterable[str], progress: Progress) -> dict[str, ValueStats]:
-    """Return the statistics of tensors, each of which is read by itself."""
+def measure_values(
+    checkpoint: Checkpoint, keys: Iterable[str], workers: Workers, progress: Progress
+) -> dict[str, ValueStats]:
+    """Return the statistics of tensors; they do not depend on how the bytes are read, nor on the number of threads."""
     kernel = StatsKernel()
     numbers: dict[str, ValueStats] = {}
 
@@ -168,15 +171,10 @@ def _measure(checkpoint: Checkpoint, keys: Iterable[str], progress: Progress) ->
             else:
                 numbers[key] = kernel.together([], tally.code)
 
-    def measure(read: Read[Tally[StatsPart]]) -> tuple[tuple[Span[Tally[StatsPart]], ...], list[StatsPart]]:
-        return read.spans, parts_of(read, read_bytes(read, workers), kernel, workers)
-
-    with Workers() as workers:
-        for spans, parts in workers.each(measure, reads(sources())):
-            for (tally, start, stop, _), part in zip(spans, parts, strict=True):
-                if tally.add(part, stop - start):
-                    numbers[tally.keys[0]] = kernel.together(tally.parts, tally.code)
-                progress(stop - start)
+    for tally, found, nbytes in computed(sources(), kernel, workers):
+        if found is not None:
+            numbers[tally.keys[0]] = found
+        progress(nbytes)
     return numbers
 
 

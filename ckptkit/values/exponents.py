@@ -46,7 +46,7 @@ def count_bytes(numbers: _Array) -> _Array:
     if pairs < 1 << 14:
         return np.bincount(numbers, minlength=256)
     table = np.bincount(numbers[: 2 * pairs].view(np.uint16), minlength=1 << 16).reshape(256, 256)
-    counts = table.sum(axis=0) + table.sum(axis=1)
+    counts: _Array = table.sum(axis=0) + table.sum(axis=1)
     if len(numbers) % 2:
         counts[numbers[-1]] += 1
     return counts

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ckptkit.values.arrays import array_of, bits_of, numpy_dtype
+from ckptkit.values.arrays import array_of, bits_of
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     _Array = npt.NDArray[Any]
@@ -177,10 +176,7 @@ def _count_small(
 
     nothing = [0] * len(starts)
     twice = np.add(bits, bits, out=workers.buffer("twice", bits.dtype, len(bits)))  # without the sign
-    if len(starts) == 1:
-        zeros = [len(bits) - int(np.count_nonzero(twice))]
-    else:
-        zeros = _count(twice == 0, starts)
+    zeros = [len(bits) - int(np.count_nonzero(twice))] if len(starts) == 1 else _count(twice == 0, starts)
     below = np.subtract(twice, bits.dtype.type(2), out=twice)  # the largest of all integers for a zero
     end = (2 << layout.mantissa) - 2
     return zeros, _count(below < end, starts) if below.min() < end else nothing
@@ -214,8 +210,7 @@ def _of_run(bits: _Array, code: str, zeros: int, subnormal: int) -> Extremes:
 
 def _floats(bits: _Array, code: str) -> list[float]:
     """Return the numbers with these bits; a zero has no sign."""
-    dtype: np.dtype[Any] | None = numpy_dtype(code)
-    numbers: list[float] = (bits.view(dtype).astype("f8") + 0.0).tolist()
+    numbers: list[float] = (array_of(bits.data, code).astype("f8") + 0.0).tolist()
     return numbers
 
 

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.values.arrays import array_of
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
 from ckptkit.values.exponents import count_bytes
 from ckptkit.values.extremes import FLOAT_FORMATS, INTEGERS, Extremes, extremes_of, merge_extremes
-from ckptkit.values.reading import Read
+from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["ExtremesKernel", "Kernel", "Tally", "part_code", "parts_of", "why_unsupported"]
+__all__ = [
+    "ExtremesKernel",
+    "Kernel",
+    "MagnitudesKernel",
+    "Tally",
+    "computed",
+    "part_code",
+    "parts_of",
+    "why_unsupported",
+]
 
 _PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
 _Part = TypeVar("_Part")
-_Result = TypeVar("_Result", covariant=True)
+_Result_co = TypeVar("_Result_co", covariant=True)
 
 
-class Kernel(Protocol[_Part, _Result]):
+class Kernel(Protocol[_Part, _Result_co]):
     """Arithmetic over the numbers of tensors."""
 
     def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[_Part]:
         """Return what was computed of each run of numbers of dtype ``code``; a run begins at each of ``starts``."""
         ...
 
-    def together(self, parts: list[_Part], code: str) -> _Result:
+    def together(self, parts: list[_Part], code: str) -> _Result_co:
         """Return the result of a tensor, given its parts in order."""
         ...
 
@@ -52,6 +63,34 @@ class ExtremesKernel:
     def together(self, parts: list[Extremes], code: str) -> Extremes:  # noqa: ARG002 - other kernels need the dtype
         """Return the counts and extremes of a tensor."""
         return merge_extremes(parts)
+
+
+class MagnitudesKernel:
+    """The magnitudes of the finite floats that are not zero: none, one, or the smallest and the largest of several."""
+
+    def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[set[float]]:  # noqa: ARG002
+        """Return the magnitudes of each run."""
+        import numpy as np
+
+        if code in BYTE_CODES:
+            numbers: npt.NDArray[Any] = np.frombuffer(data, np.uint8)
+        else:
+            numbers = np.abs(array_of(data, code).astype("f8"))
+        ends = [*starts[1:], len(numbers)]
+        return [_magnitudes(numbers[start:end], code) for start, end in zip(starts, ends, strict=True)]
+
+    def together(self, parts: list[set[float]], code: str) -> set[float]:  # noqa: ARG002
+        """Return the magnitudes of a tensor."""
+        return set().union(*parts)
+
+
+def _magnitudes(numbers: npt.NDArray[Any], code: str) -> set[float]:
+    import numpy as np
+
+    if code in BYTE_CODES:
+        return {abs(value) for value, _ in pairs_of_codes(count_bytes(numbers), code) if value and math.isfinite(value)}
+    present = numbers[np.isfinite(numbers) & (numbers > 0)]
+    return {float(present.min()), float(present.max())} if len(present) else set()
 
 
 class Tally(Generic[_Part]):
@@ -115,3 +154,20 @@ def parts_of(
             chunks.append(data[start:stop])
         found |= zip(indices, kernel.parts(memoryview(b"".join(chunks)), code, workers, starts), strict=True)
     return [found[index] for index in range(len(spans))]
+
+
+def computed(
+    sources: Iterable[Source[Tally[_Part]]], kernel: Kernel[_Part, _Result_co], workers: Workers
+) -> Iterator[tuple[Tally[_Part], _Result_co | None, int]]:
+    """Yield the tensor of each span that was read, the number of its bytes, and its result with its last span.
+
+    The threads do the work; the results are the same with any number of them. Raises what reading raises.
+    """
+
+    def work(read: Read[Tally[_Part]]) -> tuple[tuple[Span[Tally[_Part]], ...], list[_Part]]:
+        return read.spans, parts_of(read, read_bytes(read, workers), kernel, workers)
+
+    for spans, parts in workers.each(work, reads(sources)):
+        for (tally, start, stop, _), part in zip(spans, parts, strict=True):
+            is_last = tally.add(part, stop - start)
+            yield tally, kernel.together(tally.parts, tally.code) if is_last else None, stop - start

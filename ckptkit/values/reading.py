@@ -8,6 +8,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from ckptkit.core.checkpoint.payload import Payload
 from ckptkit.core.files import Extent, is_seekable
+from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.workers import Workers
 
 __all__ = ["Read", "Source", "Span", "read_bytes", "reads"]
@@ -47,6 +48,7 @@ class Read(Generic[_Item]):
         start: The first byte of the payload.
         nbytes: The number of bytes.
         spans: Whole numbers of each item; an item has its numbers in the order of the reads.
+        error: Why the bytes could not be read, if that is known already.
         labels: The label of each source, and its range of bytes here. The ranges of a source do not overlap, and
             leave nothing out.
     """
@@ -57,10 +59,13 @@ class Read(Generic[_Item]):
     nbytes: int
     spans: tuple[Span[_Item], ...]
     labels: tuple[tuple[object, int, int], ...]
+    error: CkptkitError | OSError | None = None
 
 
 def read_bytes(read: Read[_Item], workers: Workers) -> memoryview:
-    """Return the bytes of a read, in a buffer of this thread."""
+    """Return the bytes of a read, in a buffer of this thread. Raises what reading them raises."""
+    if read.error is not None:
+        raise read.error
     return read.data if read.payload is None else workers.read("bytes", read.payload, read.start, read.nbytes)
 
 
@@ -121,7 +126,7 @@ def _pieces(source: Source[_Item]) -> Iterator[Read[_Item]]:
     spans = sorted(source.spans, key=lambda span: span.start)
     active: list[Span[_Item]] = []
     following = 0
-    for start in range(0, nbytes, _PIECE):
+    for start in range(0, max(nbytes, 1), _PIECE):
         stop = min(start + _PIECE, nbytes)
         while following < len(spans) and spans[following].start < stop:
             active.append(spans[following])
@@ -139,15 +144,29 @@ def _pieces(source: Source[_Item]) -> Iterator[Read[_Item]]:
 
 def _in_order(source: Source[_Item]) -> Iterator[Read[_Item]]:
     """Yield the reads of a payload that can be read only from its beginning, with their bytes."""
-    chunks = iter(source.payload.chunks())
+    chunks: Iterator[bytes | bytearray | memoryview] | None = None
     rest = memoryview(b"")
     for read in _pieces(source):
-        parts, have = [rest], len(rest)
-        while have < read.nbytes:
-            parts.append(memoryview(bytes(next(chunks))))  # its buffer is filled again for the next chunk
-            have += len(parts[-1])
-        data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        try:
+            chunks = source.payload.chunks() if chunks is None else chunks
+            data = _next_bytes(rest, chunks, read.nbytes)
+            if read.start + read.nbytes >= source.payload.nbytes:
+                for _ in chunks:  # the end may show that the bytes are damaged
+                    pass
+        except (CkptkitError, OSError) as error:
+            yield replace(read, error=error)
+            return
         rest = data[read.labels[0][2] :]
         yield replace(read, data=data[: read.nbytes])
-    for _ in chunks:  # a payload may find only at its end that its bytes are damaged
-        pass
+
+
+def _next_bytes(rest: memoryview, chunks: Iterator[bytes | bytearray | memoryview], count: int) -> memoryview:
+    """Return ``rest`` and the chunks that follow, ``count`` bytes at least."""
+    parts, have = [rest] if rest else [], len(rest)
+    while have < count:
+        chunk = next(chunks, None)
+        if chunk is None:
+            raise FormatError(f"the bytes of the tensor end {count - have} bytes early")
+        parts.append(memoryview(bytes(chunk)))  # a payload may fill its buffer again for the next chunk
+        have += len(chunk)
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
