@@ -209,7 +209,7 @@ def test_light_commands_import_no_heavy_library(code: str, tmp_path: Path) -> No
 
 
 NUMPY_COMMANDS = {
-    "check": "main(['check', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt', 'fixtures/encoder_sharded'])",
+    "check": "main(['check', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
     "stats": "main(['stats', 'fixtures/lenet_10class.pth'])",
 }
 
