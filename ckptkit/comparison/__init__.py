@@ -320,7 +320,9 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     computed: dict[str, tuple[str, ...]] = {}
     without: dict[str, str] = {}  # the keys that no tensor is loaded for, and why
     for key, info in expected_infos.items():
-        if key not in by_new_name or answer.decides(key):
+        given_info = by_new_name.get(key)
+        is_direct = given_info is not None and key in answer.direct and given_info.shape == info.shape
+        if given_info is None or (not is_direct and answer.decides(key)):
             place = _place(info, answer, by_new_name, not_tensors)
             if place.kind == "computed":
                 computed[key] = place.sources
@@ -337,7 +339,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
             if place.sources != (key,):
                 moved[key] = place.sources[0]
         else:
-            pair = KeyPair(info, by_new_name[key])
+            pair = KeyPair(info, given_info)
         there, given = pair.expected, pair.found
         if there.shape != given.shape:
             shape_mismatched.append(pair)

@@ -65,6 +65,15 @@ class Answer:
             return Place("filled")
         return Place("loaded" if filled.is_same else "computed", filled.sources)
 
+    @cached_property
+    def direct(self) -> frozenset[str]:
+        """The keys of the model that got the given tensor of the same key, unless its shape differs."""
+        found = self.rehearsal
+        if found is None:
+            return frozenset()
+        direct = {name for name, one in found.filled.items() if one.is_same and one.sources == (name,)}
+        return frozenset(direct.difference(found.mismatched, found.blocked, self.missing))
+
     def makes_shape(self, key: str, shape: tuple[int, ...]) -> bool:
         """Return whether a tensor of the model had this shape after it was loaded, which it did not have before."""
         return self.rehearsal is not None and self.rehearsal.shapes.get(key) == shape

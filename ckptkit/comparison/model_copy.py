@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ckptkit.comparison.own_code import every_module
 from ckptkit.core.torch_types import Module, Tensor
 
 __all__ = ["Copies", "copy_on_meta"]
@@ -47,16 +48,19 @@ class _Copying:
     """One copy of some modules; ``memo`` has the copies by the ``id()`` of the originals, as for ``deepcopy``."""
 
     def __init__(self) -> None:
+        import torch
+        from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
         self._memo: dict[int, Any] = {}
         self._plain: list[tuple[Module, Module]] = []
+        self._lazy: tuple[type, ...] = (UninitializedParameter, UninitializedBuffer)
+        self._tensors: tuple[type, ...] = (torch.nn.Parameter, torch.Tensor, *self._lazy)
 
     def note(self, modules: Iterable[Module]) -> None:
         """Make an empty copy of each module inside that needs no code of its own to be copied."""
-        import torch
-
         plain: dict[type, bool] = {}
         for root in modules:
-            for module in torch.nn.Module.modules(root):
+            for module in every_module(root):
                 cls = type(module)
                 if cls not in plain:
                     plain[cls] = _is_plain(cls)
@@ -66,9 +70,19 @@ class _Copying:
 
     def copy(self, value: Any) -> Any:
         """Return the copy of a value, after all modules that were noted are filled."""
+        import torch
+
+        attribute = self._attribute
+        # What every module has and is mostly empty, so that no two modules share it.
+        empty = {name: type(one) for name, one in torch.nn.Module().__dict__.items() if type(one) not in _SHARED}
         while self._plain:
             module, twin = self._plain.pop()
-            twin.__dict__.update({name: self._attribute(one) for name, one in module.__dict__.items()})
+            held = twin.__dict__
+            held.update(module.__dict__)
+            for name, one in module.__dict__.items():
+                kind = type(one)
+                if kind not in _SHARED:
+                    held[name] = attribute(one) if one or empty.get(name) is not kind else kind()
             for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined]  # noqa: SLF001 - as copy itself asks
                 if hasattr(module, name):
                     object.__setattr__(twin, name, self._attribute(getattr(module, name)))
@@ -81,6 +95,8 @@ class _Copying:
         known = self._memo.get(id(value))
         if known is not None:
             return known
+        if kind in self._tensors and (copied := self._tensor(value)) is not None:
+            return copied
         if kind is dict or kind is OrderedDict:
             made = self._memo[id(value)] = kind()
             for key, one in value.items():
@@ -102,8 +118,7 @@ class _Copying:
             return value if target is None else weakref.ref(self._attribute(target))
         if kind is set and all(type(one) in _SHARED for one in value):
             return self._memo.setdefault(id(value), set(value))
-        copied = self._tensor(value)
-        return self._with_own_method(value) if copied is None else copied
+        return self._with_own_method(value)
 
     def _with_own_method(self, value: Any) -> Any:
         """Return the copy that the class of a value makes, whose tensors are on the meta device too."""
@@ -133,24 +148,21 @@ class _Copying:
             return copy.deepcopy(value, self._memo)
 
     def _tensor(self, value: Any) -> Tensor | None:
-        """Return the copy of a tensor of torch's own classes; None for anything else."""
+        """Return the copy of a tensor of torch's own classes; None where only its class can copy it."""
         import torch
-        from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+        kind = type(value)
         made: Any
-        lazy: Any = UninitializedParameter if type(value) is UninitializedParameter else UninitializedBuffer
-        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided:
-            if value.is_quantized or value.is_nested:
-                return None
-            made = torch.empty(value.shape, dtype=value.dtype, device="meta")
-            if type(value) is torch.nn.Parameter:
-                made = torch.nn.Parameter(made, requires_grad=value.requires_grad)
+        if kind in self._lazy:
+            made = kind(value.requires_grad, device="meta", dtype=value.dtype)
+        elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            return None
+        else:
+            made = torch.empty_like(value, device="meta")  # without grad
+            if kind is torch.nn.Parameter:
+                made = torch.nn.Parameter(made, value.requires_grad)
             elif value.requires_grad:
                 made.requires_grad_()
-        elif type(value) is lazy:
-            made = lazy(value.requires_grad, device="meta", dtype=value.dtype)
-        else:
-            return None
         self._memo[id(value)] = made
         for name, one in value.__dict__.items():
             setattr(made, name, self._attribute(one))

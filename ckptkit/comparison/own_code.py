@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptkit.core.torch_types import Module
 
-__all__ = ["hooks_of", "is_below", "methods_of", "modules_with_own_code", "own_code_test"]
+__all__ = ["every_module", "hooks_of", "is_below", "methods_of", "modules_with_own_code", "own_code_test"]
 
 # The hooks of fully_shard bring the parameters into their sharded state, in which state_dict() has left them already.
 _HARMLESS = ("torch.distributed.fsdp._fully_shard.", "torch.distributed._composable.fsdp.")
@@ -66,6 +66,18 @@ def _topmost(model: Module, is_wanted: Callable[[Module], bool]) -> Iterator[str
         if children:
             start = f"{path}." if path else ""
             waiting += [(start + name, child) for name, child in reversed(children.items()) if child is not None]
+
+
+def every_module(root: Module) -> list[Module]:
+    """Return each module once, a module before those below it: faster than ``modules()``, which a class can replace."""
+    found = [root]
+    seen = {id(root)}
+    for module in found:  # grows
+        for child in module._modules.values():  # noqa: SLF001
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 def _saves_with_own_method(cls: type[Module]) -> bool:

@@ -122,7 +122,8 @@ def make_record(targets: Mapping[str, Tensor], given: Mapping[str, object]) -> R
             return found[0] if len(found) == 1 else tuple(dict.fromkeys(key for keys in found for key in keys))
 
         def write(self, target: Tensor, value: object) -> None:
-            self._write((target, value), None)
+            written = Filled(self._sources.get(id(value), ()), id(value) in self._same)
+            self._written.setdefault(self._targets[id(target)], []).append(written)
 
         def sources(self, value: object) -> tuple[str, ...]:
             return self._sources.get(id(value), ())
@@ -131,7 +132,9 @@ def make_record(targets: Mapping[str, Tensor], given: Mapping[str, object]) -> R
             found = {}
             for name, tensor in targets.items():
                 writes = self._written.get(id(tensor))
-                if writes:  # of a tensor with several names, each name has its own write
+                if writes and len(writes) == 1:
+                    found[name] = writes[0]
+                elif writes:  # of a tensor with several names, each name has its own write
                     found[name] = next((one for one in writes if one.sources == (name,)), writes[-1])
             return found
 
