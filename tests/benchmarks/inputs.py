@@ -1,0 +1,268 @@
+"""The files that are read: described here, and written when a row needs them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "FILES",
+    "Folder",
+    "Linears",
+    "Made",
+    "Text",
+    "Weights",
+    "Within",
+    "grown",
+    "linear_shapes",
+    "scaled",
+    "size_of",
+    "text_of",
+    "write",
+]
+
+GB = 1_000_000_000
+BIG = 1 << 22  # elements of a tensor of 16.8 MB
+BLOCK = tuple(f"block.{number}" for number in range(100))
+META = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
+        "feed_forward.w3", "attention_norm", "ffn_norm")  # fmt: skip
+HF = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",
+      "mlp.up_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of float32 with normal values; ``scale`` makes them fewer, never smaller."""
+
+    count: int
+    elements: int
+    layer: str = "layers"
+    block: tuple[str, ...] = BLOCK
+    change: Literal["none", "all", "head"] = "none"  # which tensors have other values than without a change
+    fixed: bool = False  # the scale does not change it
+
+    @property
+    def size(self) -> float:
+        """Bytes of the file, about."""
+        return self.count * (self.elements * 4 + 100)
+
+    def __str__(self) -> str:
+        return f"{self.count:,} tensors, {_bytes(self.count * self.elements * 4)}"
+
+
+@dataclass(frozen=True)
+class Within:
+    """A torch file: the tensors, and what a training run saves beside them."""
+
+    weights: Weights
+    beside: Literal["nothing", "optimizer", "million"] = "nothing"
+    entries: int = 0  # of the container that is called million
+
+    @property
+    def size(self) -> float:
+        """Bytes of the file, about."""
+        return self.weights.size * (2 if self.beside == "optimizer" else 1) + self.entries * 15
+
+    def __str__(self) -> str:
+        more = {"nothing": "", "optimizer": ", as much optimizer state", "million": f", a dict of {self.entries:,}"}
+        return f"{self.weights}{more[self.beside]}"
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Blocks of six square linear layers: the weights of the model that ``timed.py`` builds."""
+
+    width: int
+    blocks: int
+    dtype: str = "float32"
+    legacy: bool = False
+
+    @property
+    def size(self) -> float:
+        """Bytes of the file, about."""
+        return self.blocks * 6 * self.width * (self.width + 1) * (2 if self.dtype == "bfloat16" else 4)
+
+    def __str__(self) -> str:
+        return f"{self.blocks * 12} tensors, {_bytes(self.size)} of {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A configuration of a peer."""
+
+    text: str
+    size: float = 1000
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder that holds a link to a file, for peers that take no file."""
+
+    of: str
+    size: float = 0
+
+    def __str__(self) -> str:
+        return ""
+
+
+Made = Weights | Within | Linears | Text | Folder
+
+_LARGE = Weights(60, BIG, layer="module.layers")
+_MODELS = "\n".join(f"  - model: {name}.safetensors\n    parameters: {{weight: 0.5, density: 0.5}}"
+                    for name in ("tuned", "head"))  # fmt: skip
+FILES: dict[str, Made] = {
+    "small.safetensors": Weights(10, 128, fixed=True),
+    "a.safetensors": Weights(100_000, 4),
+    "renamed.safetensors": Weights(100_000, 4, layer="blocks"),
+    "again.safetensors": Weights(100_000, 4, change="all"),
+    "rows.safetensors": Weights(200_000, 4),
+    "many.pt": Within(Weights(2_000, 4096)),
+    "theirs.safetensors": Weights(10_000, 4, layer="model.layers", block=HF),
+    "mine.safetensors": Weights(10_000, 4, block=META),
+    "large.safetensors": _LARGE,
+    "large.pt": Within(_LARGE),
+    "run.pt": Within(replace(_LARGE, count=30), "optimizer"),
+    "million.pt": Within(Weights(10, 128, fixed=True), "million", 1_000_000),
+    "copy.safetensors": _LARGE,
+    "tuned.safetensors": replace(_LARGE, change="all"),
+    "head.safetensors": replace(_LARGE, change="head"),
+    "load126.safetensors": Linears(512, 20),
+    "load420.safetensors": Linears(1024, 33, "bfloat16"),
+    "load420.pt": Linears(1024, 17),
+    "load420.pth": Linears(1024, 17, legacy=True),
+    "large-model": Folder("large.safetensors"),
+    "tuned-model": Folder("tuned.safetensors"),
+    "passthrough.yml": Text("merge_method: passthrough\nmodels:\n  - model: tuned.safetensors\ndtype: float32\n"),
+    "linear.yml": Text(f"merge_method: linear\nmodels:\n{_MODELS}\ndtype: float32\n"),
+    "ties.yml": Text(f"merge_method: ties\nbase_model: large.safetensors\nmodels:\n{_MODELS}\ndtype: float32\n"),
+}
+
+
+def grown(unit: str, size: float) -> dict[str, Made]:
+    """Return the files of a growing size: gigabytes of large tensors, or a number of small ones."""
+    if unit == "GB":
+        return {"large.safetensors": replace(_LARGE, count=max(round(size * GB / BIG / 4), 1))}
+    weights = Weights(int(size), 4)
+    return {"a.safetensors": weights, "again.safetensors": replace(weights, change="all"),
+            "renamed.safetensors": replace(weights, layer="blocks")}  # fmt: skip
+
+
+def scaled(made: Made, scale: float) -> Made:
+    """Return the description with fewer or more tensors and entries; models that are loaded keep their size."""
+    if isinstance(made, Weights):
+        return made if made.fixed else replace(made, count=max(round(made.count * scale), 1))
+    if isinstance(made, Within):
+        weights = scaled(made.weights, scale)
+        assert isinstance(weights, Weights)
+        return replace(made, weights=weights, entries=round(made.entries * scale))
+    return made
+
+
+def size_of(names: tuple[str, ...], scale: float) -> float:
+    """Return the bytes of the files with these names, about."""
+    return sum(scaled(FILES[name], scale).size for name in names)
+
+
+def text_of(names: tuple[str, ...], scale: float) -> str:
+    """Return what the files hold, in words; equal files are joined."""
+    texts = [text for name in names if (text := str(scaled(FILES[name], scale)))]
+    first = dict.fromkeys(texts)
+    return "; ".join(f"{texts.count(text)} × {text}" if texts.count(text) > 1 else text for text in first)
+
+
+def write(path: Path, made: Made) -> None:
+    """Write the file that is described."""
+    if isinstance(made, Text):
+        path.write_text(made.text, encoding="utf-8")
+    elif isinstance(made, Folder):
+        path.mkdir()
+        (path / "model.safetensors").symlink_to(f"../{made.of}")
+    elif isinstance(made, Weights):
+        _write_weights(path, made)
+    elif isinstance(made, Linears):
+        _write_linears(path, made)
+    else:
+        _write_torch(path, made)
+
+
+def linear_shapes(width: int, blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of the model for loading."""
+    for block in range(blocks):
+        for name in ("q", "k", "v", "o", "up", "down"):
+            yield f"{block}.{name}.weight", (width, width)
+            yield f"{block}.{name}.bias", (width,)
+
+
+def _names(made: Weights) -> list[str]:
+    width = len(made.block)
+    return [f"{made.layer}.{number // width}.{made.block[number % width]}.weight" for number in range(made.count)]
+
+
+def _values(made: Weights) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the values of each tensor: no two are equal, and a change moves every number a little."""
+    import numpy as np
+
+    pool = np.random.default_rng(0).standard_normal(max(made.elements, 1 << 16), dtype=np.float32) * np.float32(0.02)
+    for number in range(made.count):
+        changed = made.change == "all" or (made.change == "head" and number == made.count - 1)
+        begin = number * made.elements % (len(pool) - made.elements + 1)
+        factor = 1 + number / (1 << 17) + (1e-3 if changed else 0)
+        yield pool[begin : begin + made.elements] * np.float32(factor)
+
+
+def _write_weights(path: Path, made: Weights) -> None:
+    width = made.elements * 4
+    header = {
+        name: {"dtype": "F32", "shape": [made.elements], "data_offsets": [number * width, number * width + width]}
+        for number, name in enumerate(_names(made))
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for values in _values(made):
+            values.tofile(file)
+
+
+def _write_torch(path: Path, made: Within) -> None:
+    import torch
+
+    weights = {
+        name: torch.from_numpy(value) for name, value in zip(_names(made.weights), _values(made.weights), strict=True)
+    }
+    content: Any = weights
+    if made.beside == "optimizer":
+        content = {"model": weights, "optimizer": {"state": [value + 1 for value in weights.values()]}, "epoch": 3}
+    elif made.beside == "million":
+        content = {"model": weights, "seen": {number: number / 7 for number in range(made.entries)}, "epoch": 3}
+    torch.save(content, path)
+
+
+def _write_linears(path: Path, made: Linears) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.dtype]
+    weights = {name: torch.randn(shape).mul_(0.02).to(dtype) for name, shape in linear_shapes(made.width, made.blocks)}
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=not made.legacy)
+
+
+def _bytes(size: float) -> str:
+    for unit, word in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit * 0.95:
+            return f"{size / unit:.3g} {word}"
+    return f"{size:.0f} B"

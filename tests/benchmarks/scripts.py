@@ -1,0 +1,187 @@
+"""What a person writes by hand for the same work, one function each: ``python scripts.py FUNCTION FILES...``.
+
+Functions import what they need, so that none pays for the imports of another. Those that write flush to the disk, as
+ckptkit does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+
+def parse(*names: str) -> None:
+    """Parse the headers of safetensors files, and do nothing with them."""
+    for name in names:
+        _header(name)
+
+
+def parse_and_print(name: str) -> None:
+    """Parse a header, and print a line for each tensor."""
+    for key, value in _header(name).items():
+        print(key, value["dtype"], value["shape"])
+
+
+def shapes(name: str) -> None:
+    """Print names and shapes, with the library of safetensors and torch."""
+    from safetensors import safe_open
+
+    with safe_open(name, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            print(key, file.get_slice(key).get_shape())
+
+
+def torch_list(name: str) -> None:
+    """Print names and shapes of a torch file."""
+    for key, value in _load(name, mmap=True).items():
+        print(key, value.dtype, tuple(value.shape))
+
+
+def ptloader_list(name: str) -> None:
+    """Print names and shapes of a torch file with ptloader."""
+    from importlib import import_module
+
+    for key, value in import_module("ptloader").load(name).items():
+        print(key, value.dtype, value.shape)
+
+
+def torch_rename(name: str, output: str) -> None:
+    """Load a torch file of weights, or of a run, remove a prefix, and save it."""
+    import torch
+
+    content = _load(name)
+    weights = content.get("model", content)
+    renamed = {key.replace("layers.", "h."): value for key, value in weights.items()}
+    torch.save({**content, "model": renamed} if "model" in content else renamed, output)
+    _flush(output)
+
+
+def torch_convert(name: str, output: str) -> None:
+    """Load a torch file, and write safetensors."""
+    from safetensors.torch import save_file
+
+    save_file(_load(name), output)
+    _flush(output)
+
+
+def torch_overlay(base: str, donor: str, output: str) -> None:
+    """Write the values of the donor where the base has the key, and of the base elsewhere."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(base)
+    weights.update({key: value for key, value in load_file(donor).items() if key in weights})
+    save_file(weights, output)
+    _flush(output)
+
+
+def torch_cast(name: str, output: str) -> None:
+    """Load safetensors, cast to bfloat16, and save."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_file({key: value.to(torch.bfloat16) for key, value in load_file(name).items()}, output)
+    _flush(output)
+
+
+def torch_stats(name: str) -> None:
+    """Print mean, deviation, extremes and norm of each tensor, in float64."""
+    for key, value in _tensors(name):
+        double = value.double()
+        print(key, double.mean(), double.std(), double.min(), double.max(), double.norm())
+
+
+def torch_finite(name: str) -> None:
+    """Print the tensors with NaN or Inf."""
+    for key, value in _tensors(name):
+        if not value.isfinite().all():
+            print(key)
+
+
+def checksum(name: str) -> None:
+    """Compute the CRC-32 of a file."""
+    import zlib
+
+    total = 0
+    with open(name, "rb", buffering=0) as file:
+        while piece := file.read(4 << 20):
+            total = zlib.crc32(piece, total)
+    print(total)
+
+
+def checksum_and_finite(name: str) -> None:
+    """Compute the CRC-32 of a file of float32, and look for NaN and Inf in torch."""
+    import zlib
+
+    import torch
+
+    total = 0
+    with open(name, "rb", buffering=0) as file:
+        while piece := file.read(4 << 20):
+            total = zlib.crc32(piece, total)
+            torch.frombuffer(bytearray(piece[: len(piece) // 4 * 4]), dtype=torch.float32).isfinite().all()
+    print(total)
+
+
+def move(share: str, output: str, *names: str) -> None:
+    """Read files whole, and write a share of the bytes of the first: what a cast or a merge must move at least."""
+    buffer = memoryview(bytearray(4 << 20))
+    with open(output, "wb", buffering=0) as target:
+        for place, name in enumerate(names):
+            with open(name, "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    if place == 0:
+                        target.write(buffer[: int(count * float(share))])
+        os.fsync(target.fileno())
+
+
+def tensortracker_diff(first: str, second: str) -> None:
+    """Find the tensors that differ, with tensortracker."""
+    from importlib import import_module
+
+    print(len(import_module("tensortracker").resolve_diff(first, second).changes))
+
+
+def torch_compare(first: str, second: str) -> None:
+    """Print the largest difference and the relative norm of it, for each tensor that differs."""
+    from safetensors import safe_open
+
+    with safe_open(first, "pt") as one, safe_open(second, "pt") as two:
+        for key in one.keys():  # noqa: SIM118 - not a mapping
+            expected, found = one.get_tensor(key), two.get_tensor(key)
+            if not expected.equal(found):
+                change = found - expected
+                print(key, change.abs().max(), change.norm() / expected.norm())
+
+
+def _header(name: str) -> dict[str, Any]:
+    import json
+
+    with open(name, "rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header
+
+
+def _load(name: str, *, mmap: bool = False) -> dict[str, Any]:
+    import torch
+
+    content: dict[str, Any] = torch.load(name, weights_only=True, mmap=mmap)
+    return content
+
+
+def _tensors(name: str) -> Iterable[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(name, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            yield key, file.get_tensor(key)
+
+
+def _flush(name: str) -> None:
+    with open(name, "rb") as file:
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
