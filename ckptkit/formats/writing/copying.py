@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from ckptkit.core.checkpoint import Payload, SelfWriting
 from ckptkit.core.checkpoint.payload import joining
 from ckptkit.core.files import Extent
-from ckptkit.errors import ChangedError
+from ckptkit.errors import ChangedError, CkptkitError
 
 __all__ = ["OffsetWriter", "merge_extents"]
 
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _EARLY = 16 << 20  # bytes; the disk begins to write so many while the next ones are copied
+_WORTH_A_THREAD = 1 << 20  # bytes of a range whose checksum is computed while the range is copied
+_CHECKSUM_PIECE = 1 << 18  # bytes; they stay in the cache between the reading and the arithmetic
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 
 
@@ -46,6 +49,13 @@ class OffsetWriter:
         if isinstance(payload, Extent) and (payload.crc is not None or not checksum):
             yield from self._copy_extent(payload, offset)
             return payload.crc or 0
+        if isinstance(payload, Extent) and payload.nbytes >= _WORTH_A_THREAD:
+            reading = _ChecksumThread(payload)
+            try:
+                yield from self._copy_extent(payload, offset)
+            finally:
+                reading.join()  # the caller may close the file
+            return reading.result()
         if isinstance(payload, SelfWriting):
             return (yield from payload.write_to(self, offset, checksum=checksum))
         crc, done = 0, 0
@@ -90,6 +100,36 @@ class OffsetWriter:
             start = _early_start()
             if start is not None:
                 start(self._fd, 0, 0, _START_WRITING)  # an error comes again at the end, from fsync
+
+
+class _ChecksumThread(threading.Thread):
+    """A thread that reads a range of a file for its CRC-32, while the kernel copies the range."""
+
+    def __init__(self, extent: Extent) -> None:
+        super().__init__(daemon=True)
+        extent.file.fileno()  # a pool may have closed the file, and two threads must not open it at once
+        self._extent = extent
+        self._crc = 0
+        self._error: CkptkitError | None = None
+        self.start()
+
+    def run(self) -> None:
+        buffer = memoryview(bytearray(_CHECKSUM_PIECE))
+        file, at, end = self._extent.file, self._extent.offset, self._extent.offset + self._extent.nbytes
+        try:
+            while at < end:
+                piece = buffer[: end - at]
+                file.read_into(piece, at)
+                self._crc = zlib.crc32(piece, self._crc)
+                at += len(piece)
+        except CkptkitError as error:
+            self._error = error
+
+    def result(self) -> int:
+        """Return the CRC-32. Raises the error of the reading."""
+        if self._error is not None:
+            raise self._error
+        return self._crc
 
 
 @functools.cache
