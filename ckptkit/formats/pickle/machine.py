@@ -11,6 +11,7 @@ from typing import Final, Protocol, overload
 
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
+from ckptkit.formats.pickle.batches import APPENDS, find_batch
 from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, check_key
 
 __all__ = [
@@ -114,11 +115,14 @@ class PickleMachine:
         self.items_left = _MOST_ITEMS
         self.storages = 0
         self.tuple_keys = 0
+        self.steps = 0
+        self._unchecked = 0  # steps since the last count of what the pickle built
+        self._blocks_before = 0
 
     def run(self, operations: Mapping[int, Operation]) -> tuple[object, int]:
         """Execute opcodes until STOP; return the value and the offset of the next byte."""
         start, data, find_operation = self.pos, self.data, operations.get
-        before, steps = sys.getallocatedblocks(), 0
+        self._blocks_before = sys.getallocatedblocks()
         try:
             while True:
                 for _ in range(_CHUNK):
@@ -132,9 +136,7 @@ class PickleMachine:
                     if operation is None:
                         raise FormatError(f"corrupt pickle: unknown opcode 0x{opcode:02x} at byte {self.pos - 1}")
                     operation(self)
-                steps += _CHUNK
-                self.interpreter.steps += _CHUNK
-                self._check_limits(steps, sys.getallocatedblocks() - before)
+                self.count_steps(_CHUNK)
         except IndexError:
             if self.pos >= self.end:
                 raise TruncatedPickleError(f"the pickle that starts at byte {start} has no end: truncated?") from None
@@ -142,8 +144,15 @@ class PickleMachine:
         except (ValueError, OverflowError, struct.error) as error:
             raise FormatError(f"corrupt pickle: {printable(str(error))} at byte {self.pos}") from None
 
-    def _check_limits(self, steps: int, objects: int) -> None:
-        """Raise ``FormatError`` for a pickle that built too much."""
+    def count_steps(self, count: int) -> None:
+        """Count opcodes; raises ``FormatError`` for a pickle that has too many, or that built too much."""
+        self.steps += count
+        self.interpreter.steps += count
+        self._unchecked += count
+        if self._unchecked < _CHUNK:
+            return
+        self._unchecked = 0
+        steps, objects = self.steps, sys.getallocatedblocks() - self._blocks_before
         storages = min(self.storages, _MOST_STORAGES)
         if objects > _MOST_OBJECTS + _OBJECTS_PER_STORAGE * storages:
             raise FormatError(_TOO_MUCH.format(_MOST_OBJECTS, "objects"))
@@ -227,6 +236,12 @@ class PickleMachine:
             into = target.pairs
         else:
             raise FormatError(f"corrupt pickle: items set on a {type(target).__name__} at byte {self.pos - 1}")
+        keys = pairs[::2]
+        if set(map(type, keys)) == {str}:
+            new = dict(zip(keys, pairs[1::2], strict=True))
+            if len(new) == len(keys) and into.keys().isdisjoint(new):
+                into.update(new)
+                return
         for index in range(0, len(pairs), 2):
             self.interpreter.set_item(into, self.checked_key(pairs[index]), pairs[index + 1])
 
@@ -268,6 +283,28 @@ class PickleMachine:
 
 
 Operation = Callable[[PickleMachine], None]
+
+
+def _mark(machine: PickleMachine) -> None:
+    """Push a MARK, or do at once all that a batch of plain items does to the list or mapping on the stack."""
+    stack, data = machine.stack, machine.data
+    batch = None
+    if stack and isinstance(stack[-1], list | dict) and isinstance(data, bytes):
+        batch = find_batch(data, machine.pos)
+    if batch is None:
+        stack.append(MARK)
+        return
+    machine.pos = batch.end
+    machine.count_steps(2 * len(batch.items))
+    values, memo = batch.values(), machine.memo
+    for put, value in zip(batch.puts, values, strict=True):
+        if put:
+            memo.write(int.from_bytes(put[1:], "little"), value)
+    if batch.opcode == APPENDS:
+        machine.put_values(stack[-1], values)
+    else:
+        machine.put_items(stack[-1], values)
+
 
 _EMPTY_SET_COST = range(12)  # one byte of a pickle makes an empty set, which takes the memory of four lists
 _MOST_MEMO = 2**32  # the limit of LONG_BINPUT; larger decimal indexes could be made to collide in the memo
@@ -529,7 +566,7 @@ def _recorded(opcode: int, operation: Operation) -> Operation:
 # The opcodes of ``torch._weights_only_unpickler``: those that pickles of protocol 2 have.
 _WEIGHTS_ONLY = frozenset(b"(GJKMNQRUXabcehjqrstu})]\x80\x81\x85\x86\x87\x88\x89\x8a\x8f.")
 _ALL_OPCODES: Final[Mapping[int, Operation]] = {
-    0x28: _constant(MARK),
+    0x28: _mark,
     0x30: lambda machine: machine.stack.__delitem__(-1),  # POP takes a MARK too
     0x31: lambda machine: machine.pop_mark().clear(),
     0x32: lambda machine: machine.stack.append(machine.stack[-1]),

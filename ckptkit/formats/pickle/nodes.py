@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple, cast, overload
 
 from ckptkit.errors import FormatError, PlanError
-from ckptkit.formats.pickle.machine import OPCODES, Operation, PickleMachine, parse_pickle
+from ckptkit.formats.pickle.batches import find_batch, is_text, items_in
+from ckptkit.formats.pickle.machine import MARK, OPCODES, Operation, PickleMachine, parse_pickle
 from ckptkit.formats.pickle.values import Interpreter
 
 __all__ = [
@@ -35,7 +36,48 @@ class Update(NamedTuple):
     """A change to an existing object: items set, values appended, or a state given."""
 
     op: bytes
-    args: tuple[Part, ...]
+    args: Sequence[Part]
+
+
+class Run(Sequence["Part"]):
+    """The items of a batch of numbers and short strings, as their opcodes one behind the other.
+
+    A million parts of their own would take a hundred times the memory of their bytes. ``first`` is the number in the
+    memo of the first string; the strings are counted from there.
+    """
+
+    __slots__ = ("_strings", "first", "opcodes", "size")
+
+    def __init__(self, opcodes: bytes, size: int, first: int = 0) -> None:
+        """Take the opcodes, without a PUT, and the number of items."""
+        self.opcodes = opcodes
+        self.size = size
+        self.first = first
+        self._strings: list[bytes] = []
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self.size
+
+    def __iter__(self) -> Iterator[Part]:
+        """Yield a part for each item."""
+        return iter(items_in(self.opcodes))
+
+    @overload
+    def __getitem__(self, index: int) -> Part: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Part]: ...
+
+    def __getitem__(self, index: int | slice) -> Part | Sequence[Part]:
+        """Return the part of one item, or of several."""
+        return items_in(self.opcodes)[index]
+
+    def string(self, index: int) -> bytes:
+        """Return the string with this number in the memo; the same object each time."""
+        if not self._strings:
+            self._strings = [item for item in items_in(self.opcodes) if is_text(item)]
+        return self._strings[index - self.first]
 
 
 _NO_UPDATES: Final[list[Update]] = []  # one list for all nodes, because most objects are never changed
@@ -64,10 +106,11 @@ class Node:
         self.updates.append(update)
 
     def parts(self) -> Iterator[Part]:
-        """Yield the arguments of the object and of the updates, in the order of the pickle."""
+        """Yield the arguments of the object and of the updates, in the order of the pickle, but nothing of a run."""
         yield from self.args
         for update in self.updates:
-            yield from update.args
+            if not isinstance(update.args, Run):
+                yield from update.args
 
 
 LEAVE_OUT: Final = "--only-tensors leaves the rest out"
@@ -113,7 +156,7 @@ def iterate_nodes(root: Part) -> Iterator[Node]:
 _Action = Callable[[PickleMachine, bytes, tuple[Part, ...]], None]
 
 
-def _mark_used(parts: Sequence[Part]) -> None:
+def _mark_used(parts: Iterable[Part]) -> None:
     for part in parts:
         if isinstance(part, Node) and part.updates_at_use < 0:
             part.updates_at_use = len(part.updates)
@@ -170,9 +213,49 @@ def _instance(machine: PickleMachine) -> None:
     _push_node(machine, machine.data[start : machine.pos], _above_mark(machine))
 
 
+def _mark(machine: PickleMachine) -> None:
+    """Push a MARK, or do at once what a batch of plain items does to the object on the stack."""
+    target, memo = machine.stack[-1] if machine.stack else None, machine.memo
+    batch = None
+    if isinstance(target, Node) and isinstance(machine.data, bytes):
+        batch = find_batch(machine.data, machine.pos)
+    if batch is None or not isinstance(target, Node):
+        machine.stack.append(MARK)
+        return
+    first, has_puts = len(memo.counted), any(batch.puts)
+    if has_puts and (memo.others or not batch.has_counted_puts(first)):
+        machine.stack.append(MARK)
+        return
+    run = Run(b"".join(batch.items), len(batch.items), first)
+    if has_puts:
+        memo.counted += [run] * (len(batch.puts) - batch.puts.count(b""))
+    machine.pos = batch.end
+    machine.count_steps(2 * run.size)
+    target.add_update(Update(bytes([batch.opcode]), run))
+
+
+def _recalled(read: Operation, index_of: Callable[[PickleMachine], int]) -> Operation:
+    """Return the operation of an opcode that recalls an object; a string of a run becomes a part."""
+
+    def run(machine: PickleMachine) -> None:
+        start = machine.pos
+        read(machine)
+        value = machine.stack[-1]
+        if isinstance(value, Run):
+            after, machine.pos = machine.pos, start
+            machine.stack[-1] = value.string(index_of(machine))
+            machine.pos = after
+
+    return run
+
+
 _IMMUTABLE = b"FGIJKLMNPSTUVXcBC\x88\x89\x8a\x8b\x8c\x8d\x8e)"
 _NODE_OPCODES: Final[dict[int, Operation]] = {
     **OPCODES,
+    0x28: _mark,
+    0x67: _recalled(OPCODES[0x67], lambda machine: int(machine.read_line())),
+    0x68: _recalled(OPCODES[0x68], lambda machine: machine.data[machine.pos]),
+    0x6A: _recalled(OPCODES[0x6A], lambda machine: int.from_bytes(machine.read_bytes(4), "little")),
     **{opcode: _verbatim(OPCODES[opcode], bytes) for opcode in _IMMUTABLE},
     **{opcode: _verbatim(OPCODES[opcode], Node) for opcode in b"]}\x8f\x96"},
     **{opcode: _counted(opcode, 1, _push_node) for opcode in b"\x85Q"},
@@ -228,7 +311,12 @@ class _Writer:
                 self.out += part
                 if len(part) > _SHORT and self.uses[id(part)] > 1:
                     self._remember(part)
-        return bytes(self.out + b".")
+        self.out += b"."
+        return bytes(self.out)
+
+    def _run(self, run: Run) -> None:
+        self.left -= run.size
+        self.out += run.opcodes
 
     def _node(self, node: Node) -> Iterator[Part]:
         """Write a node, and yield each part at the position where the caller must write the part."""
@@ -244,7 +332,10 @@ class _Writer:
             self._remember(node)
         for update in node.updates:
             self.out += b"(" if update.op[0] in MARKED else b""
-            yield from update.args
+            if isinstance(update.args, Run):
+                self._run(update.args)
+            else:
+                yield from update.args
             self.out += update.op
 
     def _remember(self, part: Part) -> None:
@@ -277,7 +368,13 @@ def _is_same_graph(first: Part, second: Part) -> bool:
         matched.add(id(right))
         if _outline(left) != _outline(right) or left.updates_at_use not in (-1, right.updates_at_use):
             return False
-        stack.extend(zip(left.parts(), right.parts(), strict=True))
+        stack.extend(zip(left.args, right.args, strict=True))
+        for old, new in zip(left.updates, right.updates, strict=True):
+            if isinstance(old.args, Run) and isinstance(new.args, Run):
+                if old.args.opcodes != new.args.opcodes:
+                    return False
+            else:
+                stack.extend(zip(old.args, new.args, strict=True))
     return True
 
 

@@ -1,0 +1,91 @@
+"""Read a batch of numbers and short strings at once: Python's pickler appends up to 1,000 items between two opcodes."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = ["APPENDS", "Batch", "find_batch", "is_text", "items_in"]
+
+APPENDS: Final = 0x65
+_TEXT: Final = 0x58
+_FEWEST = 32  # items; fewer are read as fast one by one
+_LONGEST_TEXT = 63  # bytes
+_WINDOW = 1 << 20  # bytes of a pickle that are looked at for one batch, so that it never builds too much
+_TEXTS = b"|".join(re.escape(struct.pack("<I", size)) + b".{%d}" % size for size in range(_LONGEST_TEXT + 1))
+_LONGS = b"|".join(re.escape(bytes([size])) + b".{%d}" % size for size in range(9))
+# None, True, False, numbers, and strings.
+_ITEM = rb"[N\x88\x89]|K.|M..|J.{4}|G.{8}|\x8a(?:" + _LONGS + rb")|X(?:" + _TEXTS + rb")"
+_PUT = rb"q.|r.{4}"  # gives the item before it a number in the memo
+_ITEMS: Final = re.compile(rb"(" + _ITEM + rb")(" + _PUT + rb")?", re.DOTALL)
+_BATCH: Final = re.compile(rb"(?:(?:" + _ITEM + rb")(?:" + _PUT + rb")?){%d,}+[eu]" % _FEWEST, re.DOTALL)
+_NUMBERS: Final = {
+    b"J": struct.Struct("<xi"),
+    b"G": struct.Struct(">xd"),
+    b"M": struct.Struct("<xH"),
+    b"K": struct.Struct("<xB"),
+}
+_CONSTANTS: Final = {b"N": None, b"\x88": True, b"\x89": False}
+
+
+class Batch:
+    """The items of one batch, each as its opcode, the PUTs behind them, and the opcode that takes them."""
+
+    __slots__ = ("end", "items", "opcode", "puts")
+
+    def __init__(self, data: bytes, start: int, end: int) -> None:
+        """Take the range of a pickle from the first item to the opcode behind the last one."""
+        self.end = end
+        self.opcode = data[end - 1]
+        found = _ITEMS.findall(data, start, end - 1)
+        self.items: list[bytes] = [item for item, _ in found]
+        self.puts: list[bytes] = [put for _, put in found]
+
+    def values(self) -> list[object]:
+        """Return the values of the items. Raises ``UnicodeDecodeError`` for bytes that are not text."""
+        if self.opcode == APPENDS:
+            return _values_of(self.items)
+        values: list[object] = [None] * len(self.items)
+        values[::2] = _values_of(self.items[::2])
+        values[1::2] = _values_of(self.items[1::2])
+        return values
+
+    def has_counted_puts(self, first: int) -> bool:
+        """Return whether exactly the strings have numbers in the memo, which count from ``first``."""
+        puts = [int.from_bytes(put[1:], "little") for put in self.puts if put]
+        texts = [bool(put) for put in self.puts] == [item[0] == _TEXT for item in self.items]
+        return texts and puts == list(range(first, first + len(puts)))
+
+
+def find_batch(data: bytes, start: int) -> Batch | None:
+    """Return the batch that begins at byte ``start``, or None for a short one and one with other items."""
+    found = _BATCH.match(data, start, start + _WINDOW)
+    return None if found is None else Batch(data, start, found.end())
+
+
+def items_in(opcodes: bytes) -> list[bytes]:
+    """Return the opcode of each item of opcodes without a PUT."""
+    return [item for item, _ in _ITEMS.findall(opcodes)]
+
+
+def is_text(item: bytes) -> bool:
+    """Return whether an item is a string."""
+    return item[0] == _TEXT
+
+
+def _values_of(items: Sequence[bytes]) -> list[object]:
+    kinds = {item[:1] for item in items}
+    layout = _NUMBERS.get(next(iter(kinds))) if len(kinds) == 1 else None
+    if layout is not None:
+        return [value for (value,) in layout.iter_unpack(b"".join(items))]
+    return [item[5:].decode("utf-8", "surrogatepass") if item[0] == _TEXT else _number(item) for item in items]
+
+
+def _number(item: bytes) -> object:
+    kind = item[:1]
+    layout = _NUMBERS.get(kind)
+    if layout is not None:
+        return layout.unpack(item)[0]
+    return _CONSTANTS[kind] if kind in _CONSTANTS else int.from_bytes(item[2:], "little", signed=True)
