@@ -492,7 +492,8 @@ def _keys_without_tensor(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -
 
 def _extra_state_keys(side: Checkpoint, tensors: Iterable[str]) -> set[str]:
     """Return the keys of extra state on one side."""
-    keys = (_extra_state_key(key, side) for key in (*(entry.path for entry in side.entries), *tensors))
+    candidates = [key for key in (*(entry.path for entry in side.entries), *tensors) if _EXTRA_STATE in key]
+    keys = (_extra_state_key(key, side) for key in candidates)
     return {key for key in keys if key is not None}
 
 
@@ -521,10 +522,12 @@ def _filled_counters(
     filled = set()
     for key in (info.key for info in missing):
         prefix, _, name = key.rpartition(".")
+        if name != _BATCH_COUNTER:
+            continue
         mean = f"{prefix}.running_mean" if prefix else "running_mean"
         # Batch norm has version 2; a user's module with the same buffers has version 1.
         is_norm = mean in expected and expected.versions.get(prefix, 2) >= 2
-        if name == _BATCH_COUNTER and is_norm and versions.get(prefix, 0) < 2:
+        if is_norm and versions.get(prefix, 0) < 2:
             filled.add(key)
     return frozenset(filled)
 
@@ -592,14 +595,17 @@ def _candidate_renames(result: StateDictDiff) -> dict[str, dict[str, str]]:
     missing = {info.key: info.shape for info in result.missing}
     unexpected = {info.key: info.shape for info in result.unexpected}
     removed, added = count_prefixes(missing, unexpected)
-    prefixes = {name for name, _ in removed.most_common(3)} | set(PREFIXES)
+    first_segments = {key.partition(".")[0] for key in unexpected}
+    prefixes = {name for name, _ in removed.most_common(3)}
+    prefixes |= {prefix for prefix in PREFIXES if prefix.partition(".")[0] in first_segments}
     renames = {
         f"{prefix}*=*": {key: key.removeprefix(prefix) for key in result.names}
         for prefix in sorted(prefixes)
         if any(key.startswith(prefix) for key in unexpected)
     }
+    names = "\n".join(unexpected)
     for segment in SEGMENTS:
-        if any(f".{segment}." in key for key in unexpected):
+        if f".{segment}." in names:
             rename = parse_rename(f"*.{segment}.*=*.*")
             renames[f"*.{segment}.*=*.*"] = {key: rename.apply(key) or key for key in result.names}
     for prefix, _ in added.most_common(3):
@@ -613,10 +619,11 @@ def count_prefixes(expected: Shapes, found: Shapes) -> tuple[Counter[str], Count
     Only tensors of the same shape count, and only prefixes without special characters of the pattern language.
     """
     removed, added = Counter[str](), Counter[str]()
-    for key, shape in found.items():
-        removed.update(_prefixes_before(key, shape, expected))
-    for key, shape in expected.items():
-        added.update(_prefixes_before(key, shape, found))
+    for counts, keys, others in ((removed, found, expected), (added, expected, found)):
+        first_segments = {key.partition(".")[0] for key in others}
+        for key, shape in keys.items():
+            if not first_segments.isdisjoint(key.split(".")[1:]):
+                counts.update(_prefixes_before(key, shape, others))
     return removed, added
 
 

@@ -50,9 +50,11 @@ def numbered_families(shapes: Mapping[str, Shape]) -> list[NumberedFamily]:
     found: dict[tuple[str, str], dict[int, Shape]] = defaultdict(dict)
     for key, shape in shapes.items():
         for match in islice(NUMBER.finditer(key), _MOST_NUMBERS):
-            found[key[: match.start()], key[match.end() :]][int(match[0])] = shape
+            start, end = match.span()
+            found[key[:start], key[end:]][int(key[start:end])] = shape
     return [
         NumberedFamily(head, tail, len(by_number), by_number[0])
         for (head, tail), by_number in found.items()
+        if 0 in by_number and len(by_number) - 1 in by_number  # most candidates end here
         if len(set(by_number.values())) == 1 and by_number.keys() == set(range(len(by_number)))
     ]

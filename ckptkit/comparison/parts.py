@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
+from typing import NamedTuple
 
 from ckptkit.comparison.numbered import NUMBER, numbered_families
 from ckptkit.comparison.roles import FUSED_ROLES, role_of, split_leaf, split_words
@@ -19,6 +22,7 @@ __all__ = ["PartedTensor", "align_command", "find_parted", "fold_command", "part
 _MAX_SEGMENTS = 32  # a hostile key can have a million
 _MAX_LISTS = 200  # of one layer; real layers have a dozen
 _PARTS_OF: Mapping[str, tuple[str, ...]] = {**FUSED_ROLES, "query_key_value": FUSED_ROLES["qkv"]}
+_SEGMENT_OF_DIGITS = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
 _Shape = tuple[int, ...]
 
 
@@ -97,10 +101,6 @@ class _Name:
     is_bias: bool
 
     @property
-    def numbers(self) -> tuple[str, ...]:
-        return tuple(filter(NUMBER.fullmatch, self.segments))
-
-    @property
     def role(self) -> str:
         """The role of the module in its layer, such as ``qkv``."""
         last = max((at for at, segment in enumerate(self.module) if segment.isdigit()), default=-1)
@@ -114,21 +114,45 @@ def _named(key: str) -> _Name:
     return _Name(segments, (*segments[:-1], *([rest] if rest else [])), leaf is not None and leaf[1] == "bias")
 
 
+class _Outline(NamedTuple):
+    """What is first asked about each key of a large state_dict: its numbers, its role, and the kind of its tensor."""
+
+    numbers: tuple[str, ...]
+    role: str
+    is_bias: bool
+
+
+def _outline(key: str) -> _Outline:
+    texts = _SEGMENT_OF_DIGITS.split(key)
+    # Only the text behind the last number decides the rest, and the layers of a model have few such texts.
+    return _Outline(tuple(texts[1::2]), *_ending(f"0{texts[-1]}" if len(texts) > 1 else key))
+
+
+@lru_cache(maxsize=4096)
+def _ending(key: str) -> tuple[str, bool]:
+    name = _named(key)
+    return name.role, name.is_bias
+
+
 def _wholes(
     wholes: Mapping[str, TensorInfo], pieces: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each key of ``wholes`` that has parts, with their keys."""
     if not wholes or len(pieces) < 2:
         return
-    names = {key: _named(key) for key in pieces}
-    lists = _lists(names, pieces)
-    fused = _by_role(names)
+    outlines = {key: _outline(key) for key in wholes}
+    lists = _lists(pieces, {len(outline.numbers) for outline in outlines.values()})
+    fused = _by_role(pieces) if any(outline.role in _PARTS_OF for outline in outlines.values()) else {}
     used: set[str] = set()
     for key, info in wholes.items():
-        if not info.shape:
+        outline = outlines[key]
+        near = lists.get(outline.numbers, ())
+        if not info.shape or (not near and outline.role not in _PARTS_OF):
             continue
         name = _named(key)
-        parts = _numbered_parts(name, info.shape, lists, used) or _fused_parts(name, info.shape, fused, pieces)
+        parts = _numbered_parts(name, outline.role, info.shape, near, used) or _fused_parts(
+            name, outline, info.shape, fused, pieces
+        )
         if parts and used.isdisjoint(parts):
             used.update(parts)
             yield key, parts
@@ -150,26 +174,32 @@ class _NumberedList:
         return _named(".".join(self.tail)).role
 
 
-def _lists(names: Mapping[str, _Name], pieces: Mapping[str, TensorInfo]) -> dict[tuple[str, ...], list[_NumberedList]]:
-    """Return the numbered lists by the numbers in their keys that do not count them."""
+def _lists(pieces: Mapping[str, TensorInfo], counts: AbstractSet[int]) -> dict[tuple[str, ...], list[_NumberedList]]:
+    """Return the numbered lists by the numbers in their keys that do not count them.
+
+    ``counts`` are the lengths that such a tuple of numbers can have.
+    """
     found: dict[tuple[str, ...], list[_NumberedList]] = defaultdict(list)
-    for family in numbered_families({key: info.shape for key, info in pieces.items()}):
+    shapes = {key: info.shape for key, info in pieces.items() if len(NUMBER.findall(key)) - 1 in counts}
+    for family in numbered_families(shapes):
         if family.count > 1 and family.head:
             head = tuple(family.head.removesuffix(".").split("."))
             tail = tuple(family.tail.split(".")[1:])
-            is_bias = names[family.keys[0]].is_bias
+            is_bias = _outline(family.keys[0]).is_bias
             found[family.numbers].append(_NumberedList(head, tail, family.keys, family.shape, is_bias))
     return found
 
 
 def _numbered_parts(
-    name: _Name, shape: _Shape, lists: Mapping[tuple[str, ...], Sequence[_NumberedList]], used: AbstractSet[str]
+    name: _Name, role: str, shape: _Shape, lists: Sequence[_NumberedList], used: AbstractSet[str]
 ) -> tuple[str, ...]:
     """Return the keys of one list, or of two, whose tensors are the tensor when they are stacked or concatenated."""
-    near = [family for family in lists.get(name.numbers, ())[:_MAX_LISTS] if _is_near(name, family)]
+    near = [family for family in lists[:_MAX_LISTS] if _is_near(name, family)]
     near = [family for family in near if used.isdisjoint(family.keys)]
+    if not near:
+        return ()
     # The lists that the name of the whole speaks of come first.
-    roles = _PARTS_OF.get(name.role, (name.role,) if name.role else ())
+    roles = _PARTS_OF.get(role, (role,) if role else ())
     words = set(split_words(".".join(name.segments)))
     near.sort(key=lambda one: (one.role not in roles, -len(words.intersection(split_words(".".join(one.tail))))))
     for shapes in (_joined, _transposed):
@@ -213,26 +243,27 @@ def _concatenated(first: _Shape, second: _Shape) -> _Shape:
     return (first[0] + second[0], *first[1:]) if first and second and first[1:] == second[1:] else ()
 
 
-def _by_role(names: Mapping[str, _Name]) -> dict[tuple[object, ...], list[tuple[tuple[str, ...], str]]]:
+def _by_role(pieces: Iterable[str]) -> dict[tuple[object, ...], list[tuple[tuple[str, ...], str]]]:
     """Return module paths and keys by the numbers of a key, the role of its module, and the kind of its tensor."""
     found: dict[tuple[object, ...], list[tuple[tuple[str, ...], str]]] = defaultdict(list)
     roles = {role for parts in _PARTS_OF.values() for role in parts}
-    for key, name in names.items():
-        role = name.role
+    for key in pieces:
+        numbers, role, is_bias = _outline(key)
         if role in roles:
-            found[name.numbers, role, name.is_bias].append((name.module, key))
+            found[numbers, role, is_bias].append((_named(key).module, key))
     return found
 
 
 def _fused_parts(
     name: _Name,
+    outline: _Outline,
     shape: _Shape,
     by_role: Mapping[tuple[object, ...], Sequence[tuple[tuple[str, ...], str]]],
     pieces: Mapping[str, TensorInfo],
 ) -> tuple[str, ...]:
     """Return the keys of the projections that the tensor fuses, such as query, key and value of its module."""
-    roles = _PARTS_OF.get(name.role, ())
-    candidates = [by_role.get((name.numbers, role, name.is_bias), ()) for role in roles]
+    roles = _PARTS_OF.get(outline.role, ())
+    candidates = [by_role.get((outline.numbers, role, outline.is_bias), ()) for role in roles]
     if not roles or not all(candidates):
         return ()
     parts = []

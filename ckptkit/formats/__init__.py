@@ -173,7 +173,8 @@ def _note_positions(checkpoint: Checkpoint) -> Checkpoint:
 
 def _warn_of_adapter(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a note where it is an adapter of kohya or diffusers; PEFT has a file that says so."""
-    if not any("lora" in key or ".hada_w" in key or ".lokr_w" in key for key in checkpoint):
+    names = "\n".join(checkpoint)
+    if not any(part in names for part in ("lora", ".hada_w", ".lokr_w")):
         return checkpoint
     from ckptkit.adapters.keys import is_adapter, named_format
 

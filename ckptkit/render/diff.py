@@ -128,10 +128,13 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     ]
     remarks = {name: f"  {key.remark}" for key in result.quantized for name in (key.key, *key.parts)}
     rows += [_row("≈", pair, remarks[pair.key]) for pair in _codes_for_numbers(result)]
+    remarks_on_missing = {key: remark.strip() for key, remark in remarks.items()}
+    remarks_on_missing |= dict.fromkeys(result.excused, "load_state_dict does not report it")
+    blocked = set(result.blocked)
     rows += [
-        Row(info.key, ("-", str(info), _remark_on_missing(info.key, result) or remarks.get(info.key, "").strip()))
+        Row(info.key, ("-", str(info), remarks_on_missing.get(info.key, "")))
         for info in result.missing
-        if info.key not in result.blocked
+        if info.key not in blocked
     ]
     rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
     rows += [_row("~", pair, remarks.get(pair.key, "")) for pair in result.shape_mismatched]
@@ -144,10 +147,6 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     reported = ("-", "no tensor", "") if result.undecided else ("~", "", "load_state_dict reports it")
     rows += [Row(key, reported) for key in result.reported]
     return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
-
-
-def _remark_on_missing(key: str, result: StateDictDiff) -> str:
-    return "load_state_dict does not report it" if key in result.excused else ""
 
 
 def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:

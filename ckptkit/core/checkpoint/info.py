@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from ckptkit.core.dtypes import DTYPES
@@ -69,8 +70,13 @@ class TensorInfo:
 
     def __str__(self) -> str:
         """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
-        kind = "" if self.kind == "dense" else f" ({self.kind})"
-        return f"{self.dtype} {list(self.shape)}{kind}"
+        return _look(self.dtype, tuple(self.shape), self.kind)
+
+
+@lru_cache(maxsize=1024)
+def _look(dtype: str, shape: tuple[int, ...], kind: str) -> str:
+    mark = "" if kind == "dense" else f" ({kind})"
+    return f"{dtype} {list(shape)}{mark}"
 
 
 _MOST_COMPARED = 10_000  # keys that are compared with an unknown key, which takes a second
