@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 from ckptkit.checks import codes
 from ckptkit.checks.adapters import check_lora
@@ -28,8 +29,8 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
-from ckptkit.statistics.kernel import StatsKernel
-from ckptkit.values.kernels import ExtremesKernel
+from ckptkit.values.extremes import Extremes
+from ckptkit.values.kernels import ExtremesKernel, Kernel
 from ckptkit.values.workers import Workers
 
 __all__ = ["run_checks"]
@@ -126,19 +127,25 @@ def _check(
             from ckptkit.checks.value_reader import ValueReader
 
             # Only tensors of a new model are known by their moments.
-            kernel = ExtremesKernel() if expected is None or expected.model is None else StatsKernel()
+            kernel: Kernel[Any, Extremes] = ExtremesKernel()
+            if expected is not None and expected.model is not None:
+                from ckptkit.statistics.kernel import StatsKernel
+
+                kernel = StatsKernel()
             scan.values = ValueReader(checkpoint, chosen, workers, kernel)
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != reader_codes.NO_CHECKSUM.name for finding in findings):
             findings.append(scan.no_checksum_finding())
         if scan.values is not None:
-            from ckptkit.checks.values import check_expected_values, check_values
-            from ckptkit.core.random_state import NEW_MODEL_SEED, restored_random_state
+            from ckptkit.checks.values import check_values
 
             if not scan.stopped:
                 scan.values.read_remaining()
             findings += check_values(checkpoint, scan.values.stats, quantized, workers)
             if expected is not None and result is not None:
+                from ckptkit.checks.expected import check_expected_values
+                from ckptkit.core.random_state import NEW_MODEL_SEED, restored_random_state
+
                 with restored_random_state(seed=NEW_MODEL_SEED):  # it has the same values in every run
                     findings += check_expected_values(result, expected, scan.values, quantized)
     return [*findings, codes.NOT_SCANNED.finding("", scan.summary())]

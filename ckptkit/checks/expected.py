@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from itertools import groupby
 
 from ckptkit.checks import codes
-from ckptkit.checks.at_init import Untrained
+from ckptkit.checks.at_init import Untrained, find_untrained
+from ckptkit.checks.value_reader import ValueReader
+from ckptkit.checks.values import have_equal_bytes
 from ckptkit.comparison import KeyPair, StateDictDiff
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.text import listed, plural, printable
 from ckptkit.core.ties import tied_keys
+from ckptkit.formats import LIVE_PREFIX
+from ckptkit.quantized import Quantized
+from ckptkit.statistics.kernel import StatsKernel
+from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.extremes import Extremes
 
-__all__ = ["check_as_expected", "check_at_init", "check_differences"]
+__all__ = ["check_as_expected", "check_at_init", "check_differences", "check_expected_values"]
 
 
 def check_differences(result: StateDictDiff) -> Iterator[Finding]:
@@ -85,6 +93,43 @@ def _findings_of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Itera
         first = f"{found[0].expected} expected, {found[0].found} found"
         names = [pair.key for pair in found]
         yield code.finding(names[0], f"{plural(len(found), 'key')} {text}: {listed(names)} ({first})", keys=names)
+
+
+def check_expected_values(
+    result: StateDictDiff, expected: Checkpoint, values: ValueReader, quantized: Quantized
+) -> Iterator[Finding]:
+    """Yield findings about tensors that equal the tensors of ``expected``, and about tensors that look untrained.
+
+    A ``py:`` model is built to get its values. Those of a Module may be trained, so nothing is compared with them but
+    for equality.
+    """
+    pairs = [pair for pair in result.matched if values.checkpoint.get(pair.found.key) == pair.found]
+    is_built = expected.path.startswith(LIVE_PREFIX)
+    equal: set[str] = set()
+
+    def is_equal(pair: KeyPair) -> bool:
+        if have_equal_bytes(values.checkpoint, pair.found.key, expected, pair.expected.key):
+            equal.add(pair.key)
+        return pair.key in equal
+
+    def is_worth_comparing(pair: KeyPair) -> bool:
+        stats = values.stats.get(pair.found.key)
+        is_constant = stats is not None and stats.constant is not None
+        return pair.found.dtype == pair.expected.dtype and not (is_built and is_constant)
+
+    yield from check_as_expected(filter(is_worth_comparing, pairs), is_equal)
+    if expected.model is not None:
+        keys = [pair.expected.key for pair in pairs] if is_built else []
+        new = ValueReader(expected, keys, values.workers, StatsKernel())
+        new.read_remaining()
+        pairs = [pair for pair in pairs if pair.found.key not in quantized.by_key]
+        found = {pair.key: values.stats[pair.found.key] for pair in pairs if pair.found.key in values.stats}
+        untrained = find_untrained(pairs, _with_moments(found), _with_moments(new.stats), expected.model)
+        yield from check_at_init(untrained, equal)
+
+
+def _with_moments(stats: Mapping[str, Extremes]) -> dict[str, ValueStats]:
+    return {key: found for key, found in stats.items() if isinstance(found, ValueStats)}
 
 
 def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyPair], bool]) -> Iterator[Finding]:

@@ -1,33 +1,26 @@
-"""All checks of values: of a checkpoint alone, and of a checkpoint compared with a model."""
+"""All checks of the values of a checkpoint alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ckptkit.checks.at_init import find_untrained
 from ckptkit.checks.buffers import check_buffers
 from ckptkit.checks.duplicates import check_duplicates, check_recorded_ties, equal_groups
-from ckptkit.checks.expected import check_as_expected, check_at_init
 from ckptkit.checks.quantized_weights import has_numbers
 from ckptkit.checks.single_tensors import check_finite, check_single_tensors
-from ckptkit.checks.value_reader import ValueReader
-from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.checkpoint.payload import part_of
 from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding
 from ckptkit.errors import CkptkitError
-from ckptkit.formats import LIVE_PREFIX
 from ckptkit.quantized import Quantized
-from ckptkit.statistics.kernel import StatsKernel
-from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.values.extremes import Extremes
 from ckptkit.values.kernels import MagnitudesKernel, Tally, computed
 from ckptkit.values.reading import Source, Span
 from ckptkit.values.workers import Workers
 
-__all__ = ["check_expected_values", "check_values"]
+__all__ = ["check_values", "have_equal_bytes"]
 
 _BEGIN = 1 << 16  # bytes at the begin of a tensor that tell most tensors apart
 _MAX_BUFFER_BYTES = 1 << 20  # larger buffers of indices are not compared number by number
@@ -62,7 +55,7 @@ class _Contents:
 
     def are_equal(self, first: str, second: str) -> bool:
         """Return whether two tensors have equal bytes."""
-        return _have_equal_bytes(self.checkpoint, first, self.checkpoint, second)
+        return have_equal_bytes(self.checkpoint, first, self.checkpoint, second)
 
     def begin(self, key: str) -> bytes:
         """Return the first bytes of a tensor."""
@@ -90,44 +83,8 @@ class _Contents:
             return False
 
 
-def check_expected_values(
-    result: StateDictDiff, expected: Checkpoint, values: ValueReader, quantized: Quantized
-) -> Iterator[Finding]:
-    """Yield findings about tensors that equal the tensors of ``expected``, and about tensors that look untrained.
-
-    A ``py:`` model is built to get its values. Those of a Module may be trained, so nothing is compared with them but
-    for equality.
-    """
-    pairs = [pair for pair in result.matched if values.checkpoint.get(pair.found.key) == pair.found]
-    is_built = expected.path.startswith(LIVE_PREFIX)
-    equal: set[str] = set()
-
-    def have_equal_bytes(pair: KeyPair) -> bool:
-        if _have_equal_bytes(values.checkpoint, pair.found.key, expected, pair.expected.key):
-            equal.add(pair.key)
-        return pair.key in equal
-
-    def is_worth_comparing(pair: KeyPair) -> bool:
-        stats = values.stats.get(pair.found.key)
-        is_constant = stats is not None and stats.constant is not None
-        return pair.found.dtype == pair.expected.dtype and not (is_built and is_constant)
-
-    yield from check_as_expected(filter(is_worth_comparing, pairs), have_equal_bytes)
-    if expected.model is not None:
-        keys = [pair.expected.key for pair in pairs] if is_built else []
-        new = ValueReader(expected, keys, values.workers, StatsKernel())
-        new.read_remaining()
-        pairs = [pair for pair in pairs if pair.found.key not in quantized.by_key]
-        found = {pair.key: values.stats[pair.found.key] for pair in pairs if pair.found.key in values.stats}
-        untrained = find_untrained(pairs, _with_moments(found), _with_moments(new.stats), expected.model)
-        yield from check_at_init(untrained, equal)
-
-
-def _with_moments(stats: Mapping[str, Extremes]) -> dict[str, ValueStats]:
-    return {key: found for key, found in stats.items() if isinstance(found, ValueStats)}
-
-
-def _have_equal_bytes(first: Checkpoint, first_key: str, second: Checkpoint, second_key: str) -> bool:
+def have_equal_bytes(first: Checkpoint, first_key: str, second: Checkpoint, second_key: str) -> bool:
+    """Return whether two tensors have equal bytes; tensors that cannot be read are not equal."""
     try:
         return same_bytes(first.payload(first_key), second.payload(second_key))
     except (CkptkitError, OSError):
