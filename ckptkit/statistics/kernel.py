@@ -18,6 +18,7 @@ from ckptkit.values.byte_codes import (
     moments_of_codes,
     pairs_of_codes,
 )
+from ckptkit.values.casting import cast_bytes
 from ckptkit.values.exponents import count_bytes, count_exponents
 from ckptkit.values.extremes import Extremes, extremes_of, merge_extremes
 from ckptkit.values.moments import NO_MOMENTS, Moments, merge_moments, moments_of
@@ -57,14 +58,16 @@ class StatsKernel:
             ends = [*starts[1:], len(numbers)]
             counts = [count_bytes(numbers[start:end]) for start, end in zip(starts, ends, strict=True)]
             return [StatsPart(_NOTHING, NO_MOMENTS, found) for found in counts]
-        numbers = array_of(data, code)
+        # numpy is slow with F16. F32 has the same values.
+        is_half = code == "F16"
+        numbers = array_of(cast_bytes(data, code, "F32", workers), "F32") if is_half else array_of(data, code)
         if len(starts) == 1:
-            counts = [_exponents(numbers, code, workers)]
+            counts = [_exponents(numbers, workers)]
             has_small = bool(counts[0][: _FIRST_NORMAL.get(code, 1)].any())
             extremes = extremes_of(data, code, workers, has_small=has_small)
         else:
             ends = [*starts[1:], len(numbers)]
-            counts = [_exponents(numbers[start:end], code, workers) for start, end in zip(starts, ends, strict=True)]
+            counts = [_exponents(numbers[start:end], workers) for start, end in zip(starts, ends, strict=True)]
             extremes = extremes_of(data, code, workers, starts)
         return [
             StatsPart(found, moments_of(numbers[start : start + found.count], found, workers), count)
@@ -90,16 +93,15 @@ class StatsKernel:
         return ValueStats(*counts_and_extremes(found), moments, bins)
 
 
-def _exponents(numbers: _Array, code: str, workers: Workers) -> _Array:
-    """Return how many numbers have each exponent of F32, or of F64 for integers, which are rounded to F64."""
+def _exponents(numbers: _Array, workers: Workers) -> _Array:
+    """Return how many numbers have each exponent; integers are rounded to F64."""
     import numpy as np
 
-    if code in ("F32", "F64", "BF16"):
+    if numbers.dtype.kind not in "iu":
         return count_exponents(numbers.view(f"u{numbers.itemsize}"), workers)
-    wide = np.dtype("f4" if code == "F16" else "f8")
-    total = np.zeros(256 if code == "F16" else 2048, np.int64)
+    total = np.zeros(2048, np.int64)
     for start, stop in pieces(len(numbers), _BLOCK):
-        block = workers.buffer("exponents", wide, stop - start)
+        block = workers.buffer("exponents", np.float64, stop - start)
         np.copyto(block, numbers[start:stop], casting="unsafe")
-        total += count_exponents(block.view(f"u{wide.itemsize}"), workers)
+        total += count_exponents(block.view(np.uint64), workers)
     return total

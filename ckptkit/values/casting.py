@@ -28,6 +28,7 @@ _REAL = {"C32": "F16", "C64": "F32", "C128": "F64"}
 _OF_NUMPY = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F32", "F64"})
 # The float32 numbers that F16 holds as normal numbers without an overflow, by their bits without the sign.
 _F16_LOWEST, _F16_END = 0x38800000, 0x477FF000
+_F16_INF = 0x7C00
 
 
 def real_code(code: str) -> str:
@@ -73,6 +74,8 @@ def _kernel(found: str, out: str) -> _Kernel:
         return _copy
     if (found, out) == ("BF16", "F32"):
         return _widen_bfloat16
+    if (found, out) == ("F16", "F32"):
+        return _widen_float16
     if found in _OF_NUMPY and out in _OF_NUMPY and found != "BOOL":
         # Else numbers out of range would become others where numpy uses vectors than where it does not.
         through = ("I64",) if found in ("F32", "F64") and out in ("U8", "U32") else ()
@@ -94,6 +97,20 @@ def _widen_bfloat16(bits: Array, out: Array, _: Workers) -> None:
 
     np.copyto(out, bits)
     np.left_shift(out, 16, out=out)
+
+
+def _widen_float16(bits: Array, out: Array, _: Workers) -> None:
+    """Move the bits to their places in F32, and multiply by the power of two between the two biases: that is exact."""
+    import numpy as np
+
+    if bits.view(np.int16).max(initial=0) >= _F16_INF or bits.max(initial=0) >= _F16_INF | 0x8000:
+        np.copyto(out.view(np.float32), bits.view(np.float16))
+        return
+    signed = out.view(np.int32)
+    np.copyto(signed, bits.view(np.int16))  # repeats the sign in the upper half
+    np.left_shift(signed, 13, out=signed)
+    np.bitwise_and(out, np.uint32(0x8FFFE000), out=out)
+    np.multiply(out.view(np.float32), np.float32(2.0**112), out=out.view(np.float32))
 
 
 def _cast_in_numpy(dtypes: Sequence[np.dtype[Any]], bits: Array, out: Array, workers: Workers) -> None:
