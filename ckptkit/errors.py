@@ -67,7 +67,7 @@ _FLAGS: Final = frozenset(
     ("allow-overflow", "allow-unused", "carry", "force", "keep-unknown", "only-tensors", "skip-unread", "verify")
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
-_REPEATED: Final = (*RULE_OPTIONS, "reset")
+_REPEATED: Final = (*RULE_OPTIONS, "elementwise", "reset")
 _NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
 _BY_PATTERN: Final = ("as-layer", "on-mismatch", "on-missing", "on-unexpected")  # a mapping of patterns in Python
 _OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
@@ -75,12 +75,12 @@ _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extr
 _OPTIMIZER: Final = "optimizer_state."
 _QUOTED: Final = r"""\$?'(?:[^'\\]|\\.)*'|"[^"]*\""""
 _WORDED: Final = (  # their values are plain words
-    "adapter", "format", "hyper", "method", "on-mismatch", "on-missing", "on-unexpected", "rules"
+    "adapter", "elementwise", "format", "hyper", "method", "on-mismatch", "on-missing", "on-unexpected", "rules"
 )  # fmt: skip
 _AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
 _VALUE: Final = (
-    rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?::\w+)*|(?<=--strip )auto\b|(?<=--min-coverage )[\d.]*\d"
-    r"|(?<=--max-shard-size )\w+"
+    rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?:[:-]\w+)*|(?<=--strip )auto\b|(?<=--set )\w+=\w+"
+    r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-shard-size )\w+"
 )
 OPTION: Final = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z-]+)(?:[ =](?P<value>{_VALUE}))?")
 # A word that no sentence has, such as a path or py:mynet:build, without the punctuation of the sentence after it.
@@ -92,7 +92,7 @@ COMMAND: Final = re.compile(
 )
 _QUOTED_OR_OPTION: Final = re.compile(rf"(?<!\w)(?:{_QUOTED})|{OPTION.pattern}")
 _RULE_OPTION: Final = rf"--(?:{'|'.join(RULE_OPTIONS)}) (?:{_QUOTED})"
-_RULE_OPTIONS_IN_ROW: Final = re.compile(rf"{_RULE_OPTION}(?: {_RULE_OPTION})+")
+_RULE_OPTIONS_IN_ROW: Final = re.compile(rf"{_RULE_OPTION}(?: (?:{_RULE_OPTION}|--allow-unused\b))+")
 _WORD: Final = re.compile(rf"-o (?P<out>\S+)|{OPTION.pattern}|(?P<word>{_QUOTED}|\S+)")
 
 
@@ -128,8 +128,9 @@ def _rule_lists(options: Iterable[re.Match[str]]) -> list[str]:
     """Return the arguments of the options of rules, such as ``drop=['a', 'b']``."""
     rules: dict[str, list[str]] = {}
     for option in options:
-        rules.setdefault(option["name"], []).append(_python_word(option["value"]))
-    return [f"{name}=[{', '.join(values)}]" for name, values in rules.items()]
+        values = rules.setdefault(option["name"].replace("-", "_"), [])
+        values += [_python_word(option["value"])] if option["value"] else []
+    return [f"{name}=[{', '.join(values)}]" if values else f"{name}=True" for name, values in rules.items()]
 
 
 def _parse_rules(lists: Iterable[str]) -> str:

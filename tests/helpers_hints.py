@@ -51,8 +51,17 @@ def commands_in(hint: str) -> list[list[str]]:
 
 
 def options_in(hint: str) -> list[list[str]]:
-    """Return the words of each option that a hint names outside of commands."""
-    return [shlex.split(match[0]) for match in OPTION.finditer(COMMAND.sub("", hint))]
+    """Return the words of each option outside of commands; those that stand side by side are given together."""
+    text, end = COMMAND.sub("", hint), -2
+    rows: list[list[str]] = []
+    for match in OPTION.finditer(text):
+        words = shlex.split(match[0])
+        if match.start() == end + 1 and text[end] == " ":
+            rows[-1] += words
+        else:
+            rows.append(words)
+        end = match.end()
+    return rows
 
 
 def problems_of_hint(arguments: Sequence[str], hint: str) -> list[str]:

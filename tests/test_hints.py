@@ -4,189 +4,164 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from ckptkit import run_checks
+import tests.helpers_hint_optim  # noqa: F401 - it adds its situations
+from ckptkit import open_checkpoint, run_checks
 from ckptkit.cli.common.hints import hint_for_command
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, hint_for_python, message_for_python
-from tests.helpers_cli import ROOT, Ran, run_ckpt
+from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_hint_situations import SITUATIONS, TEN, Situation, save
 from tests.helpers_hints import FOREIGN, all_options, commands_in, options_in, problems_of_hint
 
-TEN, DDP = ROOT / "fixtures" / "lenet_10class.pth", ROOT / "fixtures" / "lenet_ddp.pt"
-MODEL = "py:fixtures.lenet:build"
 _LONG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 _WAYS = re.compile(r"; or |, or |; ")
+_LEFT_OUT = frozenset(("--on-mismatch",))  # without a value: the sentence before it names the actions
 
 
-def _save(folder: Path, **states: dict[str, torch.Tensor]) -> None:
-    for name, state in states.items():
-        torch.save(state, folder / f"{name}.pt")
+def _text_of(part: str) -> str:
+    """Return the text in a part, without the file before it."""
+    return part.partition(": ")[2]
 
 
-def _prefixed(_folder: Path) -> list[str]:
-    return ["diff", str(TEN), str(DDP)]
+def _is_in(part: str, line: str) -> bool:
+    return re.search(".*".join(map(re.escape, _text_of(part).split("XX"))), line) is not None
 
 
-def _other_head(folder: Path) -> list[str]:
-    return ["merge", MODEL, str(TEN), "-o", str(folder / "out.safetensors")]
+class _Follower:
+    """Follows the hints that a command prints, with the words that the situation has for placeholders."""
 
+    def __init__(self, situation: Situation, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.situation, self.folder, self.capsys = situation, folder, capsys
+        self.arguments = situation.make(folder)
+        count = 2 if self.arguments[0] in {"optim", "groups"} else 1
+        inputs = [word for word in self.arguments[count:] if not word.startswith("-")]
+        self.number = 0
+        self.names = {
+            **dict.fromkeys(("PATH", "BASE", "ADAPTER", "SAVED", "FILE"), inputs[0] if inputs else ""),
+            **dict.fromkeys(("DONOR", "TUNED", "LIVE"), inputs[1] if len(inputs) > 1 else ""),
+            "VALUE": "4",
+            **dict.fromkeys(("rules.toml", "RULES"), str(folder / "found.toml")),
+            **{name: text.format(folder=folder) for name, text in situation.names.items()},
+        }
 
-def _missing_keys(folder: Path) -> list[str]:
-    _save(folder, base={"a": torch.zeros(2), "b": torch.zeros(2)}, donor={"a": torch.ones(2)})
-    base, donor = folder / "base.pt", folder / "donor.pt"
-    return ["merge", str(base), str(donor), "-o", str(folder / "out.pt"), "--on-missing", "error"]
+    def filled(self, word: str) -> str:
+        """Return a word of a hint with its placeholder filled in."""
+        if word in self.names:
+            return self.names[word]
+        name, slash, rest = re.match(r"([A-Z]*)([./=]?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        if name == "VALUE" or (name and name in self.names and slash):
+            return f"{self.names[name]}{slash}{rest}"
+        return word.replace("=VALUE", f"={self.names['VALUE']}")
 
+    def run(self) -> None:
+        ran = run_ckpt(self.capsys, *self.arguments)
+        lines = [line.strip() for line in (*ran.out.splitlines(), *ran.err.splitlines())]
+        told = [line for line in lines if any(_is_in(part, line) for part in self.situation.hints)]
+        for part in self.situation.hints:
+            assert any(_is_in(part, line) for line in told), (part, ran)
+        hints = [line for line in lines if line.startswith("hint: ")]
+        assert told or hints, ran
+        for line in dict.fromkeys((*told, *hints)):
+            for way in _WAYS.split(line.removeprefix("hint: ")):
+                self.follow(way)
 
-def _unexpected_keys(folder: Path) -> list[str]:
-    _save(folder, base={"a": torch.zeros(2)}, donor={"a": torch.ones(2), "b": torch.zeros(2)})
-    base, donor = folder / "base.pt", folder / "donor.pt"
-    return ["merge", str(base), str(donor), "-o", str(folder / "out.pt"), "--on-unexpected", "error"]
-
-
-def _unused_policy(folder: Path) -> list[str]:
-    return ["merge", str(TEN), str(TEN), "-o", str(folder / "out.pt"), "--on-mismatch", "zz.*=skip"]
-
-
-def _unused_rule(folder: Path) -> list[str]:
-    return ["remap", str(TEN), "-o", str(folder / "out.pt"), "--rename", "zz.*=*"]
-
-
-def _unused_filter(_folder: Path) -> list[str]:
-    return ["show", str(TEN), "--keep", "zz.*"]
-
-
-def _unused_filter_of_statistics(_folder: Path) -> list[str]:
-    return ["stats", str(TEN), "--keep", "zz.*"]
-
-
-def _existing_output(folder: Path) -> list[str]:
-    (folder / "out.pt").write_bytes(TEN.read_bytes())
-    return ["remap", str(TEN), "-o", str(folder / "out.pt"), "--drop", "fc3.*"]
-
-
-def _sparse(folder: Path) -> list[str]:
-    _save(folder, sparse={"a": torch.ones(2), "odd": torch.eye(3).to_sparse()})
-    return ["convert", str(folder / "sparse.pt"), "-o", str(folder / "out.pt")]
-
-
-def _no_code(folder: Path) -> list[str]:
-    _save(folder, odd={"a": torch.ones(2), "odd": torch.ones(2, dtype=torch.complex128)})
-    return ["convert", str(folder / "odd.pt"), "-o", str(folder / "out.safetensors")]
-
-
-def _overflow(folder: Path) -> list[str]:
-    _save(folder, base={"a": torch.zeros(2, dtype=torch.float16)}, donor={"a": torch.tensor([1e6, 1.0])})
-    return ["merge", str(folder / "base.pt"), str(folder / "donor.pt"), "-o", str(folder / "out.pt")]
-
-
-def _strip_without_dot(folder: Path) -> list[str]:
-    return ["remap", str(DDP), "-o", str(folder / "out.pt"), "--strip", "module"]
-
-
-def _unset_variable(folder: Path) -> list[str]:
-    (folder / "rules.toml").write_text(
-        '[vars]\nheads = "required"\n[[rule]]\nfrom = "fc1.weight"\nto = "fc1.weight"\n'
-        'op = { chunk = { dim = 0, parts = "heads" } }\n',
-        encoding="utf-8",
-    )
-    return ["remap", str(TEN), "-o", str(folder / "out.pt"), "--rules", str(folder / "rules.toml")]
-
-
-def _parts_of_layers(folder: Path) -> list[str]:
-    (folder / "parts").mkdir()
-    for number in range(2):
-        torch.save({f"layer{number}.weight": torch.ones(2)}, folder / "parts" / f"consolidated.0{number}.pth")
-    return ["show", str(folder / "parts")]
-
-
-def _too_little(folder: Path) -> list[str]:
-    return [*_other_head(folder), "--on-mismatch", "skip", "--require", "fc3.*"]
-
-
-def _adapter(folder: Path, method: str) -> list[str]:
-    """Return the command for an adapter of one of two weights, without what it must change."""
-    states = {
-        "base": {"a.weight": torch.zeros(4, 6), "b.weight": torch.zeros(4, 6)},
-        "tuned": {"a.weight": torch.ones(4, 6), "b.weight": torch.zeros(4, 6)},
-        "adapter": {"a.lora_A.weight": torch.ones(1, 6), "a.lora_B.weight": torch.ones(4, 1)},
-    }
-    for name, state in states.items():
-        save_file(state, folder / f"{name}.safetensors")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}', encoding="utf-8")
-    donor = folder / ("adapter.safetensors" if method == "lora" else "tuned.safetensors")
-    return ["merge", str(folder / "base.safetensors"), "--require", "b.*", "--method", method,
-            "-o", str(folder / "out.safetensors"), str(donor)]  # fmt: skip
-
-
-def _too_small_an_adapter(folder: Path) -> list[str]:
-    return _adapter(folder, "lora")
-
-
-def _too_small_a_change(folder: Path) -> list[str]:
-    return _adapter(folder, "extract-lora")
-
-
-def _prefixed_run(_folder: Path) -> list[str]:
-    return ["preflight", "--model", "py:fixtures.lenet:build(num_classes=10)", "--resume", str(DDP)]
-
-
-def _carry_of_nothing(folder: Path) -> list[str]:
-    return ["convert", str(TEN), "-o", str(folder / "out.pt"), "--carry"]
-
-
-SITUATIONS: list[Callable[[Path], list[str]]] = [
-    _prefixed, _other_head, _missing_keys, _unexpected_keys, _unused_policy, _unused_rule, _unused_filter,
-    _unused_filter_of_statistics, _existing_output, _sparse, _no_code, _overflow, _strip_without_dot, _unset_variable,
-    _parts_of_layers, _too_little, _too_small_an_adapter,
-    _too_small_a_change, _prefixed_run, _carry_of_nothing,
-]  # fmt: skip
-
-
-def _ways(ran: Ran) -> Iterator[str]:
-    """Yield each way out in the hints of a command; those of findings stand below them."""
-    lines = [line.removeprefix("hint: ") for line in ran.err.splitlines() if line.startswith("hint: ")]
-    lines += [line.strip() for line in ran.out.splitlines() if line.startswith("  ") and "match after" in line]
-    for line in lines:
-        yield from _WAYS.split(line)
-
-
-@pytest.mark.parametrize("situation", SITUATIONS, ids=[situation.__name__[1:] for situation in SITUATIONS])
-def test_each_way_out_works(
-    situation: Callable[[Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each command in a hint runs, and each option ends the trouble of the command, as the hint promises."""
-    arguments = situation(tmp_path)
-    ran = run_ckpt(capsys, *arguments)
-    assert ran.code in {1, 2}
-    for number, way in enumerate(_ways(ran)):
-        assert problems_of_hint(arguments, way) == []
-        out = str(tmp_path / f"followed{number}{Path(arguments[-1]).suffix or '.pt'}")
-        names = {"OUT": out, "PATH": arguments[1], "BASE": arguments[1], "DONOR": arguments[-1], "VALUE": "3"}
+    def follow(self, way: str) -> None:
+        """Run each command of a way out, and the command again with each option of it."""
+        assert problems_of_hint(self.arguments, way) == []
         for words in commands_in(way):
-            followed = run_ckpt(capsys, *(names.get(word, word) for word in words))
-            assert followed.code in {0, 1}, (way, followed)
+            if len(words) > 1 and words[:1] != ["doctor"]:
+                self.run_command(words, way)
         for named in options_in(way):
-            option = [word.replace("VALUE", "4") for word in named]
-            if option == ["--on-mismatch"]:
-                continue
-            if way.startswith("leave out"):
-                again = [word for word in arguments if word not in option]
-            elif option[0] in arguments and option[0] != "--on-mismatch":  # in place of what the command was given
-                at = arguments.index(option[0])
-                again = [*arguments[:at], *option, *arguments[at + 2 :]]
-            else:
-                again = [*arguments, *option]
-            if option != ["--force"]:
-                for written in tmp_path.glob("out.*"):
-                    written.unlink()
-            followed = run_ckpt(capsys, *again)
-            assert followed.code in ({0, 1} if arguments[0] in {"diff", "preflight"} else {0}), (way, followed)
+            if named[0] not in _LEFT_OUT and named[0] not in FOREIGN:
+                self.run_with(named, way)
+
+    def run_command(self, words: list[str], way: str) -> None:
+        self.number += 1
+        like = self.arguments[self.arguments.index("-o") + 1] if "-o" in self.arguments else "out.pt"
+        out = self.folder / f"followed{self.number}{Path(like).suffix or '.safetensors'}"
+        self.names["OUT"] = str(out.with_suffix("")) if any("OUT." in word for word in words) else str(out)
+        run = [self.filled(word) for word in words]
+        followed = run_ckpt(self.capsys, *run)
+        if followed.code == 2 and self.name_source(run):  # the file has no names
+            run += self.name_source(run)
+            followed = run_ckpt(self.capsys, *run)
+        if "-o" not in run or "--dry-run" in run:
+            assert followed.code in {0, 1}, (way, followed)
+            return
+        assert followed.code in ({0, 1} if run[0] == "align" else {0}), (way, run, followed)
+        written = run[run.index("-o") + 1]
+        if written.endswith(".toml"):
+            self.again([*self.arguments, "--rules", written], way)
+        elif run[0] != "merge" and not {*run} & {"--adapter", "lock"}:
+            source = run[2] if run[0] == "optim" else run[1]
+            if source in self.arguments:
+                self.again([written if word == source else word for word in self.arguments], way)
+        elif run[0] == "merge":
+            open_checkpoint(written).close()
+
+    def name_source(self, run: list[str]) -> list[str]:
+        """Return the option that named the parameters of an optimizer in the command, for another such command."""
+        if run[0] != "optim":
+            return []
+        options = ("--model", "--names")
+        return [word for at, one in enumerate(self.arguments) if one in options for word in self.arguments[at : at + 2]]
+
+    def run_with(self, named: list[str], way: str) -> None:
+        option = [named[0], *map(self.filled, named[1:])]
+        if " ".join(option) in " ".join(self.arguments):
+            return
+        name = named[0].removeprefix("--").upper()
+        if len(option) == 1 and name in self.names:
+            option.append(self.names[name])
+        if way.startswith("leave out --"):
+            at = self.arguments.index(option[0])
+            again = [*self.arguments[:at], *self.arguments[at + (1 if option == ["--carry"] else 2) :]]
+        elif option[0] == "--names" and "--model" in self.arguments:
+            at = self.arguments.index("--model")
+            again = [*self.arguments[:at], *option, *self.arguments[at + 2 :]]
+        elif replaced := re.search(r"in place of (--[a-z]+)", way):
+            if option == [replaced[1]]:
+                return
+            at = self.arguments.index(replaced[1])
+            again = [*self.arguments[:at], *option, *self.arguments[at + 2 :]]
+        elif option[0] in self.arguments and option[0] not in {"--on-mismatch", "--drop"}:
+            at = self.arguments.index(option[0])
+            again = [*self.arguments[:at], *option, *self.arguments[at + 2 :]]
+        else:
+            again = [*self.arguments, *option]
+        self.again(again, way, keeps_output=option == ["--force"])
+
+    def again(self, arguments: list[str], way: str, *, keeps_output: bool = False) -> None:
+        """Run the command once more, which must succeed, and must not give the same hint."""
+        if self.situation.ends:
+            return
+        if not keeps_output:
+            for out in self.folder.glob("out*"):
+                shutil.rmtree(out) if out.is_dir() else out.unlink()
+        if "the :: part" in way:
+            arguments = [word.partition("::")[0] for word in arguments]
+        followed = run_ckpt(self.capsys, *arguments)
+        reports = arguments[0] in {"diff", "preflight", "check"} or arguments[:2] in (
+            ["optim", "show"],
+            ["optim", "diff"],
+        )
+        assert followed.code in ({0, 1} if reports else {0}), (way, arguments, followed)
+        if any(_is_in(part, way) for part in self.situation.hints):
+            assert way not in followed.out + followed.err, (way, arguments, followed)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS, ids=[situation.id for situation in SITUATIONS])
+def test_each_way_out_works(situation: Situation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command in a hint runs, and each option ends the trouble of the command, as the hint promises."""
+    _Follower(situation, tmp_path, capsys).run()
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:
@@ -211,9 +186,23 @@ def _text(node: ast.expr) -> str:
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(map(_text, node.values))
+    if isinstance(node, ast.FormattedValue):
+        return _text(node.value) if isinstance(node.value, ast.Call) else "XX"
     if isinstance(node, ast.IfExp):
         return f"{_text(node.body)} {_text(node.orelse)}"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "drop_options":
+        return "--drop XX"
     return "XX"
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _texts_of(path: Path) -> tuple[str, ...]:
+    return tuple(_texts(_tree(path)))
 
 
 SOURCES = sorted((ROOT / "ckptkit").rglob("*.py"))
@@ -223,8 +212,8 @@ def test_every_option_and_command_in_the_sources_exists() -> None:
     """No text names an option that no command has, or a command with options that it does not have."""
     known = all_options() | FOREIGN
     for path in SOURCES:
-        for text in _texts(ast.parse(path.read_text(encoding="utf-8"))):
-            unknown = [name for name in _LONG.findall(text) if name not in known]
+        for text in _texts_of(path):
+            unknown = [name for name in _LONG.findall(text) if name not in known] if "--" in text else []
             assert unknown == [], (path, text)
             if " ckpt " in f" {text}" and "cli" not in path.parts:
                 problems = [problem for problem in problems_of_hint([], text) if "lacks" not in problem]
@@ -236,12 +225,79 @@ def test_errors_speak_python() -> None:
     for path in SOURCES:
         if "cli" in path.parts:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(path)):
             words = {word.arg: word.value for word in node.keywords} if isinstance(node, ast.Call) else {}
             if "hint" in words and "call" not in words:
                 text = str(CkptkitError("refused", hint=_text(words["hint"])))
                 left = [name for name in _LONG.findall(text) if name not in FOREIGN]
                 assert (left, commands_in(text)) == ([], []), (path, text)
+
+
+# Texts with a command or an option that no situation follows, each with the reason.
+_MESSAGE = "a message, which names what the user gave"
+_BUILDER = "a function that makes hints, whose uses are followed"
+_ORACLES = "needs transformers: tests/oracles/test_hints.py follows it"
+NOT_FOLLOWED: dict[str, str] = {
+    "adapters/base_modules.py: --drop XX": _BUILDER,
+    "core/patterns/__init__.py: --drop XX": _BUILDER,
+    "errors.py: ": "patterns that read hints",
+    "rules/model.py: --": _BUILDER,
+    "core/coverage/requirements.py: ": _MESSAGE,
+    "optimizer_state/pruning.py: requested with": _MESSAGE,
+    "readiness/init.py: --fresh XX matches none of": _MESSAGE,
+    "readiness/init.py: must stay at init by --fresh": _MESSAGE,
+    "rules/apply.py: --strip": _MESSAGE,
+    "rules/apply.py: --keep XX matches none of": _MESSAGE,
+    "rules/apply.py: matches no --keep": _MESSAGE,
+    "rules/transformers/__init__.py: --rules XX: ": _MESSAGE,
+    "rules/transformers/skeleton.py: --rules transformers: needs": _MESSAGE,
+    "wrappers/explain.py: --strip XX begins none of": _MESSAGE,
+    "wrappers/explain.py: --strip XX would leave a dot": _MESSAGE,
+    "formats/directories/opening.py: ckpt searched for an index": "names the program, not a command",
+    "formats/__init__.py: diff, align, merge and --like": "a note about commands, without one to run",
+    "plans/adapters/fold.py: with a second ckpt merge": "a note: which weights they are, only the user knows",
+    "plans/adapters/ties.py: which --carry writes": "a note; tests/test_plan_lora_ties.py runs it with --carry",
+    "plans/adapters/ties.py: leave it out: --drop": "followed by tests/test_plan_lora_ties.py",
+    "render/align.py: this preset fills all of them: --rules": "followed by tests/test_align.py",
+    "plans/remap.py: takes them from the trained weights": "followed by tests/test_positions.py",
+    "formats/writing/atomic.py: run the command again with --force": "needs a second program: tests/test_faults.py",
+    "formats/safetensors.py: drop the tensor: --drop": "only some versions of safetensors refuse these dtypes",
+    "param_groups/spec_findings.py: give the live model: --model": "only Python prints the hint of this finding",
+    "statistics/state_dict_stats.py: ckpt remap PATH -o OUT --rules FILE": "only stats() takes rules with operations",
+    "optimizer_state/load.py: drop its state first: ckpt optim prune": "only load_optimizer_state says it",
+    "plans/merge.py: if these tensors are not needed, leave them out": "only load_into says it",
+    "comparison/__init__.py: --rules transformers:auto": _ORACLES,
+    "plans/merge.py: --rules transformers:auto": _ORACLES,
+    "rules/transformers/__init__.py: name the model type, such as": _ORACLES,
+    "rules/transformers/skeleton.py: --rules transformers:auto takes": _ORACLES,
+}  # fmt: skip
+
+
+def _told() -> Iterator[str]:
+    """Yield every text of the package that names a command or an option, after its file."""
+    for path in SOURCES:
+        place = path.relative_to(ROOT / "ckptkit")
+        if place.parts[0] != "cli":
+            for text in _texts_of(path):
+                if " " in text and ("--" in text or "ckpt " in text) and (_options(text) or " ckpt " in f" {text}"):
+                    yield f"{place}: {text}"
+
+
+def test_every_hint_is_followed() -> None:
+    """Each text that names a command or an option is in a situation, or in the list of those that are not hints."""
+    told = list(_told())
+    parts = [*(part for situation in SITUATIONS for part in situation.hints), *NOT_FOLLOWED]
+    assert [part for part in parts if not any(_covers(part, text) for text in told)] == []
+    assert [text for text in told if not any(_covers(part, text) for part in parts)] == []
+
+
+def _options(text: str) -> list[str]:
+    return [name for name in _LONG.findall(text) if name not in FOREIGN]
+
+
+def _covers(part: str, text: str) -> bool:
+    file, _, words = part.partition(": ")
+    return text.startswith(f"{file}: ") and words in text
 
 
 SPELLINGS = {
@@ -258,6 +314,7 @@ SPELLINGS = {
     "--as-layer 'PATTERN=KIND' decides otherwise": "as_layer={'PATTERN': 'KIND'} decides otherwise",
     "save it with --dist-ckpt-format torch_dist": "save it with --dist-ckpt-format torch_dist",
     "if not needed: --drop 'a' --drop 'b'; or not": "if not needed: parse_rules(drop=['a', 'b']); or not",
+    "ckpt merge a.pt b.pt -o OUT --method extract-lora shows": "extract_lora('a.pt', 'b.pt', out) shows",
     "no option": "no option",
 }
 
@@ -323,7 +380,7 @@ def test_messages_name_options_on_the_command_line() -> None:
     names = "|".join(sorted(name.removeprefix("--").replace("-", "_") for name in all_options()))
     spelled = re.compile(rf"(?<![\w.\"'{{-])({names}) = ")
     for path in SOURCES:
-        for text in _texts(ast.parse(path.read_text(encoding="utf-8"))):
+        for text in _texts_of(path):
             found = set(spelled.findall(text)) - (_FIELDS if path.name in _FIELD_FILES else set())
             assert found == set(), (path, text)
 
@@ -343,7 +400,7 @@ def test_a_command_names_only_its_own_options() -> None:
 
 def test_findings_speak_to_their_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A hint of a finding has the option in the command line, and the argument where Python prints the report."""
-    _save(tmp_path, a={"head.weight": torch.randn(2, 6)})
+    save(tmp_path, a={"head.weight": torch.randn(2, 6)})
     run = run_ckpt(capsys, "check", tmp_path / "a.pt", "--like", TEN)
     report = str(run_checks(tmp_path / "a.pt", like=TEN))
     assert ("no key matches; ckpt align " in run.out, "suggest_rules" in run.out) == (True, False)

@@ -166,7 +166,7 @@ def test_the_layers_of_a_file_are_decided_by_evidence_and_named() -> None:
     assert "'h.0.c_attn.weight' taken for Conv1D of GPT-2" in notes
     linear = plan_extract_lora(base, tuned, 1, as_layer={"wte.*": "linear", "up.*": "whole"})
     assert "base_model.model.wte.lora_A.weight" in {step.out.key for step in linear.steps}
-    with pytest.raises(RuleError, match="--as-layer 'wtf' matches none of 12 keys of the model"):
+    with pytest.raises(RuleError, match="as_layer='wtf' matches none of 12 keys of the model"):
         plan_extract_lora(base, tuned, 1, as_layer={"wtf": "linear"})
 
 

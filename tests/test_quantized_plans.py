@@ -130,7 +130,7 @@ def test_codes_without_a_float_are_refused_too() -> None:
 def test_other_tensors_are_cast_by_a_rule(tmp_path: Path) -> None:
     """The hint of the refusal names a rule that casts other tensors of the file, and the parts are copied."""
     state = fp8() | NORM
-    with pytest.raises(PlanError, match=r'write a rule file for rules: from = "\*norm\.\*".*"F32"'):
+    with pytest.raises(PlanError, match=r'give rules=file in place of dtype, with from = "\*norm\.\*".*"F32"'):
         plan_remap(state, dtype="F32")
     plan = plan_remap(state, rules(**{"from": "*norm.*", "to": "*norm.*", "op": {"cast": {"dtype": "F32"}}}))
     assert same_state(copied(plan, state, tmp_path), fp8() | {"norm.weight": NORM["norm.weight"].float()})

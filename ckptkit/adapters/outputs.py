@@ -13,7 +13,7 @@ from ckptkit.adapters.model import AdaptedModule
 from ckptkit.adapters.module_names import COMPONENTS, DENOISER, diffusers_name, split_component
 from ckptkit.adapters.named import NamedModule
 from ckptkit.adapters.peft_names import exact_pattern, target_modules
-from ckptkit.core.text import listed, printable, quoted
+from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.lora import as_f32
 from ckptkit.tensor_ops.operation import Shape
@@ -76,9 +76,10 @@ def output_modules(modules: Mapping[str, NamedModule], to: str, layers: int, *, 
     if to == "peft":
         models = sorted({module.prefix for module, _, _ in named})
         if len(models) > 1:
+            keep = shell_word(f"{models[0]}*")
             raise RuleError(
                 f"the adapter changes {len(models)} models ({', '.join(models)}), and one of PEFT has one",
-                hint=f"write the part of one model first: ckpt remap --keep '{models[0]}*'",
+                hint=f"write the part of one model first: ckpt remap ADAPTER -o OUT --keep {keep}",
             )
     is_two = any(model == "text_encoder_2" for _, model, _ in named)
     outputs = [_output(module, model, name, to, is_two=is_two) for module, model, name in named]

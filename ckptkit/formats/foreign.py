@@ -224,7 +224,7 @@ def refuse_selection(selection: Selection, path: str | None = None) -> None:
     if selection.key:
         raise FormatError(
             f"holds only tensors, and not a mapping {quoted(selection.key)}",
-            hint=f"--keep {shell_word(selection.key + '.*')} selects keys by their names",
+            hint=f"without the :: part, --keep {shell_word(selection.key + '.*')} selects keys by their names",
             path=path,
         )
 

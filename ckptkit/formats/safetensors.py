@@ -220,7 +220,8 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
         character = error.object[error.start]
         name = next((info.key for info in order if character in info.key), character)
         raise PlanError(
-            f"a name is not Unicode text: {quoted(name)}", hint="rename it with --rename, or write a .pt file"
+            f"a name is not Unicode text: {quoted(name)}",
+            hint="--rename 'OLD=NEW' gives it a name, or write a .pt file",
         ) from None
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > LARGEST_HEADER:

@@ -77,7 +77,7 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
         message = f"{listed(differences.unexpected)} was saved but is not in the live groups"
         hint = (
             "rename it: ckpt optim remap SAVED -o OUT --rename OLD=NEW; or drop it: ckpt optim prune SAVED -o OUT "
-            f"{drop_options(differences.unexpected[:1])}"
+            f"{drop_options(differences.unexpected)}"
         )
         yield codes.PARAMETERS.finding(differences.unexpected[0], message, hint)
     moved = [(name, group.expected, number) for group in differences.groups for name, number in group.moved]

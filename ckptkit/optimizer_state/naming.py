@@ -211,14 +211,15 @@ def _given_names(params: Sequence[object], names: Sequence[object]) -> dict[obje
 def _compare_with_model(found: FoundState, names: Mapping[object, str], model: Parameters) -> None:
     shapes = {param: model.shapes.get(model.aliases.get(own, own), ()) for param, own in names.items()}
     allows_less = keeps_less(shapes, found.state)
+    unknown = [own for own in names.values() if model.aliases.get(own, own) not in model.shapes]
+    if unknown:
+        raise PlanError(
+            f"the state has {listed(unknown, _MAX_SHOWN)}, which the model does not have",
+            hint="rename them first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop them: ckpt optim prune "
+            f"PATH -o OUT {drop_options(unknown)}",
+        )
     for param, own in names.items():
         name = model.aliases.get(own, own)
-        if name not in model.shapes:
-            raise PlanError(
-                f"the state has a parameter {quoted(name)}, which the model does not have",
-                hint="rename it first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop it: ckpt optim prune "
-                f"PATH -o OUT {drop_options([name])}",
-            )
         shape = parameter_shape(found.state.get(param, {}))
         if shape is not None and shape != shapes[param] and not (allows_less and is_less(shape, shapes[param])):
             raise PlanError(

@@ -75,9 +75,8 @@ def _untrained_remarks(model: Parameters, kept: Iterable[str]) -> list[str]:
         return []
     more = f" and {len(new) - _MAX_SHOWN:,} more" if len(new) > _MAX_SHOWN else ""
     names = ", ".join(map(printable, new[:_MAX_SHOWN]))
-    return [
-        f"trainable in the model but in no group (added by ckpt optim resplit PATH -o OUT --groups FILE): {names}{more}"
-    ]
+    adding = "ckpt optim resplit PATH -o OUT --groups FILE --model MODEL"
+    return [f"trainable in the model but in no group (added by {adding}): {names}{more}"]
 
 
 def _parse_patterns(given: object, option: str) -> tuple[Pattern, ...]:

@@ -80,10 +80,14 @@ def resolve_options(
     for step in steps:
         fault = None if step.factor is None else number_fault(options[step.key])
         if fault is not None:
+            parts = [
+                f"{each.value if each.factor is None else each.factor} from {quoted(each.source)}"
+                for each in steps
+                if each.key == step.key
+            ]
             raise GroupsError(
                 f"{quoted(step.key)} of group {quoted(rule.name)} {fault} after all its multiples",
-                hint="ckpt groups explain --model MODEL SPEC KEY shows every factor; one of them is from "
-                f"{quoted(step.source)}",
+                hint=f"change one of its factors: {', '.join(parts)}",
             )
     return options, steps
 

@@ -84,7 +84,7 @@ class QuantizedInputs:
         for derivation in keys.values() if by_key else ():
             weight = by_key.get(derivation.sources[0])
             if weight is not None:
-                rule = f"to cast only other tensors, write a rule file for --rules: {_cast_rule(dtype)}"
+                rule = f"to cast only other tensors, give --rules FILE in place of --dtype, with {_cast_rule(dtype)}"
                 hint = f"{weight.way_out}; {rule}"
                 raise _problem(weight, weight.coded, (), _cast_reason(dtype), hint).error()
 

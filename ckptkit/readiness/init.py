@@ -16,7 +16,7 @@ from ckptkit.core.coverage import coverage_by_module, group_by_module, measure_c
 from ckptkit.core.coverage.requirements import Requirements
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import Code, Finding
-from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
+from ckptkit.core.patterns import Pattern, drop_options, matches_any, parse_pattern
 from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import named_of, same_values
@@ -198,7 +198,8 @@ def check_init(
     for pair in result.uncopyable:
         message = f"{quoted(pair.key)} is {pair.expected}, and {pair.found} in init, which torch does not copy"
         path = result.found_checkpoint.argument or "INIT"
-        yield codes.INIT_REFUSED.finding(pair.key, message, f"convert the checkpoint first: ckpt convert {path} -o OUT")
+        hint = f"save it as a plain tensor, or leave it out: ckpt remap {path} -o OUT {drop_options([pair.key])}"
+        yield codes.INIT_REFUSED.finding(pair.key, message, hint)
     yield from _cast_findings(result)
     if init.in_model == "none":
         message = "the model does not have the values of init yet"

@@ -47,8 +47,8 @@ WRAPPERS = (
     Wrapper("online_model", "EMA of ema-pytorch, the trained model"),
     Wrapper(
         _PEFT, "PeftModel", unsupported=_FACTORS,
-        hint="these keys belong to an adapter: ckpt merge --method lora folds a saved adapter; or drop the keys with "
-        "--drop '*.lora_*'",
+        hint="these keys belong to an adapter: ckpt merge BASE PATH -o OUT --method lora folds a saved adapter; or "
+        "drop the keys with --drop '*.lora_*'",
     ),
     Wrapper("base_layer", "an adapted layer of a PeftModel", anywhere=True, after=_PEFT),
     Wrapper("original_module", "the original of a module of a PeftModel", anywhere=True, after=_PEFT),

@@ -222,7 +222,7 @@ def test_packed_elements_are_read_from_one_shard_and_refused_from_several(tmp_pa
 def test_it_is_flat(ranks: Path) -> None:
     error = refusal(str(ranks), "model")
     assert error.reason == "holds only tensors, and not a mapping 'model'"
-    assert error.hint == "--keep 'model.*' selects keys by their names"
+    assert error.hint == "without the :: part, --keep 'model.*' selects keys by their names"
 
 
 def test_a_warning_names_another_version(copy: Path) -> None:

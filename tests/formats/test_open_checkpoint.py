@@ -183,7 +183,7 @@ def test_a_mapping_inside_may_have_colons_in_its_name(tmp_path: Path, key: str) 
 def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
     error = refusal(f"{write(tmp_path, GOOD, 'x.safetensors')}::a.b")
     assert "holds only tensors, and not a mapping 'a.b'" in error.reason
-    assert error.hint == "--keep 'a.b.*' selects keys by their names"
+    assert error.hint == "without the :: part, --keep 'a.b.*' selects keys by their names"
 
 
 @pytest.mark.parametrize("call", ["pread", "preadv"])

@@ -190,7 +190,7 @@ def test_a_mapping_inside_shards_is_refused_with_a_hint(tmp_path: Path) -> None:
     shard(tmp_path)
     error = refusal(f"{tmp_path}::a")
     assert "not a mapping 'a'" in error.reason
-    assert error.hint == "--keep 'a.*' selects keys by their names"
+    assert error.hint == "without the :: part, --keep 'a.*' selects keys by their names"
 
 
 def test_a_link_out_of_the_directory_is_followed_with_a_warning(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from ckptkit.core.checkpoint import (
 from ckptkit.core.dtypes import DTYPES, unpack_float4
 from ckptkit.core.files import LocalFile, Region
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import listed, plural, printable, quoted
+from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided, only_listed_error
@@ -161,7 +161,7 @@ def build_checkpoint(
     if selection.key and not isinstance(value, Mapping | list | tuple):
         raise FormatError(
             f"holds {quoted(type_name(value))} at {quoted(selection.key)}, not a mapping",
-            hint="ckpt show PATH, without the :: part, shows the value",
+            hint=f"ckpt show {shell_word(path) if path else 'PATH'} shows the value",
         )
     if isinstance(value, Placeholder):
         raise FormatError(

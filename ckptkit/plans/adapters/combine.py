@@ -9,6 +9,7 @@ from types import MappingProxyType
 from ckptkit.adapters.model import AdapterPlan, Fold
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import is_float
+from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
 from ckptkit.plans.adapters.inputs import BASE
@@ -71,7 +72,8 @@ def combine(
                 first = folds[key][0][0].role
                 raise PlanError(
                     f"{quoted(key)} is changed by {first}, and {adapter.role} replaces it: one of both would be lost",
-                    hint=f"give {adapter.role} before {first}, or leave its tensor out with --drop",
+                    hint=f"give {adapter.role} before {first}, or leave its tensor out: "
+                    f"{drop_options([adapter.names[name]])} --allow-unused",
                 )
             if key in replaced:
                 before = replaced[key]
