@@ -464,7 +464,7 @@ def test_load_into_refuses_what_the_code_refuses() -> None:
     with pytest.raises(ModelError, match="load_state_dict failed: Unexpected running stats") as caught:
         load_into(model, state)
     rules = ckptkit.parse_rules(drop=["0.running_mean", "0.running_var"])
-    assert str(caught.value.hint).endswith("pass rules=ckptkit.parse_rules(drop=['0.running_mean', '0.running_var'])")
+    assert "parse_rules(drop=['0.running_mean', '0.running_var'])" in str(caught.value)
     assert load_into(model, state, rules).coverage == 1
     section = ckptkit.preflight(model, init=state)
     assert "preflight.refused" in {finding.code for finding in section.findings}

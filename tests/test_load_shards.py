@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed import get_rank
+from torch.distributed import fsdp, get_rank
 from torch.distributed.device_mesh import init_device_mesh
 
-from ckptkit import load_into, parse_rules
+from ckptkit import diff, load_into, parse_rules
 from ckptkit.errors import ModelError
-from tests.features import Replicate, Shard, distribute_tensor
+from tests.features import Replicate, Shard, distribute_tensor, fully_shard, require
 from tests.helpers_outputs import raw
 from tests.helpers_ranks import rank_of
 
@@ -88,3 +88,30 @@ def test_a_kept_shard_keeps_its_values() -> None:
         report = load_into(model, {"kept": torch.zeros(2)})
         assert (report.loaded, report.kept) == (("kept",), ("w",))
         assert model.w.to_local().eq(3).all()
+
+
+class Renaming(nn.Linear):
+    """A layer that was saved with another name of its weight, and that keeps the one it was built with."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 6)
+        register: Any = self._register_load_state_dict_pre_hook
+        register(self._rename)
+
+    def _rename(self, state: dict[str, Any], prefix: str, *_: object) -> None:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}old")
+
+
+def test_a_sharded_layer_with_own_code_decides() -> None:
+    """``diff`` asks a copy with whole tensors, and ``load_into`` gives the code a shard; each rank has its rows."""
+    require(fsdp, "fully_shard")
+    state = {"0.old": torch.randn(6, 4), "0.bias": torch.randn(6)}
+    for rank in range(2):
+        with rank_of(rank, 2):
+            mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(f"{rank}-sharded",))
+            model: Any = nn.Sequential(Renaming())
+            fully_shard(model[0], mesh=mesh)
+            result = diff(model, state)
+            assert (result.loads_strict, result.undecided, result.moved) == (True, "", {"0.weight": "0.old"})
+            assert load_into(model, state).kept == ()
+            assert torch.equal(model[0].weight.to_local(), state["0.old"].chunk(2)[rank])

@@ -12,7 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ckptkit.comparison.own_code import every_module
+from ckptkit.comparison.own_code import class_before_sharding, every_module, is_of_fsdp
+from ckptkit.core.torch_bridge import is_dtensor
 from ckptkit.core.torch_types import Module, Tensor
 
 __all__ = ["Copies", "copy_on_meta"]
@@ -24,15 +25,20 @@ _CONTAINERS = (list, dict, set, deque)
 
 
 class Copies(NamedTuple):
-    """Copies of modules; ``kept`` keeps alive what they refer to weakly."""
+    """Copies of modules; ``kept`` keeps alive what they refer to weakly.
+
+    ``has_whole`` says whether a copy has whole tensors in place of shards.
+    """
 
     modules: list[Module]
     kept: object
+    has_whole: bool
 
 
 def copy_on_meta(modules: Iterable[Module]) -> Copies:
     """Return a deep copy of each module, whose tensors are on the meta device.
 
+    A DTensor is copied as a plain tensor of the whole shape, and a module of ``fully_shard`` as one of its own class.
     What two of the modules share, their copies share. A function that is a hook gets copies of the models, tensors and
     containers that it uses from outside. So it changes no value of its closure, and no container of its file.
 
@@ -41,7 +47,7 @@ def copy_on_meta(modules: Iterable[Module]) -> Copies:
     wanted = list(modules)
     copying = _Copying()
     copying.note(wanted)
-    return Copies([copying.copy(module) for module in wanted], copying)
+    return Copies([copying.copy(module) for module in wanted], copying, copying.has_whole)
 
 
 class _Copying:
@@ -53,19 +59,23 @@ class _Copying:
 
         self._memo: dict[int, Any] = {}
         self._plain: list[tuple[Module, Module]] = []
+        self.has_whole = False
         self._lazy: tuple[type, ...] = (UninitializedParameter, UninitializedBuffer)
         self._tensors: tuple[type, ...] = (torch.nn.Parameter, torch.Tensor, *self._lazy)
 
     def note(self, modules: Iterable[Module]) -> None:
         """Make an empty copy of each module inside that needs no code of its own to be copied."""
-        plain: dict[type, bool] = {}
+        plain: dict[type, type | None] = {}  # by the class of a module, the class of its copy
         for root in modules:
             for module in every_module(root):
                 cls = type(module)
                 if cls not in plain:
-                    plain[cls] = _is_plain(cls)
-                if id(module) not in self._memo and plain[cls]:
-                    twin = self._memo[id(module)] = object.__new__(type(module))
+                    own = class_before_sharding(cls)
+                    plain[cls] = own if _is_plain(own) else None
+                made = plain[cls]
+                if id(module) not in self._memo and made is not None:
+                    twin: Any = object.__new__(made)
+                    self._memo[id(module)] = twin
                     self._plain.append((module, twin))
 
     def copy(self, value: Any) -> Any:
@@ -78,12 +88,13 @@ class _Copying:
         while self._plain:
             module, twin = self._plain.pop()
             held = twin.__dict__
-            held.update(module.__dict__)
-            for name, one in module.__dict__.items():
+            attributes = module.__dict__ if type(module) is type(twin) else _without_sharding(module)
+            held.update(attributes)
+            for name, one in attributes.items():
                 kind = type(one)
                 if kind not in _SHARED:
                     held[name] = attribute(one) if one or empty.get(name) is not kind else kind()
-            for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined]  # noqa: SLF001 - as copy itself asks
+            for name in copyreg._slotnames(type(twin)):  # type: ignore[attr-defined]  # noqa: SLF001 - as copy itself asks
                 if hasattr(module, name):
                     object.__setattr__(twin, name, self._attribute(getattr(module, name)))
         return self._attribute(value)
@@ -118,7 +129,17 @@ class _Copying:
             return value if target is None else weakref.ref(self._attribute(target))
         if kind is set and all(type(one) in _SHARED for one in value):
             return self._memo.setdefault(id(value), set(value))
-        return self._with_own_method(value)
+        return self._whole(value) if is_dtensor(value) else self._with_own_method(value)
+
+    def _whole(self, value: Any) -> Tensor:
+        import torch
+
+        made = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        if isinstance(value, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, value.requires_grad)
+        self._memo[id(value)] = made
+        self.has_whole = True
+        return made
 
     def _with_own_method(self, value: Any) -> Any:
         """Return the copy that the class of a value makes, whose tensors are on the meta device too."""
@@ -202,6 +223,17 @@ def _is_plain(cls: type) -> bool:
     """Return whether an object of this class is copied by its attributes alone."""
     names = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
     return all(_is_usual(getattr(cls, name, None)) for name in names)
+
+
+def _without_sharding(module: Module) -> dict[str, Any]:
+    """Return the attributes of a module without the state and the hooks that ``fully_shard`` gave it."""
+    return {
+        name: {number: hook for number, hook in one.items() if not is_of_fsdp(getattr(hook, "hook", hook))}
+        if isinstance(one, dict) and "_hooks" in name
+        else one
+        for name, one in module.__dict__.items()
+        if not name.startswith("__composable_api_state_key")
+    }
 
 
 def _is_usual(method: object) -> bool:

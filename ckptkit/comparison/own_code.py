@@ -7,10 +7,20 @@ from typing import Any
 
 from ckptkit.core.torch_types import Module
 
-__all__ = ["every_module", "hooks_of", "is_below", "methods_of", "modules_with_own_code", "own_code_test"]
+__all__ = [
+    "class_before_sharding",
+    "every_module",
+    "hooks_of",
+    "is_below",
+    "is_of_fsdp",
+    "methods_of",
+    "modules_with_own_code",
+    "own_code_test",
+]
 
+_DISTRIBUTED = "torch.distributed."
 # The hooks of fully_shard bring the parameters into their sharded state, in which state_dict() has left them already.
-_HARMLESS = ("torch.distributed.fsdp._fully_shard.", "torch.distributed._composable.fsdp.")
+_FSDP = ("torch.distributed.fsdp._fully_shard.", "torch.distributed._composable.fsdp.")
 
 _METHODS = ("_load_from_state_dict", "_save_to_state_dict", "state_dict")
 # There is no public way to list them.
@@ -36,7 +46,7 @@ def own_code_test(*, saving: bool = False) -> Callable[[Module], bool]:
             classes[cls] = cls._load_from_state_dict not in usual or (saving and _saves_with_own_method(cls))
         if classes[cls] or any(map(held.__contains__, _METHODS)):
             return True
-        return any(map(held.get, hooks)) and any(not _is_harmless(hook) for hook in hooks_of(module, saving=saving))
+        return any(map(held.get, hooks)) and any(not is_of_fsdp(hook) for hook in hooks_of(module, saving=saving))
 
     return has_own_code
 
@@ -119,5 +129,13 @@ def _function(module: Module, name: str) -> object:
     return getattr(method, "__func__", method)
 
 
-def _is_harmless(hook: object) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(_HARMLESS)
+def class_before_sharding(cls: type) -> type:
+    """Return the class that a module had before ``fully_shard`` gave it a class of its own."""
+    bases = cls.__bases__
+    is_sharded = len(bases) == 2 and bases[0].__name__ == "FSDPModule" and bases[0].__module__.startswith(_DISTRIBUTED)
+    return bases[1] if is_sharded else cls
+
+
+def is_of_fsdp(hook: object) -> bool:
+    """Return whether a hook is one of ``fully_shard``."""
+    return str(getattr(hook, "__module__", "")).startswith(_FSDP)

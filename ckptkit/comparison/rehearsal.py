@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptkit.comparison.model_copy import copy_on_meta
+from ckptkit.comparison.model_copy import Copies, copy_on_meta
 from ckptkit.comparison.own_code import every_module, methods_of
 from ckptkit.comparison.plain_subtrees import PlainSubtrees
 from ckptkit.comparison.record import Filled, make_record
@@ -114,11 +114,14 @@ def rehearse(
         with pause_gc():
             attempt = _prepare(model, paths, given, outside)
             attempt.run()
-            if attempt.raised and attempt.is_overridden:  # its code may be less strict with strict=False
-                lenient = _prepare(model, paths, given, outside)
-                lenient.run(strict=False)
-                return replace(lenient.result(), refused=True)
-            return attempt.result()
+            refused = attempt.raised and attempt.is_overridden
+            if refused:  # its code may be less strict with strict=False
+                attempt = _prepare(model, paths, given, outside)
+                attempt.run(strict=False)
+            result = attempt.result()
+            if attempt.has_whole and result.refusals:
+                raise _Uncertain(f"it fails on whole tensors in place of shards: {result.refusals[0]}")
+            return replace(result, refused=True) if refused else result
     except _Uncertain as error:
         return Untried(str(error))
 
@@ -129,7 +132,8 @@ def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside
     try:
         with _quiet():
             values = _values(given)
-            twins, kept = copy_on_meta(modules)
+            copies = copy_on_meta(modules)
+            twins = copies.modules
     except Exception as error:  # a model may hold what cannot be copied: locks, files, process groups
         raise _Uncertain(f"a copy on the meta device failed with {first_line(error)}") from error
     before: dict[str, Tensor] = {}
@@ -140,7 +144,7 @@ def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside
                 raise _Uncertain(f"{quoted(full_name)} cannot be copied to the meta device")
             before[full_name] = tensor
     root = twins[0] if list(paths) == [""] else _skeleton(model, paths, twins, outside)
-    return _Attempt(root, values, before, kept)
+    return _Attempt(root, values, before, copies)
 
 
 class _Uncertain(Exception):  # noqa: N818 - not an error: the outcome with values is not known
@@ -150,9 +154,11 @@ class _Uncertain(Exception):  # noqa: N818 - not an error: the outcome with valu
 class _Attempt:
     """One load of values into copies, with a record of what was written where."""
 
-    def __init__(self, root: Module, values: OrderedDict[str, Any], before: Mapping[str, Tensor], kept: object) -> None:
+    def __init__(
+        self, root: Module, values: OrderedDict[str, Any], before: Mapping[str, Tensor], copies: Copies
+    ) -> None:
         self._root = root
-        self._kept = kept  # what the copies refer to weakly
+        self._copies = copies  # keeps alive what they refer to weakly
         self._values = values
         self._before = before
         self._lists: tuple[list[str], list[str], list[str]] | None = None
@@ -163,6 +169,11 @@ class _Attempt:
         self._watched_modules: set[int] = set()
         self._plain: PlainSubtrees | None = None
         self.raised = False
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether the copies have whole tensors in place of shards."""
+        return self._copies.has_whole
 
     @property
     def is_overridden(self) -> bool:

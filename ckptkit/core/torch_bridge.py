@@ -214,6 +214,19 @@ def _is_of_torch(tensor: Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", None))
 
 
+def is_dtensor(value: object) -> TypeGuard[Any]:
+    """Return whether ``value`` is a DTensor; False where this torch has none."""
+    import torch
+
+    if type(value) in (torch.Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    try:
+        from torch.distributed.tensor import DTensor
+    except ImportError:  # torch before 2.5
+        from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
+    return isinstance(value, DTensor)
+
+
 def is_composite(value: object) -> TypeGuard[Tensor]:
     """Return whether ``value`` is a tensor made of others by torch's protocol for subclasses, as 8-bit state is."""
     import torch

@@ -16,7 +16,7 @@ from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, measure_co
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import kind_of, listed, percent, plural, quoted
-from ckptkit.core.torch_bridge import ABSENT, as_checkpoint, code_of
+from ckptkit.core.torch_bridge import ABSENT, as_checkpoint, code_of, is_dtensor
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
 from ckptkit.formats.codes import unread_findings
@@ -32,7 +32,6 @@ from ckptkit.loading.decision import (
     refuse_overflow,
     uncast,
 )
-from ckptkit.loading.regions import is_dtensor
 from ckptkit.loading.snapshot import Snapshot
 from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_that_hold, refuse_gradients
 from ckptkit.loading.watch import Digests, Watch, named_tensors
@@ -120,8 +119,9 @@ def load_into(
     A failure after the first change raises ``LoadError``, which names what was replaced. ``rollback=True`` restores the
     model instead.
 
-    Parameters of ``fully_shard`` and other DTensors are loaded too: each process reads the rows of its own shard. Where
-    a cast could overflow, each process reads the whole tensor first, so that all of them refuse together.
+    Parameters of ``fully_shard`` and other DTensors are loaded too: each process reads the rows of its own shard. Their
+    own code is tried on whole tensors without values. Where a cast could overflow, each process reads the whole tensor
+    first, so that all of them refuse together.
 
     Args:
         model: The model that is loaded into.

@@ -14,10 +14,10 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, memory_order
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import shared_keys, tied_keys
-from ckptkit.core.torch_bridge import TensorPayload
+from ckptkit.core.torch_bridge import TensorPayload, is_dtensor
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.loading.regions import held_memory, is_dtensor, local_part, region_of
+from ckptkit.loading.regions import held_memory, local_part, region_of
 from ckptkit.loading.watch import Watch
 from ckptkit.plans.merge import OwnLoading
 from ckptkit.plans.plan import Step

@@ -11,10 +11,10 @@ from typing import Any, TypeGuard
 from ckptkit.core.checkpoint import Payload, TensorInfo, part_of, row_major
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Region
-from ckptkit.core.torch_bridge import is_plain
+from ckptkit.core.torch_bridge import is_dtensor, is_plain
 from ckptkit.core.torch_types import Tensor
 
-__all__ = ["LocalPart", "held_memory", "is_dtensor", "like_dtensor", "local_part", "region_of"]
+__all__ = ["LocalPart", "held_memory", "like_dtensor", "local_part", "region_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +23,6 @@ class LocalPart:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-
-
-def is_dtensor(value: object) -> TypeGuard[Any]:
-    """Return whether ``value`` is a DTensor; False where this torch has none."""
-    import torch
-
-    if type(value) in (torch.Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
-        return False
-    try:
-        from torch.distributed.tensor import DTensor
-    except ImportError:  # torch before 2.5
-        from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
-    return isinstance(value, DTensor)
 
 
 def local_part(tensor: Any) -> LocalPart:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import shape_or_none
+from ckptkit.core.torch_bridge import is_dtensor, shape_or_none
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import Member
@@ -116,7 +116,7 @@ def _replacement_reason(tensor: Tensor, live: LiveParameter, recorded: str | Non
         return "it stayed on the meta device when the model got memory (to_empty() or load_state_dict(assign=True))"
     if live.tensor.is_meta and not tensor.is_meta:
         return "the model has a new parameter on the meta device, as after to('meta')"
-    if _is_dtensor(live.tensor) and not _is_dtensor(tensor):
+    if is_dtensor(live.tensor) and not is_dtensor(tensor):
         return "fully_shard() replaced it by a DTensor after the groups were built"
     if tensor.device != live.tensor.device or tensor.dtype != live.tensor.dtype:
         kind = f"{live.tensor.dtype}, {live.tensor.device}"
@@ -133,10 +133,6 @@ def _replacing_call(live: LiveParameter, context: ModelContext) -> str:
     if live.module and len(siblings) > 1 and all(sibling.name in context.replaced_names for sibling in siblings):
         return f"replacing the module {quoted(live.module)}, or load_state_dict(assign=True) on it"
     return "replacing its module, or assigning a new nn.Parameter"
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
