@@ -136,6 +136,8 @@ def test_a_low_precision_model_takes_float32_with_nan(dtype: torch.dtype, seed: 
     model = nn.Module()
     model.register_buffer("w", target)
     assert load_into(model, {"w": value}, allow_overflow=True).coverage == 1.0
+    if dtype == torch.float8_e4m3fn:  # older versions of torch make NaN of numbers that are too large
+        value = value.clamp(-448, 448)
     assert torch.equal(target.float().isnan(), value.to(dtype).float().isnan())
     assert torch.equal(target.float().nan_to_num(), value.to(dtype).float().nan_to_num())
 
