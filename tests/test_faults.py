@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +22,18 @@ import torch
 from safetensors.torch import save_file
 
 from ckptkit import Output, Plan, choose_output, execute, open_checkpoint, plan_remap
+from ckptkit.core.files import LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_optimizer
 from ckptkit.formats.writing.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
+from ckptkit.formats.writing.copying import OffsetWriter
 from ckptkit.optimizer_state.forms import read_state
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.write import write_optimizer_state
 from ckptkit.plans.execute import check_output
 from ckptkit.plans.saved import plan_from_json, plan_to_json
+from ckptkit.values import cast_payload
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import names_in, sha256, tensor_of
 
@@ -41,21 +45,24 @@ OLD = {"old": tensor_of("F64", (70,), 3), "older": tensor_of("U8", (30,), 4)}
 
 
 class Case(NamedTuple):
-    """An input, an output, and the largest shard where it is a directory."""
+    """An input, an output, the largest shard where it is a directory, and the dtype of its tensors if they are cast."""
 
     name: str
     out: str
     shards: int | None = None
+    dtype: str | None = None
 
 
 CASES = [
     Case("in.safetensors", "out.safetensors"),
-    Case("in.pt", "out.pt"),
+    Case("in.pt", "out.pt", dtype="F64"),  # in pieces, each of them read, cast and written by a thread
     Case("run.pt", "out.pt"),  # with an epoch and an optimizer, which are kept
-    Case("in.pt", "out.safetensors"),
+    Case("in.pt", "out.safetensors", dtype="F64"),
     Case("in.safetensors", "out", 300),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{case.out}" for case in CASES])
+CASTS = [case for case in CASES if case.dtype]
+NAMES = ["-".join(str(part) for part in case if part) for case in CASES]
+each_case = pytest.mark.parametrize("case", CASES, ids=NAMES)
 TEMPORARY = re.compile(r"out.*\.ckptkit-\d+-[0-9a-f]{8}\.tmp")
 
 
@@ -68,8 +75,14 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-def write(state: Any, out: Path, shards: int | None) -> None:
-    execute(plan_remap(state), state, choose_output(out, max_shard_size=shards, force=True))
+def write(state: Any, out: Path, shards: int | None, dtype: str | None = None) -> None:
+    execute(plan_remap(state, dtype=dtype), state, choose_output(out, max_shard_size=shards, force=True))
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cast so few numbers at once that several threads share each tensor."""
+    monkeypatch.setattr(cast_payload, "PIECE", 60)
 
 
 def outcome(act: Callable[[], object]) -> CkptkitError | None:
@@ -95,6 +108,7 @@ class Faults:
         self.monkeypatch = monkeypatch
         self.calls = calls
         self.count = 0
+        self.lock = threading.Lock()
 
     def arm(self, nth: int, error: int) -> None:
         """Make only the ``nth`` call from now on fail."""
@@ -105,8 +119,10 @@ class Faults:
     def _wrapped(self, real: Callable[..., Any], nth: int, error: int) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             if "dir_fd" not in options:  # shutil.rmtree cleans up through these
-                self.count += 1
-                if self.count == nth:
+                with self.lock:
+                    self.count += 1
+                    is_nth = self.count == nth
+                if is_nth:
                     raise OSError(error, os.strerror(error))
             return real(*args, **options)
 
@@ -123,7 +139,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
 
 def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
     """Return the old and the new content of the output, written without failures."""
-    _, out, shards = case
+    _, out, shards, dtype = case
     place = tmp_path / "made"
     place.mkdir()
     write(OLD, place / out, shards)
@@ -132,7 +148,7 @@ def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
         (place / out / "config.json").write_text("{}")
         old = content(place / out)
     with open_checkpoint(source) as checkpoint:
-        write(checkpoint, place / out, shards)
+        write(checkpoint, place / out, shards, dtype)
     return old, content(place / out)
 
 
@@ -141,7 +157,7 @@ def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
 @each_case
 def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults: Faults, *, present: bool) -> None:
     """The n-th call fails, for n = 1 until all succeed: each time one error, and exactly the old or new output."""
-    name, out, shards = case
+    name, out, shards, dtype = case
     source = saved(tmp_path / name, NEW)
     old, new = expected(tmp_path, source, case)
     digest, place = sha256(source), tmp_path / "place"
@@ -153,7 +169,7 @@ def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults
             if shards:
                 (place / out / "config.json").write_text("{}")
         with open_checkpoint(source) as checkpoint:
-            plan = plan_remap(checkpoint)
+            plan = plan_remap(checkpoint, dtype=dtype)
             output = choose_output(place / out, max_shard_size=shards, force=True)
             faults.arm(nth, error)
             refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
@@ -170,6 +186,43 @@ def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults
             assert found == wanted_new
             assert nth > 8
             return
+
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "read": (LocalFile, "read_into"), "cast": (cast_payload, "cast_bytes"), "write": (OffsetWriter, "write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("case", CASTS, ids=[case.out for case in CASTS])
+def test_any_error_in_a_thread_ends_the_run(
+    case: Case, step: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read, a cast or a write fails: the error is raised, no thread works on, and only the old output is there."""
+    source, place = saved(tmp_path / case.name, NEW), tmp_path / "place"
+    place.mkdir()
+    write(OLD, place / case.out, None)
+    old = content(place / case.out)
+    owner, name = step
+    real = getattr(owner, name)
+    for nth in (1, 2, 5):
+        calls = itertools.count(1)
+
+        def failing(*args: Any, **options: Any) -> Any:
+            if next(calls) == nth:  # noqa: B023 - called in this round
+                raise MemoryError
+            return real(*args, **options)
+
+        with open_checkpoint(source) as checkpoint:
+            plan, output = plan_remap(checkpoint, dtype=case.dtype), choose_output(place / case.out, force=True)
+            monkeypatch.setattr(owner, name, failing)
+            with pytest.raises(MemoryError):
+                execute(plan, checkpoint, output)
+            ended = next(calls)
+            assert content(place / case.out) == old
+            assert names_in(place) == [case.out]
+            assert next(calls) == ended + 1
+            monkeypatch.setattr(owner, name, real)
 
 
 @pytest.mark.parametrize("kind", ["a file", "a distributed checkpoint"])
@@ -264,14 +317,14 @@ def test_system_calls_may_do_less_than_asked(
     case: Case, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short reads and writes, other file systems and no reservation give the same bytes."""
-    name, out, shards = case
+    name, out, shards, dtype = case
     source = saved(tmp_path / name, NEW)
     _, new = expected(tmp_path, source, case)
     for call, wrap in calls.items():
         monkeypatch.setattr(os, call, wrap(getattr(os, call)))
     (tmp_path / "place").mkdir()
     with open_checkpoint(source) as checkpoint:
-        write(checkpoint, tmp_path / "place" / out, shards)
+        write(checkpoint, tmp_path / "place" / out, shards, dtype)
     monkeypatch.undo()
     new.pop("config.json", None)
     assert content(tmp_path / "place" / out) == new
@@ -280,8 +333,10 @@ def test_system_calls_may_do_less_than_asked(
 KILLED = """
 import json, os, shutil, signal, sys
 from ckptkit import *
-source, old, place, out, shards, calls = json.loads(sys.argv[1])
+from ckptkit.values import cast_payload
+source, old, place, out, shards, dtype, calls = json.loads(sys.argv[1])
 execute_now = execute  # imported before the fork, as is all that it needs
+cast_payload.PIECE = 60
 results = []
 for nth in range(1, 1000):
     shutil.rmtree(place, ignore_errors=True)
@@ -289,7 +344,7 @@ for nth in range(1, 1000):
     child = os.fork()
     if child == 0:
         with open_checkpoint(source) as checkpoint:
-            plan = plan_remap(checkpoint)
+            plan = plan_remap(checkpoint, dtype=dtype)
             count = 0
             def wrapped(real):
                 def call(*args, **options):
@@ -312,10 +367,10 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=[f"{case.name}-{case.out}" for case in CASES[::2]])
+@pytest.mark.parametrize("case", CASES[2:], ids=NAMES[2:])
 def test_a_process_may_be_killed_at_any_system_call(case: Case, tmp_path: Path) -> None:
     """SIGKILL before each call in turn leaves the old or the new output; a temporary file has ckptkit in its name."""
-    name, out, shards = case
+    name, out, shards, dtype = case
     source = saved(tmp_path / name, NEW)
     old, new = expected(tmp_path, source, case)
     (tmp_path / "before").mkdir()
@@ -323,7 +378,7 @@ def test_a_process_may_be_killed_at_any_system_call(case: Case, tmp_path: Path) 
     if shards:
         (tmp_path / "before" / out / "config.json").write_text("{}")
     digest, place = sha256(source), tmp_path / "place"
-    task = json.dumps([str(source), str(tmp_path / "before"), str(place), out, shards, CALLS])
+    task = json.dumps([str(source), str(tmp_path / "before"), str(place), out, shards, dtype, CALLS])
     done = subprocess.run([sys.executable, "-c", KILLED, task], cwd=ROOT, check=True, capture_output=True, text=True)
     statuses = json.loads(done.stdout)
     assert set(statuses[:-1]) == {-9}
@@ -365,7 +420,7 @@ def refused(source: Path, out: Path, shards: int | None, limit: int) -> list[str
 @each_case
 def test_a_limit_on_file_sizes_is_an_error(case: Case, tmp_path: Path) -> None:
     """The error comes before the first byte with the needed size and the limit; the old output is kept."""
-    name, out, shards = case
+    name, out, shards, _ = case
     source, place = saved(tmp_path / name, NEW), tmp_path / "place"
     place.mkdir()
     write(OLD, place / out, shards)
@@ -441,6 +496,13 @@ CHANGES: dict[str, tuple[Case, bool, Callable[[Path], object]]] = {
     "a file is created": (Case("in.pt", "out.pt"), False, newer_file),
     "the input is edited in place": (Case("run.pt", "run.pt"), True, newer_file),
     "the input is edited in place, and written": (Case("in.safetensors", "in.safetensors"), True, newer_bytes),
+    "a file is replaced while tensors are cast": (
+        Case("in.safetensors", "out.safetensors", dtype="F64"), True, newer_file,
+    ),
+    "the input is cast in place": (Case("in.safetensors", "in.safetensors", dtype="F64"), True, newer_file),
+    "the input is cast in place, and written": (
+        Case("in.safetensors", "in.safetensors", dtype="F64"), True, newer_bytes,
+    ),
     "a directory is replaced": (Case("in.safetensors", "out", 300), True, newer_directory),
     "a directory is created": (Case("in.safetensors", "out", 300), False, newer_directory),
     "a shard is replaced": (
@@ -459,7 +521,7 @@ def test_the_newer_output_of_another_program_is_kept(
     case: Case, change: Callable[[Path], object], tmp_path: Path, *, present: bool
 ) -> None:
     """An output that changes during the run is refused with one sentence, and nothing of this run is left."""
-    name, out, shards = case
+    name, out, shards, dtype = case
     source = saved(tmp_path / name, NEW)
     if present and name != out:
         write(OLD, tmp_path / out, shards)
@@ -474,7 +536,8 @@ def test_the_newer_output_of_another_program_is_kept(
 
     with open_checkpoint(source) as checkpoint:
         output = choose_output(tmp_path / out, max_shard_size=shards, force=True)
-        refusal = outcome(lambda: execute(plan_remap(checkpoint), checkpoint, output, progress=progress))
+        plan = plan_remap(checkpoint, dtype=dtype)
+        refusal = outcome(lambda: execute(plan, checkpoint, output, progress=progress))
     assert refusal is not None
     assert re.search("another program (created|changed|replaced)|the file changed while", refusal.reason)
     names, newer = after[0]

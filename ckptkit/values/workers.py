@@ -62,9 +62,9 @@ class Workers(Closing):
             for task in remaining:
                 waiting.append(self._pool.submit(work, task))
                 if len(waiting) > _WAITING * self.threads:
-                    yield waiting.popleft().result()
+                    yield _first_result(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield _first_result(waiting)
         finally:
             for future in waiting:
                 future.cancel()
@@ -112,6 +112,12 @@ def pieces(count: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
     """Yield the first number and the end of each piece of ``count`` numbers; every piece but the last has ``size``."""
     for start in range(0, count, size):
         yield start, min(start + size, count)
+
+
+def _first_result(waiting: deque[Future[_Result]]) -> _Result:
+    result = waiting[0].result()  # a signal can end this call, and then the task still runs
+    waiting.popleft()
+    return result
 
 
 class _Nothing:
