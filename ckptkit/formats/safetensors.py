@@ -19,6 +19,7 @@ from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import first_line, plural, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.writing.copying import OffsetWriter, merge_extents
+from ckptkit.formats.writing.reflink import shifted_by
 
 __all__ = [
     "LARGEST_HEADER",
@@ -28,6 +29,7 @@ __all__ = [
     "open_safetensors",
     "reader_refusal",
     "refuse_unstorable",
+    "share_blocks",
     "write_safetensors",
 ]
 
@@ -227,6 +229,21 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     if len(text) > LARGEST_HEADER:
         raise PlanError(f"the header would have {len(text):,} bytes, more than safetensors allows", hint="write shards")
     return SafetensorsLayout(len(text).to_bytes(8, "little") + text, tuple(order), len(text) + 8 + offset)
+
+
+def share_blocks(layout: SafetensorsLayout, payloads: Mapping[str, Payload], block: int) -> SafetensorsLayout:
+    """Return the layout with spaces behind its header, so that the file can share most blocks with its inputs.
+
+    ``block`` is the size of a block, or 0 for a file that shares none. A header that would become too long is kept.
+    """
+    if not block:
+        return layout
+    shift = shifted_by([payloads[info.key] for info in layout.infos], block, _ALIGNMENT)
+    spaces = (shift - len(layout.header)) % block
+    if len(layout.header) - 8 + spaces > LARGEST_HEADER:
+        return layout
+    text = layout.header[8:] + b" " * spaces
+    return SafetensorsLayout(len(text).to_bytes(8, "little") + text, layout.infos, layout.nbytes + spaces)
 
 
 def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:

@@ -21,7 +21,7 @@ from ckptkit.formats.pickle.edit import (
 )
 from ckptkit.formats.pickle.nodes import Node, Part, edit_error, iterate_nodes, plain_value
 from ckptkit.formats.torch.edit import TorchFileEditor, refuse_unknown_code
-from ckptkit.formats.torch.write import StoredTensor, TorchZipLayout
+from ckptkit.formats.torch.write import BlockOf, StoredTensor, TorchZipLayout
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.steps import moved_modules
@@ -72,8 +72,12 @@ class PlanEditor:
         self._rename_modules()
         self.notes = tuple(self._notes())
 
-    def layout(self, tensors: Sequence[StoredTensor], records: Sequence[Payload]) -> TorchZipLayout:
+    def layout(
+        self, tensors: Sequence[StoredTensor], records: Sequence[Payload], block: BlockOf = lambda _: 0
+    ) -> TorchZipLayout:
         """Return the layout of the edited file, with these tensors for the steps in ``changed``.
+
+        ``block`` is as in ``layout_torch_archive``.
 
         Raises ``PlanError`` if the pickle cannot be written again as it was.
         """
@@ -91,7 +95,7 @@ class PlanEditor:
                 wrapped[identity] = _wrap_like(parts[key], old, floating=step.out.dtype.startswith(("F", "BF", "C")))
             parts[key] = wrapped[identity]
         self._set_tensors(parts)
-        return self._file.layout(records)
+        return self._file.layout(records, block)
 
     def _is_unchanged(self, step: Step) -> bool:
         return step.is_copy and step.sources[0].role == self._role

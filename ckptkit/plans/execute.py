@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.cast_losses import CastLoss
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files import is_same_file
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -18,7 +18,7 @@ from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
-from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
+from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, share_blocks, write_safetensors
 from ckptkit.formats.sharded import is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.formats.writing.atomic import (
     AtomicFile,
@@ -29,6 +29,7 @@ from ckptkit.formats.writing.atomic import (
     prepare_target,
     real_path,
 )
+from ckptkit.formats.writing.reflink import Reflink, shared_block
 from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
@@ -39,7 +40,7 @@ from ckptkit.plans.verify import Verification, verify_dcp, verify_index, verify_
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
-    from ckptkit.formats.torch.write import TorchZipLayout
+    from ckptkit.formats.torch.write import BlockOf, TorchZipLayout
     from ckptkit.plans.edit_torch import PlanEditor
 
 __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
@@ -60,6 +61,7 @@ class Written(Result):
     None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
     ``extracted`` says how much of each change the factors of an extracted adapter hold.
+    ``shared`` is the number of bytes in blocks of the disk that the output shares with an input, see ``Output``.
     ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
     ``plan`` is the plan that was executed, with the entries that this output keeps and leaves out.
 
@@ -85,6 +87,7 @@ class Written(Result):
     carried: tuple[str, ...] = ()
     adapted: tuple[Adapted, ...] = ()
     plan: Plan | None = field(default=None, compare=False)
+    shared: int = 0
 
     @property
     def coverage(self) -> float | None:
@@ -267,20 +270,27 @@ def _write_file(
             inputs.check_unchanged()
             write_carried(carried, directory, force=output.force)
 
-        size = _write_safetensors(target, infos, plan.metadata, inputs, progress, finish=finish)
-        return Written(output.path, output.format, len(plan.steps), size, (target.path,)), verified
+        size, shared = _write_safetensors(
+            target, infos, plan.metadata, inputs, progress, reflink=output.reflink, finish=finish
+        )
+        return Written(output.path, output.format, len(plan.steps), size, (target.path,), shared=shared), verified
     from ckptkit.formats.torch.write import write_torch_zip
 
-    layout = _torch_layout(infos, plan, inputs, editor)
+    def block(payloads: Iterable[Payload]) -> int:
+        return shared_block(payloads, target.path, output.reflink)
+
+    layout = _torch_layout(infos, plan, inputs, editor, block)
     inner = "" if editor is None else inputs.roles[plan.edited_role].envelope
-    with AtomicFile(target, layout.nbytes) as file:
+    with AtomicFile(target, layout.nbytes, layout.block, by_kernel=output.reflink != "never") as file:
         found = _write_and_read_back(write_torch_zip(layout, file), file, infos, progress, inner)
         inputs.refuse_overflow()
         if verify:
             verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
         inputs.check_unchanged()
         write_carried(carried, directory, force=output.force)
-    written = Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner)
+    written = Written(
+        output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner, shared=file.shared
+    )
     new = plan if editor is None else replace(plan, steps=tuple(editor.changed))
     return replace(written, untied=tuple(_separated(find_broken_ties(new), found))), verified
 
@@ -357,29 +367,35 @@ def _write_safetensors(
     inputs: PlanInputs,
     progress: Progress,
     *,
+    reflink: Reflink,
     finish: Callable[[str], None] = lambda _: None,
-) -> int:
-    """Write one file and return its size; ``finish`` gets the path of the complete file before it has its name."""
+) -> tuple[int, int]:
+    """Write one file, and return its size and how many bytes it shares with its inputs.
+
+    ``finish`` gets the path of the complete file before it has its name.
+    """
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
-    with AtomicFile(target, layout.nbytes) as file:
+    block = shared_block(payloads.values(), target if isinstance(target, str) else target.path, reflink)
+    layout = share_blocks(layout, payloads, block)
+    with AtomicFile(target, layout.nbytes, block, by_kernel=reflink != "never") as file:
         _write_and_read_back(write_safetensors(layout, payloads, file), file, infos, progress)
         finish(file.temporary)
-    return layout.nbytes
+    return layout.nbytes, file.shared
 
 
 def _torch_layout(
-    infos: Sequence[TensorInfo], plan: Plan, inputs: PlanInputs, editor: PlanEditor | None
+    infos: Sequence[TensorInfo], plan: Plan, inputs: PlanInputs, editor: PlanEditor | None, block: BlockOf
 ) -> TorchZipLayout:
     from ckptkit.formats.torch.write import assign_records, layout_torch_zip
 
     viewed = inputs.with_views(infos)
     if editor is None:
-        return layout_torch_zip(viewed, inputs.payload, inputs.span, plan.versions)
+        return layout_torch_zip(viewed, inputs.payload, inputs.span, plan.versions, block)
     changed = {step.out.key for step in editor.changed}
     records, stored = assign_records([info for info in viewed if info.key in changed], inputs.payload, inputs.span)
     with errors_about(inputs.roles[plan.edited_role].path):
-        return editor.layout(stored, records)
+        return editor.layout(stored, records, block)
 
 
 def _write_and_read_back(
@@ -426,7 +442,16 @@ def _write_directory(
             verified = files.verify(directory)
         inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
-    written = Written(output.path, files.format, len(plan.steps), total, files.names, tuple(beside), left=tuple(left))
+    written = Written(
+        output.path,
+        files.format,
+        len(plan.steps),
+        total,
+        files.names,
+        tuple(beside),
+        left=tuple(left),
+        shared=files.shared,
+    )
     return written, verified
 
 
@@ -445,6 +470,7 @@ class _Shards:
         self.index, self.index_data = weight_index(self.shards)
         self.has_index = len(self.shards) > 1
         self.names = (*(shard.name for shard in self.shards), *((self.index,) if self.has_index else ()))
+        self.shared = 0
         self.format = f"sharded safetensors ({len(self.shards)} shards)" if self.has_index else "safetensors"
 
     def write(self, directory: str, progress: Progress) -> int:
@@ -452,7 +478,11 @@ class _Shards:
         total = 0
         for shard in self.shards:
             path = os.path.join(directory, shard.name)
-            total += _write_safetensors(path, shard.infos, self.plan.metadata, self.inputs, progress)
+            size, shared = _write_safetensors(
+                path, shard.infos, self.plan.metadata, self.inputs, progress, reflink=self.output.reflink
+            )
+            total += size
+            self.shared += shared
         self.inputs.refuse_overflow()
         if self.has_index:
             _write_small(os.path.join(directory, self.index), self.index_data)
@@ -474,6 +504,7 @@ class _Dcp:
     """A distributed checkpoint: one file of tensors, and the metadata that says where each is."""
 
     format = "dcp"
+    shared = 0  # the bytes of its tensors begin at other places of a block than in the inputs
 
     def __init__(self, plan: Plan, output: Output, inputs: PlanInputs) -> None:
         from ckptkit.formats.distributed.dcp_write import DCP_FILE, layout_dcp
@@ -487,7 +518,7 @@ class _Dcp:
         from ckptkit.formats.distributed.dcp_write import write_dcp
 
         data, metadata = (os.path.join(directory, name) for name in self.names)
-        with AtomicFile(data, self.layout.nbytes) as file:
+        with AtomicFile(data, self.layout.nbytes, by_kernel=self.output.reflink != "never") as file:
             for count in write_dcp(self.layout, file):
                 progress(count)
         self.inputs.refuse_overflow()

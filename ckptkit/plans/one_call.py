@@ -13,6 +13,7 @@ from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.core.progress import Progress
 from ckptkit.core.torch_types import DType
 from ckptkit.formats.writing.atomic import write_small_file
+from ckptkit.formats.writing.reflink import Reflink
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat, adapter_path
 from ckptkit.plans.adapters.layers import AsLayer
@@ -36,6 +37,7 @@ def convert(
     force: bool = False,
     only_tensors: bool = False,
     keep_unknown: bool = False,
+    reflink: Reflink = "auto",
     skip_unread: bool = False,
     carry: bool = False,
     verify: bool = False,
@@ -45,8 +47,8 @@ def convert(
     """Write a checkpoint in another format, in shards or with another dtype, as ``ckpt convert`` does.
 
     ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype`` and ``skip_unread`` are as in
-    ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``, ``only_tensors`` and ``keep_unknown`` as in
-    ``choose_output``; ``carry``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
+    ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``, ``only_tensors``, ``keep_unknown`` and
+    ``reflink`` as in ``choose_output``; ``carry``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
 
     Raises:
         PathError: The source cannot be read.
@@ -67,7 +69,7 @@ def convert(
 
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
-        keep_unknown=keep_unknown,
+        keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
     with _opened({"source": source}) as sources, default_error_path(_path(source)):
         plan = replace(plan_remap(sources["source"], dtype=dtype, skip_unread=skip_unread), command="convert")
@@ -92,6 +94,7 @@ def merge(
     force: bool = False,
     only_tensors: bool = False,
     keep_unknown: bool = False,
+    reflink: Reflink = "auto",
     skip_unread: bool = False,
     carry: bool = False,
     verify: bool = False,
@@ -127,7 +130,7 @@ def merge(
 
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
-        keep_unknown=keep_unknown,
+        keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
     given = [donors] if isinstance(donors, str) or not isinstance(donors, Sequence) else donors
     with _opened(roles_of(base, given)) as sources:
@@ -160,6 +163,7 @@ def merge_lora(
     force: bool = False,
     only_tensors: bool = False,
     keep_unknown: bool = False,
+    reflink: Reflink = "auto",
     carry: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
@@ -195,7 +199,7 @@ def merge_lora(
 
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
-        keep_unknown=keep_unknown,
+        keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
     given = [adapter] if isinstance(adapter, str) or not isinstance(adapter, Sequence) else adapter
     with _opened(roles_of(base, given)) as sources:

@@ -7,10 +7,11 @@ import os
 import re
 from dataclasses import dataclass
 
-from ckptkit.core.arguments import require_flags, require_number, require_path, require_type
+from ckptkit.core.arguments import require_choice, require_flags, require_number, require_path, require_type
 from ckptkit.core.text import kind_of, printable, quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.writing.atomic import PathState
+from ckptkit.formats.writing.reflink import REFLINKS, Reflink
 
 __all__ = ["FORMATS", "Output", "choose_output"]
 
@@ -35,6 +36,10 @@ class Output:
     other entries of that file, unless ``only_tensors`` is true. It keeps references to code that torch's weights-only
     loader would refuse only where ``keep_unknown`` is true.
 
+    ``reflink`` says whether unchanged bytes may stay where they are on the disk, in blocks that the output shares with
+    the input: ``auto`` shares them where the file system can, ``always`` refuses an output that cannot share them, and
+    ``never`` copies. The files stay independent: a change of one never changes the other.
+
     ``before`` is the state of the path when the output was chosen, or None for its state when the writing begins. An
     output that another program changed since is not replaced.
 
@@ -51,6 +56,7 @@ class Output:
     only_tensors: bool = False
     keep_unknown: bool = False
     before: PathState | None = None
+    reflink: Reflink = "auto"
 
     def __post_init__(self) -> None:
         """Refuse a path, a format or a size that no output can have."""
@@ -59,6 +65,7 @@ class Output:
         require_flags(force=self.force, only_tensors=self.only_tensors, keep_unknown=self.keep_unknown)
         require_type(self.format, str, "format", "a str")
         require_type(self.before, PathState | None, "before", "a PathState, or None")
+        require_choice(self.reflink, REFLINKS, "reflink")
         if self.format not in FORMATS:
             raise OutputError(f"unknown format {quoted(self.format)}", hint=f"one of {', '.join(FORMATS)}", path=path)
         if self.max_shard_size is not None:
@@ -82,13 +89,16 @@ def choose_output(
     force: bool = False,
     only_tensors: bool = False,
     keep_unknown: bool = False,
+    reflink: Reflink = "auto",
 ) -> Output:
     """Return the output for ``path``: a directory of shards if ``max_shard_size`` is given, else one file.
 
     ``format`` is ``safetensors``, ``torch`` or ``dcp``; without it the suffix of ``path`` decides. ``dcp`` writes a
     directory that ``torch.distributed.checkpoint.load`` reads, on any number of ranks. ``max_shard_size`` is a number
-    of bytes, or a size such as ``"2GB"`` or ``"500MiB"``. Raises ``OutputError`` where the format is unknown, where
-    shards are requested for another format than safetensors, and where the size is not valid.
+    of bytes, or a size such as ``"2GB"`` or ``"500MiB"``. ``reflink`` is as in ``Output``.
+
+    Raises ``OutputError`` where the format is unknown, where shards are requested for another format than safetensors,
+    and where the size is not valid.
 
     Example:
         >>> choose_output("shards", max_shard_size="2GB").max_shard_size
@@ -98,7 +108,7 @@ def choose_output(
     name = _checked_path(path)
     chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
     if max_shard_size is not None:
-        output = Output(name, format or "safetensors", _size(max_shard_size, name), force)
+        output = Output(name, format or "safetensors", _size(max_shard_size, name), force, reflink=reflink)
         if os.path.splitext(name)[1].lower() in _SUFFIXES:
             raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
         return output
@@ -116,7 +126,7 @@ def choose_output(
             call=call,
             path=name,
         )
-    return Output(name, chosen, None, force, only_tensors, keep_unknown)
+    return Output(name, chosen, None, force, only_tensors, keep_unknown, reflink=reflink)
 
 
 def _checked_path(path: object) -> str:

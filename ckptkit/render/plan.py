@@ -59,6 +59,7 @@ def written_document(written: Written) -> dict[str, object]:
         "format": written.format,
         "tensors": written.tensors,
         "bytes": written.nbytes,
+        "shared_bytes": written.shared,
         "verified": written.verified,
         "read_back": written.read_back,
         "cast_losses": [_cast_document(loss) for loss in written.losses],
@@ -137,6 +138,8 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
     entries = list(dict.fromkeys(drop.key for drop in plan.dropped if drop.is_entry))
     if entries:
         yield f"left out, stored outside of the weights: {_first_names(entries, 8)}"
+    if written.shared:
+        yield f"shares {human_bytes(written.shared)} on the disk with the input (reflink)"
     if written.carried:
         yield f"carried along: {_first_names(written.carried, 16)}"
     if written.beside:

@@ -21,6 +21,7 @@ from ckptkit.cli.common.options import (
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
 from ckptkit.formats.writing.atomic import prepare_side_file, present_state, small_file
+from ckptkit.formats.writing.reflink import REFLINKS, Reflink
 from ckptkit.plans.adapters.adapter_formats import adapter_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
@@ -63,8 +64,8 @@ def plan_output_options(command: CommandFunction) -> CommandFunction:
     """Add the options of a command that writes what a plan says, and pass them to the command as ``options``."""
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
-        _only_tensors_option, _keep_unknown_option, _carry_option, _allow_overflow_option, _dry_run_option,
-        _plan_option, _verify_option, expand_option, report_options, quiet_option,
+        _only_tensors_option, _keep_unknown_option, _carry_option, _reflink_option, _allow_overflow_option,
+        _dry_run_option, _plan_option, _verify_option, expand_option, report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -86,6 +87,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         verify: bool = False,
         allow_overflow: bool = False,
         carry: bool = False,
+        reflink: Reflink = "auto",
         **others: object,
     ) -> object:
         chosen = choose_output(
@@ -95,6 +97,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             force=force,
             only_tensors=only_tensors,
             keep_unknown=keep_unknown,
+            reflink=reflink,
         )
         chosen = replace(chosen, before=present_state(chosen.path))
         options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify, allow_overflow, carry)
@@ -124,6 +127,11 @@ _carry_option = click.option(
     "--carry", is_flag=True,
     help="Take config, generation config, tokenizer and processor files along from the directory of the input (merge: "
     "of BASE). The dtype in config.json becomes that of the output.",
+)  # fmt: skip
+_reflink_option = click.option(
+    "--reflink", type=click.Choice(REFLINKS), default="auto",
+    help="Share unchanged blocks of the disk with the input, as cp does. auto (the default): where the file "
+    "system can. always: refuse an output that cannot share them. never: copy.",
 )  # fmt: skip
 _allow_overflow_option = click.option(
     "--allow-overflow", is_flag=True,

@@ -9,7 +9,7 @@ from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.pickle.edit import Items, child_parts, dict_items, dict_part, renumber_storages, set_dict_items
 from ckptkit.formats.pickle.nodes import LEAVE_OUT, Node, Part, edit_error, iterate_nodes, read_nodes, write_nodes
-from ckptkit.formats.torch.write import StoredTensor, TorchZipLayout, layout_torch_archive, pickle_state_dict
+from ckptkit.formats.torch.write import BlockOf, StoredTensor, TorchZipLayout, layout_torch_archive, pickle_state_dict
 
 __all__ = ["TorchFileEditor", "refuse_unknown_code"]
 
@@ -88,15 +88,18 @@ class TorchFileEditor:
         values = (value for _, value in dict_items(root))
         return dict(zip((tensor.info.key for tensor in tensors), values, strict=True))
 
-    def layout(self, records: Sequence[Payload]) -> TorchZipLayout:
+    def layout(self, records: Sequence[Payload], block: BlockOf = lambda _: 0) -> TorchZipLayout:
         """Return the layout of the edited file, with ``records`` for new storages; call this once, after all edits.
+
+        ``block`` is as in ``layout_torch_archive``.
 
         Raises ``PlanError`` if the pickle cannot be written again as it was.
         """
         names = renumber_storages(self.root, self._new_storages)
         storages = [records[name] if isinstance(name, int) else self._old_storage(name) for name in names]
         pickle = write_nodes(self.root, self._protocol, self.limit)
-        return layout_torch_archive(pickle, storages, self._container.other_records() if self._container else ())
+        others = self._container.other_records() if self._container else ()
+        return layout_torch_archive(pickle, storages, others, block=block)
 
     def _old_storage(self, name: str) -> Payload:
         if self._container is None:

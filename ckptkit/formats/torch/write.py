@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
 from ckptkit.core.dtypes import DTYPES, torch_view
@@ -17,6 +18,7 @@ from ckptkit.formats.writing.copying import OffsetWriter
 
 __all__ = [
     "STORAGE_CLASSES",
+    "BlockOf",
     "StoredTensor",
     "TorchZipLayout",
     "assign_records",
@@ -28,6 +30,8 @@ __all__ = [
     "write_torch_zip",
 ]
 
+
+BlockOf: TypeAlias = Callable[[Iterable[Payload]], int]
 
 # The dtypes with a storage class; torch stores all other dtypes in untyped storages.
 STORAGE_CLASSES = {
@@ -117,6 +121,7 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _ALIGNMENT = 64
+_WORTH_SHARING = 16  # blocks; the space between two records is less than one block
 _UTF8 = 0x800
 _LIMIT = 0xFFFFFFFF
 _JANUARY_1980 = 0x21  # with a fixed date, equal contents give equal files
@@ -148,11 +153,15 @@ class _Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TorchZipLayout:
-    """The layout of an archive: the entries with their offsets, the offset of the directory, and the exact size."""
+    """The layout of an archive: the entries with their offsets, the offset of the directory, and the exact size.
+
+    ``block`` is the size of the blocks that it can share with its inputs, or 0.
+    """
 
     entries: tuple[_Entry, ...]
     directory: int
     nbytes: int
+    block: int = 0
 
 
 def refuse_unwritable(infos: Iterable[TensorInfo]) -> None:
@@ -167,22 +176,32 @@ def layout_torch_zip(
     payload: Callable[[TensorInfo], Payload],
     span: Callable[[TensorInfo], Payload | None],
     versions: Mapping[str, int] | None = None,
+    block: BlockOf = lambda _: 0,
 ) -> TorchZipLayout:
     """Return the layout of an archive with these tensors as one state_dict, in order.
 
     Tensors that share memory in the source share a storage in the output if their bytes can be copied unchanged.
-    Strides are kept unless this needs more space. ``versions`` become the ``_metadata``. Raises ``PlanError`` as
-    ``refuse_unwritable`` does.
+    Strides are kept unless this needs more space. ``versions`` become the ``_metadata``. ``block`` is as in
+    ``layout_torch_archive``. Raises ``PlanError`` as ``refuse_unwritable`` does.
     """
     refuse_unwritable(infos)
     records, stored = assign_records(infos, payload, span)
-    return layout_torch_archive(pickle_state_dict(stored, versions or {}), records)
+    return layout_torch_archive(pickle_state_dict(stored, versions or {}), records, block=block)
 
 
 def layout_torch_archive(
-    pickle: bytes, records: Iterable[Payload], others: Iterable[tuple[str, Payload]] = ()
+    pickle: bytes,
+    records: Sequence[Payload],
+    others: Iterable[tuple[str, Payload]] = (),
+    *,
+    block: BlockOf = lambda _: 0,
 ) -> TorchZipLayout:
-    """Return the layout of an archive with a pickle, the records of its storages, and other records by name."""
+    """Return the layout of an archive with a pickle, the records of its storages, and other records by name.
+
+    ``block`` gives the size of the blocks that the archive can share with the files of the records, or 0. Large
+    records then begin where their blocks can be shared.
+    """
+    size = block(records)
     contents: dict[str, Payload] = {
         "data.pkl": _Bytes(pickle),
         "byteorder": _Bytes(b"little"),
@@ -195,13 +214,25 @@ def layout_torch_archive(
     for text, content in contents.items():
         name = f"archive/{text}".encode()
         large = struct.pack("<HHQQ", 1, 16, content.nbytes, content.nbytes) if content.nbytes >= _LIMIT else b""
-        pad = -(offset + _LOCAL.size + len(name) + len(large) + 4) % _ALIGNMENT
+        pad = _padding(content, offset + _LOCAL.size + len(name) + len(large) + 4, size)
         entry = _Entry(name, content, offset, large + struct.pack("<2sH", b"FB", pad) + b"Z" * pad)
         entries.append(entry)
         offset = entry.start + content.nbytes
         directory += _CENTRAL.size + len(name) + len(_extra64(entry))
     end = _END.size + (_END64.size + _LOCATOR64.size if _needs64(len(entries), directory, offset) else 0)
-    return TorchZipLayout(tuple(entries), offset, offset + directory + end)
+    return TorchZipLayout(tuple(entries), offset, offset + directory + end, size)
+
+
+def _padding(content: Payload, start: int, block: int) -> int:
+    """Return the number of bytes between the header of a record and its content."""
+    if (
+        isinstance(content, Extent)
+        and block
+        and content.offset % _ALIGNMENT == 0
+        and content.nbytes >= _WORTH_SHARING * block
+    ):
+        return (content.offset - start) % block
+    return -start % _ALIGNMENT
 
 
 def assign_records(

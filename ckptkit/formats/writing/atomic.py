@@ -209,9 +209,12 @@ class AtomicFile(OffsetWriter):
     Raises ``OutputError`` at the end if another program changed the target meanwhile; the newer file is kept.
     """
 
-    def __init__(self, target: Target | str, size: int) -> None:
-        """Take the target and the size in bytes. A target that is a string is replaced, whatever is there."""
-        super().__init__(size)
+    def __init__(self, target: Target | str, size: int, block: int = 0, *, by_kernel: bool = True) -> None:
+        """Take the target and the size in bytes. A target that is a string is replaced, whatever is there.
+
+        ``block`` and ``by_kernel`` are as in ``OffsetWriter``. With a ``block``, no space is reserved.
+        """
+        super().__init__(size, block, by_kernel=by_kernel)
         self.target = target if isinstance(target, str) else target.path
         self.before = None if isinstance(target, str) else target.before
         self._temporary = ""
@@ -224,7 +227,10 @@ class AtomicFile(OffsetWriter):
             raise OutputError(f"not enough disk space: {human_bytes(self.size)} needed", path=self.target)
         try:
             self._fd = os.open(self._temporary, flags, 0o600)
-            _reserve(self._fd, self.size)
+            if self._block:
+                os.ftruncate(self._fd, self.size)  # shared blocks need no space
+            else:
+                _reserve(self._fd, self.size)
         except BaseException as error:
             left = self._discard()
             if isinstance(error, OSError):

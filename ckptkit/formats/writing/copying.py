@@ -13,6 +13,7 @@ from ckptkit.core.checkpoint import Payload, SelfWriting
 from ckptkit.core.checkpoint.payload import joining
 from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError, CkptkitError
+from ckptkit.formats.writing.reflink import clone_range
 
 __all__ = ["OffsetWriter", "merge_extents"]
 
@@ -26,9 +27,16 @@ _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 class OffsetWriter:
     """An output file of known size that is written at offsets. A subclass opens and closes the file."""
 
-    def __init__(self, size: int) -> None:
-        """Take the size in bytes; no file is open yet."""
+    def __init__(self, size: int, block: int = 0, *, by_kernel: bool = True) -> None:
+        """Take the size in bytes; no file is open yet.
+
+        ``block`` is the size of the blocks that the file can share with inputs, or 0. Without ``by_kernel`` all bytes
+        are read and written: the kernel shares blocks too where it can.
+        """
         self.size = size
+        self.shared = 0  # bytes of blocks that belong to an input too
+        self._block = block
+        self._by_kernel = by_kernel
         self._fd = -1
         self._not_started = 0  # bytes since the disk was last told to begin
 
@@ -70,7 +78,29 @@ class OffsetWriter:
         return crc
 
     def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
+        if self._block and (extent.offset - offset) % self._block == 0:
+            before = -offset % self._block
+            whole = (extent.nbytes - before) // self._block * self._block
+            if whole > 0 and clone_range(
+                extent.file.fileno(), extent.offset + before, whole, self._fd, offset + before
+            ):
+                self.shared += whole
+                yield whole
+                if before:
+                    yield from self._copy_bytes(extent.slice(0, before), offset)
+                done = before + whole
+                yield from self._copy_bytes(extent.slice(done, extent.nbytes - done), offset + done)
+                return
+        yield from self._copy_bytes(extent, offset)
+
+    def _copy_bytes(self, extent: Extent, offset: int) -> Iterator[int]:
         done = 0
+        if not self._by_kernel:
+            for chunk in extent.chunks():
+                self.write(chunk, offset + done)
+                done += len(chunk)
+                yield len(chunk)
+            return
         while done < extent.nbytes:
             count = min(extent.nbytes - done, _EARLY)
             try:
@@ -78,11 +108,8 @@ class OffsetWriter:
             except OSError as error:
                 if error.errno not in _CANNOT_COPY:
                     raise
-                rest = extent.slice(done, extent.nbytes - done)
-                for chunk in rest.chunks():
-                    self.write(chunk, offset + done)
-                    done += len(chunk)
-                    yield len(chunk)
+                self._by_kernel = False
+                yield from self._copy_bytes(extent.slice(done, extent.nbytes - done), offset + done)
                 return
             if copied == 0:
                 raise ChangedError("the file became shorter while it was read", path=extent.file.path)
