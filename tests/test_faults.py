@@ -205,7 +205,7 @@ def test_any_error_in_a_thread_ends_the_run(
     old = content(place / case.out)
     owner, name = step
     real = getattr(owner, name)
-    for nth in (1, 2, 5):
+    for nth in (1, 2, 3):
         calls = itertools.count(1)
 
         def failing(*args: Any, **options: Any) -> Any:
