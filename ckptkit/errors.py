@@ -64,7 +64,17 @@ _FUNCTIONS: Final[Mapping[str, str]] = {
     "optim diff": "optimizer_state_diff",
 }  # fmt: skip
 _FLAGS: Final = frozenset(
-    ("allow-overflow", "allow-unused", "carry", "force", "keep-unknown", "only-tensors", "skip-unread", "verify")
+    (
+        "allow-overflow",
+        "allow-unused",
+        "carry",
+        "digests",
+        "force",
+        "keep-unknown",
+        "only-tensors",
+        "skip-unread",
+        "verify",
+    )
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "elementwise", "reset")

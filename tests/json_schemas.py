@@ -623,6 +623,7 @@ SCHEMAS: dict[str, Schema] = dict(
                 "unexpected": _list("Found tensors without an expected tensor.", "tensor"),
                 "presets": _texts("The presets of rules that explain all expected tensors."),
                 "different": _texts("With digests, the expected keys that are filled with other bytes."),
+                "hints": _texts("What decides where tensors are ambiguous, with the options of the command."),
                 "summary": _object(
                     "Counts, and whether all is explained.",
                     {

@@ -516,7 +516,7 @@ def test_align_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert ran.code == 1
     assert list(document) == [
         "schema", "expected", "found", "rules", "ambiguous", "shape_mismatched", "missing", "unexpected", "presets",
-        "different", "summary",
+        "different", "hints", "summary",
     ]  # fmt: skip
     assert document["schema"] == "ckptkit.align/1"
     assert next(one for one in document["rules"] if one["from"] == ["tok_embeddings.weight"]) == {

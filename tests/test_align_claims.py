@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +142,59 @@ def test_twins_are_ambiguous(expected: State, found: State) -> None:
     assert {info.key for one in result.ambiguous for info in one.found} >= {
         key for key in found if "head.weight" not in key
     }
+
+
+def ambiguous_keys(document: dict[str, Any]) -> set[str]:
+    return {info["key"] for one in document["ambiguous"] for info in one["expected"]}
+
+
+FORKS: dict[str, tuple[State, State]] = TWINS | {
+    "twins in found, and a head": (
+        tower("net") | {"head.w": torch.zeros(5, 6)}, tower("a.net", "b.net") | {"head.w": torch.zeros(5, 6)},
+    ),
+    "stacks of layers": (
+        tower("student.blocks.0.mlp", "student.blocks.1.mlp", "teacher.blocks.0.mlp", "teacher.blocks.1.mlp"),
+        tower("layers.0.ff", "layers.1.ff"),
+    ),
+    "an ensemble": (tower("net"), tower("nets.0", "nets.1", "nets.2")),
+    "names of no help": (tower("left", "right"), tower("x", "y")),
+    "without a prefix": (tower("a", "b") | {"c.weight": torch.zeros(6)}, {
+        **{key.removeprefix("a."): value for key, value in tower("a").items()}, "c.weight": torch.zeros(6),
+    }),
+    "a name for the shell": (tower("it's", "$(b)"), tower("net")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "found"), FORKS.values(), ids=FORKS)
+def test_each_hint_decides(expected: State, found: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each way out, added to the command, fills more tensors, leaves fewer ambiguous, and loses none."""
+    paths = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
+    save_file(expected, paths[0])
+    save_file(found, paths[1])
+    before = json.loads(run_ckpt(capsys, "align", *paths, "--json").out)
+    ways = [way for hint in before["hints"] for way in hint.partition(" fit equally: ")[2].split(", or ") if way]
+    assert len(ways) > 1
+    assert before["hints"][-1] == "--digests decides where both have tensors of the same values"
+    for way in ways:
+        after = json.loads(run_ckpt(capsys, "align", *paths, *shlex.split(way), "--json").out)
+        assert ambiguous_keys(after) < ambiguous_keys(before)
+        assert after["summary"]["share"] > before["summary"]["share"]
+    page = run_ckpt(capsys, "align", *paths).out
+    assert all(hint in page for hint in before["hints"])
+    assert re.search(r" fit equally: (parse_rules\(|rules=)", str(suggest_rules(expected, found)))
+
+
+def test_digests_decide_between_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hint that names ``--digests`` is right where the values are equal, and absent where nothing can be read."""
+    found = {key: torch.randn_like(value) for key, value in tower("student.net", "teacher.net").items()}
+    expected = {key.removeprefix("teacher."): value for key, value in found.items() if key.startswith("teacher")}
+    paths = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
+    save_file(expected, paths[0])
+    save_file(found, paths[1])
+    assert "\n--digests decides" in run_ckpt(capsys, "align", *paths).out
+    decided = run_ckpt(capsys, "align", *paths, "--digests")
+    assert (decided.code, "--digests" in decided.out) == (0, False)
+    assert "digests=True" not in str(suggest_rules(infos(dict.fromkeys("ab", (8, 8))), infos({"c": (8, 8)})))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from dataclasses import replace
 from ckptkit.align.digests import Digests, read_digests
 from ckptkit.align.model import Alignment, Ambiguity
 from ckptkit.align.search import find_rules
-from ckptkit.align.to_rules import Suggestion
+from ckptkit.align.ways_out import with_hints
+from ckptkit.align.writing.to_rules import Suggestion
 from ckptkit.core.arguments import require_flags, require_progress
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.patterns import literal
@@ -63,18 +64,30 @@ def suggest_rules(
     require_progress(progress)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
         given = rules_for(rules, found_side, expected_side)
-        renamed = _renamed(found_side, given, expected_side)
         named = None if given.stages else name_positions(found_side, expected_side)
         if named is not None:
             return _by_position(named, expected_side, found_side)
+        renamed, sources = _renamed(found_side, given, expected_side)
         known = read_digests(expected_side, renamed, progress) if digests else Digests()
-        return find_rules(expected_side, renamed, known, given)
+
+        def try_rules(rules: Rules) -> Alignment:
+            again, sources_again = _renamed(found_side, rules, expected_side)
+            by_source = {sources[key]: digest for key, digest in known.found.items()}
+            moved = {key: by_source[source] for key, source in sources_again.items() if source in by_source}
+            read = replace(known, found=moved, sides=(expected_side, again)) if digests else known
+            return find_rules(expected_side, again, read, rules)
+
+        may_read = not digests and all(side.files for side in (expected_side, found_side))
+        return with_hints(find_rules(expected_side, renamed, known, given), try_rules, may_read=may_read)
 
 
-def _renamed(found: Checkpoint, rules: Rules, expected: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with the new names; the bytes of tensors that operations make cannot be read."""
+def _renamed(found: Checkpoint, rules: Rules, expected: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
+    """Return a checkpoint with the new names, and the first source of each new name.
+
+    The bytes of tensors that operations make cannot be read.
+    """
     if not rules.stages:
-        return found
+        return found, {key: key for key in found}
     key_map = apply_rules(rules, found, expected)
     outputs = key_map.outputs()
     infos = {key: replace(info, key=key) for key, info in key_map.describe(found).items()}
@@ -86,7 +99,8 @@ def _renamed(found: Checkpoint, rules: Rules, expected: Checkpoint) -> Checkpoin
         return found.payload(derivation.sources[0])
 
     description = Description(found.path, found.format, found.files, found.envelope, found.entries)
-    return Checkpoint(infos, Access(payload), description)
+    sources = {key: derivation.sources[0] for key, derivation in outputs.items()}
+    return Checkpoint(infos, Access(payload), description), sources
 
 
 def _by_position(named: PositionNames, expected: Checkpoint, found: Checkpoint) -> Alignment:

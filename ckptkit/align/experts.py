@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.align.digests import Digests
-from ckptkit.align.renames import as_template, fill_numbers, is_plain_text, numbers_in
-from ckptkit.align.to_rules import Suggestion
+from ckptkit.align.writing.renames import as_template, fill_numbers, is_plain_text, numbers_in
+from ckptkit.align.writing.to_rules import Suggestion
 from ckptkit.comparison.experts import StackedExperts, find_stacked_experts
 from ckptkit.comparison.numbered import NumberedFamily
 from ckptkit.core.checkpoint import TensorInfo

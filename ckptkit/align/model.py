@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ckptkit.align.rule_files import rule_file, rule_table
-from ckptkit.align.to_rules import Suggestion
+from ckptkit.align.writing.rule_files import rule_file, rule_table
+from ckptkit.align.writing.to_rules import Suggestion
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
@@ -51,6 +51,7 @@ class Alignment(Result):
         equal: With digests, the expected keys that are filled with equal bytes; None without digests.
         different: With digests, the expected keys that are filled with other bytes of the same dtype and shape.
         given: The rules that were applied to the found keys first.
+        hints: What decides where tensors are ambiguous, with the options of ``ckpt align``.
 
     Example:
         >>> alignment = ckptkit.suggest_rules("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt")
@@ -75,6 +76,7 @@ class Alignment(Result):
     equal: tuple[str, ...] | None = None
     different: tuple[str, ...] = ()
     given: Rules = field(default_factory=Rules)
+    hints: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:

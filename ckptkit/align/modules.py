@@ -78,6 +78,11 @@ class LayeredModule:
         return split_words(self.path_in_layer)
 
     @cached_property
+    def distinct_words(self) -> frozenset[str]:
+        """The words, with a mark at numbers that come again: ``1`` of ``nets.1.fc1`` is in ``fc1`` only once."""
+        return _with_marks(self.words)
+
+    @cached_property
     def role(self) -> str:
         """The role that the spelling of the path gives the module, such as ``query``; empty if it is not known."""
         return role_of(self.path_in_layer, in_layer=self.stack is not None)[0]
@@ -86,7 +91,7 @@ class LayeredModule:
     def meaning(self) -> frozenset[str]:
         """The words of ``path_in_layer``, with the role in place of its spelling."""
         role, words = role_of(self.path_in_layer, in_layer=self.stack is not None)
-        return frozenset((*words, role) if role else words)
+        return _with_marks((*words, role) if role else words)
 
     @cached_property
     def indices(self) -> frozenset[Index]:
@@ -111,6 +116,13 @@ class LayeredModule:
                 empty = ModuleMember(member.name.with_fixed(tail), member.leaf, {})
                 modules[tail].members.setdefault(kind, empty).tensors[head] = info
         return list(modules.values())
+
+
+def _with_marks(words: Iterable[str]) -> frozenset[str]:
+    marked: set[str] = set()
+    for word in words:
+        marked.add(f"{word} again" if word in marked and word.isdigit() else word)
+    return frozenset(marked)
 
 
 def group_into_modules(infos: Mapping[str, TensorInfo]) -> list[LayeredModule]:

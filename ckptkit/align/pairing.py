@@ -273,10 +273,10 @@ def _shape_key(module: LayeredModule) -> Hashable:
 
 def _likeness(first: LayeredModule, second: LayeredModule) -> float:
     """Return how similar two names are, between 0 and 1; a shared role counts as a shared word."""
-    if all(word.isdigit() for word in set(first.words).intersection(second.words)):
+    if all(word.removesuffix(" again").isdigit() for word in first.distinct_words & second.distinct_words):
         overlap = 0.0  # a shared number alone is a position in a list, and lists count in different ways
     else:
-        overlap = word_overlap(first.words, second.words)
+        overlap = word_overlap(first.distinct_words, second.distinct_words)
     return (
         max(overlap, word_overlap(first.meaning, second.meaning))
         if first.role and first.role == second.role

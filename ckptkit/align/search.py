@@ -10,7 +10,6 @@ from dataclasses import replace
 from ckptkit.align.digests import Digests
 from ckptkit.align.evidence import match_modules
 from ckptkit.align.experts import expert_rules
-from ckptkit.align.forms import Decision, renames_for, verified_rules
 from ckptkit.align.layouts import LayoutNames, gguf_arrangement, peft_names
 from ckptkit.align.matching import Matching, match_checkpoints
 from ckptkit.align.model import Alignment, Ambiguity
@@ -18,7 +17,8 @@ from ckptkit.align.modules import LayeredModule
 from ckptkit.align.pairing import ModulePair, Undecided
 from ckptkit.align.prefixes import apply_common_prefix
 from ckptkit.align.quantized import QuantizedSides
-from ckptkit.align.to_rules import Suggestion, fitting_presets, suggestions_for
+from ckptkit.align.writing.forms import Decision, renames_for, verified_rules
+from ckptkit.align.writing.to_rules import Suggestion, fitting_presets, suggestions_for
 from ckptkit.comparison.roles import role_of, split_leaf
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import is_float

@@ -8,7 +8,7 @@ from ckptkit.align import Alignment, Ambiguity, Suggestion
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import percent, plural, printable
-from ckptkit.render.page import Block, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Hint, Line, Page, Row, Table, as_code, table_rows
 from ckptkit.render.page.width import fitted
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
@@ -39,6 +39,7 @@ def align_document(result: Alignment) -> dict[str, object]:
         "unexpected": [tensor_document(info) for info in result.unexpected],
         "presets": list(result.presets),
         "different": list(result.different),
+        "hints": list(result.hints),
         "summary": {
             "tensors": len(result.expected),
             "same": len(result.same),
@@ -124,6 +125,8 @@ def _counts(result: Alignment) -> Iterable[Line]:
     yield Line((f"explained {percent(result.share)} of the expected elements{_values(result)}",))
     for name in result.presets:
         yield Line(("this preset fills all of them: --rules ", as_code(f"preset:{name}")))
+    for hint in result.hints:
+        yield Line((Hint(hint),))
 
 
 def _values(result: Alignment) -> str:

@@ -10,9 +10,9 @@ from ckptkit.align.matching import Matching
 from ckptkit.align.modules import LayeredModule
 from ckptkit.align.pairing import ModulePair
 from ckptkit.align.prefixes import Prefix
-from ckptkit.align.renames import covering_patterns, short_renames
-from ckptkit.align.rule_files import rule_table
-from ckptkit.align.to_rules import Suggestion, suggestions_for
+from ckptkit.align.writing.renames import covering_patterns, short_renames
+from ckptkit.align.writing.rule_files import rule_table
+from ckptkit.align.writing.to_rules import Suggestion, suggestions_for
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from ckptkit.align.to_rules import Suggestion
+from ckptkit.align.writing.to_rules import Suggestion
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable

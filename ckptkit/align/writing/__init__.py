@@ -1,0 +1,1 @@
+"""Paired tensors as rules, and as the text of a rule file."""
