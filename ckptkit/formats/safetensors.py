@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -275,6 +274,8 @@ def reader_refusal(dtype: str, shape: Sequence[int]) -> str:
 
 @functools.cache
 def _reader_refusal(dtype: str, is_odd: bool) -> str:
+    import tempfile
+
     import safetensors
 
     bits = DTYPES[dtype].bits

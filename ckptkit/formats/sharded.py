@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import PureWindowsPath
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import json_value, parse_json
@@ -130,6 +129,8 @@ def _read_index(path: str) -> Mapping[str, object]:
 
 def is_plain_name(name: str) -> bool:
     """Return whether ``name`` is the name of a file in the same directory, on every operating system."""
+    from pathlib import PureWindowsPath
+
     # The rules of Windows know drives, roots and both kinds of slash.
     parts = PureWindowsPath(name)
     return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name

@@ -7,17 +7,16 @@ of the output differ; the quantisation, where it is gone; and the tie of an embe
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
-from ckptkit.core.checkpoint import Checkpoint, Payload
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES, is_float
-from ckptkit.core.files import Extent, LocalFile, is_same_file
+from ckptkit.core.files import is_same_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError
@@ -26,16 +25,17 @@ from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.formats.directories.tied_head import TIE_FLAG, embeddings_of, is_head_group, tied_head
-from ckptkit.formats.writing.atomic import AtomicFile, Target, prepare_target, real_path
+from ckptkit.formats.writing.atomic import real_path
+from ckptkit.plans.carried import Adapted, Carried, target_of
 from ckptkit.plans.metadata import StaleNames
 from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
-from ckptkit.plans.plan import Dropped, Plan, Source
+from ckptkit.plans.plan import Plan, Source
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 
-__all__ = ["Adapted", "Carried", "plan_carried", "write_carried"]
+__all__ = ["plan_carried"]
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _DTYPE_FIELDS = ("dtype", "torch_dtype")  # the name since transformers 4.56, and before
@@ -48,51 +48,6 @@ _FOUND_BY = {
     "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
 }
 _MOST_NAMED = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """A statement of a carried file that was changed to what the output holds; ``written`` is None if it is removed.
-
-    ``statement`` is a path such as ``text_config.dtype``.
-    """
-
-    file: str
-    statement: str
-    found: object
-    written: object
-
-    def __str__(self) -> str:
-        """Return the change as a sentence."""
-        if self.written is None:
-            return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
-        if self.found is None:
-            return f"{self.file}: {self.statement} was not there and is now {_as_json(self.written)}"
-        return f"{self.file}: {self.statement} was {_as_json(self.found)} and is now {_as_json(self.written)}"
-
-
-def _as_json(value: object) -> str:
-    """Return a value as the file spells it, as ``true`` for True; text has the quotes of other sentences."""
-    return json.dumps(value) if isinstance(value, bool | int | float) else quoted(str(value))
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """The files to carry from one directory, the new content of those that change, and sentences about the rest.
-
-    ``role`` is the role of the input in that directory.
-    """
-
-    role: str = ""
-    directory: str = ""
-    names: tuple[str, ...] = ()
-    contents: Mapping[str, bytes] = field(default_factory=dict)
-    adapted: tuple[Adapted, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def takes(self, drop: Dropped) -> bool:
-        """Return whether an entry that the tensors leave out is a file that goes along."""
-        return drop.is_entry and drop.role == self.role and drop.key in self.names
 
 
 def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Carried:
@@ -133,7 +88,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     if not output.is_directory:
         for name in names:
             _refuse_false_statement(carried, name, output, sources[role])
-            _target(carried, name, os.path.dirname(output.path), force=output.force)
+            target_of(carried, name, os.path.dirname(output.path), force=output.force)
     notes += map(str, adapted)
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
@@ -329,14 +284,6 @@ def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Itera
             return
 
 
-def _target(carried: Carried, name: str, directory: str, *, force: bool) -> Target | None:
-    """Return where a file goes, or None if it is there: the directory of the output can be that of the input."""
-    path = os.path.join(directory, name)
-    if name not in carried.contents and is_same_file(os.path.join(carried.directory, name), path):
-        return None
-    return prepare_target(path, force=force)
-
-
 def _refuse_false_statement(carried: Carried, name: str, output: Output, owner: Checkpoint) -> None:
     """Raise ``OutputError`` where a file of the input would change, and the weights that it describes would not."""
     path = os.path.join(os.path.dirname(output.path), name)
@@ -347,28 +294,3 @@ def _refuse_false_statement(carried: Carried, name: str, output: Output, owner: 
             hint="write the output into another directory",
             path=path,
         )
-
-
-def write_carried(carried: Carried, directory: str, *, force: bool) -> None:
-    """Write the files into a directory. All are complete under temporary names before the first gets its own."""
-    with contextlib.ExitStack() as stack:
-        for name in carried.names:
-            target = _target(carried, name, directory, force=force)
-            if target is not None:
-                _write(carried, name, target, stack)
-
-
-def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitStack) -> None:
-    content = carried.contents.get(name)
-    if content is not None:
-        stack.enter_context(AtomicFile(target, len(content))).write(content, 0)
-        return
-    source = LocalFile(os.path.join(carried.directory, name))
-    try:
-        payload: Payload = Extent(source, 0, source.size)
-        file = stack.enter_context(AtomicFile(target, source.size))
-        for _ in file.copy(payload, 0):
-            pass
-        source.check_unchanged(by_path=True)
-    finally:
-        source.close()

@@ -30,18 +30,18 @@ from ckptkit.formats.writing.atomic import (
     real_path,
 )
 from ckptkit.formats.writing.reflink import Reflink, shared_block
-from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
+from ckptkit.plans.carried import Adapted, Carried, write_carried
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
 from ckptkit.plans.plan.extracted import ExtractedChange
-from ckptkit.plans.verify import Verification, verify_dcp, verify_index, verify_safetensors, verify_torch
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch.write import BlockOf, TorchZipLayout
     from ckptkit.plans.edit_torch import PlanEditor
+    from ckptkit.plans.verify import Verification
 
 __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
 
@@ -119,8 +119,16 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
         raise
     prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
-    carried = plan_carried(plan, output, sources) if carry else Carried()
+    carried = _carried(plan, output, sources, carry=carry)
     return _with_kept_entries(plan, output, sources, _editor(plan, output, sources), carried)
+
+
+def _carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool) -> Carried:
+    if not carry:
+        return Carried()
+    from ckptkit.plans.carry import plan_carried
+
+    return plan_carried(plan, output, sources)
 
 
 def _with_notes(plan: Plan, notes: Iterable[str]) -> Plan:
@@ -228,7 +236,7 @@ def _execute(
     editor = _editor(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     inputs.refuse_different_bytes()
-    carried = plan_carried(plan, output, roles) if carry else Carried()
+    carried = _carried(plan, output, roles, carry=carry)
     if output.is_directory:
         written, verified = _write_directory(plan, output, inputs, report_bytes, carried=carried, verify=verify)
     else:
@@ -266,6 +274,8 @@ def _write_file(
         def finish(path: str) -> None:
             inputs.refuse_overflow()
             if verify:
+                from ckptkit.plans.verify import verify_safetensors
+
                 verified.append(verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.roles))
             inputs.check_unchanged()
             write_carried(carried, directory, force=output.force)
@@ -285,6 +295,8 @@ def _write_file(
         found = _write_and_read_back(write_torch_zip(layout, file), file, infos, progress, inner)
         inputs.refuse_overflow()
         if verify:
+            from ckptkit.plans.verify import verify_torch
+
             verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
         inputs.check_unchanged()
         write_carried(carried, directory, force=output.force)
@@ -490,6 +502,8 @@ class _Shards:
 
     def verify(self, directory: str) -> list[Verification]:
         """Let safetensors read every shard, and compare the index with the shards."""
+        from ckptkit.plans.verify import verify_index, verify_safetensors
+
         verified = []
         for shard in self.shards:
             path, shown = (os.path.join(parent, shard.name) for parent in (directory, self.output.path))
@@ -527,6 +541,8 @@ class _Dcp:
 
     def verify(self, directory: str) -> list[Verification]:
         """Let torch load the checkpoint."""
+        from ckptkit.plans.verify import verify_dcp
+
         return [verify_dcp(directory, self.output.path, self.plan.steps, self.inputs.roles)]
 
 

@@ -1,0 +1,95 @@
+"""The files that go along with an output, and the writing of them beside the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckptkit.core.checkpoint import Payload
+from ckptkit.core.files import Extent, LocalFile, is_same_file
+from ckptkit.core.text import quoted
+from ckptkit.formats.writing.atomic import AtomicFile, Target, prepare_target
+from ckptkit.plans.plan import Dropped
+
+__all__ = ["Adapted", "Carried", "target_of", "write_carried"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A statement of a carried file that was changed to what the output holds; ``written`` is None if it is removed.
+
+    ``statement`` is a path such as ``text_config.dtype``.
+    """
+
+    file: str
+    statement: str
+    found: object
+    written: object
+
+    def __str__(self) -> str:
+        """Return the change as a sentence."""
+        if self.written is None:
+            return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
+        if self.found is None:
+            return f"{self.file}: {self.statement} was not there and is now {_as_json(self.written)}"
+        return f"{self.file}: {self.statement} was {_as_json(self.found)} and is now {_as_json(self.written)}"
+
+
+def _as_json(value: object) -> str:
+    """Return a value as the file spells it, as ``true`` for True; text has the quotes of other sentences."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else quoted(str(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The files to carry from one directory, the new content of those that change, and sentences about the rest.
+
+    ``role`` is the role of the input in that directory.
+    """
+
+    role: str = ""
+    directory: str = ""
+    names: tuple[str, ...] = ()
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    adapted: tuple[Adapted, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def takes(self, drop: Dropped) -> bool:
+        """Return whether an entry that the tensors leave out is a file that goes along."""
+        return drop.is_entry and drop.role == self.role and drop.key in self.names
+
+
+def target_of(carried: Carried, name: str, directory: str, *, force: bool) -> Target | None:
+    """Return where a file goes, or None if it is there: the directory of the output can be that of the input."""
+    path = os.path.join(directory, name)
+    if name not in carried.contents and is_same_file(os.path.join(carried.directory, name), path):
+        return None
+    return prepare_target(path, force=force)
+
+
+def write_carried(carried: Carried, directory: str, *, force: bool) -> None:
+    """Write the files into a directory. All are complete under temporary names before the first gets its own."""
+    with contextlib.ExitStack() as stack:
+        for name in carried.names:
+            target = target_of(carried, name, directory, force=force)
+            if target is not None:
+                _write(carried, name, target, stack)
+
+
+def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitStack) -> None:
+    content = carried.contents.get(name)
+    if content is not None:
+        stack.enter_context(AtomicFile(target, len(content))).write(content, 0)
+        return
+    source = LocalFile(os.path.join(carried.directory, name))
+    try:
+        payload: Payload = Extent(source, 0, source.size)
+        file = stack.enter_context(AtomicFile(target, source.size))
+        for _ in file.copy(payload, 0):
+            pass
+        source.check_unchanged(by_path=True)
+    finally:
+        source.close()
