@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 from dataclasses import replace
 
 from ckptkit.align.digests import Digests, read_digests
@@ -10,7 +11,7 @@ from ckptkit.align.search import find_rules
 from ckptkit.align.ways_out import with_hints
 from ckptkit.align.writing.to_rules import Suggestion
 from ckptkit.core.arguments import require_flags, require_progress
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo, under_key
 from ckptkit.core.patterns import literal
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
@@ -90,7 +91,7 @@ def _renamed(found: Checkpoint, rules: Rules, expected: Checkpoint) -> tuple[Che
         return found, {key: key for key in found}
     key_map = apply_rules(rules, found, expected)
     outputs = key_map.outputs()
-    infos = {key: replace(info, key=key) for key, info in key_map.describe(found).items()}
+    infos = {key: under_key(info, key) for key, info in key_map.describe(found).items()}
 
     def payload(info: TensorInfo) -> Payload:
         derivation = outputs[info.key]

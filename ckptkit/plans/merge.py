@@ -12,7 +12,7 @@ from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.parts import align_command, find_parted
 from ckptkit.core.arguments import require_flags
-from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo, under_key
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, find_unmet, parse_requirements
@@ -394,7 +394,7 @@ def _make_overlay(
             dropped += dropped_sources(role, new, outputs[new], _why_unexpected(info, result, policies.sides))
         else:
             derivation = _decided(outputs[new], policies.on_unexpected.rule(outputs[new].sources[0]))
-            added[new] = make_step(replace(info, key=new), derivation, role, donor)
+            added[new] = make_step(under_key(info, new), derivation, role, donor)
     if not policies.sides.is_loading:
         for key, names in result.computed.items():
             why = f"the model's own code makes {quoted(key)} of it while it loads, and load_into runs that code"
@@ -424,7 +424,7 @@ def _own_loading(result: StateDictDiff, outputs: Mapping[str, Derivation], role:
     for name, derivation in outputs.items():
         info = derivation.describe(name, donor)
         if (name in given or info.key in unexpected) and name not in used and info.kind == "dense":
-            others.append(make_step(replace(info, key=name), derivation, role, donor))
+            others.append(make_step(under_key(info, name), derivation, role, donor))
     return OwnLoading(result.moved, result.computed, result.filled, tuple(others))
 
 

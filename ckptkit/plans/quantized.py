@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import PlanError
@@ -114,7 +114,7 @@ class QuantizedInputs:
             return
         infos = self.sources[role]
         steps = [
-            Step(replace(infos[derivation.sources[0]], key=new), tuple(Source(role, key) for key in derivation.sources))
+            Step(under_key(infos[derivation.sources[0]], new), tuple(Source(role, key) for key in derivation.sources))
             for new, derivation in outputs.items()
         ]
         for (_, weight), uses in self._uses(steps).items():
@@ -158,7 +158,7 @@ class QuantizedInputs:
         if all(step.out.key == part for uses in used.values() for part, step in uses):
             return Quantized()
         outs = {
-            step.out.key: replace(self.sources[role][part], key=step.out.key)
+            step.out.key: under_key(self.sources[role][part], step.out.key)
             for (role, _), uses in used.items()
             for part, step in uses
         }

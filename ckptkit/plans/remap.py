@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ckptkit.core.arguments import require_flags
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.dtypes import is_float
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted
@@ -91,7 +91,7 @@ def _plan(
         quantized.refuse_cast("source", outputs, to_dtype)
     quantized.refuse_overlay("source", outputs)
     outs = {
-        new: replace(info, key=new, dtype=to_dtype if to_dtype and is_float(info.dtype) else info.dtype)
+        new: under_key(info, new, to_dtype if to_dtype and is_float(info.dtype) else info.dtype)
         for new, info in key_map.describe(checkpoint).items()
     }
     surplus: list[Dropped] = []
@@ -152,4 +152,4 @@ def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo], hint: str)
             f"{listed(problems, show=str, separator='; ')}",
             hint=hint,
         )
-    return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}
+    return {key: under_key(outs[key], key, info.dtype) for key, info in wanted.items()}

@@ -61,8 +61,8 @@ def make_step(out: TensorInfo, derivation: Derivation, role: str, checkpoint: Ch
     Raises ``PlanError`` where a tensor cannot be copied or cast, and ``RuleError`` where an operation does not accept
     the tensors.
     """
-    sources, equals = (tuple(Source(role, key) for key in keys) for keys in (derivation.sources, derivation.equals))
-    step = Step(out, sources, "", derivation.rule, derivation.recipe, equals)
+    sources, equals = (tuple([Source(role, key) for key in keys]) for keys in (derivation.sources, derivation.equals))
+    step = Step(out, sources, rule=derivation.rule, recipe=derivation.recipe, equals=equals)
     return complete_step(step, {role: checkpoint})
 
 
@@ -118,11 +118,11 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     """
     found = describe_step(step, roles)
     casts = step.out.dtype != found.dtype
-    return replace(
-        _in_place(step, found),
-        operation=_operation(step.recipe, casts=casts),
-        is_cast=_ends_with_cast(step.recipe, casts=casts),
-    )
+    operation, is_cast = _operation(step.recipe, casts=casts), _ends_with_cast(step.recipe, casts=casts)
+    placed = _in_place(step, found)
+    if (operation, is_cast) == (placed.operation, placed.is_cast):
+        return placed
+    return replace(placed, operation=operation, is_cast=is_cast)
 
 
 def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
@@ -135,7 +135,7 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     out, sources = step.out, step.sources
     infos = [_find(source, roles) for source in sources]
     for source in sources:
-        if source.key == out.key:
+        if source.key == out.key and roles[source.role].ambiguous:
             refuse_ambiguous(roles[source.role], [source.key])
     found = describe_output(out.key, infos, step.recipe, step.rule)
     if found.kind != "dense":
@@ -152,12 +152,13 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
 
 
 def _find(source: Source, roles: Mapping[str, Checkpoint]) -> TensorInfo:
-    if source.role not in roles:
-        raise PlanError(f"the plan reads {quoted(source.key)} of {quoted(source.role)}, which was not given")
-    checkpoint = roles[source.role]
-    if source.key not in checkpoint:
-        raise PlanError(f"{quoted(source.key)} is not in the {source.role}", path=checkpoint.path)
-    return checkpoint[source.key]
+    try:
+        return roles[source.role][source.key]
+    except KeyError:
+        if source.role in roles:
+            message = f"{quoted(source.key)} is not in the {source.role}"
+            raise PlanError(message, path=roles[source.role].path) from None
+    raise PlanError(f"the plan reads {quoted(source.key)} of {quoted(source.role)}, which was not given")
 
 
 def check_steps(steps: Iterable[Step], roles: Mapping[str, Checkpoint]) -> list[Step]:
@@ -201,9 +202,9 @@ def _ends_with_cast(recipe: Recipe | None, *, casts: bool) -> bool:
 
 
 def _operation(recipe: Recipe | None, *, casts: bool) -> str:
-    names = [] if recipe is None else [recipe.outline()]
-    names += ["cast"] if casts else []
-    return ", ".join(names) or "copy"
+    if recipe is None:
+        return "cast" if casts else "copy"
+    return ", ".join([recipe.outline(), *(["cast"] if casts else [])])
 
 
 def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:
@@ -291,7 +292,8 @@ def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[st
     A module is left out where its tensors move to different modules. A module without own tensors moves with the
     tensors below it, if these move to one module.
     """
-    if all(old == new for old, new in renamed.items()):
+    modules = list(modules)
+    if not modules or all(old == new for old, new in renamed.items()):
         return {module: module for module in modules}
     targets: dict[str, set[str | None]] = {}
     for old, new in renamed.items():

@@ -133,8 +133,7 @@ def _strip_stage(wrapping: Wrapping, where: str) -> Stage:
     return Stage(rules=(*drops, *renames))
 
 
-@dataclass(frozen=True, slots=True)
-class _Claim:
+class _Claim(NamedTuple):
     """A key that gets a new name in this pass: its name before the pass, and the rule that renames it."""
 
     name: str
@@ -180,6 +179,7 @@ class _Pass:
     claims: dict[str, _Claim] = field(default_factory=dict)
     groups: dict[tuple[int, tuple[str, ...]], list[_Member]] = field(default_factory=dict)
     sizes: dict[tuple[int, tuple[str, ...]], tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
 
     def run(self, state: Mapping[str, Derivation], *, allow_unused: bool) -> dict[str, Derivation]:
         """Return the names after this pass, in the order of the names before it."""
@@ -206,20 +206,27 @@ class _Pass:
     def apply_rule(self, rule_number: int, pattern_number: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
         rule = self.stage.rules[rule_number]
         if rule.drops:
-            self.leave_out(claim, str(rule))
+            self.leave_out(claim, self.text_of(rule_number))
             return
         names = tuple(template.expand(match) for template in rule.templates[pattern_number])
         if "" in names and claim.name:  # a checkpoint that is one bare tensor has the key ''
             raise RuleError(f"{rule} leaves {quoted(claim.label)} without a name")
         if not rule.operations:
             for name in names:
-                self.claim(name, _Claim(claim.name, with_rule(claim.derivation, rule), rule))
+                self.claim(name, _Claim(claim.name, with_rule(claim.derivation, self.text_of(rule_number)), rule))
             return
         members = self.groups.setdefault((rule_number, names), [])
         if not members:  # the outputs are placed where the first input was
             for name in names:
                 self.claim(name, _Claim(claim.name, claim.derivation, rule))
         members.append(_Member(pattern_number, _indices(rule, pattern_number, match), claim.name, claim.derivation))
+
+    def text_of(self, rule_number: int) -> str:
+        """Return the text of a rule, which is made once for all its keys."""
+        text = self.texts.get(rule_number)
+        if text is None:
+            text = self.texts[rule_number] = str(self.stage.rules[rule_number])
+        return text
 
     def claim(self, name: str, newcomer: _Claim) -> None:
         """Give ``name`` to the newcomer; if another key has the name already, the rules decide."""
@@ -249,7 +256,7 @@ class _Pass:
                     f'{quoted(name)} would be made by operations, and on_collision = "equal" compares only inputs'
                 )
             equals = dict.fromkeys((*winner.derivation.equals, *loser.derivation.sources, *loser.derivation.equals))
-            winner = replace(winner, derivation=replace(winner.derivation, equals=tuple(equals)))
+            winner = winner._replace(derivation=replace(winner.derivation, equals=tuple(equals)))
             self.leave_out(loser, f"must equal {quoted(winner.label)}, which gets the name {quoted(name)}")
         else:
             self.leave_out(loser, f"{quoted(winner.label)} gets the name {quoted(name)}")
@@ -292,7 +299,7 @@ class _Pass:
             rule.operations,
         )
         for name, recipe in zip(names, recipes, strict=True):
-            self.claims[name] = replace(self.claims[name], derivation=Derivation(sources, recipe, all_rules))
+            self.claims[name] = self.claims[name]._replace(derivation=Derivation(sources, recipe, all_rules))
 
     def refuse_uneven(self, rule_number: int, pattern_number: int, name: str, members: Sequence[_Member]) -> None:
         """Raise ``RuleError`` where the rule gathers another number of tensors than for an earlier new name.

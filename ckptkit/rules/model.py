@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -240,6 +240,7 @@ class KeyMap:
         )
 
 
-def with_rule(derivation: Derivation, rule: Rule) -> Derivation:
-    """Return the derivation with one more rule."""
-    return replace(derivation, rule=f"{derivation.rule}, {rule}" if derivation.rule else str(rule))
+def with_rule(derivation: Derivation, rule: str) -> Derivation:
+    """Return the derivation with the text of one more rule."""
+    rules = f"{derivation.rule}, {rule}" if derivation.rule else rule
+    return Derivation(derivation.sources, derivation.recipe, rules, derivation.equals)

@@ -17,6 +17,7 @@ from ckptkit.core.checkpoint.info import (
     memory_order,
     row_major,
     storage_range,
+    under_key,
 )
 from ckptkit.core.checkpoint.payload import Part, Payload, SelfWriting, Sink, part_of, read_into
 from ckptkit.core.closing import Closing
@@ -55,6 +56,7 @@ __all__ = [
     "read_into",
     "row_major",
     "storage_range",
+    "under_key",
 ]
 
 MOST_TENSORS: Final = 250_000  # of one checkpoint, which then takes 300 MB; the largest published models have 210,000

@@ -20,6 +20,7 @@ __all__ = [
     "memory_order",
     "row_major",
     "storage_range",
+    "under_key",
 ]
 
 UNINITIALISED = "uninitialised"  # the kind of a tensor of a lazy module, which gets its shape while loading
@@ -99,6 +100,15 @@ class UnknownKeyError(KeyError):
         key = str(self.args[0])
         near = nearest(key, self.known) if len(self.known) <= _MOST_COMPARED else None
         return f"the checkpoint has no {quoted(key)}" + (f": did you mean {quoted(near)}?" if near else "")
+
+
+def under_key(info: TensorInfo, key: str, dtype: str = "") -> TensorInfo:
+    """Return the description of the same tensor under another key, and with another dtype if one is given."""
+    dtype = dtype or info.dtype
+    if (key, dtype) == (info.key, info.dtype):
+        return info
+    # dataclasses.replace takes three times as long, and the plan of a large model does this for each tensor.
+    return TensorInfo(key, dtype, info.shape, info.view, info.kind, info.stored_bytes)
 
 
 def storage_range(info: TensorInfo) -> tuple[int, int]:

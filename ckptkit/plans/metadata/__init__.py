@@ -34,6 +34,8 @@ def follow_metadata(plan: Plan, sources: Mapping[str, Named], rename: Rename | N
     of names that no tensor of that input has, without those that are dropped. A note names every item that names
     tensors and does not follow them.
     """
+    if not any(source.metadata for source in sources.values()):
+        return replace(plan, metadata={})
     inputs = [
         moves_of(role, source.metadata, source.keys(), plan.steps, rename if number == 0 else None)
         for number, (role, source) in enumerate(sources.items())

@@ -25,8 +25,9 @@ class Source:
 
     def __post_init__(self) -> None:
         """Refuse a role or a key that is not a str."""
-        for name in ("role", "key"):
-            require_type(getattr(self, name), str, f"the {name} of a source", "a str")
+        if (type(self.role), type(self.key)) != (str, str):
+            for name in ("role", "key"):
+                require_type(getattr(self, name), str, f"the {name} of a source", "a str")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,24 @@ class Step:
 
     def __post_init__(self) -> None:
         """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
-        require_type(self.out, TensorInfo, "out", "a TensorInfo")
-        require_type(self.out.key, str, "the key of out", "a str")
-        for name in ("sources", "equals"):
-            given = getattr(self, name)
-            if not isinstance(given, tuple) or not all(isinstance(source, Source) for source in given):
-                refuse(given, name, "a tuple of Source")
-        for name in ("operation", "rule"):
-            require_type(getattr(self, name), str, name, "a str")
-        if self.recipe is not None and not hasattr(self.recipe, "operations"):
-            refuse(self.recipe, "recipe", "a Recipe, or None")
+        self._refuse_wrong_types()
         count = len(self.sources)
         if not count or (count > 1 if self.recipe is None else self.recipe.end > count):
             needs = "one source" if self.recipe is None else plural(max(self.recipe.end, 1), "source")
             raise ArgumentError(f"{quoted(self.out.key)} has {plural(count, 'source')}", hint=f"its step needs {needs}")
+
+    def _refuse_wrong_types(self) -> None:
+        require_type(self.out, TensorInfo, "out", "a TensorInfo")
+        require_type(self.out.key, str, "the key of out", "a str")
+        for name in ("sources", "equals"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or not set(map(type, given)) <= {Source}:
+                refuse(given, name, "a tuple of Source")
+        if (type(self.operation), type(self.rule)) != (str, str):
+            for name in ("operation", "rule"):
+                require_type(getattr(self, name), str, name, "a str")
+        if self.recipe is not None and not hasattr(self.recipe, "operations"):
+            refuse(self.recipe, "recipe", "a Recipe, or None")
 
     @property
     def is_copy(self) -> bool:
