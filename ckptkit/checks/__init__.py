@@ -21,6 +21,7 @@ from ckptkit.core.arguments import require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, ReaderWarning
 from ckptkit.core.findings.ignoring import IgnoreEntry, IgnoreLike, ignore_findings, parse_ignore
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import plural
@@ -121,7 +122,7 @@ def _check(
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
         message += loading_summary(checkpoint)
         return [*findings, codes.NOT_SCANNED.finding("", message)]
-    with Workers() as workers:
+    with Workers() as workers, pause_gc():
         scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen, workers)
         if values:
             from ckptkit.checks.value_reader import ValueReader

@@ -107,9 +107,13 @@ class Scan:
         try:
             for read, checksums, parts, error in self.workers.each(self._read, reads(self._sources())):
                 for (label, start, stop), checksum in zip(read.labels, checksums, strict=True):
-                    if isinstance(label, _RecordInProgress) and not label.failed:
-                        yield from self._add(label, stop - start, checksum, error)
-                        report(0 if error else stop - start)
+                    if not isinstance(label, _RecordInProgress) or label.failed:
+                        continue
+                    finding = self._add(label, stop - start, checksum, error)
+                    if error is None:
+                        report(stop - start)
+                    if finding is not None:
+                        yield finding
                     if self.stopped:
                         return
                 if self.values is not None and error is None:
@@ -140,30 +144,30 @@ class Scan:
 
     def _add(
         self, progress: _RecordInProgress, nbytes: int, checksum: int, error: CkptkitError | OSError | None
-    ) -> Iterator[Finding]:
-        """Add the next bytes of a record, and yield a finding if they cannot be read, or show damage at its end."""
+    ) -> Finding | None:
+        """Add the next bytes of a record; return a finding if they cannot be read, or show damage at its end."""
         record = progress.record
         if error is not None:
             progress.failed = True
             problem = _as_ckptkit_error(error)
             code = _code_of(problem)
             self.stopped = code is codes.CHANGED
-            yield self._record_finding(code, record, f"cannot be read: {problem.reason}", problem.hint or "")
-            return
+            return self._record_finding(code, record, f"cannot be read: {problem.reason}", problem.hint or "")
         progress.crc = joined_crc32(progress.crc, checksum, nbytes) if progress.done else checksum
         progress.done += nbytes
         self.nbytes += nbytes
         if progress.done < record.payload.nbytes:
-            return
+            return None
         self.records += bool(progress.done)
         if record.crc is None:
             self.unchecked += bool(progress.done)
             self.unchecked_bytes += progress.done
-            return
+            return None
         self.compared += bool(progress.done)
-        if progress.crc != record.crc:
-            message = f"does not match its checksum: CRC-32 {record.crc:08x} recorded, {progress.crc:08x} read"
-            yield self._record_finding(codes.CHECKSUM, record, message, _COPY_AGAIN)
+        if progress.crc == record.crc:
+            return None
+        message = f"does not match its checksum: CRC-32 {record.crc:08x} recorded, {progress.crc:08x} read"
+        return self._record_finding(codes.CHECKSUM, record, message, _COPY_AGAIN)
 
     def _record_finding(self, code: Code, record: Record, message: str, hint: str) -> Finding:
         file = "" if record.path == self.checkpoint.path else f" of {quoted(os.path.basename(record.path))}"

@@ -75,8 +75,12 @@ class ValueReader:
 
     def spans_of(self, record: Record) -> tuple[Span[Tally[Any]], ...]:
         """Return where the numbers of tensors are in a record, which is read next."""
-        whole = _byte_range(record.payload)
         self._bytes_allowed += _MAX_OVERLAP * record.payload.nbytes
+        if len(record.keys) == 1 and self._is_one_tensor(record):
+            tally: Tally[Any] = Tally(self.checkpoint[record.keys[0]])
+            self._bytes_allowed -= tally.bytes_left
+            return (Span(tally, 0, tally.bytes_left, tally.width),)
+        whole = _byte_range(record.payload)
         spans: dict[int, Span[Tally[Any]]] = {}
         for key in record.keys if whole is not None else ():
             tensor = self._by_key.get(key) or self._start_tensor(key)
@@ -87,6 +91,24 @@ class ValueReader:
                     start, stop = part.start - whole.start, part.stop - whole.start
                     spans[id(tensor)] = Span(tensor.tally, start, stop, tensor.tally.width)
         return tuple(spans.values())
+
+    def _is_one_tensor(self, record: Record) -> bool:
+        """Return whether a record has exactly the bytes of its tensor, which can be judged."""
+        key, stored = record.keys[0], record.payload
+        if key not in self.keys or not isinstance(stored, Extent) or not stored.nbytes:
+            return False
+        info = self.checkpoint.get(key)
+        if info is None or why_unsupported(info):
+            return False
+        try:
+            payload = self.checkpoint.payload(key)
+        except (CkptkitError, OSError):
+            return False
+        return (
+            isinstance(payload, Extent)
+            and payload.file is stored.file
+            and (payload.offset, payload.nbytes) == (stored.offset, stored.nbytes)
+        )
 
     def parts_of(self, read: Read[Tally[Any]], data: memoryview) -> list[Any]:
         """Return what the kernel computes of each span of a read; a thread may call this."""
@@ -126,7 +148,7 @@ class ValueReader:
             if isinstance(payload, Strided) and span is not None and info.nbytes > span.nbytes:
                 self.skipped[key] = _EXPANDED
             elif not self.checkpoint.files or self._allow(key, max(info.nbytes, span.nbytes if span else 0)):
-                tally = Tally[Any](info)
+                tally: Tally[Any] = Tally(info)
                 yield Source(payload, (Span(tally, 0, info.nbytes, tally.width),), key)
 
     def summary(self) -> str:
@@ -165,7 +187,7 @@ class ValueReader:
         if tensor is None:
             if not self._allow(key, info.nbytes):
                 return None
-            tensor = _TensorInProgress(Tally[Any](info), ranges, info.dtype)
+            tensor = _TensorInProgress(Tally(info), ranges, info.dtype)
             self._by_ranges[ranges, info.dtype] = tensor
         else:
             tensor.tally.keys.append(key)
@@ -192,8 +214,9 @@ class ValueReader:
         return self._bytes_allowed >= 0
 
     def _finish(self, tally: Tally[Any]) -> None:
-        self.stats |= dict.fromkeys(tally.keys, self.kernel.together(tally.parts, tally.code))
+        found = self.kernel.together(tally.parts, tally.code)
         for key in tally.keys:
+            self.stats[key] = found
             tensor = self._by_key.pop(key, None)
             if tensor is not None:
                 self._by_ranges.pop((tensor.ranges, tensor.dtype), None)

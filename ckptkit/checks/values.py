@@ -75,7 +75,7 @@ class _Contents:
     def have_one_magnitude(self, key: str) -> bool:
         """Return whether all finite numbers of a tensor that are not zero have the same magnitude."""
         try:
-            tally = Tally[set[float]](self.checkpoint[key])
+            tally: Tally[set[float]] = Tally(self.checkpoint[key])
             source = Source(self.checkpoint.payload(key), (Span(tally, 0, tally.bytes_left, tally.width),))
             found = [magnitudes for _, magnitudes, _ in computed([source], MagnitudesKernel(), self.workers)]
             return len(found[-1] or ()) < 2

@@ -6,7 +6,8 @@ mean costs no accuracy, and the number of threads does not change the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.statistics.value_stats import ValueStats, counts_and_extremes
@@ -19,13 +20,12 @@ from ckptkit.values.byte_codes import (
     pairs_of_codes,
 )
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.exponents import count_bytes, count_exponents
+from ckptkit.values.exponents import count_bytes, count_exponents, present
 from ckptkit.values.extremes import Extremes, extremes_of, merge_extremes
-from ckptkit.values.moments import NO_MOMENTS, Moments, merge_moments, moments_of
+from ckptkit.values.moments import NO_MOMENTS, Moments, merge_moments, moments_of, moments_of_runs
 from ckptkit.values.workers import Workers, pieces
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     _Array = npt.NDArray[Any]
@@ -35,6 +35,8 @@ __all__ = ["StatsKernel", "StatsPart"]
 _BLOCK: Final = 1 << 16  # numbers that are converted at once, to be counted by their exponents
 # The exponent field of the smallest normal number of F16, as F32 counts it; in F32 itself it is 1.
 _FIRST_NORMAL: Final = {"F16": 127 - 14}
+_LIKE_F32: Final = frozenset({"F16", "BF16", "F32"})  # numbers that F32 holds exactly, with their exponents there
+_SHORT: Final = 1 << 12  # numbers
 _NOTHING: Final = Extremes()
 
 
@@ -43,7 +45,7 @@ class StatsPart(NamedTuple):
 
     extremes: Extremes
     moments: Moments
-    counts: npt.NDArray[np.int64]
+    counts: Mapping[int, int]
 
 
 class StatsKernel:
@@ -55,42 +57,84 @@ class StatsKernel:
 
         if code in BYTE_CODES:
             numbers: _Array = np.frombuffer(data, np.uint8)
-            ends = [*starts[1:], len(numbers)]
-            counts = [count_bytes(numbers[start:end]) for start, end in zip(starts, ends, strict=True)]
-            return [StatsPart(_NOTHING, NO_MOMENTS, found) for found in counts]
+            counts = (count_bytes(numbers[start:end]) for start, end in _runs(starts, len(numbers)))
+            return [StatsPart(_NOTHING, NO_MOMENTS, present(found)) for found in counts]
         # numpy is slow with F16. F32 has the same values.
         is_half = code == "F16"
         numbers = array_of(cast_bytes(data, code, "F32", workers), "F32") if is_half else array_of(data, code)
-        if len(starts) == 1:
-            counts = [_exponents(numbers, workers)]
-            has_small = bool(counts[0][: _FIRST_NORMAL.get(code, 1)].any())
-            extremes = extremes_of(data, code, workers, has_small=has_small)
-        else:
-            ends = [*starts[1:], len(numbers)]
-            counts = [_exponents(numbers[start:end], workers) for start, end in zip(starts, ends, strict=True)]
-            extremes = extremes_of(data, code, workers, starts)
-        return [
-            StatsPart(found, moments_of(numbers[start : start + found.count], found, workers), count)
-            for start, found, count in zip(starts, extremes, counts, strict=True)
-        ]
+        runs = _runs(starts, len(numbers))
+        # How a run is computed depends on its length alone: its neighbours do not change its sums.
+        if max(end - start for start, end in runs) <= _SHORT:
+            return _of_short_runs(numbers, extremes_of(data, code, workers, starts), starts, workers)
+        width = len(data) // len(numbers)
+        found = []
+        for start, end in runs:
+            part = data[start * width : end * width]
+            if end - start <= _SHORT:
+                found += _of_short_runs(numbers[start:end], extremes_of(part, code, workers), (0,), workers)
+            else:
+                found.append(_of_long_run(part, numbers[start:end], code, workers))
+        return found
 
     def together(self, parts: list[StatsPart], code: str) -> ValueStats:
         """Return the statistics of a tensor."""
-        if not parts:
-            return ValueStats()
-        counts = sum((part.counts for part in parts[1:]), parts[0].counts)
+        counts: Mapping[int, int] = parts[0].counts if len(parts) == 1 else _sum_of_counts(parts)
         if code in BYTE_CODES:
             pairs = pairs_of_codes(counts, code)
             extremes = counts_and_extremes(extremes_of_codes(pairs, code))
             return ValueStats(*extremes, moments_of_codes(pairs), histogram_of_codes(pairs))
         found = merge_extremes(part.extremes for part in parts)
-        moments = merge_moments([part.moments for part in parts])
-        bias = len(counts) // 2 - 1
-        small = int(counts[0]) - found.zeros
+        bias = 127 if code in _LIKE_F32 else 1023
+        small = counts.get(0, 0) - found.zeros
         bins = {-bias: small} if small else {}
-        present = (counts[1:-1].nonzero()[0] + 1).tolist()
-        bins |= {index - bias: times for index, times in zip(present, counts[present].tolist(), strict=True)}
-        return ValueStats(*counts_and_extremes(found), moments, bins)
+        bins |= {index - bias: times for index, times in counts.items() if 0 < index <= 2 * bias}
+        return ValueStats(*counts_and_extremes(found), merge_moments([part.moments for part in parts]), bins)
+
+
+def _runs(starts: Sequence[int], count: int) -> list[tuple[int, int]]:
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def _sum_of_counts(parts: Sequence[StatsPart]) -> dict[int, int]:
+    total: Counter[int] = Counter()
+    for part in parts:
+        total.update(part.counts)
+    return dict(sorted(total.items()))
+
+
+def _of_long_run(data: memoryview, numbers: _Array, code: str, workers: Workers) -> StatsPart:
+    """Return the statistics of ``numbers``, which have the values of ``data``."""
+    counts = _exponents(numbers, workers)
+    has_small = bool(counts[: _FIRST_NORMAL.get(code, 1)].any())
+    extremes = extremes_of(data, code, workers, has_small=has_small)[0]
+    return StatsPart(extremes, moments_of(numbers, extremes, workers), present(counts))
+
+
+def _of_short_runs(
+    numbers: _Array, extremes: Sequence[Extremes], starts: Sequence[int], workers: Workers
+) -> list[StatsPart]:
+    """Return the statistics of all runs at once, since a call of numpy for each would cost more than the arithmetic."""
+    import numpy as np
+
+    runs = len(starts)
+    lengths = np.array([found.count for found in extremes])
+    run_of = np.repeat(np.arange(runs), lengths)
+    as_integers = numbers.dtype.kind in "iu"
+    exact = numbers.astype(np.float64) if as_integers else numbers
+    mantissa, fields = (7, 256) if numbers.itemsize == 2 and not as_integers else (23, 256)
+    if exact.itemsize == 8:
+        mantissa, fields = 52, 2048
+    exponents = exact.view(f"u{exact.itemsize}") >> mantissa
+    index = run_of * fields + (exponents & (fields - 1)).astype(np.int64)
+    table = np.bincount(index, minlength=runs * fields).reshape(runs, fields)
+    rows, columns = table.nonzero()
+    times, bounds = table[rows, columns].tolist(), np.searchsorted(rows, np.arange(runs + 1)).tolist()
+    exponent_of = columns.tolist()
+    moments = moments_of_runs(numbers, extremes, starts, run_of, workers)
+    return [
+        StatsPart(found, moment, dict(zip(exponent_of[first:last], times[first:last], strict=True)))
+        for found, moment, first, last in zip(extremes, moments, bounds, bounds[1:], strict=False)
+    ]
 
 
 def _exponents(numbers: _Array, workers: Workers) -> _Array:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ckptkit.core.arguments import require_number, require_progress
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files import Extent
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
@@ -141,7 +142,7 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     quantized = quantized_weights(found)
     reasons = {key: why_unsupported(found[key]) or _why_not_numbers(key, quantized) for key in key_map.renamed}
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
-    with Workers() as workers:
+    with Workers() as workers, pause_gc():
         numbers = measure_values(found, measured, workers, progress or (lambda _: None))
     tensors: dict[str, TensorStats] = {}
     for key, name in key_map.renamed.items():
@@ -165,7 +166,7 @@ def measure_values(
 
     def sources() -> Iterator[Source[Tally[StatsPart]]]:
         for key, payload in sorted(((key, checkpoint.payload(key)) for key in keys), key=_place):
-            tally = Tally[StatsPart](checkpoint[key])
+            tally: Tally[StatsPart] = Tally(checkpoint[key])
             if tally.bytes_left:
                 yield Source(payload, (Span(tally, 0, tally.bytes_left, tally.width),))
             else:

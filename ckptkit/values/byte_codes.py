@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any, Final
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
 
 from ckptkit.values.arrays import array_of
 from ckptkit.values.extremes import Extremes
 from ckptkit.values.moments import Moments, exact_sum
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    _Array = npt.NDArray[Any]
 
 __all__ = ["BYTE_CODES", "extremes_of_codes", "histogram_of_codes", "moments_of_codes", "pairs_of_codes"]
 
@@ -23,14 +21,19 @@ BYTE_CODES: Final = frozenset({
 _MIN_EXPONENT: Final = {"F4": 0, "F8_E4M3": -6, "F8_E5M2": -14, "F8_E4M3FNUZ": -7, "F8_E5M2FNUZ": -15}
 
 
-def pairs_of_codes(counts: _Array, code: str) -> list[tuple[float, int]]:
+def pairs_of_codes(counts: Mapping[int, int], code: str) -> list[tuple[float, int]]:
     """Return each value that occurs, and how often, given how often each byte occurs. F4 has two codes in a byte."""
+    values = _values(code)
     if code == "F4":
-        table = counts.reshape(16, 16)
-        counts = table.sum(axis=0) + table.sum(axis=1)
-    return [(value, times) for value, times in zip(_values(code), counts.tolist(), strict=True) if times]
+        halves: Counter[int] = Counter()
+        for byte, times in counts.items():
+            halves[byte & 15] += times
+            halves[byte >> 4] += times
+        counts = halves
+    return [(values[byte], counts[byte]) for byte in sorted(counts)]
 
 
+@functools.cache
 def _values(code: str) -> list[float]:
     import numpy as np
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["count_bytes", "count_exponents"]
+__all__ = ["count_bytes", "count_exponents", "present"]
 
 
 def count_exponents(numbers: _Array, workers: Workers) -> _Array:
@@ -50,3 +50,9 @@ def count_bytes(numbers: _Array) -> _Array:
     if len(numbers) % 2:
         counts[numbers[-1]] += 1
     return counts
+
+
+def present(counts: _Array) -> dict[int, int]:
+    """Return the positions of the counts that are not zero, and these counts."""
+    positions = counts.nonzero()[0]
+    return dict(zip(positions.tolist(), counts[positions].tolist(), strict=True))

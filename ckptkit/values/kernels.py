@@ -10,7 +10,7 @@ from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.values.arrays import array_of
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
-from ckptkit.values.exponents import count_bytes
+from ckptkit.values.exponents import count_bytes, present
 from ckptkit.values.extremes import FLOAT_FORMATS, INTEGERS, Extremes, extremes_of, merge_extremes
 from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
 from ckptkit.values.workers import Workers
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 _PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
+_WIDTHS: Final = {code: dtype.part_bytes for code, dtype in DTYPES.items()}
+_SUPPORTED: Final = FLOAT_FORMATS.keys() | INTEGERS | BYTE_CODES | _PARTS.keys()
 _Part = TypeVar("_Part")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
@@ -57,7 +59,10 @@ class ExtremesKernel:
 
         numbers: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
         ends = [*starts[1:], len(numbers)]
-        pairs = [pairs_of_codes(count_bytes(numbers[start:end]), code) for start, end in zip(starts, ends, strict=True)]
+        pairs = [
+            pairs_of_codes(present(count_bytes(numbers[start:end])), code)
+            for start, end in zip(starts, ends, strict=True)
+        ]
         return [extremes_of_codes(one, code) for one in pairs]
 
     def together(self, parts: list[Extremes], code: str) -> Extremes:  # noqa: ARG002 - other kernels need the dtype
@@ -88,27 +93,27 @@ def _magnitudes(numbers: npt.NDArray[Any], code: str) -> set[float]:
     import numpy as np
 
     if code in BYTE_CODES:
-        return {abs(value) for value, _ in pairs_of_codes(count_bytes(numbers), code) if value and math.isfinite(value)}
-    present = numbers[np.isfinite(numbers) & (numbers > 0)]
-    return {float(present.min()), float(present.max())} if len(present) else set()
+        return {
+            abs(value)
+            for value, _ in pairs_of_codes(present(count_bytes(numbers)), code)
+            if value and math.isfinite(value)
+        }
+    magnitudes = numbers[np.isfinite(numbers) & (numbers > 0)]
+    return {float(magnitudes.min()), float(magnitudes.max())} if len(magnitudes) else set()
 
 
 class Tally(Generic[_Part]):
     """The parts of a tensor that are computed already."""
 
-    __slots__ = ("bytes_left", "code", "keys", "parts")
+    __slots__ = ("bytes_left", "code", "keys", "parts", "width")
 
     def __init__(self, info: TensorInfo) -> None:
         """Wait for all bytes of a tensor that ``why_unsupported`` has nothing against."""
         self.keys = [info.key]
         self.code = part_code(info.dtype)
+        self.width = _WIDTHS[self.code]  # the bytes of one number
         self.bytes_left = info.nbytes
         self.parts: list[_Part] = []
-
-    @property
-    def width(self) -> int:
-        """The bytes of one number."""
-        return DTYPES[self.code].part_bytes
 
     def add(self, part: _Part, nbytes: int) -> bool:
         """Add the part that was computed of the next ``nbytes`` bytes, and return whether it is the last."""
@@ -128,10 +133,7 @@ def why_unsupported(info: TensorInfo) -> str:
         return f"{info.kind} tensor"
     if info.dtype == "F4" and info.elements % 2:
         return "an odd number of F4 elements, which are stored two to a byte"
-    code = part_code(info.dtype)
-    if code in FLOAT_FORMATS or code in INTEGERS or code in BYTE_CODES:
-        return ""
-    return f"torch has no arithmetic for {info.dtype}"
+    return "" if info.dtype in _SUPPORTED else f"torch has no arithmetic for {info.dtype}"
 
 
 def parts_of(

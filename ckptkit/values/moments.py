@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["NO_MOMENTS", "Moments", "exact_sum", "merge_moments", "moments_of"]
+__all__ = ["NO_MOMENTS", "Moments", "exact_sum", "merge_moments", "moments_of", "moments_of_runs"]
 
 # The sum of squared distances from the mean is the sum of squares minus count * mean ** 2. If at least this share
 # remains, the subtraction loses at most 5 of 53 bits, and no second pass over the distances is needed.
@@ -71,6 +71,38 @@ def moments_of(numbers: _Array, extremes: Extremes, workers: Workers) -> Moments
                 apart.append(_power(wide))
             squares = exact_sum(apart)
     return Moments(finite, mean, squares, abs(total) if has_one_sign else exact_sum(magnitudes))
+
+
+def moments_of_runs(
+    numbers: _Array, extremes: Sequence[Extremes], starts: Sequence[int], run_of: _Array, workers: Workers
+) -> list[Moments]:
+    """Return the moments of each of many short runs; ``run_of`` has the position of the run of each number.
+
+    They differ from those of ``moments_of`` in the last digits: the distances from the mean are always summed.
+    """
+    import numpy as np
+
+    finite = np.array([found.finite for found in extremes])
+    is_special = None
+    with np.errstate(all="ignore"):
+        wide = numbers.astype(np.float64)
+        if int(finite.sum()) < len(numbers):
+            is_special = ~np.isfinite(wide)
+            wide[is_special] = 0.0
+        means = np.add.reduceat(wide, starts) / np.maximum(finite, 1)
+        apart = wide - means[run_of]
+        if is_special is not None:
+            apart[is_special] = 0.0
+        squares = np.add.reduceat(apart * apart, starts).tolist()
+        norms = np.add.reduceat(np.abs(wide), starts).tolist()
+    found = []
+    ends = [*starts[1:], len(numbers)]
+    for run, (one, mean) in enumerate(zip(extremes, means.tolist(), strict=True)):
+        if one.min == one.max or not math.isfinite(mean):
+            found.append(moments_of(numbers[starts[run] : ends[run]], one, workers))
+        else:
+            found.append(Moments(one.finite, mean, squares[run], norms[run]))
+    return found
 
 
 def _wide(numbers: _Array, workers: Workers, *, has_special: bool) -> _Array:
