@@ -82,7 +82,11 @@ _NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
 _BY_PATTERN: Final = ("as-layer", "on-mismatch", "on-missing", "on-unexpected")  # a mapping of patterns in Python
 _OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
 _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
+_PLANS: Final = {  # what a dry run makes
+    "merge": "plan_merge", "merge_lora": "plan_lora", "extract_lora": "plan_extract_lora"
+}  # fmt: skip
 _OPTIMIZER: Final = "optimizer_state."
+_NEW_GROUPS: Final = {"as": "groups={}", "groups": "groups=plan_param_groups(model, {})"}
 _QUOTED: Final = r"""\$?'(?:[^'\\]|\\.)*'|"[^"]*\""""
 _WORDED: Final = (  # their values are plain words
     "adapter", "elementwise", "format", "hyper", "method", "on-mismatch", "on-missing", "on-unexpected", "rules"
@@ -168,7 +172,7 @@ def _call(match: re.Match[str]) -> str:
         return name
     inputs: list[str] = []
     rules: list[re.Match[str]] = []
-    others, out = [], ""
+    others, out, is_plan = [], "", False
     for word in _WORD.finditer(match["words"]):
         if word["out"]:
             out = _python_word(word["out"])
@@ -178,11 +182,18 @@ def _call(match: re.Match[str]) -> str:
             inputs.insert(0, _python_word(word["value"]))
         elif word["name"] in RULE_OPTIONS and word["value"]:
             rules.append(word)
+        elif word["name"] == "dry-run" or (word["name"] == "carry" and name == "plan_remap"):
+            is_plan = True
+        elif name.startswith(_OPTIMIZER) and word["name"] in _NEW_GROUPS and word["value"]:
+            others.append(_NEW_GROUPS[word["name"]].format(_python_word(word["value"])))
         else:
             others.append(_argument(word))
     for argument in [argument for argument in others if argument in _METHODS]:
         name = _METHODS[argument]
         others.remove(argument)
+    if is_plan:
+        name, out = _PLANS.get(name, name), ""
+        others += ["rank=8"] if name == "plan_extract_lora" else []
     if name == "merge":
         inputs = [inputs[0], f"[{', '.join(inputs[1:])}]"] if len(inputs) > 2 else inputs
     if name in ("merge", "convert", *_METHODS.values()) and out:
@@ -190,8 +201,8 @@ def _call(match: re.Match[str]) -> str:
     lists = _rule_lists(rules)
     is_state = name.startswith(_OPTIMIZER)
     if lists:
-        others = [*lists, *others] if is_state else [_parse_rules(lists), *others]
-    if not inputs:
+        others = [*lists, *others] if name == f"{_OPTIMIZER}prune" else [_parse_rules(lists), *others]
+    if is_state or not inputs:
         inputs = ["state" if is_state else "..."]
     return f"{name}({', '.join((*inputs, *others))})"
 

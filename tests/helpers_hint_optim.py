@@ -59,7 +59,9 @@ class Renamed(nn.Module):
         return mixed
 
 
-@situation("optimizer_state/compare.py: --groups FILE assigns them to the new groups", FILE="{folder}/spec.toml")
+@situation(
+    "optimizer_state/compare.py: --groups FILE assigns them to the new groups", FILE="{folder}/spec.toml", MODEL=NET
+)
 def _other_groups(folder: Path) -> list[str]:
     text(folder / "spec.toml", ONE_GROUP)
     return ["optim", "diff", written(folder / "saved.pt", apart="head"), written(folder / "live.pt")]
@@ -147,7 +149,7 @@ def _an_unknown_slot(folder: Path) -> list[str]:
     return ["optim", "remap", saved, "-o", str(folder / "out.pt"), "--rules", rules]
 
 
-@situation("optimizer_state/remapping.py: put its sources into one group first", FILE="{folder}/spec.toml")
+@situation("optimizer_state/remapping.py: put its sources into one group first", FILE="{folder}/spec.toml", MODEL=NET)
 def _sources_of_two_groups(folder: Path) -> list[str]:
     text(folder / "spec.toml", ONE_GROUP)
     join = '[[rule]]\nfrom = ["fc.bias", "head.bias"]\nto = "both"\nop = { concat = { dim = 0 } }\n'
@@ -163,7 +165,7 @@ def _sources_of_two_groups(folder: Path) -> list[str]:
     ]
 
 
-@situation("optimizer_state/naming.py: drop it: ckpt optim prune PATH -o OUT")
+@situation("optimizer_state/naming.py: drop it: ckpt optim prune PATH -o OUT", is_called=False)
 def _a_stray_state(folder: Path) -> list[str]:
     saved = written(folder / "saved.pt")
     content = torch.load(saved)
@@ -210,7 +212,7 @@ def _the_output_is_the_input(folder: Path) -> list[str]:
 # Param groups.
 
 
-@situation("param_groups/explain.py: ckpt show MODEL lists the names", MODEL=MODEL)
+@situation("param_groups/explain.py: ckpt show MODEL lists the names", is_called=False, MODEL=MODEL)
 def _explain_no_parameter(_folder: Path) -> list[str]:
     return ["groups", "explain", "--model", MODEL, SPEC, "zzzz"]
 

@@ -26,13 +26,14 @@ class Situation:
 
     ``hints`` are parts of texts of the package, each after its file. ``names`` says what a word such as ``MODEL``, or a
     pattern to fill in, stands for; DROP is the value of ``--drop``. Where the hint ``ends`` the matter, the command
-    does not run again.
+    does not run again. Where Python has another hint, ``is_called`` is False.
     """
 
     make: Callable[[Path], list[str]]
     hints: tuple[str, ...]
     names: Mapping[str, str] = field(default_factory=dict)
     ends: bool = False
+    is_called: bool = True
 
     @property
     def id(self) -> str:
@@ -45,12 +46,16 @@ _Make = Callable[[Path], list[str]]
 
 
 def situation(
-    *hints: str, ends: bool = False, filled: Mapping[str, str] = MappingProxyType({}), **names: str
+    *hints: str,
+    ends: bool = False,
+    is_called: bool = True,
+    filled: Mapping[str, str] = MappingProxyType({}),
+    **names: str,
 ) -> Callable[[_Make], _Make]:
     """Add the function as a situation, which prints these hints; ``filled`` has words that Python cannot name."""
 
     def add(make: _Make) -> _Make:
-        SITUATIONS.append(Situation(make, hints, {**filled, **names}, ends))
+        SITUATIONS.append(Situation(make, hints, {**filled, **names}, ends, is_called))
         return make
 
     return add
@@ -310,7 +315,9 @@ def _a_number_inside(folder: Path) -> list[str]:
     return ["show", f"{folder / 'run.pt'}::epoch"]
 
 
-@situation("checks/reading.py: ckpt convert PATH -o OUT.safetensors", "formats/codes.py: ckpt show lists all of them")
+@situation(
+    "checks/reading.py: ckpt convert PATH -o OUT --format safetensors", "formats/codes.py: ckpt show lists all of them"
+)
 def _code_in_a_file(folder: Path) -> list[str]:
     torch.save({"state_dict": {"a": randn(2, 2)}, "act": torch.nn.ReLU()}, folder / "odd.pt")
     return ["check", str(folder / "odd.pt")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,155 +12,22 @@ import pytest
 import torch
 
 import tests.helpers_hint_optim  # noqa: F401 - it adds its situations
-from ckptkit import open_checkpoint, run_checks
+from ckptkit import run_checks
 from ckptkit.cli.common.hints import hint_for_command
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, hint_for_python, message_for_python
 from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_hint_following import Follower
 from tests.helpers_hint_situations import SITUATIONS, TEN, Situation, save
-from tests.helpers_hints import FOREIGN, all_options, commands_in, options_in, problems_of_hint
+from tests.helpers_hints import FOREIGN, all_options, commands_in, problems_of_hint
 
 _LONG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-_WAYS = re.compile(r"; or |, or |; ")
-_LEFT_OUT = frozenset(("--on-mismatch",))  # without a value: the sentence before it names the actions
-
-
-def _text_of(part: str) -> str:
-    """Return the text in a part, without the file before it."""
-    return part.partition(": ")[2]
-
-
-def _is_in(part: str, line: str) -> bool:
-    return re.search(".*".join(map(re.escape, _text_of(part).split("XX"))), line) is not None
-
-
-class _Follower:
-    """Follows the hints that a command prints, with the words that the situation has for placeholders."""
-
-    def __init__(self, situation: Situation, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.situation, self.folder, self.capsys = situation, folder, capsys
-        self.arguments = situation.make(folder)
-        count = 2 if self.arguments[0] in {"optim", "groups"} else 1
-        inputs = [word for word in self.arguments[count:] if not word.startswith("-")]
-        self.number = 0
-        self.names = {
-            **dict.fromkeys(("PATH", "BASE", "ADAPTER", "SAVED", "FILE"), inputs[0] if inputs else ""),
-            **dict.fromkeys(("DONOR", "TUNED", "LIVE"), inputs[1] if len(inputs) > 1 else ""),
-            "VALUE": "4",
-            **dict.fromkeys(("rules.toml", "RULES"), str(folder / "found.toml")),
-            **{name: text.format(folder=folder) for name, text in situation.names.items()},
-        }
-
-    def filled(self, word: str) -> str:
-        """Return a word of a hint with its placeholder filled in."""
-        if word in self.names:
-            return self.names[word]
-        name, slash, rest = re.match(r"([A-Z]*)([./=]?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
-        if name == "VALUE" or (name and name in self.names and slash):
-            return f"{self.names[name]}{slash}{rest}"
-        return word.replace("=VALUE", f"={self.names['VALUE']}")
-
-    def run(self) -> None:
-        ran = run_ckpt(self.capsys, *self.arguments)
-        lines = [line.strip() for line in (*ran.out.splitlines(), *ran.err.splitlines())]
-        told = [line for line in lines if any(_is_in(part, line) for part in self.situation.hints)]
-        for part in self.situation.hints:
-            assert any(_is_in(part, line) for line in told), (part, ran)
-        hints = [line for line in lines if line.startswith("hint: ")]
-        assert told or hints, ran
-        for line in dict.fromkeys((*told, *hints)):
-            for way in _WAYS.split(line.removeprefix("hint: ")):
-                self.follow(way)
-
-    def follow(self, way: str) -> None:
-        """Run each command of a way out, and the command again with each option of it."""
-        assert problems_of_hint(self.arguments, way) == []
-        for words in commands_in(way):
-            if len(words) > 1 and words[:1] != ["doctor"]:
-                self.run_command(words, way)
-        for named in options_in(way):
-            if named[0] not in _LEFT_OUT and named[0] not in FOREIGN:
-                self.run_with(named, way)
-
-    def run_command(self, words: list[str], way: str) -> None:
-        self.number += 1
-        like = self.arguments[self.arguments.index("-o") + 1] if "-o" in self.arguments else "out.pt"
-        out = self.folder / f"followed{self.number}{Path(like).suffix or '.safetensors'}"
-        self.names["OUT"] = str(out.with_suffix("")) if any("OUT." in word for word in words) else str(out)
-        run = [self.filled(word) for word in words]
-        followed = run_ckpt(self.capsys, *run)
-        if followed.code == 2 and self.name_source(run):  # the file has no names
-            run += self.name_source(run)
-            followed = run_ckpt(self.capsys, *run)
-        if "-o" not in run or "--dry-run" in run:
-            assert followed.code in {0, 1}, (way, followed)
-            return
-        assert followed.code in ({0, 1} if run[0] == "align" else {0}), (way, run, followed)
-        written = run[run.index("-o") + 1]
-        if written.endswith(".toml"):
-            self.again([*self.arguments, "--rules", written], way)
-        elif run[0] != "merge" and not {*run} & {"--adapter", "lock"}:
-            source = run[2] if run[0] == "optim" else run[1]
-            if source in self.arguments:
-                self.again([written if word == source else word for word in self.arguments], way)
-        elif run[0] == "merge":
-            open_checkpoint(written).close()
-
-    def name_source(self, run: list[str]) -> list[str]:
-        """Return the option that named the parameters of an optimizer in the command, for another such command."""
-        if run[0] != "optim":
-            return []
-        options = ("--model", "--names")
-        return [word for at, one in enumerate(self.arguments) if one in options for word in self.arguments[at : at + 2]]
-
-    def run_with(self, named: list[str], way: str) -> None:
-        option = [named[0], *map(self.filled, named[1:])]
-        if " ".join(option) in " ".join(self.arguments):
-            return
-        name = named[0].removeprefix("--").upper()
-        if len(option) == 1 and name in self.names:
-            option.append(self.names[name])
-        if way.startswith("leave out --"):
-            at = self.arguments.index(option[0])
-            again = [*self.arguments[:at], *self.arguments[at + (1 if option == ["--carry"] else 2) :]]
-        elif option[0] == "--names" and "--model" in self.arguments:
-            at = self.arguments.index("--model")
-            again = [*self.arguments[:at], *option, *self.arguments[at + 2 :]]
-        elif replaced := re.search(r"in place of (--[a-z]+)", way):
-            if option == [replaced[1]]:
-                return
-            at = self.arguments.index(replaced[1])
-            again = [*self.arguments[:at], *option, *self.arguments[at + 2 :]]
-        elif option[0] in self.arguments and option[0] not in {"--on-mismatch", "--drop"}:
-            at = self.arguments.index(option[0])
-            again = [*self.arguments[:at], *option, *self.arguments[at + 2 :]]
-        else:
-            again = [*self.arguments, *option]
-        self.again(again, way, keeps_output=option == ["--force"])
-
-    def again(self, arguments: list[str], way: str, *, keeps_output: bool = False) -> None:
-        """Run the command once more, which must succeed, and must not give the same hint."""
-        if self.situation.ends:
-            return
-        if not keeps_output:
-            for out in self.folder.glob("out*"):
-                shutil.rmtree(out) if out.is_dir() else out.unlink()
-        if "the :: part" in way:
-            arguments = [word.partition("::")[0] for word in arguments]
-        followed = run_ckpt(self.capsys, *arguments)
-        reports = arguments[0] in {"diff", "preflight", "check"} or arguments[:2] in (
-            ["optim", "show"],
-            ["optim", "diff"],
-        )
-        assert followed.code in ({0, 1} if reports else {0}), (way, arguments, followed)
-        if any(_is_in(part, way) for part in self.situation.hints):
-            assert way not in followed.out + followed.err, (way, arguments, followed)
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=[situation.id for situation in SITUATIONS])
 def test_each_way_out_works(situation: Situation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each command in a hint runs, and each option ends the trouble of the command, as the hint promises."""
-    _Follower(situation, tmp_path, capsys).run()
+    Follower(situation, tmp_path, capsys).run()
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:
@@ -309,7 +175,7 @@ SPELLINGS = {
         "merge('a.pt', ['b c.pt', 'd.pt'], out, on_unexpected='add')"
     ),
     "cast it: ckpt convert BASE -o OUT --dtype F32": "cast it: convert(base, out, dtype='F32')",
-    "ckpt optim prune PATH -o OUT --drop 'a' --drop 'b'": "optimizer_state.prune(path, drop=['a', 'b'])",
+    "ckpt optim prune PATH -o OUT --drop 'a' --drop 'b'": "optimizer_state.prune(state, drop=['a', 'b'])",
     "all 3 keys match after --rename 'module.*=*'": "all 3 keys match after rules=['module.*=*']",
     "--as-layer 'PATTERN=KIND' decides otherwise": "as_layer={'PATTERN': 'KIND'} decides otherwise",
     "save it with --dist-ckpt-format torch_dist": "save it with --dist-ckpt-format torch_dist",

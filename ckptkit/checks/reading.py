@@ -50,7 +50,7 @@ def loading_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if loading.refused:
         message = f"torch.load(weights_only=True), which is the default, refuses the file: {'; '.join(loading.refused)}"
         way = "torch.serialization.safe_globals allows code that you trust; or " if loading.globals else ""
-        hint = f"{way}write the tensors alone: ckpt convert PATH -o OUT.safetensors"
+        hint = f"{way}write the tensors alone: ckpt convert PATH -o OUT --format safetensors"
         yield codes.TORCH_LOAD.finding("", message, hint)
     if loading.devices:
         names = ", ".join(map(printable, loading.devices[:_MOST_DEVICES]))

@@ -113,7 +113,8 @@ def to_named(
     findings = tuple(structure_findings(found))
     for finding in findings:
         if finding.severity == "error":
-            raise FormatError(finding.message, hint=finding.hint or None, path=found.path or None)
+            call = "drop_strays=True drops it" if finding.code == codes.STATE_STRAY.name else None
+            raise FormatError(finding.message, hint=finding.hint or None, call=call, path=found.path or None)
     try:
         return replace(_named(found, names, groups), findings=findings)
     except PlanError as error:

@@ -71,6 +71,7 @@ def explain_param_group(model: CheckpointLike, spec: SpecLike, name: str) -> Exp
         raise GroupsError(
             f"{quoted(name)} {why}",
             hint=f"did you mean {quoted(near)}?" if near else "ckpt show MODEL lists the names of the parameters",
+            call=None if near else "model.named_parameters() lists the names of the parameters",
         )
     matcher = RuleMatcher(spec, table)
     owner = matcher.owner(parameter)
