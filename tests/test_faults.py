@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from ckptkit.core.files import LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_optimizer
+from ckptkit.formats.writing import copying
 from ckptkit.formats.writing.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
 from ckptkit.formats.writing.copying import OffsetWriter
 from ckptkit.optimizer_state.forms import read_state
@@ -35,7 +38,8 @@ from ckptkit.plans.execute import check_output
 from ckptkit.plans.saved import plan_from_json, plan_to_json
 from ckptkit.values import cast_payload
 from tests.helpers_cli import run_ckpt
-from tests.helpers_outputs import names_in, sha256, tensor_of
+from tests.helpers_outputs import names_in, same_state, sha256, tensor_of
+from tests.hostile.contract import paused
 
 ROOT = Path(__file__).parent.parent
 CALLS = ("open", "pwrite", "copy_file_range", "posix_fallocate", "fsync", "replace", "rename", "mkdir",
@@ -223,6 +227,52 @@ def test_any_error_in_a_thread_ends_the_run(
             assert names_in(place) == [case.out]
             assert next(calls) == ended + 1
             monkeypatch.setattr(owner, name, real)
+
+
+def test_any_system_call_may_fail_beside_the_thread_that_reads_for_the_checksum(
+    tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of both threads fails first: one error, no output, and no thread is left."""
+    source = saved(tmp_path / "in.safetensors", NEW)
+    place = tmp_path / "place"
+    write(str(source), tmp_path / "first.pt", None)  # whether blocks can be shared here is tried only once
+    for nth in itertools.count(1):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        with open_checkpoint(source) as checkpoint:
+            plan, output = plan_remap(checkpoint), choose_output(place / "out.pt")
+            monkeypatch.setattr(copying, "_WORTH_A_THREAD", 1)
+            monkeypatch.setattr(copying, "_CHECKSUM_PIECE", 64)
+            faults.arm(nth, errno.EIO)
+            refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
+            made = faults.count
+            faults.disarm()
+        assert threading.active_count() == 1
+        assert (refusal is None) == (nth > made)
+        # The directory could not be flushed after the output had its name: then the output is whole.
+        assert refusal is None or names_in(place) == [] or zipfile.ZipFile(place / "out.pt").testzip() is None
+        if refusal is None:
+            assert zipfile.ZipFile(place / "out.pt").testzip() is None
+            assert same_state(torch.load(place / "out.pt", weights_only=True), NEW)
+            assert nth > 20
+            return
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
+def test_a_copy_that_the_disk_already_writes_may_be_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    """Bytes that are on the disk early belong to a file without the name of the output."""
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.pt"
+    save_file({"w": torch.zeros(12_000_000)}, source)
+    out.write_bytes(b"old")
+    with paused("fsync", "convert", source, "-o", out, "--force") as process:
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        process.communicate()
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert out.read_bytes() == b"old"
+    left = set(names_in(tmp_path)) - {source.name, out.name}
+    assert len(left) == (number == signal.SIGKILL)
+    assert all(TEMPORARY.fullmatch(name) for name in left)
 
 
 @pytest.mark.parametrize("kind", ["a file", "a distributed checkpoint"])

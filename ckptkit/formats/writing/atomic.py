@@ -251,6 +251,9 @@ class AtomicFile(OffsetWriter):
             error = self._output_error(failure)
         except CkptkitError as failure:
             error = failure
+        except BaseException:  # a signal while the disk writes
+            self._discard()
+            raise
         if isinstance(error, OSError):
             error = self._output_error(error)
         left = self._discard()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from ckptkit.core.checkpoint import Payload, SelfWriting
 from ckptkit.core.checkpoint.payload import joining
 from ckptkit.core.files import Extent
-from ckptkit.errors import ChangedError, CkptkitError
+from ckptkit.errors import ChangedError
 from ckptkit.formats.writing.reflink import clone_range
 
 __all__ = ["OffsetWriter", "merge_extents"]
@@ -61,9 +61,9 @@ class OffsetWriter:
             reading = _ChecksumThread(payload)
             try:
                 yield from self._copy_extent(payload, offset)
+                return reading.result()
             finally:
-                reading.join()  # the caller may close the file
-            return reading.result()
+                reading.stop()
         if isinstance(payload, SelfWriting):
             return (yield from payload.write_to(self, offset, checksum=checksum))
         crc, done = 0, 0
@@ -137,26 +137,33 @@ class _ChecksumThread(threading.Thread):
         extent.file.fileno()  # a pool may have closed the file, and two threads must not open it at once
         self._extent = extent
         self._crc = 0
-        self._error: CkptkitError | None = None
+        self._error: BaseException | None = None
+        self._is_stopped = False
         self.start()
 
     def run(self) -> None:
         buffer = memoryview(bytearray(_CHECKSUM_PIECE))
         file, at, end = self._extent.file, self._extent.offset, self._extent.offset + self._extent.nbytes
         try:
-            while at < end:
+            while at < end and not self._is_stopped:
                 piece = buffer[: end - at]
                 file.read_into(piece, at)
                 self._crc = zlib.crc32(piece, self._crc)
                 at += len(piece)
-        except CkptkitError as error:
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is taken
             self._error = error
 
     def result(self) -> int:
-        """Return the CRC-32. Raises the error of the reading."""
+        """Wait for the end and return the CRC-32. Raises the error of the reading."""
+        self.join()
         if self._error is not None:
             raise self._error
         return self._crc
+
+    def stop(self) -> None:
+        """End the reading, and wait until it ended: the caller may close the file."""
+        self._is_stopped = True
+        self.join()
 
 
 @functools.cache
