@@ -17,6 +17,7 @@ from tests.benchmarks.growth import GROWTH, SIZES
 from tests.benchmarks.inputs import FILES, grown, scaled, text_of
 from tests.benchmarks.measure import Measured, Programs, Rules, Run, Side, run
 from tests.benchmarks.peers import PEERS
+from tests.benchmarks.reasons import last_error
 from tests.benchmarks.report import BEGIN, END, Report
 from tests.benchmarks.rows import ROWS
 
@@ -98,6 +99,13 @@ def test_a_process_is_measured_from_outside(tmp_path: Path) -> None:
     assert failed.problem == "exit code 1: ValueError: no such thing"
 
 
+def test_reasons_can_be_published() -> None:
+    """The reason why another program failed names no server and no folder of the machine."""
+    text = "Traceback\n│ ERROR: No file /root/some/model.bin at https://example.org/simple │\nWARNING: more\n"
+    assert last_error(text) == "No file model.bin at (address)"
+    assert last_error("\n") == "it printed no error"
+
+
 def test_the_report_names_what_is_above_a_limit(tmp_path: Path) -> None:
     """The first turn does not count. A rival without a limit that is faster is named too."""
     rivals = (
@@ -107,12 +115,21 @@ def test_the_report_names_what_is_above_a_limit(tmp_path: Path) -> None:
     )
     row = Row("Copies", "rename", (), ckpt("remap"), rivals, megabytes=30)
     ours, copy, other, slow = (
-        Side({turn: Run(seconds, seconds, 50e6) for turn, seconds in enumerate(times)})
+        Side({turn: Run(seconds, 50e6) for turn, seconds in enumerate(times)})
         for times in ((9.0, 1.2, 1.4, 1.3), (1.0, 1.0, 1.0, 1.0), (1.0, 0.5, 0.5, 0.5), (5.0,))
     )
     later = Measured(Row("Later", "value diff", (), None, (rivals[0],)), None, (copy,))
     report = Report(
-        "a machine", (0.1, 0.2), 1.0, 1.0, "run.py", {}, (Measured(row, ours, (copy, other, slow)), later), (), ()
+        "a machine",
+        (0.1, 0.2),
+        1.0,
+        1.0,
+        "run.py",
+        False,
+        {},
+        (Measured(row, ours, (copy, other, slow)), later),
+        (),
+        (),
     )
     assert report.above() == ["rename: 1.30 of cp, limit 1.1", "rename: 50 MB, limit 30 MB"]
     assert report.behind() == ["rename: 2.60 of other (reads less)"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.benchmarks.descriptions import Command, Growth, Row
+from tests.benchmarks.reasons import last_error
 
 __all__ = ["Grown", "Measured", "Programs", "Rules", "Run", "Side", "grow", "measure", "run"]
 
@@ -44,17 +45,17 @@ class Rules:
     """How often and how long a command may run."""
 
     runs: int = 5  # turns that count
-    budget: float = 20.0  # seconds for the turns of a row, of which one counts in any case
+    budget: float = 15.0  # seconds for the turns of a row, of which one counts in any case
     once: float = 10.0  # a command that takes longer runs once, and this first run counts
     longest: float = 90.0  # a command that takes longer is ended
+    processor: bool = False  # count the seconds of the processors, not of the clock
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a process: seconds on the clock and of the processors, and the peak above a bare interpreter."""
+    """One run of a process: its seconds, and its peak above that of a bare interpreter, in bytes."""
 
     seconds: float
-    processor: float
     peak: float
     problem: str = ""
     ended: bool = False  # it took too long
@@ -165,7 +166,7 @@ def run(programs: Programs, command: Command, rules: Rules, bare: float = 0.0) -
     except subprocess.TimeoutExpired:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
-        return Run(rules.longest, rules.longest, 0.0, ended=True)
+        return Run(rules.longest, 0.0, ended=True)
     except BaseException:  # an interrupt: the command must not write on while its directory is removed
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
@@ -173,14 +174,11 @@ def run(programs: Programs, command: Command, rules: Rules, bare: float = 0.0) -
     seconds, processor, peak, exit_code = (float(word) for word in text.split())
     errors = (programs.directory / "stderr.log").read_text(encoding="utf-8", errors="replace")
     if exit_code not in command.exit_codes or "Traceback (most recent call last)" in errors:
-        lines = [line.strip(" │") for line in errors.splitlines() if line.strip(" │╭╮╰╯─")]
-        reason = lines[-1] if lines else "it printed no error"
-        reason = " ".join(reason.split())
-        return Run(seconds, processor, max(peak - bare, 0.0), f"exit code {exit_code:.0f}: {reason}"[:160])
+        return Run(seconds, max(peak - bare, 0.0), f"exit code {exit_code:.0f}: {last_error(errors)}")
     if command.reports:
         seconds, peak = (float(word) for word in (programs.directory / "stdout.log").read_text("utf-8").split())
-        return Run(seconds, processor, peak)
-    return Run(seconds, processor, max(peak - bare, 0.0))
+        return Run(seconds, peak)
+    return Run(processor if rules.processor else seconds, max(peak - bare, 0.0))
 
 
 def measure(programs: Programs, row: Row, rules: Rules, bare: float) -> Measured:

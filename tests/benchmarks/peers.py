@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.benchmarks.reasons import last_error
+
 __all__ = ["PEERS", "Peer", "prepare"]
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -54,12 +56,6 @@ def prepare(folder: Path, one: Peer) -> str:
     ):
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
-            return _reason(ran.stderr) or f"{command[1]} ended with exit code {ran.returncode}"
+            return last_error(ran.stderr)
     done.write_text(one.requirement, encoding="utf-8")
     return ""
-
-
-def _reason(text: str) -> str:
-    """Return the last error of pip in one line, without the addresses of servers."""
-    errors = [line for line in text.splitlines() if line.startswith("ERROR")] or text.splitlines()
-    return re.sub(r"\S*://\S*", "(address)", errors[-1].removeprefix("ERROR: ")) if errors else ""

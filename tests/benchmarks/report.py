@@ -29,6 +29,7 @@ class Report:
     minutes: float
     scale: float
     command: str
+    processor: bool  # seconds are those of the processors
     peers: dict[str, str]  # title of each peer, and why it is missing, or what it does
     rows: tuple[Measured, ...]
     growth: tuple[Grown, ...]
@@ -101,6 +102,8 @@ class Report:
             parts.append(f"**Other programs ran meanwhile (load {busy:.1f}), so the figures are rough.**")
         if not math.isclose(self.scale, 1):
             parts.append(f"**Sizes were {self.scale:g} of the full ones, for which the limits are made.**")
+        if self.processor:
+            parts.append("Seconds are those that the processors worked, without waiting for the disk.")
         return " ".join(parts)
 
     def _summary(self) -> str:

@@ -39,7 +39,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does, they remove the directories
         signal.signal(number, _stop)
     begin, load = time.perf_counter(), machine.busy()
-    rules = Rules(options.runs, options.budget)
+    rules = Rules(options.runs, options.budget, processor=options.processor)
     skipped: list[str] = []
     with _folder(options.peers) as folder, _folder(options.files or "") as directory:
         assert directory is not None
@@ -57,7 +57,8 @@ def main() -> int:
         load=(load, machine.busy()),
         minutes=(time.perf_counter() - begin) / 60,
         scale=options.scale,
-        command=shlex.join(["python", "tests/benchmarks/run.py", *sys.argv[1:]]),
+        command=_command(options),
+        processor=options.processor,
         peers={one.title: missing.get(one.name) or one.does for one in PEERS} if folder else {},
         rows=rows,
         growth=growth,
@@ -82,7 +83,8 @@ def _options() -> argparse.Namespace:
     add("--scale", type=float, default=1.0, help="share of the full sizes (1 GB, 100,000 tensors)")
     add("--quick", action="store_true", help="a scale of 0.05, one run of each command: to see that all of them work")
     add("--runs", type=int, default=5, help="turns that count, after a first turn that does not")
-    add("--budget", type=float, default=20.0, help="seconds for the turns of a row; one turn counts in any case")
+    add("--budget", type=float, default=15.0, help="seconds for the turns of a row; one turn counts in any case")
+    add("--processor", action="store_true", help="count seconds of the processors: rough, but for busy machines")
     add("--no-growth", dest="growth", action="store_false", help="leave out the files of growing size")
     add("--files", type=Path, metavar="FOLDER", help="where to write files; default: the folder for temporary files")
     add("--write", type=Path, metavar="PAGE", help="replace the results in a page of the documentation")
@@ -93,6 +95,15 @@ def _options() -> argparse.Namespace:
     if options.only:
         options.growth = False
     return options
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command line without the folders of this machine."""
+    words = ["python", "tests/benchmarks/run.py"]
+    words += ["--peers"] if options.peers is not None else []
+    words += ["--only", options.only] if options.only else [] if options.growth else ["--no-growth"]
+    words += ["--quick"] if options.quick else [] if options.scale == 1 else ["--scale", f"{options.scale:g}"]
+    return shlex.join([*words, *(["--processor"] if options.processor else [])])
 
 
 @contextmanager
