@@ -97,6 +97,7 @@ def test_a_process_is_measured_from_outside(tmp_path: Path) -> None:
     assert large.peak - run(programs, shell("true"), Rules()).peak > 40_000_000
     failed = run(programs, code("raise ValueError('no such thing')"), Rules())
     assert failed.problem == "exit code 1: ValueError: no such thing"
+    assert run(programs, shell("sleep 60"), Rules(longest=0.1)).ended
 
 
 def test_reasons_can_be_published() -> None:

@@ -159,13 +159,15 @@ def grown(unit: str, size: float) -> dict[str, Made]:
 
 
 def scaled(made: Made, scale: float) -> Made:
-    """Return the description with fewer or more tensors and entries; models that are loaded keep their size."""
+    """Return the description with fewer or more tensors, entries and blocks."""
     if isinstance(made, Weights):
         return made if made.fixed else replace(made, count=max(round(made.count * scale), 1))
     if isinstance(made, Within):
         weights = scaled(made.weights, scale)
         assert isinstance(weights, Weights)
         return replace(made, weights=weights, entries=round(made.entries * scale))
+    if isinstance(made, Linears):
+        return replace(made, blocks=max(round(made.blocks * scale), 1))
     return made
 
 

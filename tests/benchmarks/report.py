@@ -108,9 +108,8 @@ class Report:
 
     def _summary(self) -> str:
         above, behind = self.above(), self.behind()
-        parts = [
-            "No limit was exceeded." if not above else "Above a limit:\n\n" + "\n".join(f"- {line}" for line in above)
-        ]
+        title = "Above a limit" if self.scale >= 1 else "Above a limit, although limits are made for full sizes"
+        parts = ["\n".join((f"{title}:\n", *(f"- {line}" for line in above))) if above else "No limit was exceeded."]
         if behind:
             parts.append("Behind another program, without a limit:\n\n" + "\n".join(f"- {line}" for line in behind))
         missing = [measured.row.name for measured in self.rows if measured.ours is None]

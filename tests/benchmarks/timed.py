@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load(who: str, path: str, width: str, blocks: str, dtype: str) -> None:
+def load(who: str, path: str, width: str, dtype: str) -> None:
     """Load a file into a model that is in memory already."""
-    model = _model(int(width), int(blocks), dtype)
+    model = _model(path, int(width), dtype)
     loaders: dict[str, Callable[[nn.Module, str], object]] = {"ckptkit": _ckptkit, "torch": _torch}
     _report(lambda: loaders[who](model, path))
 
 
-def load_once(who: str, path: str, width: str, blocks: str, dtype: str) -> None:
+def load_once(who: str, path: str, width: str, dtype: str) -> None:
     """Load a file for the first time in a process: with the imports of the loader, but for torch."""
-    model = _model(int(width), int(blocks), dtype)
+    model = _model(path, int(width), dtype)
     loaders: dict[str, Callable[[nn.Module, str], object]] = {"ckptkit": _ckptkit, "torch": _torch}
     _report(lambda: loaders[who](model, path), first=True)
 
@@ -72,15 +72,18 @@ def _torch(model: nn.Module, path: str) -> object:
     return model.load_state_dict(torch.load(path, weights_only=True, mmap=path.endswith(".pt")))
 
 
-def _model(width: int, blocks: int, dtype: str) -> nn.Module:
+def _model(path: str, width: int, dtype: str) -> nn.Module:
+    """Return a model as large as the file."""
     import torch
     from torch import nn
 
     def block() -> nn.Module:
         return nn.ModuleDict({name: nn.Linear(width, width) for name in ("q", "k", "v", "o", "up", "down")})
 
+    number: torch.dtype = getattr(torch, dtype)
+    blocks = round(Path(path).stat().st_size / (6 * width * (width + 1) * number.itemsize))
     with torch.device("meta"):
-        model = nn.Sequential(*(block().to(getattr(torch, dtype)) for _ in range(blocks)))
+        model = nn.Sequential(*(block().to(number) for _ in range(blocks)))
     model = model.to_empty(device="cpu").requires_grad_(requires_grad=False)
     for parameter in model.parameters():
         parameter.fill_(0.5)
