@@ -100,7 +100,10 @@ def __getattr__(name: str) -> object:
     """Import a public name when it is first used."""
     value: object
     if name in _HOMES:
-        value = getattr(import_module(f"ckptkit.{_HOMES[name]}"), name)
+        from ckptkit.core.gc_pause import pause_gc
+
+        with pause_gc():  # modules are no garbage, and a collection would look at all objects of torch
+            value = getattr(import_module(f"ckptkit.{_HOMES[name]}"), name)
     elif name in _MODULES:
         value = import_module(f"ckptkit.{name}")
     elif name == "__version__":

@@ -46,7 +46,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def before_call(
-    patch: pytest.MonkeyPatch, number: int, act: Callable[[], object], owner: type = Copier, name: str = "copy"
+    patch: pytest.MonkeyPatch, number: int, act: Callable[[], object], owner: type = Copier, name: str = "copy_part"
 ) -> None:
     """Act once, before the call of this number of a method; by default before a copy."""
     method, calls = getattr(owner, name), itertools.count()

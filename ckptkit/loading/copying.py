@@ -3,53 +3,145 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 
-from ckptkit.core.checkpoint import Payload
-from ckptkit.core.files import PayloadReader
+from ckptkit.core.closing import Closing
+from ckptkit.core.files import Extent, PayloadReader
 from ckptkit.core.torch_bridge import blocks, flat_bytes
 from ckptkit.core.torch_types import Tensor
+from ckptkit.loading.decision import Copy
+from ckptkit.values.workers import Workers
 
 __all__ = ["Copier"]
 
 _PIECE = 1 << 20  # smaller pieces cost more calls; larger ones leave the cache before they are compared
+_TASK = 8 << 20  # one thread copies so many bytes, of one tensor or of several
 
 
-class Copier:
-    """Copies payloads into tensors and compares payloads with tensors, with one buffer of 1 MB.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """At most a piece of the bytes of a file, and the address in the memory of a tensor where they belong."""
 
-    The payload must have the dtype of the tensor. A tensor may have any strides, and be on any device.
+    key: str
+    file: Extent
+    start: int
+    nbytes: int
+    address: int
+
+
+class Copier(Closing):
+    """Copies payloads into tensors and compares payloads with tensors, with one buffer of 1 MB for each thread.
+
+    The payload must have the dtype of the tensor. A tensor may have any strides, and be on any device. Close the
+    copier, or use it as a context manager.
+
+    ``begun`` has the keys of the tensors that can have new bytes, and ``finished`` those that have all of them.
     """
 
     def __init__(self) -> None:
-        """Make the buffer."""
+        """Start no thread yet: small models need none."""
+        self.begun: dict[str, None] = {}
+        self.finished: dict[str, None] = {}
+        self._workers = Workers()
+        self._left: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def copy(self, copies: Sequence[Copy], in_order: Collection[str] = ()) -> Iterator[str]:
+        """Copy all bytes, and yield the keys of tensors that did not have them right after the copy.
+
+        Several threads copy what files hold as it is. The tensors at the keys ``in_order`` are copied one after the
+        other, and are not judged: they may overlap. Raises what reading a payload raises.
+        """
+        direct = [copy for copy in copies if copy.key not in in_order and _is_direct(copy)]
+        for copy in direct:
+            self._left[copy.key] = copy.payload.nbytes
+            _count_change(copy.target)
+        yield from self._in_threads(self.copy_part, direct)
+        done = {copy.key for copy in direct}
+        for copy in copies:
+            if copy.key not in done:
+                self.begun[copy.key] = None
+                if not self._copy_any(copy) and copy.key not in in_order:
+                    yield copy.key
+                self.finished[copy.key] = None
+
+    def different(self, copies: Iterable[Copy]) -> Iterator[str]:
+        """Yield the keys of tensors that do not have the bytes of their payload. Raises what reading them raises."""
+        direct: list[Copy] = []
+        for copy in copies:
+            if _is_direct(copy):
+                direct.append(copy)
+            elif not self._is_equal(copy):
+                yield copy.key
+        yield from self._in_threads(self._holds_part, direct)
+
+    def close(self) -> None:
+        """Wait until no thread copies any more, and end the threads."""
+        self._workers.close()
+
+    def copy_part(self, part: _Part) -> bool:
+        """Copy a part, and return whether the tensor has its bytes now."""
+        with self._lock:
+            self.begun[part.key] = None
+        buffer = self._read(part)
+        _libc().memmove(part.address, _address(buffer), part.nbytes)
+        same = _are_equal(part.address, _address(buffer), part.nbytes)
+        with self._lock:
+            self._left[part.key] -= part.nbytes if same else 0
+            if not self._left[part.key]:
+                self.finished[part.key] = None
+        return same
+
+    def _holds_part(self, part: _Part) -> bool:
+        return _are_equal(part.address, _address(self._read(part)), part.nbytes)
+
+    def _read(self, part: _Part) -> memoryview:
+        return self._workers.read("load", part.file, part.start, part.nbytes)
+
+    def _in_threads(self, work: Callable[[_Part], bool], copies: Iterable[Copy]) -> Iterator[str]:
+        """Yield the keys for which the work on a part returned False."""
+
+        def run(task: list[_Part]) -> list[str]:
+            return [part.key for part in task if not work(part)]
+
+        for keys in self._workers.each(run, _tasks(copies)):
+            yield from keys
+
+    def _is_equal(self, copy: Copy) -> bool:
+        reader = PayloadReader(copy.payload)
+        return all(self._holds(piece, self._fill(reader, piece)) for piece in _pieces(copy.target.detach()))
+
+    def _copy_any(self, copy: Copy) -> bool:
+        """Copy any payload into any tensor in this thread; return whether each piece had its bytes after its copy."""
         import torch
 
-        self._buffer = bytearray(_PIECE)
-        self._view = memoryview(self._buffer)
-        self._bytes = torch.frombuffer(self._buffer, dtype=torch.uint8)
-
-    def copy(self, payload: Payload, target: Tensor) -> bool:
-        """Copy all bytes of ``payload`` into ``target``; return whether each piece had these bytes after its copy."""
-        import torch
-
-        reader = PayloadReader(payload)
+        reader = PayloadReader(copy.payload)
         same = True
         with torch.no_grad():
-            for piece in _pieces(target.detach()):  # a detached tensor counts its changes together with the parameter
+            for piece in _pieces(copy.target.detach()):  # a detached tensor counts its changes with the parameter
                 size = self._fill(reader, piece)
                 piece.copy_(self._bytes[:size].view(piece.dtype).view(piece.shape))
                 same = self._holds(piece, size) and same
         return same
 
-    def is_equal(self, payload: Payload, target: Tensor) -> bool:
-        """Return whether ``target`` has the bytes of ``payload``."""
-        reader = PayloadReader(payload)
-        return all(self._holds(piece, self._fill(reader, piece)) for piece in _pieces(target.detach()))
+    @cached_property
+    def _buffer(self) -> bytearray:
+        return bytearray(_PIECE)
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        import torch
+
+        return torch.frombuffer(self._buffer, dtype=torch.uint8)
 
     def _fill(self, reader: PayloadReader, piece: Tensor) -> int:
         size = piece.numel() * piece.element_size()
-        reader.read_into(self._view[:size])
+        reader.read_into(memoryview(self._buffer)[:size])
         return size
 
     def _holds(self, piece: Tensor, size: int) -> bool:
@@ -57,8 +149,65 @@ class Copier:
         if not size:
             return True
         found = flat_bytes(piece.resolve_conj().resolve_neg().cpu())
-        # startswith compares by memcmp, which is three times as fast as torch.equal, and copies nothing.
-        return self._buffer.startswith((ctypes.c_char * size).from_address(found.data_ptr()))
+        return _are_equal(found.data_ptr(), self._bytes.data_ptr(), size)
+
+
+def _is_direct(copy: Copy) -> bool:
+    """Return whether the bytes of a file go into contiguous memory, so that threads can copy any part alone."""
+    target = copy.target
+    return (
+        isinstance(copy.payload, Extent)
+        and copy.payload.nbytes > 0
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+        and not (target.is_conj() or target.is_neg())
+    )
+
+
+def _tasks(copies: Iterable[Copy]) -> Iterator[list[_Part]]:
+    """Yield the parts of all tensors in order, for one thread each time."""
+    task: list[_Part] = []
+    size = 0
+    for part in itertools.chain.from_iterable(map(_parts, copies)):
+        if size and size + part.nbytes > _TASK:
+            yield task
+            task, size = [], 0
+        task.append(part)
+        size += part.nbytes
+    yield task
+
+
+def _parts(copy: Copy) -> Iterator[_Part]:
+    file, address = copy.payload, copy.target.data_ptr()
+    assert isinstance(file, Extent)  # noqa: S101 - _is_direct has asked for it
+    for start in range(0, file.nbytes, _PIECE):
+        yield _Part(copy.key, file, start, min(_PIECE, file.nbytes - start), address + start)
+
+
+def _count_change(target: Tensor) -> None:
+    """Let torch count a change of a tensor, as autograd needs it, though its bytes are written without torch."""
+    import torch
+
+    with torch.no_grad():
+        target.detach().view(-1)[:0].zero_()
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _are_equal(first: int, second: int, nbytes: int) -> bool:
+    """Return whether the bytes at two addresses are equal."""
+    return bool(_libc().memcmp(first, second, nbytes) == 0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """Return the C library: its functions run while other threads run Python, and copy nothing to compare."""
+    libc = ctypes.CDLL(None)
+    libc.memcmp.argtypes = libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    libc.memmove.restype = ctypes.c_void_p
+    return libc
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from ckptkit.core.torch_bridge import is_dtensor, same_values, torch_dtype
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, LoadError, ModelError
 from ckptkit.loading.copying import Copier
-from ckptkit.loading.decision import Decision, Handing, is_extra_state, local_payload
+from ckptkit.loading.decision import Copy, Decision, Handing, is_extra_state, local_payload
 from ckptkit.loading.regions import held_memory, like_dtensor, local_part
 from ckptkit.loading.watch import Watch
 from ckptkit.plans.plan import Step
@@ -53,21 +53,22 @@ class Transfer:
         Raises ``ModelError`` where a tensor does not have the value of the checkpoint afterwards, and the errors of a
         failed read.
         """
-        copier = Copier()
-        for copy in decision.copies:
-            self._partly = (copy.key,)
-            if not copier.copy(copy.payload, copy.target) and copy.key not in decision.overlapping:
-                raise self._other_value(copy.key)
-            self._replaced[copy.key] = None
-        self._partly = (*(step.out.key for step in decision.handed), *self._handing.own.computed)
-        if decision.runs_code:
-            self._hand_over({step.out.key for step in decision.handed})
-        self._replaced |= dict.fromkeys(self._partly)
-        self._partly = ()
-        for copy in decision.copies:
-            again = decision.runs_code or copy.key in decision.overlapping
-            if again and not copier.is_equal(copy.payload, copy.target):
-                raise self._other_value(copy.key)
+        with Copier() as copier:
+            try:
+                for key in copier.copy(decision.copies, decision.overlapping):
+                    raise self._other_value(key)
+            finally:
+                copier.close()  # no thread writes any more
+                self._replaced |= copier.finished
+                self._partly = tuple(key for key in copier.begun if key not in copier.finished)
+            self._partly = (*(step.out.key for step in decision.handed), *self._handing.own.computed)
+            if decision.runs_code:
+                self._hand_over({step.out.key for step in decision.handed})
+            self._replaced |= dict.fromkeys(self._partly)
+            self._partly = ()
+            again = [copy for copy in decision.copies if decision.runs_code or copy.key in decision.overlapping]
+            for key in copier.different(again):
+                raise self._other_value(key)
         self._check_files()
 
     def assign(self) -> None:
@@ -91,10 +92,11 @@ class Transfer:
         self._partly = tuple(self._handing.loaded())
         self._load_state_dict(values, assign=True)
         self._replaced, self._partly = dict.fromkeys(self._partly), ()
-        copier, after = Copier(), self._model.state_dict(keep_vars=True)
-        for step in self._steps:
-            key = step.out.key
-            if not is_extra_state(key) and not copier.is_equal(self._producer.payload(step), after[key]):
+        after = self._model.state_dict(keep_vars=True)
+        assigned_steps = [step for step in self._steps if not is_extra_state(step.out.key)]
+        with Copier() as copier:
+            copies = (Copy(step.out.key, after[step.out.key], self._producer.payload(step)) for step in assigned_steps)
+            for key in copier.different(copies):
                 raise self._other_value(key)
 
     def half_loaded(self, error: Exception) -> LoadError:
