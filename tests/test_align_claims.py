@@ -231,6 +231,23 @@ def test_a_tensor_alone_of_its_shape_is_not_ambiguous() -> None:
     assert not suggest_rules({"one": torch.zeros(0, 7)}, {"other": torch.zeros(0, 7)}).suggestions
 
 
+OPPOSITES = {
+    "mean": "var", "mlp.gate_proj.weight": "ffn.up_proj.weight", "encoder.proj.weight": "decoder.proj.weight",
+    "student.net.weight": "teacher.net.weight", "conv_in.weight": "conv_out.weight", "left.weight": "right.weight",
+    "q.lora_A.weight": "q.lora_B.weight", "src_embed.weight": "tgt_embed.weight", "mu.weight": "logvar.weight",
+    "actor.weight": "critic.weight", "bn.num_batches_tracked": "step", "text.proj.weight": "vision.proj.weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "found"), OPPOSITES.items())
+def test_opposite_names_are_never_paired(expected: str, found: str) -> None:
+    """Words that exclude each other contradict a pair, also where both tensors are alone of their shape."""
+    for first, second in ((expected, found), (found, expected)):
+        assert not suggest_rules({first: torch.zeros(5, 8)}, {second: torch.zeros(5, 8)}).suggestions
+        renamed = f"x.{first}"
+        assert suggest_rules({first: torch.zeros(5, 8)}, {renamed: torch.zeros(5, 8)}).complete
+
+
 LIVE = {
     "base_model.model.q.base_layer.weight": (8, 8), "base_model.model.q.lora_A.default.weight": (2, 8),
     "base_model.model.q.lora_B.default.weight": (8, 2), "base_model.model.head.original_module.weight": (3, 8),

@@ -10,9 +10,9 @@ from ckptkit.align.modules import Index, LayeredModule, ModuleMember
 from ckptkit.tensor_ops.operation import Operation, Shape
 from ckptkit.tensor_ops.suggestions import suggest
 
-__all__ = ["ModuleMatch", "TensorLink", "best_shift", "index_shift", "match_modules"]
+__all__ = ["COUNTERS", "ModuleMatch", "TensorLink", "best_shift", "index_shift", "match_modules"]
 
-_COUNTERS = frozenset({"num_batches_tracked"})
+COUNTERS = frozenset({"num_batches_tracked"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def match_modules(
         return None
     shift = index_shift(expected.indices, found.indices, layer_shift)
     links = []
-    is_complete = expected.members.keys() - _COUNTERS == found.members.keys() - _COUNTERS
+    is_complete = expected.members.keys() - COUNTERS == found.members.keys() - COUNTERS
     for expected_kind, found_kind in kinds:
         wanted, given = expected.members[expected_kind], found.members[found_kind]
         link = TensorLink((wanted,), (given,))

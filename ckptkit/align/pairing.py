@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.align.evidence import ModuleMatch, TensorLink, index_shift, match_modules
 from ckptkit.align.modules import LayeredModule
-from ckptkit.comparison.roles import FUSED_ROLES, word_overlap
+from ckptkit.comparison.roles import FUSED_ROLES, are_opposite, word_overlap
 from ckptkit.tensor_ops.operation import Operation
 from ckptkit.tensor_ops.registry import parse_operation
 
@@ -166,6 +166,7 @@ class Scope:
                 or _are_related(expected, found)
                 or not _leaves(expected).isdisjoint(_leaves(found))
             )
+            and not are_opposite(expected.words, found.words)
         ]
 
     def _pair_by_likeness(self) -> bool:
@@ -184,7 +185,8 @@ class Scope:
                 scores_of[id(module)][0] == score and (scores_of[id(module)][1:] or [-1.0])[0] <= score - _MIN_MARGIN
                 for module in (expected, found)
             )
-            if is_clear and score >= _MIN_LIKENESS and _are_related(expected, found):
+            is_likely = is_clear and score >= _MIN_LIKENESS and _are_related(expected, found)
+            if is_likely and not are_opposite(expected.words, found.words):
                 why = "the most similar name among the modules of this shape"
                 pairs.append(ModulePair((expected,), (found,), match, why, 0.75))
         return self._add(pairs)

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from ckptkit.align.digests import Digests
-from ckptkit.align.evidence import match_modules
+from ckptkit.align.evidence import COUNTERS, match_modules
 from ckptkit.align.experts import expert_rules
 from ckptkit.align.layouts import LayoutNames, gguf_arrangement, peft_names
 from ckptkit.align.matching import Matching, match_checkpoints
@@ -19,7 +19,7 @@ from ckptkit.align.prefixes import apply_common_prefix
 from ckptkit.align.quantized import QuantizedSides
 from ckptkit.align.writing.forms import Decision, renames_for, verified_rules
 from ckptkit.align.writing.to_rules import Suggestion, fitting_presets, suggestions_for
-from ckptkit.comparison.roles import role_of, split_leaf
+from ckptkit.comparison.roles import are_opposite, role_of, split_leaf, split_words
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import is_float
 from ckptkit.rules.model import Rules
@@ -114,15 +114,18 @@ def _paired(matching: Matching, side: int, keys: AbstractSet[str]) -> set[str]:
 
 def _may_be_one(*infos: TensorInfo) -> bool:
     """Return whether neither the spelling of roles and kinds nor the dtypes say that two tensors differ."""
-    kinds, roles = [], []
+    kinds, roles, words = [], [], []
     for key in (info.key for info in infos):
         cut = max(key.rfind("."), key.rfind("/")) + 1
         leaf = split_leaf(key[cut:])
         path = (key[:cut] + leaf[0] if leaf else key).strip("./")
         kinds.append(leaf[1] if leaf else "")
+        words.append(split_words(path))
         roles.append(next((role for in_layer in (True, False) if (role := role_of(path, in_layer=in_layer)[0])), ""))
     are_floats = {is_float(info.dtype) for info in infos}
-    return len(are_floats) == 1 and all("" in pair or pair[0] == pair[1] for pair in (kinds, roles))
+    if len(are_floats) > 1 or are_opposite(*words) or len({kind in COUNTERS for kind in kinds}) > 1:
+        return False
+    return all("" in pair or pair[0] == pair[1] for pair in (kinds, roles))
 
 
 def _tied(

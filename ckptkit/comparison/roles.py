@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 
-__all__ = ["FUSED_ROLES", "role_of", "split_leaf", "split_words", "word_overlap"]
+__all__ = ["FUSED_ROLES", "are_opposite", "role_of", "split_leaf", "split_words", "word_overlap"]
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\x00-\x7f]+")
 _SYNONYMS: Mapping[str, str] = MappingProxyType(
@@ -72,6 +72,40 @@ _MOST_WORDS = max(len(words) for table in (_ROLES_IN_LAYERS, _EMBEDDING_ROLES, _
 FUSED_ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv": ("query", "key", "value"), "kv": ("key", "value"), "gate_up": ("gate", "up")}
 )
+
+
+# Words of which a name has one or the other; tensors with different ones are not the same tensor.
+_OPPOSITES: tuple[tuple[str, ...], ...] = tuple(
+    tuple(text.split(", "))
+    for text in (
+        "encoder, decoder", "enc, dec", "student, teacher", "actor, critic", "policy, value", "left, right", "in, out",
+        "input, output", "src, tgt", "source, target", "online, target", "mean, var, variance, std, logvar",
+        "mu, sigma, logvar", "gate, up, down", "query, key, value", "q, k, v", "lora a, lora b", "text, vision, audio",
+        "text, image, audio", "generator, discriminator", "gen, disc", "first, last", "min, max", "scale, shift",
+        "positive, negative", "forward, backward", "row, col", "user, item", "start, end", "question, passage, context",
+        "query, doc, document, passage", "anchor, positive",
+    )
+)  # fmt: skip
+
+
+_ALL_OPPOSITES = frozenset(word.rpartition(" ")[2] for words in _OPPOSITES for word in words)
+
+
+def are_opposite(left: Sequence[str], right: Sequence[str]) -> bool:
+    """Return whether two names have different words of one list of opposites, such as ``encoder`` and ``decoder``.
+
+    Example:
+        >>> are_opposite(split_words("mlp.gate_proj"), split_words("ffn.up_proj"))
+        True
+    """
+    if _ALL_OPPOSITES.isdisjoint(left) or _ALL_OPPOSITES.isdisjoint(right):
+        return False
+    texts = [f" {' '.join(words)} " for words in (left, right)]
+    for words in _OPPOSITES:
+        ours, theirs = ({word for word in words if f" {word} " in text} for text in texts)
+        if ours and theirs and ours.isdisjoint(theirs):
+            return True
+    return False
 
 
 def split_leaf(segment: str) -> tuple[str, str] | None:
