@@ -69,10 +69,10 @@ class Within:
     @property
     def size(self) -> float:
         """Bytes of the file, about."""
-        return self.weights.size * (2 if self.beside == "optimizer" else 1) + self.entries * 15
+        return self.weights.size * (2 if self.beside == "optimizer" else 1) + self.entries * 9
 
     def __str__(self) -> str:
-        more = {"nothing": "", "optimizer": ", as much optimizer state", "million": f", a dict of {self.entries:,}"}
+        more = {"nothing": "", "optimizer": ", as much optimizer state", "million": f", a list of {self.entries:,}"}
         return f"{self.weights}{more[self.beside]}"
 
 
@@ -247,7 +247,7 @@ def _write_torch(path: Path, made: Within) -> None:
     if made.beside == "optimizer":
         content = {"model": weights, "optimizer": {"state": [value + 1 for value in weights.values()]}, "epoch": 3}
     elif made.beside == "million":
-        content = {"model": weights, "seen": {number: number / 7 for number in range(made.entries)}, "epoch": 3}
+        content = {"model": weights, "seen": [number / 7 for number in range(made.entries)], "epoch": 3}
     torch.save(content, path)
 
 
