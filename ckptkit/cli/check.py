@@ -34,7 +34,7 @@ __all__ = ["check"]
               help="Also compare keys, shapes and dtypes with this model, as ckpt diff does.")  # fmt: skip
 @rule_options(beside="paths", or_beside="expected")
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")
-@click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers; needs no torch.")
+@click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers.")
 @ignore_option
 @report_options
 @quiet_option
