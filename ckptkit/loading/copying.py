@@ -8,11 +8,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from ckptkit.core.closing import Closing
 from ckptkit.core.files import Extent, PayloadReader
-from ckptkit.core.torch_bridge import blocks, flat_bytes
+from ckptkit.core.torch_bridge import blocks, flat_bytes, libc, same_memory
 from ckptkit.core.torch_types import Tensor
 from ckptkit.loading.decision import Copy
 from ckptkit.values.workers import Workers
@@ -89,8 +89,8 @@ class Copier(Closing):
         with self._lock:
             self.begun[part.key] = None
         buffer = self._read(part)
-        _libc().memmove(part.address, _address(buffer), part.nbytes)
-        same = _are_equal(part.address, _address(buffer), part.nbytes)
+        libc().memmove(part.address, _address(buffer), part.nbytes)
+        same = same_memory(part.address, _address(buffer), part.nbytes)
         with self._lock:
             self._left[part.key] -= part.nbytes if same else 0
             if not self._left[part.key]:
@@ -98,7 +98,7 @@ class Copier(Closing):
         return same
 
     def _holds_part(self, part: _Part) -> bool:
-        return _are_equal(part.address, _address(self._read(part)), part.nbytes)
+        return same_memory(part.address, _address(self._read(part)), part.nbytes)
 
     def _read(self, part: _Part) -> memoryview:
         return self._workers.read("load", part.file, part.start, part.nbytes)
@@ -149,7 +149,7 @@ class Copier(Closing):
         if not size:
             return True
         found = flat_bytes(piece.resolve_conj().resolve_neg().cpu())
-        return _are_equal(found.data_ptr(), self._bytes.data_ptr(), size)
+        return same_memory(found.data_ptr(), self._bytes.data_ptr(), size)
 
 
 def _is_direct(copy: Copy) -> bool:
@@ -194,20 +194,6 @@ def _count_change(target: Tensor) -> None:
 
 def _address(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-def _are_equal(first: int, second: int, nbytes: int) -> bool:
-    """Return whether the bytes at two addresses are equal."""
-    return bool(_libc().memcmp(first, second, nbytes) == 0)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    """Return the C library: its functions run while other threads run Python, and copy nothing to compare."""
-    libc = ctypes.CDLL(None)
-    libc.memcmp.argtypes = libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    libc.memmove.restype = ctypes.c_void_p
-    return libc
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

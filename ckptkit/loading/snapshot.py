@@ -95,14 +95,9 @@ class Snapshot(Watch, Closing):
         return all(self._next_is(chunk) for chunk in TensorPayload(tensor, saved.nbytes).chunks())
 
     def _next_is(self, chunk: memoryview) -> bool:
-        import torch
-
-        if not len(chunk):
-            return True
         self._buffer.extend(bytes(max(len(chunk) - len(self._buffer), 0)))
         self._file.readinto(memoryview(self._buffer)[: len(chunk)])
-        before = torch.frombuffer(self._buffer, dtype=torch.uint8, count=len(chunk))
-        return torch.equal(before, torch.frombuffer(chunk, dtype=torch.uint8))
+        return self._buffer.startswith(chunk)
 
     def restore(self) -> list[str]:
         """Restore the objects and bits of all tensors; return the names of tensors that cannot be restored."""
