@@ -82,8 +82,9 @@ class PooledFile(LocalFile):
 
     def fileno(self) -> int:
         """Return the file descriptor, which is valid until the pool closes the file."""
-        self._ensure_open()
-        return super().fileno()
+        with self._pool.lock:
+            self._ensure_open()
+            return super().fileno()
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes."""

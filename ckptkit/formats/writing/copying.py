@@ -8,6 +8,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Self
 
 from ckptkit.core.checkpoint import Payload, SelfWriting
 from ckptkit.core.checkpoint.payload import joining
@@ -15,11 +16,11 @@ from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError
 from ckptkit.formats.writing.reflink import clone_range
 
-__all__ = ["OffsetWriter", "merge_extents"]
+__all__ = ["Checksums", "OffsetWriter", "merge_extents", "worth_a_thread"]
 
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _EARLY = 16 << 20  # bytes; the disk begins to write so many while the next ones are copied
-_WORTH_A_THREAD = 1 << 20  # bytes of a range whose checksum is computed while the range is copied
+_WORTH_A_THREAD = 1 << 20  # bytes whose checksums are computed while they are copied
 _CHECKSUM_PIECE = 1 << 18  # bytes; they stay in the cache between the reading and the arithmetic
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 
@@ -57,13 +58,6 @@ class OffsetWriter:
         if isinstance(payload, Extent) and (payload.crc is not None or not checksum):
             yield from self._copy_extent(payload, offset)
             return payload.crc or 0
-        if isinstance(payload, Extent) and payload.nbytes >= _WORTH_A_THREAD:
-            reading = _ChecksumThread(payload)
-            try:
-                yield from self._copy_extent(payload, offset)
-                return reading.result()
-            finally:
-                reading.stop()
         if isinstance(payload, SelfWriting):
             return (yield from payload.write_to(self, offset, checksum=checksum))
         crc, done = 0, 0
@@ -129,41 +123,55 @@ class OffsetWriter:
                 start(self._fd, 0, 0, _START_WRITING)  # an error comes again at the end, from fsync
 
 
-class _ChecksumThread(threading.Thread):
-    """A thread that reads a range of a file for its CRC-32, while the kernel copies the range."""
+class Checksums:
+    """The CRC-32 of ranges of files, which a thread reads while the kernel copies the ranges.
 
-    def __init__(self, extent: Extent) -> None:
-        super().__init__(daemon=True)
-        extent.file.fileno()  # a pool may have closed the file, and two threads must not open it at once
-        self._extent = extent
-        self._crc = 0
+    Use it as a context manager: the thread has ended at the end of the block, also after an error.
+    """
+
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        """Take the ranges, in the order in which they are copied."""
+        self._extents = list(extents)
+        self._found: list[int] = []
         self._error: BaseException | None = None
         self._is_stopped = False
-        self.start()
+        self._thread = threading.Thread(target=self._read, daemon=True)
 
-    def run(self) -> None:
+    def __enter__(self) -> Self:
+        """Begin to read."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the reading, and wait until it ended: the caller may close the files."""
+        self._is_stopped = True
+        self._thread.join()
+
+    def result(self) -> list[int]:
+        """Wait for the end and return the CRC-32 of each range. Raises the error of the reading."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def _read(self) -> None:
         buffer = memoryview(bytearray(_CHECKSUM_PIECE))
-        file, at, end = self._extent.file, self._extent.offset, self._extent.offset + self._extent.nbytes
         try:
-            while at < end and not self._is_stopped:
-                piece = buffer[: end - at]
-                file.read_into(piece, at)
-                self._crc = zlib.crc32(piece, self._crc)
-                at += len(piece)
+            for extent in self._extents:
+                crc, at, end = 0, extent.offset, extent.offset + extent.nbytes
+                while at < end and not self._is_stopped:
+                    piece = buffer[: end - at]
+                    extent.file.read_into(piece, at)
+                    crc = zlib.crc32(piece, crc)
+                    at += len(piece)
+                self._found.append(crc)
         except BaseException as error:  # noqa: BLE001 - raised again where the result is taken
             self._error = error
 
-    def result(self) -> int:
-        """Wait for the end and return the CRC-32. Raises the error of the reading."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._crc
 
-    def stop(self) -> None:
-        """End the reading, and wait until it ended: the caller may close the file."""
-        self._is_stopped = True
-        self.join()
+def worth_a_thread(extents: Iterable[Extent]) -> bool:
+    """Return whether these ranges are so large that a thread should read them for their checksums."""
+    return sum(extent.nbytes for extent in extents) >= _WORTH_A_THREAD
 
 
 @functools.cache
