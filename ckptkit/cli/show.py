@@ -8,9 +8,8 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path
-from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.parse import parse_rules
 
 __all__ = ["show"]
 
@@ -42,6 +41,12 @@ def show(
     ckpt show run.ckpt::optimizer --json
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,), default_error_path(path):
-        chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
-        infos = {key: checkpoint[key] for key in chosen}
-        echo_result(report_format, checkpoint, chosen={"infos": infos}, tree=tree, expand=expand)
+        chosen = {"infos": _chosen(checkpoint, keep, drop)} if keep or drop else {}
+        echo_result(report_format, checkpoint, chosen=chosen, tree=tree, expand=expand)
+
+
+def _chosen(checkpoint: Checkpoint, keep: tuple[str, ...], drop: tuple[str, ...]) -> dict[str, TensorInfo]:
+    from ckptkit.rules.apply import apply_rules  # a third of the time that the command takes for a small file
+    from ckptkit.rules.parse import parse_rules
+
+    return {key: checkpoint[key] for key in apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed}
