@@ -9,6 +9,7 @@ from dataclasses import replace
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.dtypes import is_float
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
@@ -75,7 +76,9 @@ def plan_remap(
         checkpoint = stack.enter_context(opened(source, "source"))
         expected = None if like is None else stack.enter_context(opened(like, "like"))
         to_dtype = None if dtype is None else float_dtype(dtype)
-        return _plan(checkpoint, rules_for(rules, checkpoint, expected), expected, to_dtype, skip_unread=skip_unread)
+        chosen = rules_for(rules, checkpoint, expected)
+        with pause_gc():
+            return _plan(checkpoint, chosen, expected, to_dtype, skip_unread=skip_unread)
 
 
 def _plan(
