@@ -401,13 +401,35 @@ def test_gguf_by_its_architecture(architecture: str, back: bool, tmp_path: Path)
     expected, found = sides[::-1] if back else sides
     result = suggest_rules(expected, found)
     claimed = filled(result)
-    assert len(claimed) == (4 if architecture == "llama" else 2)
+    assert len(claimed) == 4
     with open_checkpoint(found) as source, open_checkpoint(expected) as truth:
         execute(plan_remap(source, result.rules), source, tmp_path / "out.safetensors")
         made = load_file(tmp_path / "out.safetensors")
         for key in claimed:
             wanted = truth.read(key)
             assert torch.equal(made[key], wanted) or torch.allclose(made[key], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "unheard-of"])
+@pytest.mark.parametrize("name", ["attention.wq", "self_attn.q_proj", "attn.to_q"])
+def test_gguf_rows_by_the_names_of_the_other_side(architecture: str, name: str, tmp_path: Path) -> None:
+    """GGUF of a llama has the rows of Meta's files, that of Qwen those of transformers; of others nothing is known."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.add_head_count(4)
+    for layer in range(2):
+        writer.add_tensor(f"blk.{layer}.attn_q.weight", torch.randn(8, 8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = suggest_rules(
+        {f"layers.{layer}.{name}.weight": torch.zeros(8, 8) for layer in range(2)}, tmp_path / "m.gguf"
+    )
+    made = [[operation.name for operation in rule.operations] for rule in result.suggestions]
+    known = {("llama", "attention.wq"): [[]], ("llama", "self_attn.q_proj"): [["rope_permute"]]}
+    known[("qwen3", "self_attn.q_proj")] = [[]]
+    assert made == known.get((architecture, name), [])
 
 
 def test_gguf_of_linear_attention(tmp_path: Path) -> None:

@@ -107,7 +107,9 @@ _GGUF = (
     _GgufRow(frozenset({"llama", "granite", "granitemoe", "minicpm", "baichuan", "olmo"}), is_permuted=True),
     _GgufRow(frozenset({"gemma", "gemma2", "gemma3", "gemma-embedding", "nemotron"}), norm_offset=1),
     _GgufRow(frozenset({"qwen3next", "qwen35", "qwen35moe"}), norm_offset=1),
+    _GgufRow(frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2", "stablelm"})),
 )
+_HUGGING_FACE, _META = frozenset({"q_proj", "k_proj"}), frozenset({"wq", "wk"})  # names of query and key
 _GATED_NORM = "ssm_norm.weight"  # has no offset
 _DECAY = re.compile(r"\.ssm_a(\.weight)?$")
 _UNCHANGED = _GgufRow(frozenset())
@@ -123,10 +125,13 @@ class Arrangement:
     heads: int | None
     key_heads: int | None
 
-    def operation(self, roles: Iterable[str], gguf_key: str) -> tuple[Operation, str] | None:
-        """Return the operation for a tensor, and a note; None if the layout does not change the tensor."""
+    def operation(self, roles: Iterable[str], gguf_key: str, other_name: str) -> tuple[Operation, str] | None:
+        """Return the operation for a tensor, and a note; None if the layout does not change the tensor.
+
+        ``other_name`` is the name of the module on the other side, such as ``q_proj``.
+        """
         heads = self.heads if "query" in roles else self.key_heads if "key" in roles else None
-        if self.row.is_permuted and heads:
+        if self.row.is_permuted and heads and other_name in _HUGGING_FACE:
             direction = "to_original" if self.is_expected else "to_hf"
             note = f"{self.architecture} in GGUF has the rows in another order"
             return parse_operation({"rope_permute": {"heads": heads, "direction": direction}}), note
@@ -135,6 +140,10 @@ class Arrangement:
             note = f"{self.architecture} in GGUF stores norms plus {self.row.norm_offset}, with rounding"
             return parse_operation({"add": {"value": value}}), note
         return None
+
+    def has_rows_of(self, other_name: str) -> bool:
+        """Return whether rows of query and key are in the order that a file with this name of the module has."""
+        return self.row is not _UNCHANGED and other_name in (_META if self.row.is_permuted else _HUGGING_FACE)
 
     def is_inexpressible(self, gguf_key: str) -> bool:
         """Return whether a tensor is a function of the original that no operation computes: ``-exp(A_log)``."""

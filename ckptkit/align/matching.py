@@ -103,7 +103,7 @@ def match_checkpoints(
         _reject_inexpressible(result, arrangement)
         result.pairs = [_arranged(pair, arrangement) for pair in result.pairs]
     if may_rotate:
-        _reject_rotary(result, digests)
+        _reject_rotary(result, digests, arrangement)
     _reject_unequal_bytes(result, digests, decided)
     return result
 
@@ -389,12 +389,19 @@ def _arranged(pair: ModulePair, arrangement: Arrangement) -> ModulePair:
     roles = {pair.expected[0].role, pair.found[0].role}
     links = []
     for link in pair.match.links:
-        change = arrangement.operation(roles, next(iter(_stored(link, arrangement)[0].tensors.values())).key)
+        key = next(iter(_stored(link, arrangement)[0].tensors.values())).key
+        change = arrangement.operation(roles, key, _other_name(pair, arrangement))
         if change is None or link.operations:
             links.append(link)
         else:
             links.append(replace(link, operations=(change[0],), note=change[1]))
     return replace(pair, match=replace(pair.match, links=tuple(links)))
+
+
+def _other_name(pair: ModulePair, arrangement: Arrangement) -> str:
+    """Return the last part of the module's path on the side that is not a GGUF file."""
+    module = (pair.found if arrangement.is_expected else pair.expected)[0]
+    return module.path_in_layer.rpartition(".")[2]
 
 
 def _order_fused_parts(result: Matching, digests: Digests) -> None:
@@ -432,7 +439,7 @@ def _adds_positions(module: LayeredModule) -> bool:
     return bool(words & {"wpe", "pos", "relative", "rel", "alibi"}) and not words & {"rotary", "rope"}
 
 
-def _reject_rotary(result: Matching, digests: Digests) -> None:
+def _reject_rotary(result: Matching, digests: Digests, arrangement: Arrangement | None) -> None:
     """Make queries and keys undecided if another implementation may store the rows in another order."""
     accepted = []
     for pair in result.pairs:
@@ -442,7 +449,7 @@ def _reject_rotary(result: Matching, digests: Digests) -> None:
         ]
         is_arranged = any(
             link.operations[:1] and link.operations[0].name == "rope_permute" for link in pair.match.links
-        )
+        ) or (arrangement is not None and arrangement.has_rows_of(_other_name(pair, arrangement)))
         if is_same_code or is_arranged or not roles & _ROTATED_ROLES or _share_of_equal_bytes(pair, digests) == 1:
             accepted.append(pair)
         else:
