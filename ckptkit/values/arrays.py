@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ckptkit.core.checkpoint.reading import numpy_dtype
 from ckptkit.core.dtypes import DTYPES
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["array_of", "bits_dtype", "bits_of", "numpy_dtype"]
+__all__ = ["array_of", "bits_dtype", "bits_of", "numpy_dtype", "real_code"]
+
+_REAL: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
 
 
 def array_of(data: bytes | bytearray | memoryview, code: str) -> npt.NDArray[Any]:
@@ -42,3 +44,8 @@ def bits_dtype(code: str) -> np.dtype[Any]:
     import numpy as np
 
     return np.dtype(f"u{DTYPES[code].part_bytes}")
+
+
+def real_code(code: str) -> str:
+    """Return the code of the two numbers in an element of a complex dtype, or the code itself."""
+    return _REAL.get(code, code)

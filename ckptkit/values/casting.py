@@ -11,29 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.values.arrays import array_of, bits_dtype, numpy_dtype
+from ckptkit.values.arrays import array_of, bits_dtype, numpy_dtype, real_code
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["cast_bytes", "dtype_of", "real_code"]
+__all__ = ["cast_bytes", "dtype_of"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 # Casts the bits of the first array into the second; the workers have scratch buffers for as many numbers.
 _Kernel: TypeAlias = Callable[[Array, Array, Workers], None]
 
-_REAL = {"C32": "F16", "C64": "F32", "C128": "F64"}
 _OF_NUMPY = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F32", "F64"})
 # The float32 numbers that F16 holds as normal numbers without an overflow, by their bits without the sign.
 _F16_LOWEST, _F16_END = 0x38800000, 0x477FF000
 _F16_INF = 0x7C00
-
-
-def real_code(code: str) -> str:
-    """Return the code of the two numbers in an element of a complex dtype, or the code itself."""
-    return _REAL.get(code, code)
 
 
 def dtype_of(code: str) -> np.dtype[Any]:

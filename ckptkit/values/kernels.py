@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.values.arrays import array_of
+from ckptkit.values.arrays import array_of, real_code
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
 from ckptkit.values.exponents import count_bytes, present
 from ckptkit.values.extremes import FLOAT_FORMATS, INTEGERS, Extremes, extremes_of, merge_extremes
@@ -24,14 +24,13 @@ __all__ = [
     "MagnitudesKernel",
     "Tally",
     "computed",
-    "part_code",
     "parts_of",
     "why_unsupported",
 ]
 
-_PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
 _WIDTHS: Final = {code: dtype.part_bytes for code, dtype in DTYPES.items()}
-_SUPPORTED: Final = FLOAT_FORMATS.keys() | INTEGERS | BYTE_CODES | _PARTS.keys()
+_SUPPORTED: Final = FLOAT_FORMATS.keys() | INTEGERS | BYTE_CODES
+
 _Part = TypeVar("_Part")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
@@ -110,7 +109,7 @@ class Tally(Generic[_Part]):
     def __init__(self, info: TensorInfo) -> None:
         """Wait for all bytes of a tensor that ``why_unsupported`` has nothing against."""
         self.keys = [info.key]
-        self.code = part_code(info.dtype)
+        self.code = real_code(info.dtype)
         self.width = _WIDTHS[self.code]  # the bytes of one number
         self.bytes_left = info.nbytes
         self.parts: list[_Part] = []
@@ -122,18 +121,13 @@ class Tally(Generic[_Part]):
         return self.bytes_left == 0
 
 
-def part_code(dtype: str) -> str:
-    """Return the dtype of the numbers in an element: those of a complex element are real."""
-    return _PARTS.get(dtype, dtype)
-
-
 def why_unsupported(info: TensorInfo) -> str:
     """Return why nothing can be computed of the values of a tensor; an empty string if it can."""
     if info.kind != "dense":
         return f"{info.kind} tensor"
     if info.dtype == "F4" and info.elements % 2:
         return "an odd number of F4 elements, which are stored two to a byte"
-    return "" if info.dtype in _SUPPORTED else f"torch has no arithmetic for {info.dtype}"
+    return "" if real_code(info.dtype) in _SUPPORTED else f"torch has no arithmetic for {info.dtype}"
 
 
 def parts_of(

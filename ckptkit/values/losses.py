@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.dtypes import DTYPES, is_float
-from ckptkit.values.arrays import bits_dtype
-from ckptkit.values.casting import cast_bytes, dtype_of, real_code
+from ckptkit.values.arrays import bits_dtype, real_code
+from ckptkit.values.casting import cast_bytes, dtype_of
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
