@@ -89,7 +89,8 @@ _OPTIMIZER: Final = "optimizer_state."
 _NEW_GROUPS: Final = {"as": "groups={}", "groups": "groups=plan_param_groups(model, {})"}
 _QUOTED: Final = r"""\$?'(?:[^'\\]|\\.)*'|"[^"]*\""""
 _WORDED: Final = (  # their values are plain words
-    "adapter", "elementwise", "format", "hyper", "method", "on-mismatch", "on-missing", "on-unexpected", "rules"
+    "adapter", "elementwise", "format", "hyper", "method", "on-mismatch", "on-missing", "on-unexpected",
+    "reflink", "rules",
 )  # fmt: skip
 _AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
 _VALUE: Final = (

@@ -133,13 +133,11 @@ def _two_rates_for_one_group(folder: Path) -> list[str]:
     return ["optim", "resplit", saved, "-o", str(folder / "out.pt"), "--groups", spec, "--hyper", "saved"]
 
 
-@situation("optimizer_state/remapping.py: drop its state first: ckpt optim prune", PATTERN="qkv.*")
-def _a_factored_state(folder: Path) -> list[str]:
-    saved, rules = written(folder / "saved.pt", kind="Adafactor"), text(folder / "rules.toml", SPLIT)
-    return ["optim", "remap", saved, "-o", str(folder / "out.pt"), "--rules", rules]
-
-
-@situation("optimizer_state/remapping.py: or, if it has one, give --elementwise", PATTERN="qkv.*")
+@situation(
+    "optimizer_state/remapping.py: drop its state first: ckpt optim prune",
+    "optimizer_state/remapping.py: or, if it has one, give --elementwise",
+    PATTERN="qkv.*",
+)
 def _an_unknown_slot(folder: Path) -> list[str]:
     saved, rules = written(folder / "saved.pt"), text(folder / "rules.toml", SPLIT)
     content = torch.load(saved)

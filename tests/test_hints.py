@@ -124,6 +124,8 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/adapters/fold.py: with a second ckpt merge": "a note: which weights they are, only the user knows",
     "plans/adapters/ties.py: which --carry writes": "a note; tests/test_plan_lora_ties.py runs it with --carry",
     "plans/adapters/ties.py: leave it out: --drop": "followed by tests/test_plan_lora_ties.py",
+    "align/ways_out.py: --digests decides": "followed by tests/test_align_claims.py",
+    "formats/writing/reflink.py: --reflink auto": "needs a file system without reflinks: tests/test_reflink.py",
     "render/align.py: this preset fills all of them: --rules": "followed by tests/test_align.py",
     "plans/remap.py: takes them from the trained weights": "followed by tests/test_positions.py",
     "formats/writing/atomic.py: run the command again with --force": "needs a second program: tests/test_faults.py",
