@@ -61,7 +61,6 @@ __all__ = [
     "same_memory",
     "same_values",
     "shape_or_none",
-    "tensor_of_bytes",
     "torch_dtype",
 ]
 
@@ -298,14 +297,6 @@ def in_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
 
     like = torch.empty_like(other, dtype=tensor.dtype, device=tensor.device)
     return tensor if has_same_layout(tensor, like) else like.copy_(tensor)
-
-
-def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:
-    """Return a flat uint8 tensor of ``data``, which shares the memory of ``data`` if that memory is writable."""
-    import torch
-
-    writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
-    return torch.frombuffer(data if writable else bytearray(data), dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)

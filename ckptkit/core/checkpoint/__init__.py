@@ -19,7 +19,7 @@ from ckptkit.core.checkpoint.info import (
     storage_range,
     under_key,
 )
-from ckptkit.core.checkpoint.payload import Part, Payload, SelfWriting, Sink, part_of, read_into
+from ckptkit.core.checkpoint.payload import Part, Payload, Sink, part_of, read_into
 from ckptkit.core.closing import Closing
 from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.result import Result
@@ -44,7 +44,6 @@ __all__ = [
     "Part",
     "Payload",
     "Record",
-    "SelfWriting",
     "Sink",
     "TensorInfo",
     "TorchLoading",

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Self
 
-from ckptkit.core.checkpoint import Payload, SelfWriting
-from ckptkit.core.checkpoint.payload import joining
+from ckptkit.core.checkpoint import Payload
+from ckptkit.core.checkpoint.payload import joining, self_writing
 from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError
 from ckptkit.formats.writing.reflink import clone_range
@@ -58,8 +58,9 @@ class OffsetWriter:
         if isinstance(payload, Extent) and (payload.crc is not None or not checksum):
             yield from self._copy_extent(payload, offset)
             return payload.crc or 0
-        if isinstance(payload, SelfWriting):
-            return (yield from payload.write_to(self, offset, checksum=checksum))
+        computed = self_writing(payload)
+        if computed is not None:
+            return (yield from computed.write_to(self, offset, checksum=checksum))
         crc, done = 0, 0
         for chunk in payload.chunks():
             if checksum:
