@@ -242,7 +242,7 @@ def test_any_system_call_may_fail_beside_the_thread_that_reads_for_the_checksum(
         with open_checkpoint(source) as checkpoint:
             plan, output = plan_remap(checkpoint), choose_output(place / "out.pt")
             monkeypatch.setattr(copying, "_WORTH_A_THREAD", 1)
-            monkeypatch.setattr(copying, "_CHECKSUM_PIECE", 64)
+            monkeypatch.setattr(copying, "_PIECE", 64)
             faults.arm(nth, errno.EIO)
             refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
             made = faults.count
