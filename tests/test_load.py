@@ -206,12 +206,19 @@ def test_tied_weights_with_two_values_are_refused() -> None:
     assert same_state(model.state_dict(), before)
 
 
-def test_the_size_of_a_piece_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result does not depend on the size of the pieces that are read."""
+@pytest.mark.parametrize("task", [24, 100, 8 << 20])
+def test_the_size_of_a_piece_does_not_matter(task: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not depend on the pieces that are read, nor on the threads that share them; torch counts it."""
     monkeypatch.setattr(ckptkit.loading.copying, "_PIECE", 24)
-    model, donor = Net(), randomised(Net())
-    assert load_into(model, donor).coverage == 1.0
-    assert same_state(model.state_dict(), donor.state_dict())
+    monkeypatch.setattr(ckptkit.loading.copying, "_TASK", task)
+    donor = randomised(Net())
+    torch.save(donor.state_dict(), tmp_path / "donor.pt")
+    for source in (donor, tmp_path / "donor.pt"):
+        model = Net()
+        before = {name: tensor._version for name, tensor in model.named_parameters()}
+        assert load_into(model, source).coverage == 1.0
+        assert same_state(model.state_dict(), donor.state_dict())
+        assert all(tensor._version > before[name] for name, tensor in model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.core.checkpoint.payload import self_writing
 from ckptkit.core.closing import Closing
 from ckptkit.core.files import Extent, PayloadReader
 from ckptkit.core.torch_bridge import blocks, flat_bytes, libc, same_memory
@@ -120,6 +121,13 @@ class Copier(Closing):
         """Copy any payload into any tensor in this thread; return whether each piece had its bytes after its copy."""
         import torch
 
+        writer = self_writing(copy.payload)
+        if writer is not None and writer.nbytes and _is_flat_memory(copy.target):
+            memory = _Memory(copy.target.data_ptr())
+            _count_change(copy.target)
+            for _ in writer.write_to(memory, 0):
+                pass
+            return memory.is_same
         reader = PayloadReader(copy.payload)
         same = True
         with torch.no_grad():
@@ -154,14 +162,28 @@ class Copier(Closing):
 
 def _is_direct(copy: Copy) -> bool:
     """Return whether the bytes of a file go into contiguous memory, so that threads can copy any part alone."""
-    target = copy.target
-    return (
-        isinstance(copy.payload, Extent)
-        and copy.payload.nbytes > 0
-        and target.device.type == "cpu"
-        and target.is_contiguous()
-        and not (target.is_conj() or target.is_neg())
-    )
+    return isinstance(copy.payload, Extent) and copy.payload.nbytes > 0 and _is_flat_memory(copy.target)
+
+
+def _is_flat_memory(target: Tensor) -> bool:
+    """Return whether the elements of a tensor lie in order in the memory of the CPU."""
+    return target.device.type == "cpu" and target.is_contiguous() and not (target.is_conj() or target.is_neg())
+
+
+class _Memory:
+    """The memory of a tensor, which a payload writes into with several threads; each piece is compared after it."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+        self.is_same = True
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Copy ``data`` to the byte ``offset``, and compare it there."""
+        held = memoryview(data if not memoryview(data).readonly else bytearray(data)).cast("B")
+        source, place = _address(held), self._address + offset
+        libc().memmove(place, source, len(held))
+        if not same_memory(place, source, len(held)):
+            self.is_same = False
 
 
 def _tasks(copies: Iterable[Copy]) -> Iterator[list[_Part]]:
@@ -189,7 +211,7 @@ def _count_change(target: Tensor) -> None:
     import torch
 
     with torch.no_grad():
-        target.detach().view(-1)[:0].zero_()
+        flat_bytes(target)[:0].zero_()  # older versions of torch cannot fill every dtype
 
 
 def _address(buffer: memoryview) -> int:
@@ -198,7 +220,7 @@ def _address(buffer: memoryview) -> int:
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield views of a tensor of at most 1 MB each, in row-major order."""
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+    if _is_flat_memory(tensor):
         flat = flat_bytes(tensor)
         for first in range(0, len(flat), _PIECE):
             yield flat[first : first + _PIECE]
