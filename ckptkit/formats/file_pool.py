@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,8 +24,9 @@ class FilePool:
         self.directory = directory
         self.files: dict[str, PooledFile] = {}
         self._recent: dict[PooledFile, None] = {}
+        self._in_use: Counter[PooledFile] = Counter()
         self._closed = False
-        self.lock = threading.Lock()  # held while a file is read, so that no other thread closes it meanwhile
+        self._lock = threading.Lock()  # held while files are opened and closed, not while they are read
 
     def get(self, name: str) -> PooledFile:
         """Return the file of this name. Raises ``PathError`` where it is missing or not a regular file."""
@@ -32,20 +34,35 @@ class FilePool:
             self.files[name] = PooledFile(os.path.join(self.directory, name), self)
         return self.files[name]
 
-    def use(self, file: PooledFile) -> bool:
-        """Mark ``file`` as the most recently used, and return whether ``file`` may be open.
+    @contextmanager
+    def using(self, file: PooledFile) -> Iterator[None]:
+        """Keep ``file`` open in the block, and mark it as the most recently used; it stays closed in a closed pool.
 
-        If too many files are open, the least recently used file is closed.
+        If too many files are open, the least recently used ones that no thread uses are closed.
         """
-        self._recent.pop(file, None)
-        if self._closed:
-            return False
-        self._recent[file] = None
+        with self._lock:
+            if not self._closed:
+                file.open_again()
+                self._recent.pop(file, None)
+                self._recent[file] = None
+            self._in_use[file] += 1
+            self._close_oldest()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_use[file] -= 1
+                if not self._in_use[file]:
+                    del self._in_use[file]
+                    if self._closed:
+                        file.close()
+
+    def _close_oldest(self) -> None:
         if len(self._recent) > _MOST_OPEN:
-            oldest = next(iter(self._recent))
-            del self._recent[oldest]
-            oldest.close()
-        return True
+            idle = [file for file in self._recent if file not in self._in_use]
+            for file in idle[: len(self._recent) - _MOST_OPEN]:
+                del self._recent[file]
+                file.close()
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` where one of the files changed since it was first opened."""
@@ -64,11 +81,13 @@ class FilePool:
             raise
 
     def close(self) -> None:
-        """Close every file. Reading a closed file is an error."""
-        self._closed = True
-        self._recent.clear()
-        for file in self.files.values():
-            file.close()
+        """Close every file, one that a thread reads when it is read. Reading a closed file is an error."""
+        with self._lock:
+            self._closed = True
+            self._recent.clear()
+            for file in self.files.values():
+                if file not in self._in_use:
+                    file.close()
 
 
 class PooledFile(LocalFile):
@@ -78,37 +97,37 @@ class PooledFile(LocalFile):
         """Open ``path`` for the first time."""
         super().__init__(path)
         self._pool = pool
-        pool.use(self)
+        with pool.using(self):
+            pass
 
     def fileno(self) -> int:
         """Return the file descriptor, which is valid until the pool closes the file."""
-        with self._pool.lock:
-            self._ensure_open()
+        with self._pool.using(self):
             return super().fileno()
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes."""
-        with self._pool.lock:
-            self._ensure_open()
+        with self._pool.using(self):
             return super().read(offset, count)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``."""
-        with self._pool.lock:
-            self._ensure_open()
+        with self._pool.using(self):
             super().read_into(buffer, offset)
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if the size or the modification time changed since the file was first opened."""
-        self._ensure_open()
-        super().check_unchanged(by_path=by_path)
+        with self._pool.using(self):
+            super().check_unchanged(by_path=by_path)
 
-    def _ensure_open(self) -> None:
-        if not self._pool.use(self) or self._fd >= 0:
+    def open_again(self) -> None:
+        """Open the file if it is closed. Raises ``ChangedError`` if it is not the file that was opened first."""
+        if self._fd >= 0:
             return
-        seen = self._seen
+        size, seen = self.size, self._seen
         super().__init__(self.path)
         if self._seen != seen:
+            self.size, self._seen = size, seen
             self.close()
             raise ChangedError("the file changed while it was read", path=self.path)
 
