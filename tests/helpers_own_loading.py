@@ -90,6 +90,21 @@ def cut(state: State, prefix: str, *_: Any) -> None:
     state[f"{prefix}weight"] = state[f"{prefix}weight"][:3]
 
 
+def pad(state: State, prefix: str, *_: Any) -> None:
+    """Add rows of zeros, which are made on the default device."""
+    key = f"{prefix}weight"
+    if key in state and state[key].shape == (2, 3):
+        state[key] = torch.cat((state[key], torch.zeros(1, 3)))
+
+
+def write_into_zeros(state: State, prefix: str, *_: Any) -> None:
+    """Write the rows that there are into zeros, which are made on the default device."""
+    key = f"{prefix}weight"
+    if key in state and state[key].shape == (2, 3):
+        state[key], rows = torch.zeros(3, 3), state[key]
+        state[key][:2] = rows
+
+
 def clear_missing(module: nn.Module, keys: Any) -> None:
     keys.missing_keys.clear()
 
@@ -371,6 +386,8 @@ MODULES: dict[str, Build] = {
     "joins": lambda: with_hook(join_parts),
     "transposes": lambda: with_hook(transpose, module=True),
     "cuts": lambda: with_hook(cut),
+    "pads": lambda: with_hook(pad),
+    "writes into zeros": lambda: with_hook(write_into_zeros),
     "clears missing": lambda: with_post_hook(clear_missing),
     "clears missing of all before": lambda: with_post_hook(clear_missing, 1),
     "clears all": lambda: with_post_hook(clear_all, 2),
@@ -410,6 +427,7 @@ def states(name: str) -> Iterator[tuple[str, Any]]:
     yield "parts", {**{key: value for key, value in own.items() if key != "1.weight"},
                     "1.part1": torch.ones(2, 3), "1.part2": torch.ones(1, 3)}  # fmt: skip
     yield "kernel", {**{key: value for key, value in own.items() if key != "1.weight"}, "1.kernel": torch.ones(3, 3)}
+    yield "shorter", {**own, "1.weight": torch.ones(2, 3)}
     yield "longer", {**own, "1.weight": torch.ones(5, 3)}
     yield "packed", {**{key: value for key, value in own.items() if "weight" in key}, "1.packed": torch.ones(2, 3)}
     if name == "weight norm":

@@ -236,6 +236,9 @@ OPPOSITES = {
     "student.net.weight": "teacher.net.weight", "conv_in.weight": "conv_out.weight", "left.weight": "right.weight",
     "q.lora_A.weight": "q.lora_B.weight", "src_embed.weight": "tgt_embed.weight", "mu.weight": "logvar.weight",
     "actor.weight": "critic.weight", "bn.num_batches_tracked": "step", "text.proj.weight": "vision.proj.weight",
+    "net_high.weight": "net_low.weight", "nerf.coarse.w": "nerf.fine.w", "local.weight": "global.weight",
+    "conv_real.weight": "conv_imag.weight", "prior.w": "posterior.w", "attn_temporal.weight": "attn_spatial.weight",
+    "rnn.fw.weight": "rnn.bw.weight", "rnn.fwd.weight": "rnn.bwd.weight", "cls_head.weight": "bbox_head.weight",
 }  # fmt: skip
 
 

@@ -12,7 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptkit import diff, extract_lora, load_into, merge, merge_lora, plan_merge, preflight
+from ckptkit import (
+    diff,
+    extract_lora,
+    load_into,
+    merge,
+    merge_lora,
+    parse_rules,
+    plan_extract_lora,
+    plan_merge,
+    preflight,
+)
 from ckptkit.errors import ArgumentError, ModelError, PlanError, RuleError
 from fixtures.lenet import build
 from tests.helpers_cli import run_ckpt
@@ -173,6 +183,13 @@ def test_an_adapter_must_change_what_is_required(
             assert call().plan is not None
     with pytest.raises(RuleError, match="matches none of 3 keys of the base"):
         call(require="fc.*")
+
+
+def test_a_requirement_says_which_rule_left_out_what_it_wants(tmp_path: Path) -> None:
+    """A tensor that the tuned model has, and a rule leaves out, is not said to be absent."""
+    base, _, tuned = adapter_files(tmp_path)
+    with pytest.raises(PlanError, match=re.escape("'b.weight' (drop='b.*')")):
+        plan_extract_lora(base, tuned, 1, parse_rules(drop=["b.*"]), require="b.*")
 
 
 def test_wrong_requirements_are_refused(files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,21 +31,32 @@ def test_each_way_out_works(situation: Situation, tmp_path: Path, capsys: pytest
     Follower(situation, tmp_path, capsys).run()
 
 
-def _texts(tree: ast.AST) -> Iterator[str]:
-    """Yield every text in a source, with ``XX`` for what is filled in, but no docstrings."""
-    docs = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            yield _text(node)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs | inside:
-            yield node.value
+class _Source(NamedTuple):
+    """The texts of a source, with ``XX`` for what is filled in and without docstrings; and the hints of its errors."""
+
+    texts: tuple[str, ...]
+    hints_without_call: tuple[str, ...]
+
+
+@cache
+def _read(path: Path) -> _Source:
+    texts: list[str] = []
+    hints: list[str] = []
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.JoinedStr | ast.Constant):
+            texts += [_text(node)] if isinstance(node, ast.JoinedStr) or isinstance(node.value, str) else []
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if isinstance(node, ast.JoinedStr):  # the texts around its values are read already
+            waiting += [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+            continue
+        if isinstance(node, ast.Call):
+            words = {word.arg: word.value for word in node.keywords}
+            hints += [_text(words["hint"])] if "hint" in words and "call" not in words else []
+        waiting += [] if isinstance(node, ast.Name) else ast.iter_child_nodes(node)
+    return _Source(tuple(texts), tuple(hints))
 
 
 def _text(node: ast.expr) -> str:
@@ -61,16 +73,6 @@ def _text(node: ast.expr) -> str:
     return "XX"
 
 
-@cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def _texts_of(path: Path) -> tuple[str, ...]:
-    return tuple(_texts(_tree(path)))
-
-
 SOURCES = sorted((ROOT / "ckptkit").rglob("*.py"))
 
 
@@ -78,7 +80,7 @@ def test_every_option_and_command_in_the_sources_exists() -> None:
     """No text names an option that no command has, or a command with options that it does not have."""
     known = all_options() | FOREIGN
     for path in SOURCES:
-        for text in _texts_of(path):
+        for text in _read(path).texts:
             unknown = [name for name in _LONG.findall(text) if name not in known] if "--" in text else []
             assert unknown == [], (path, text)
             if " ckpt " in f" {text}" and "cli" not in path.parts:
@@ -89,14 +91,10 @@ def test_every_option_and_command_in_the_sources_exists() -> None:
 def test_errors_speak_python() -> None:
     """The text of every error names no option and no command: what hints name has a spelling in Python."""
     for path in SOURCES:
-        if "cli" in path.parts:
-            continue
-        for node in ast.walk(_tree(path)):
-            words = {word.arg: word.value for word in node.keywords} if isinstance(node, ast.Call) else {}
-            if "hint" in words and "call" not in words:
-                text = str(CkptkitError("refused", hint=_text(words["hint"])))
-                left = [name for name in _LONG.findall(text) if name not in FOREIGN]
-                assert (left, commands_in(text)) == ([], []), (path, text)
+        for hint in () if "cli" in path.parts else _read(path).hints_without_call:
+            text = str(CkptkitError("refused", hint=hint))
+            left = [name for name in _LONG.findall(text) if name not in FOREIGN]
+            assert (left, commands_in(text)) == ([], []), (path, text)
 
 
 # Texts with a command or an option that no situation follows, each with the reason.
@@ -146,7 +144,7 @@ def _told() -> Iterator[str]:
     for path in SOURCES:
         place = path.relative_to(ROOT / "ckptkit")
         if place.parts[0] != "cli":
-            for text in _texts_of(path):
+            for text in _read(path).texts:
                 if " " in text and ("--" in text or "ckpt " in text) and (_options(text) or " ckpt " in f" {text}"):
                     yield f"{place}: {text}"
 
@@ -248,7 +246,7 @@ def test_messages_name_options_on_the_command_line() -> None:
     names = "|".join(sorted(name.removeprefix("--").replace("-", "_") for name in all_options()))
     spelled = re.compile(rf"(?<![\w.\"'{{-])({names}) = ")
     for path in SOURCES:
-        for text in _texts_of(path):
+        for text in _read(path).texts:
             found = set(spelled.findall(text)) - (_FIELDS if path.name in _FIELD_FILES else set())
             assert found == set(), (path, text)
 

@@ -30,6 +30,9 @@ class Kinds(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = torch.nn.Embedding(9, 8)
+        self.padded = torch.nn.Embedding(9, 8, padding_idx=0)
+        self.attn = torch.nn.MultiheadAttention(8, 2)
+        self.mixed = torch.nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
         self.conv = torch.nn.Conv1d(8, 8, 3)
         self.bn = torch.nn.BatchNorm1d(8)
         self.rnn = torch.nn.GRU(8, 8)
@@ -89,6 +92,19 @@ NEW: dict[str, tuple[list[str], set[str]]] = {
     "its bias alone": (["head.bias"], set()),
     "a wide head with an initialisation of its own": (["wide."], {"wide.weight", "wide.bias"}),
     "an embedding": (["embed."], {"embed.weight"}),
+    "an embedding with a row of padding": (["padded."], {"padded.weight"}),
+    "attention": (
+        ["attn.", "mixed."],
+        {
+            *(
+                f"{name}.{leaf}"
+                for name in ("attn", "mixed")
+                for leaf in ("in_proj_bias", "out_proj.weight", "out_proj.bias")
+            ),
+            "attn.in_proj_weight",
+            *(f"mixed.{leaf}_proj_weight" for leaf in "qkv"),
+        },
+    ),
     "a convolution and a head": (["conv.", "head."], {"conv.weight", "conv.bias", *HEAD}),
     "a recurrent layer": (["rnn."], {f"rnn.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}),
     "norms and meant zeros": (["norm.", "bn.", "body.lora_B.", "gate"], set()),

@@ -101,8 +101,9 @@ class Scope:
     def _pair_by_key(
         self, key: Callable[[LayeredModule], Hashable], why: str, confidence: float, *, is_exact: bool = False
     ) -> None:
-        """Pair modules of equal keys that no other module has; ``{role}`` in ``why`` becomes the role.
+        """Pair modules of equal keys that no other module has, unless their names are opposite.
 
+        ``{role}`` in ``why`` becomes the role.
         With ``is_exact``, modules with equal keys and different shapes are listed as ``unequal``.
         """
         expected_groups, found_groups = (_group_by(key, modules) for modules in (self.expected, self.found))
@@ -116,7 +117,7 @@ class Scope:
             if match is None and is_exact:
                 unequal.append((expected, found))
                 match = match_modules(expected, found, self.layer_shift, partly=True)
-            if match is not None:
+            if match is not None and not are_opposite(expected.words, found.words):
                 reason = why.format(role=expected.role.replace("_", " "))
                 pairs.append(ModulePair((expected,), (found,), match, reason, confidence))
         self.unequal += unequal

@@ -102,10 +102,6 @@ def _parent(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _is_comparable(pair: KeyPair) -> bool:
-    return pair.expected.shape == pair.found.shape and pair.found.kind == "dense"
-
-
 def _is_float(pair: KeyPair) -> bool:
     return pair.found.dtype in FLOATS
 

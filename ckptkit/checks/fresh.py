@@ -29,6 +29,7 @@ _NORM_VALUES: Mapping[str, int] = {
     "running_var": 1,
     "num_batches_tracked": 0,
 }
+_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an attention whose inputs have several sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,12 @@ def _default_spread(module: Module | None, leaf: str) -> _Spread | None:
         return _uniform(1 / math.sqrt(math.prod(weight.shape[1:])))
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return _uniform(1 / math.sqrt(module.hidden_size)) if module.hidden_size else None
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and leaf == "weight" and module.padding_idx is None:
-        return _Spread(1.0)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and leaf == "weight":
+        rows = module.num_embeddings
+        return _Spread(1.0 if module.padding_idx is None else math.sqrt((rows - 1) / rows))  # its row is zeros
+    if isinstance(module, nn.MultiheadAttention) and leaf in ("in_proj_weight", *_APART):
+        in_proj = getattr(module, leaf)
+        return None if in_proj is None else _uniform(math.sqrt(6 / sum(in_proj.shape)))  # xavier_uniform_
     return None
 
 

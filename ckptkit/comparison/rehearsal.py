@@ -110,20 +110,30 @@ def rehearse(
         reason = _outside_values(module)
         if reason:
             return Untried(reason)
+    import torch
+
     try:
         with pause_gc():
-            attempt = _prepare(model, paths, given, outside)
-            attempt.run()
-            refused = attempt.raised and attempt.is_overridden
-            if refused:  # its code may be less strict with strict=False
-                attempt = _prepare(model, paths, given, outside)
-                attempt.run(strict=False)
-            result = attempt.result()
-            if attempt.has_whole and result.refusals:
-                raise _Uncertain(f"it fails on whole tensors in place of shards: {result.refusals[0]}")
-            return replace(result, refused=True) if refused else result
+            try:
+                return _load(model, paths, given, outside)
+            except _NeedsValues:
+                with torch.device("meta"):  # where the code makes tensors, they are beside those without values
+                    return _load(model, paths, given, outside)
     except _Uncertain as error:
         return Untried(str(error))
+
+
+def _load(model: Module, paths: Sequence[str], given: Given, outside: Outside) -> Rehearsal:
+    attempt = _prepare(model, paths, given, outside)
+    attempt.run()
+    refused = attempt.raised and attempt.is_overridden
+    if refused:  # its code may be less strict with strict=False
+        attempt = _prepare(model, paths, given, outside)
+        attempt.run(strict=False)
+    result = attempt.result()
+    if attempt.has_whole and result.refusals:
+        raise _Uncertain(f"it fails on whole tensors in place of shards: {result.refusals[0]}")
+    return replace(result, refused=True) if refused else result
 
 
 def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside) -> _Attempt:
@@ -149,6 +159,10 @@ def _prepare(model: Module, paths: Sequence[str], given: Given, outside: Outside
 
 class _Uncertain(Exception):  # noqa: N818 - not an error: the outcome with values is not known
     """The code failed in a way that can come from the meta device."""
+
+
+class _NeedsValues(_Uncertain):
+    """The code failed on a tensor of the meta device, or on one of another device beside it."""
 
 
 class _Attempt:
@@ -201,7 +215,7 @@ class _Attempt:
             self.raised = True
             if not str(error).startswith("Error(s) in loading state_dict for"):  # the lists have what torch raises
                 if isinstance(error, NotImplementedError) or _OF_META.search(str(error)):
-                    raise _Uncertain(f"it fails on tensors without values: {first_line(error)}") from error
+                    raise _NeedsValues(f"it fails on tensors without values: {first_line(error)}") from error
                 self._refusal = f"there is no key {error}" if isinstance(error, KeyError) else _text(error)
 
     def _watch(self, module: Module) -> None:

@@ -83,7 +83,8 @@ _OPPOSITES: tuple[tuple[str, ...], ...] = tuple(
         "mu, sigma, logvar", "gate, up, down", "query, key, value", "q, k, v", "lora a, lora b", "text, vision, audio",
         "text, image, audio", "generator, discriminator", "gen, disc", "first, last", "min, max", "scale, shift",
         "positive, negative", "forward, backward", "row, col", "user, item", "start, end", "question, passage, context",
-        "query, doc, document, passage", "anchor, positive",
+        "query, doc, document, passage", "anchor, positive", "high, low", "coarse, fine", "local, global", "real, imag",
+        "prior, posterior", "temporal, spatial", "fw, bw", "fwd, bwd", "cls, reg, bbox",
     )
 )  # fmt: skip
 

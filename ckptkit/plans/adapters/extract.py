@@ -102,7 +102,7 @@ def plan_extract_lora(
         extraction = _Extraction(roles, {new: old for old, new in key_map.renamed.items()}, rank, policy)
         steps = tuple(extraction.steps())
         if requirements:
-            _refuse_unmet(requirements, roles, extraction)
+            _refuse_unmet(requirements, roles, extraction, key_map.dropped)
         unused = policy.unused(extraction.keys, "the model", allow_unused=parsed.allow_unused)
         left_out = [Dropped(DONOR, key, reason) for key, reason in key_map.dropped.items()]
         plan = Plan(
@@ -115,10 +115,14 @@ def plan_extract_lora(
         return check_quantized(plan, quantized)
 
 
-def _refuse_unmet(requirements: Requirements, roles: Mapping[str, Checkpoint], extraction: _Extraction) -> None:
+def _refuse_unmet(
+    requirements: Requirements, roles: Mapping[str, Checkpoint], extraction: _Extraction, left_out: Mapping[str, str]
+) -> None:
     base, donor = roles.values()
     keys = {old: key for key, old in extraction.names.items()}
-    reasons = {key: "not in the tuned model" for key in base if key not in extraction.names}
+    reasons = {
+        key: left_out.get(key, "not in the tuned model under this name") for key in base if key not in extraction.names
+    }
     reasons |= {keys[drop.key]: drop.reason for drop in extraction.dropped if drop.key in keys}
     paths = [CheckpointSummary.of(each, ()).argument or role.upper() for role, each in ((BASE, base), (DONOR, donor))]
     refuse_unmet(

@@ -75,9 +75,9 @@ def plan_lora(
     or a mapping of patterns to actions. ``add`` writes a tensor that is saved whole, such as a task head, under its key
     in the model. ``skip`` leaves a tensor out.
 
-    ``require`` is a pattern or a list of patterns: an adapter must change every matching key of the base.
-    ``min_coverage`` is the least share of the base's elements that are in changed tensors, between 0 and 1.
-    ``coverage`` of the plan is this share.
+    ``require`` is a pattern or a list of patterns: an adapter must have values for every matching key of the base.
+    ``min_coverage`` is the least share of the base's elements that are in such tensors, between 0 and 1. The plan has
+    this share as ``coverage``. No value is read, so factors of zeros count too.
 
     Where the adapter changes only one of several tied tensors, the others keep the values of the base, as in the model
     with the adapter, and the output has both. New rows of an embedding, and all changes of an adapter with
