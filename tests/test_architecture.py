@@ -140,12 +140,18 @@ def reached_from(module: str) -> set[str]:
     "module", sorted(name for name in FILES if name.startswith("formats") and name != "formats.live")
 )
 def test_no_reader_reaches_torch(module: str) -> None:
-    """Every byte of a file can be read without torch and numpy; only ``Checkpoint`` makes tensors and arrays."""
+    """All bytes of a file can be read without torch and numpy; only ``Checkpoint`` and ``Workers.buffer`` make them."""
     users = {
         other: HEAVY_LIBRARIES & {name.partition(".")[0] for name in imports_of(FILES[other])}
         for other in reached_from(module)
     }
-    makers = {"core.checkpoint", "core.checkpoint.reading", "core.checkpoint.state_dict", "core.torch_types"}
+    makers = {
+        "core.checkpoint",
+        "core.checkpoint.reading",
+        "core.checkpoint.state_dict",
+        "core.torch_types",
+        "values.workers",
+    }
     assert {other for other, heavy in users.items() if heavy} <= makers
 
 

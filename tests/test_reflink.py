@@ -116,10 +116,14 @@ def test_never_copies(tmp_path: Path, clones: Clones, monkeypatch: pytest.Monkey
         raise AssertionError
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    for out in ("out.safetensors", "out.pt"):
-        written = convert(saved(tmp_path / "in.safetensors"), tmp_path / out, reflink="never")
-        assert same(loaded(tmp_path / out))
-        assert (written.shared, clones.calls) == (0, 0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    source = saved(tmp_path / "a" / "model.safetensors")
+    for out in ("model.safetensors", "model.pt"):
+        written = convert(source, tmp_path / "b" / out, reflink="never", carry=True, force=True)
+        assert same(loaded(tmp_path / "b" / out))
+        assert (written.shared, written.carried, clones.calls) == (0, ("tokenizer.json",), 0)
 
 
 def test_always_refuses_a_file_system_that_cannot(

@@ -153,7 +153,7 @@ class Scan:
             code = _code_of(problem)
             self.stopped = code is codes.CHANGED
             return self._record_finding(code, record, f"cannot be read: {problem.reason}", problem.hint or "")
-        progress.crc = joined_crc32(progress.crc, checksum, nbytes) if progress.done else checksum
+        progress.crc = joined_crc32(progress.crc, checksum, nbytes)
         progress.done += nbytes
         self.nbytes += nbytes
         if progress.done < record.payload.nbytes:

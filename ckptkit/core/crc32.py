@@ -17,7 +17,7 @@ def joined_crc32(first: int, second: int, nbytes: int) -> int:
 
     A CRC is the remainder of a polynomial. The bytes that follow multiply the first remainder by a power of x.
     """
-    return _product(first, _power_of_x(8 * nbytes)) ^ second
+    return _product(first, _power_of_x(8 * nbytes)) ^ second if first else second
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from ckptkit.core.checkpoint import Payload
 from ckptkit.core.files import Extent, LocalFile, is_same_file
 from ckptkit.core.text import quoted
 from ckptkit.formats.writing.atomic import AtomicFile, Target, prepare_target
+from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped
 
 __all__ = ["Adapted", "Carried", "target_of", "write_carried"]
@@ -70,16 +71,19 @@ def target_of(carried: Carried, name: str, directory: str, *, force: bool) -> Ta
     return prepare_target(path, force=force)
 
 
-def write_carried(carried: Carried, directory: str, *, force: bool) -> None:
-    """Write the files into a directory. All are complete under temporary names before the first gets its own."""
+def write_carried(carried: Carried, directory: str, output: Output) -> None:
+    """Write the files of an output into a directory, as its ``force`` and ``reflink`` say.
+
+    All are complete under temporary names before the first gets its own.
+    """
     with contextlib.ExitStack() as stack:
         for name in carried.names:
-            target = target_of(carried, name, directory, force=force)
+            target = target_of(carried, name, directory, force=output.force)
             if target is not None:
-                _write(carried, name, target, stack)
+                _write(carried, name, target, stack, by_kernel=output.reflink != "never")
 
 
-def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitStack) -> None:
+def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitStack, *, by_kernel: bool) -> None:
     content = carried.contents.get(name)
     if content is not None:
         stack.enter_context(AtomicFile(target, len(content))).write(content, 0)
@@ -87,7 +91,7 @@ def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitSt
     source = LocalFile(os.path.join(carried.directory, name))
     try:
         payload: Payload = Extent(source, 0, source.size)
-        file = stack.enter_context(AtomicFile(target, source.size))
+        file = stack.enter_context(AtomicFile(target, source.size, by_kernel=by_kernel))
         for _ in file.copy(payload, 0):
             pass
         source.check_unchanged(by_path=True)

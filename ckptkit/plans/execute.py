@@ -278,7 +278,7 @@ def _write_file(
 
                 verified.append(verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.roles))
             inputs.check_unchanged()
-            write_carried(carried, directory, force=output.force)
+            write_carried(carried, directory, output)
 
         size, shared = _write_safetensors(
             target, infos, plan.metadata, inputs, progress, reflink=output.reflink, finish=finish
@@ -299,7 +299,7 @@ def _write_file(
 
             verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
         inputs.check_unchanged()
-        write_carried(carried, directory, force=output.force)
+        write_carried(carried, directory, output)
     written = Written(
         output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner, shared=file.shared
     )
@@ -448,7 +448,7 @@ def _write_directory(
     verified: list[Verification] = []
     with atomic_directory(target, replaced=ours.union(carried.names), left=left) as directory:
         total = files.write(directory, progress)
-        write_carried(carried, directory, force=output.force)
+        write_carried(carried, directory, output)
         _check_directory(directory, plan, files.names)
         if verify:
             verified = files.verify(directory)

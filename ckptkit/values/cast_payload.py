@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Payload, TensorInfo
 from ckptkit.core.checkpoint.payload import Sink, read_into
+from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, is_seekable
 from ckptkit.errors import ChangedError
@@ -108,15 +109,16 @@ class _Run:
         first = self.parts[0]
         width, workers = DTYPES[first.out.dtype].bits // 8, first.workers
 
-        def work(task: _Task) -> tuple[int, dict[int, Losses], bytes]:
+        def work(task: _Task) -> tuple[int, dict[int, Losses], int]:
             made, losses = self.cast(task, workers, keep=False)
             out.write(made, offset + task.start * width)
-            return len(made), losses, bytes(made) if checksum else b""
+            return len(made), losses, zlib.crc32(made) if checksum else 0
 
         crc = 0
-        for count, losses, made in workers.each(work, self.tasks()):
+        for count, losses, found in workers.each(work, self.tasks()):
             self._add(losses)
-            crc = zlib.crc32(made, crc)
+            if checksum:
+                crc = joined_crc32(crc, found, count)
             yield count
         self.keep_losses()
         return crc

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
 from ckptkit.core.dtypes import DTYPES, torch_view
@@ -15,7 +14,7 @@ from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.errors import PlanError
 from ckptkit.formats.pickle.emit import PickleWriter
-from ckptkit.formats.writing.copying import Checksums, OffsetWriter, worth_a_thread
+from ckptkit.formats.writing.copying import OffsetWriter
 
 __all__ = [
     "STORAGE_CLASSES",
@@ -303,24 +302,12 @@ def _single(
 
 def write_torch_zip(layout: TorchZipLayout, out: OffsetWriter, at: int = 0) -> Iterator[int]:
     """Write the archive to ``out`` from its byte ``at``, and yield the number of bytes of each step."""
-    unknown = [entry.content for entry in layout.entries if _is_unchecked(entry.content)]
-    crcs: list[int] = []
-    with Checksums(unknown) if worth_a_thread(unknown) else contextlib.nullcontext() as reading:
-        for entry in layout.entries:
-            checksum = reading is None or not _is_unchecked(entry.content)
-            crcs.append((yield from out.copy(entry.content, at + entry.start, checksum=checksum)))
-        known = iter(() if reading is None else reading.result())
     directory = bytearray()
-    for entry, copied in zip(layout.entries, crcs, strict=True):
-        crc = copied if reading is None or not _is_unchecked(entry.content) else next(known)
+    for entry in layout.entries:
+        crc = yield from out.copy(entry.content, at + entry.start, checksum=True)
         out.write(_local_header(entry, crc), at + entry.header)
         directory += _central_header(entry, crc)
     out.write(directory + _end(len(layout.entries), len(directory), layout.directory), at + layout.directory)
-
-
-def _is_unchecked(content: Payload) -> TypeGuard[Extent]:
-    """Return whether a record is a range of a file without a recorded checksum."""
-    return isinstance(content, Extent) and content.crc is None
 
 
 def _local_header(entry: _Entry, crc: int) -> bytes:

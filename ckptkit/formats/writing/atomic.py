@@ -293,9 +293,11 @@ class AtomicFile(OffsetWriter):
 
     def _discard(self) -> list[str]:
         """Close the temporary file and remove it unless it has the final name; return its path if that fails."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._end_threads()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # a complete file is on the disk already, see fsync
+                os.close(fd)
         temporary, self._temporary = self._temporary, ""
         if temporary:
             try:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
-import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Self
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Payload
 from ckptkit.core.checkpoint.payload import joining, self_writing
+from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError
 from ckptkit.formats.writing.reflink import clone_range
 
-__all__ = ["Checksums", "OffsetWriter", "merge_extents", "worth_a_thread"]
+if TYPE_CHECKING:
+    from ckptkit.values.workers import Workers
 
-_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+__all__ = ["OffsetWriter", "merge_extents"]
+
 _EARLY = 16 << 20  # bytes; the disk begins to write so many while the next ones are copied
-_WORTH_A_THREAD = 1 << 20  # bytes whose checksums are computed while they are copied
+_PART = 1 << 20  # bytes that one thread reads and writes for a checksum, in pieces
 _PIECE = 1 << 18  # bytes; they stay in the cache between the reading and what follows
 _PAGE = 4096
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
@@ -41,6 +42,7 @@ class OffsetWriter:
         self._by_kernel = by_kernel
         self._fd = -1
         self._not_started = 0  # bytes since the disk was last told to begin
+        self._workers: Workers | None = None
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``. Several threads may write at once, each into a range of its own."""
@@ -56,7 +58,9 @@ class OffsetWriter:
         Returns the CRC-32 of the bytes with ``checksum``, else 0. A range of a file that has a recorded CRC-32 keeps
         it, so that damage in the input stays detectable. Raises ``ChangedError`` where the source became shorter.
         """
-        if isinstance(payload, Extent) and (payload.crc is not None or not checksum):
+        if isinstance(payload, Extent):
+            if checksum and payload.crc is None:
+                return (yield from self._copy_with_checksum(payload, offset))
             yield from self._copy_extent(payload, offset)
             return payload.crc or 0
         computed = self_writing(payload)
@@ -74,6 +78,15 @@ class OffsetWriter:
         return crc
 
     def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
+        before, whole = self._share(extent, offset)
+        if whole:
+            yield whole
+            yield from self._copy_bytes(extent.slice(0, before), offset)
+        done = before + whole
+        yield from self._copy_bytes(extent.slice(done, extent.nbytes - done), offset + done)
+
+    def _share(self, extent: Extent, offset: int) -> tuple[int, int]:
+        """Share the whole blocks of a range; return the bytes before them and their number, or zeros."""
         if self._block and (extent.offset - offset) % self._block == 0:
             before = -offset % self._block
             whole = (extent.nbytes - before) // self._block * self._block
@@ -81,41 +94,61 @@ class OffsetWriter:
                 extent.file.fileno(), extent.offset + before, whole, self._fd, offset + before
             ):
                 self.shared += whole
-                yield whole
-                if before:
-                    yield from self._copy_bytes(extent.slice(0, before), offset)
-                done = before + whole
-                yield from self._copy_bytes(extent.slice(done, extent.nbytes - done), offset + done)
-                return
-        yield from self._copy_bytes(extent, offset)
+                return before, whole
+        return 0, 0
+
+    def _copy_with_checksum(self, extent: Extent, offset: int) -> Generator[int, None, int]:
+        """Copy a range in all threads, each of which reads its part once, and return the CRC-32 of the range."""
+        from ckptkit.values.workers import Workers, pieces
+
+        workers = self._workers = self._workers or Workers()
+        before, whole = self._share(extent, offset)
+
+        def copy(part: tuple[int, int]) -> tuple[int, int]:
+            crc, (start, end) = 0, part
+            for at in range(start, end, _PIECE):
+                stop = min(at + _PIECE, end)
+                piece = workers.read("copied", extent.slice(at, stop - at))
+                crc = zlib.crc32(piece, crc)
+                for first, last in ((at, min(before, stop)), (max(at, before + whole), stop)):
+                    if first < last:
+                        self.write(piece[first - at : last - at], offset + first)
+            return crc, end - start
+
+        crc = 0
+        for found, nbytes in workers.each(copy, pieces(extent.nbytes, _PART)):
+            crc = joined_crc32(crc, found, nbytes)
+            yield nbytes
+        return crc
 
     def _copy_bytes(self, extent: Extent, offset: int) -> Iterator[int]:
         done = 0
         # Where the bytes begin at another place of a page, the kernel takes half as long again as reading and writing.
-        if not self._by_kernel or (extent.offset - offset) % _PAGE:
-            buffer = memoryview(bytearray(min(_PIECE, extent.nbytes)))
-            while done < extent.nbytes:
-                piece = buffer[: extent.nbytes - done]
-                extent.file.read_into(piece, extent.offset + done)
-                self.write(piece, offset + done)
-                done += len(piece)
-                yield len(piece)
-            return
-        while done < extent.nbytes:
+        while self._by_kernel and (extent.offset - offset) % _PAGE == 0 and done < extent.nbytes:
             count = min(extent.nbytes - done, _EARLY)
             try:
                 copied = os.copy_file_range(extent.file.fileno(), self._fd, count, extent.offset + done, offset + done)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY:
-                    raise
+            except OSError:
+                copied = 0
+            if copied == 0:  # some file systems cannot; else reading or writing tells which of both files has an error
                 self._by_kernel = False
-                yield from self._copy_bytes(extent.slice(done, extent.nbytes - done), offset + done)
-                return
-            if copied == 0:
-                raise ChangedError("the file became shorter while it was read", path=extent.file.path)
+                break
             self._start_writing(copied)
             done += copied
             yield copied
+        buffer = memoryview(bytearray(min(_PIECE, extent.nbytes - done)))
+        while done < extent.nbytes:
+            piece = buffer[: extent.nbytes - done]
+            extent.file.read_into(piece, extent.offset + done)
+            self.write(piece, offset + done)
+            done += len(piece)
+            yield len(piece)
+
+    def _end_threads(self) -> None:
+        """Wait for the threads that copy; a subclass does so before it closes the file."""
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
     def _start_writing(self, count: int) -> None:
         """Let the disk begin to write what the last calls wrote, so that the end need not wait for all of it."""
@@ -127,57 +160,6 @@ class OffsetWriter:
             start = _early_start()
             if start is not None:
                 start(self._fd, 0, 0, _START_WRITING)  # an error comes again at the end, from fsync
-
-
-class Checksums:
-    """The CRC-32 of ranges of files, which a thread reads while the kernel copies the ranges.
-
-    Use it as a context manager: the thread has ended at the end of the block, also after an error.
-    """
-
-    def __init__(self, extents: Iterable[Extent]) -> None:
-        """Take the ranges, in the order in which they are copied."""
-        self._extents = list(extents)
-        self._found: list[int] = []
-        self._error: BaseException | None = None
-        self._is_stopped = False
-        self._thread = threading.Thread(target=self._read, daemon=True)
-
-    def __enter__(self) -> Self:
-        """Begin to read."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the reading, and wait until it ended: the caller may close the files."""
-        self._is_stopped = True
-        self._thread.join()
-
-    def result(self) -> list[int]:
-        """Wait for the end and return the CRC-32 of each range. Raises the error of the reading."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-    def _read(self) -> None:
-        buffer = memoryview(bytearray(_PIECE))
-        try:
-            for extent in self._extents:
-                crc, at, end = 0, extent.offset, extent.offset + extent.nbytes
-                while at < end and not self._is_stopped:
-                    piece = buffer[: end - at]
-                    extent.file.read_into(piece, at)
-                    crc = zlib.crc32(piece, crc)
-                    at += len(piece)
-                self._found.append(crc)
-        except BaseException as error:  # noqa: BLE001 - raised again where the result is taken
-            self._error = error
-
-
-def worth_a_thread(extents: Iterable[Extent]) -> bool:
-    """Return whether these ranges are so large that a thread should read them for their checksums."""
-    return sum(extent.nbytes for extent in extents) >= _WORTH_A_THREAD
 
 
 @functools.cache
