@@ -6,7 +6,7 @@ The report also lists everything that was not checked, so that nobody takes a sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -105,8 +105,8 @@ def _check(
     progress: Progress | None,
 ) -> list[Finding]:
     key_map = apply_rules(rules, checkpoint, expected)
-    read = {key for one in key_map.outputs().values() for key in (*one.sources, *one.equals)}
-    chosen = dict.fromkeys(filter(read.__contains__, checkpoint))
+    read = key_map.sources()
+    chosen = dict.fromkeys(key for key in checkpoint if key in read)
     quantized = quantized_weights(checkpoint)
     findings = [*_check_headers(checkpoint, chosen, quantized), *loading_findings(checkpoint)]
     result = None
@@ -169,15 +169,16 @@ def _report(findings: Sequence[Finding], ignore: Sequence[IgnoreEntry], checkpoi
     return replace(report, findings=tuple(shown))
 
 
-def _check_headers(opened: Checkpoint, chosen: Iterable[str], quantized: Quantized) -> Iterator[Finding]:
+def _check_headers(opened: Checkpoint, chosen: Container[str], quantized: Quantized) -> Iterator[Finding]:
     """Yield the findings that need no byte of a tensor."""
     warnings = list(_reader_warnings(opened))
     yield from warnings
-    infos = {key: opened[key] for key in chosen}
+    infos = {key: info for key, info in opened.items() if key in chosen}
     is_one_shard = any(finding.code in _ONE_OF_SEVERAL for finding in warnings)
     yield from check_quantized(quantized, infos, is_one_shard=is_one_shard)
     yield from check_structure(infos, quantized)
-    others = {key: info for key, info in infos.items() if key not in quantized.by_key}  # SVDQuant has a lora_down
+    parts = quantized.by_key
+    others = {key: info for key, info in infos.items() if key not in parts} if parts else infos  # SVDQuant: lora_down
     yield from check_lora(others, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))
 
 

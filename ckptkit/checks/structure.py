@@ -30,10 +30,12 @@ _NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 def check_structure(infos: Mapping[str, TensorInfo], quantized: Quantized) -> Iterator[Finding]:
     """Yield the findings of every check of names, shapes and dtypes; all parts of a quantised weight count as one."""
     yield from _check_not_dense(infos.values())
-    yield from _check_dtype_mix(info for key, info in infos.items() if key not in quantized.by_key)
-    lists = _numbered_modules(
-        dict.fromkeys(quantized.by_key[key].key if key in quantized.by_key else key for key in infos)
-    )
+    parts = quantized.by_key
+    parts = quantized.by_key
+    plain = [info for key, info in infos.items() if key not in parts] if parts else infos.values()
+    yield from _check_dtype_mix(plain)
+    keys: Iterable[str] = dict.fromkeys(parts[key].key if key in parts else key for key in infos) if parts else infos
+    lists = _numbered_modules(keys)
     yield from _check_index_holes(lists)
     yield from _check_siblings(lists)
 
@@ -55,9 +57,10 @@ def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
     by_dtype: dict[str, list[str]] = {}
     elements: Counter[str] = Counter()
     for info in infos:
-        if info.dtype in FLOATS and info.elements:
+        count = info.elements if info.dtype in FLOATS else 0
+        if count:
             by_dtype.setdefault(info.dtype, []).append(info.key)
-            elements[info.dtype] += info.elements
+            elements[info.dtype] += count
     if len(by_dtype) < 2:
         return
     usual, *others = (dtype for dtype, _ in elements.most_common())

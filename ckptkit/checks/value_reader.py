@@ -76,8 +76,9 @@ class ValueReader:
     def spans_of(self, record: Record) -> tuple[Span[Tally[Any]], ...]:
         """Return where the numbers of tensors are in a record, which is read next."""
         self._bytes_allowed += _MAX_OVERLAP * record.payload.nbytes
-        if len(record.keys) == 1 and self._is_one_tensor(record):
-            tally: Tally[Any] = Tally(self.checkpoint[record.keys[0]])
+        info = self._tensor_that_is(record) if len(record.keys) == 1 else None
+        if info is not None:
+            tally: Tally[Any] = Tally(info)
             self._bytes_allowed -= tally.bytes_left
             return (Span(tally, 0, tally.bytes_left, tally.width),)
         whole = _byte_range(record.payload)
@@ -92,23 +93,22 @@ class ValueReader:
                     spans[id(tensor)] = Span(tensor.tally, start, stop, tensor.tally.width)
         return tuple(spans.values())
 
-    def _is_one_tensor(self, record: Record) -> bool:
-        """Return whether a record has exactly the bytes of its tensor, which can be judged."""
+    def _tensor_that_is(self, record: Record) -> TensorInfo | None:
+        """Return the tensor whose bytes a record is exactly, if it can be judged."""
         key, stored = record.keys[0], record.payload
-        if key not in self.keys or not isinstance(stored, Extent) or not stored.nbytes:
-            return False
-        info = self.checkpoint.get(key)
-        if info is None or why_unsupported(info):
-            return False
+        if not isinstance(stored, Extent) or not stored.nbytes or key not in self.keys:
+            return None
         try:
-            payload = self.checkpoint.payload(key)
-        except (CkptkitError, OSError):
-            return False
-        return (
+            info, payload = self.checkpoint[key], self.checkpoint.payload(key)
+        except (CkptkitError, OSError, KeyError):
+            return None
+        is_exact = (
             isinstance(payload, Extent)
             and payload.file is stored.file
-            and (payload.offset, payload.nbytes) == (stored.offset, stored.nbytes)
+            and payload.offset == stored.offset
+            and payload.nbytes == stored.nbytes
         )
+        return info if is_exact and not why_unsupported(info) else None
 
     def parts_of(self, read: Read[Tally[Any]], data: memoryview) -> list[Any]:
         """Return what the kernel computes of each span of a read; a thread may call this."""
@@ -217,6 +217,6 @@ class ValueReader:
         found = self.kernel.together(tally.parts, tally.code)
         for key in tally.keys:
             self.stats[key] = found
-            tensor = self._by_key.pop(key, None)
+            tensor = self._by_key.pop(key, None) if self._by_key else None
             if tensor is not None:
                 self._by_ranges.pop((tensor.ranges, tensor.dtype), None)

@@ -34,16 +34,18 @@ def check_values(
     Of the parts of quantised weights, only NaN and infinities in scales and in fp8 codes are reported.
     """
     contents = _Contents(checkpoint, workers)
-    stats = {key: stats[key] for key in checkpoint if key in stats}
+    infos = dict(checkpoint.items())  # a dict is asked much about each of many small tensors
+    stats = finite = {key: stats[key] for key in infos if key in stats}
     parts = quantized.by_key
-    finite = {key: found for key, found in stats.items() if has_numbers(checkpoint[key], parts.get(key))}
-    yield from check_finite(checkpoint, finite)
-    stats = {key: found for key, found in stats.items() if key not in parts}
-    yield from check_single_tensors(checkpoint, stats)
-    yield from check_buffers(checkpoint, stats, contents.of_buffer)
-    yield from check_duplicates(checkpoint, equal_groups(checkpoint, stats, contents))
-    infos = {key: checkpoint[key] for key in stats}
-    yield from check_recorded_ties(infos, checkpoint.metadata, contents.are_equal)
+    if parts:
+        finite = {key: found for key, found in stats.items() if has_numbers(infos[key], parts.get(key))}
+        stats = {key: found for key, found in stats.items() if key not in parts}
+    yield from check_finite(infos, finite)
+    yield from check_single_tensors(infos, stats)
+    yield from check_buffers(infos, stats, contents.of_buffer)
+    yield from check_duplicates(infos, equal_groups(infos, stats, contents))
+    judged = {key: infos[key] for key in stats} if checkpoint.metadata else {}
+    yield from check_recorded_ties(judged, checkpoint.metadata, contents.are_equal)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -86,31 +88,45 @@ def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool
     return [*page, *([Line((_summary(total),))] if measured else [Listing(("no numbers",))])]
 
 
+_MEASURES: Final = ("mean", "std", "min", "max", "l1", "l2")
+_FORMAT: Final = "\n".join(["%.4g"] * len(_MEASURES))  # one string, since each call to format a number takes its time
+
+
 class _Column(NamedTuple):
+    """A column that is shown if it has text in some row, for a count that is a field of the statistics."""
+
     header: str
-    cell: Callable[[ValueStats], str]
-    always: bool = True  # False: only if some row has text in this column
+    field: str
+    is_share: bool = False
+
+    def cell(self, numbers: ValueStats) -> str:
+        """Return the text of one row."""
+        count: int = getattr(numbers, self.field)
+        if self.is_share:
+            return _share(count, numbers.count)
+        return f"{count:,}" if count else ""
 
 
 _COLUMNS: Final = (
-    _Column("mean", lambda numbers: _number(numbers.mean)),
-    _Column("std", lambda numbers: _number(numbers.std)),
-    _Column("min", lambda numbers: _number(numbers.min)),
-    _Column("max", lambda numbers: _number(numbers.max)),
-    _Column("l1", lambda numbers: _number(numbers.l1)),
-    _Column("l2", lambda numbers: _number(numbers.l2)),
-    _Column("zeros", lambda numbers: _share(numbers.zeros, numbers.count), always=False),
-    _Column("subnormal", lambda numbers: _share(numbers.subnormal, numbers.count), always=False),
-    _Column("NaN", lambda numbers: f"{numbers.nan:,}" if numbers.nan else "", always=False),
-    _Column("Inf", lambda numbers: f"{numbers.posinf:,}" if numbers.posinf else "", always=False),
-    _Column("-Inf", lambda numbers: f"{numbers.neginf:,}" if numbers.neginf else "", always=False),
+    _Column("zeros", "zeros", is_share=True),
+    _Column("subnormal", "subnormal", is_share=True),
+    _Column("NaN", "nan"),
+    _Column("Inf", "posinf"),
+    _Column("-Inf", "neginf"),
 )
+
+
+def _measures(numbers: ValueStats) -> Sequence[str]:
+    """Return the cells of mean, deviation, extremes and norms."""
+    if not numbers.finite:
+        return [""] * len(_MEASURES)
+    return (_FORMAT % (numbers.mean, numbers.std, numbers.min, numbers.max, numbers.l1, numbers.l2)).split("\n")
 
 
 def _table(
     result: StateDictStats, listed: Mapping[str, ValueStats], view: StatsView, axis: _Axis | None, *, expand: bool
 ) -> Table:
-    columns = [column for column in _COLUMNS if column.always or any(map(column.cell, listed.values()))]
+    columns = [column for column in _COLUMNS if any(map(attrgetter(column.field), listed.values()))]
     members: dict[str, int] = {}
     if view.depth is not None:
         for key in result.tensors:
@@ -119,10 +135,10 @@ def _table(
     rows = []
     for name, numbers in listed.items():
         first = result.tensors[name].info.dtype if view.depth is None else f"{members[name]:,}"
-        cells = (first, f"{numbers.count:,}", *(column.cell(numbers) for column in columns))
+        cells = (first, f"{numbers.count:,}", *_measures(numbers), *[column.cell(numbers) for column in columns])
         rows.append(Row(name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
     first_headers = ("key", "dtype") if view.depth is None else ("module", "tensors")
-    headers = (*first_headers, "numbers", *(column.header for column in columns), "magnitudes")
+    headers = (*first_headers, "numbers", *_MEASURES, *(column.header for column in columns), "magnitudes")
     return Table(headers, tuple(table_rows(rows, expand=expand)), frozenset(headers[2:-1]) | {"tensors"})
 
 
@@ -149,12 +165,7 @@ class _Axis(NamedTuple):
 
     def bars(self, numbers: ValueStats) -> str:
         """Return the histogram of one row; the highest bar of each row is full."""
-        heights = [0] * _BINS
-        for exponent, times in numbers.histogram.items():
-            heights[max(_BINS - 1 - (self.top - 1 - exponent) // self.width, 0)] += times
-        highest = max(heights)
-        steps = [math.ceil(height * len(_BARS) / highest) if highest else 0 for height in heights]
-        return "".join(_BARS[step - 1] if step else "·" for step in steps)
+        return _bars(self.top, self.width, tuple(numbers.histogram.items()))
 
     def __str__(self) -> str:
         """Return the legend of the histograms."""
@@ -163,6 +174,16 @@ class _Axis(NamedTuple):
         return (
             f"magnitudes: {_BINS} bars; the first has all below 2^{lowest}, the others {each} each, up to 2^{self.top}"
         )
+
+
+@lru_cache(maxsize=1 << 14)  # the histograms of many small tensors are equal
+def _bars(top: int, width: int, histogram: tuple[tuple[int, int], ...]) -> str:
+    heights = [0] * _BINS
+    for exponent, times in histogram:
+        heights[max(_BINS - 1 - (top - 1 - exponent) // width, 0)] += times
+    highest = max(heights)
+    steps = [math.ceil(height * len(_BARS) / highest) if highest else 0 for height in heights]
+    return "".join(_BARS[step - 1] if step else "·" for step in steps)
 
 
 def _number(value: float | None) -> str:

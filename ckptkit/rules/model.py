@@ -191,6 +191,11 @@ class KeyMap:
         keys = self.renamed.values() if self.order is None else self.order
         return any(key.rpartition(".")[2].isdecimal() for key in islice(keys, _MOST_COUNTERS))
 
+    def sources(self) -> set[str]:
+        """Return the old keys of all tensors that the new keys need, or that must be equal to one of them."""
+        found = set(self.renamed).union(*self.equals.values())
+        return found.union(*((*one.sources, *one.equals) for one in self.copied_or_computed.values()))
+
     def outputs(self) -> Mapping[str, Derivation]:
         """Return the derivation of each new key, in the order of the new keys."""
         plain = {

@@ -81,12 +81,13 @@ class StatsKernel:
             pairs = pairs_of_codes(counts, code)
             extremes = counts_and_extremes(extremes_of_codes(pairs, code))
             return ValueStats(*extremes, moments_of_codes(pairs), histogram_of_codes(pairs))
-        found = merge_extremes(part.extremes for part in parts)
+        found = parts[0].extremes if len(parts) == 1 else merge_extremes(part.extremes for part in parts)
+        moments = parts[0].moments if len(parts) == 1 else merge_moments([part.moments for part in parts])
         bias = 127 if code in _LIKE_F32 else 1023
         small = counts.get(0, 0) - found.zeros
         bins = {-bias: small} if small else {}
-        bins |= {index - bias: times for index, times in counts.items() if 0 < index <= 2 * bias}
-        return ValueStats(*counts_and_extremes(found), merge_moments([part.moments for part in parts]), bins)
+        bins.update([(index - bias, times) for index, times in counts.items() if 0 < index <= 2 * bias])
+        return ValueStats(*counts_and_extremes(found), moments, bins)
 
 
 def _runs(starts: Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -72,8 +72,6 @@ class Extremes:
 def merge_extremes(parts: Iterable[Extremes]) -> Extremes:
     """Return the counts and extremes of all parts together."""
     parts = list(parts)
-    if len(parts) == 1:
-        return parts[0]
     return Extremes(
         sum(part.count for part in parts),
         sum(part.nan for part in parts),

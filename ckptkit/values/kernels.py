@@ -66,7 +66,7 @@ class ExtremesKernel:
 
     def together(self, parts: list[Extremes], code: str) -> Extremes:  # noqa: ARG002 - other kernels need the dtype
         """Return the counts and extremes of a tensor."""
-        return merge_extremes(parts)
+        return parts[0] if len(parts) == 1 else merge_extremes(parts)
 
 
 class MagnitudesKernel:

@@ -29,8 +29,7 @@ class Span(NamedTuple, Generic[_Item]):
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Source(Generic[_Item]):
+class Source(NamedTuple, Generic[_Item]):
     """A payload, the numbers in it, and a ``label`` that its reads have."""
 
     payload: Payload
