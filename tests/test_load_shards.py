@@ -115,3 +115,37 @@ def test_a_sharded_layer_with_own_code_decides() -> None:
             assert (result.loads_strict, result.undecided, result.moved) == (True, "", {"0.weight": "0.old"})
             assert load_into(model, state).kept == ()
             assert torch.equal(model[0].weight.to_local(), state["0.old"].chunk(2)[rank])
+
+
+class Outer(nn.Module):
+    """Loads old names by a hook of the whole model, whose parts are sharded one by one, and as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        register: Any = self._register_load_state_dict_pre_hook
+        register(self._rename)
+
+    def _rename(self, state: dict[str, Any], prefix: str, *_: object) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}old.")]:
+            state[f"{prefix}first.{key.removeprefix(f'{prefix}old.')}"] = state.pop(key)
+
+
+def test_a_sharded_model_with_own_code_has_the_verdict_of_the_whole_model() -> None:
+    """The hooks of ``fully_shard`` are left out of the copy, and those of the model itself are not."""
+    require(fsdp, "fully_shard")
+    whole = Outer()
+    own = whole.state_dict()
+    old = {key.replace("first", "old"): value for key, value in own.items()}
+    variants = own, old, dict(list(own.items())[1:]), {**own, "more": torch.ones(1)}
+    with rank_of(0, 2):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("whole",))
+        model: Any = Outer()
+        for part in (model.first, model.rest, model):
+            fully_shard(part, mesh=mesh)
+        for state in variants:
+            here, there = diff(whole, state), diff(model, state)
+            assert there.undecided == ""
+            for name in ("loads_strict", "loads", "moved", "coverage"):
+                assert getattr(here, name) == getattr(there, name)
+            assert [info.key for info in here.missing] == [info.key for info in there.missing]

@@ -59,6 +59,7 @@ class _Copying:
 
         self._memo: dict[int, Any] = {}
         self._plain: list[tuple[Module, Module]] = []
+        self._made: list[object] = []  # what was made to be copied, kept alive so that no other object gets its id()
         self.has_whole = False
         self._lazy: tuple[type, ...] = (UninitializedParameter, UninitializedBuffer)
         self._tensors: tuple[type, ...] = (torch.nn.Parameter, torch.Tensor, *self._lazy)
@@ -88,7 +89,10 @@ class _Copying:
         while self._plain:
             module, twin = self._plain.pop()
             held = twin.__dict__
-            attributes = module.__dict__ if type(module) is type(twin) else _without_sharding(module)
+            # Modules below one of fully_shard keep their class, and get hooks after the load.
+            may_be_sharded = type(module) is not type(twin) or module._load_state_dict_post_hooks  # noqa: SLF001
+            attributes = _without_sharding(module) if may_be_sharded else module.__dict__
+            self._made.append(attributes)
             held.update(attributes)
             for name, one in attributes.items():
                 kind = type(one)
