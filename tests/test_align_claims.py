@@ -242,6 +242,16 @@ OPPOSITES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("expected", "found"), [("encoder", "m.decoder"), ("text", "vision"), ("student", "teacher")])
+def test_layers_of_opposite_names_are_never_paired(expected: str, found: str) -> None:
+    """Layers of other names are not those of an encoder, unless their bytes are equal; equal names are found."""
+    states = [tower(*(f"{name}.layers.{layer}" for layer in range(2))) for name in (expected, found)]
+    assert not suggest_rules(*states).suggestions
+    assert suggest_rules(states[0], {f"x.{key}": value for key, value in (states[0] | states[1]).items()}).complete
+    moved = {key.replace(expected, found, 1): value for key, value in states[0].items()}
+    assert suggest_rules(states[0], moved, digests=True).complete
+
+
 @pytest.mark.parametrize(("expected", "found"), OPPOSITES.items())
 def test_opposite_names_are_never_paired(expected: str, found: str) -> None:
     """Words that exclude each other contradict a pair, also where both tensors are alone of their shape."""

@@ -17,7 +17,7 @@ from ckptkit.align.evidence import ModuleMatch, TensorLink, best_shift
 from ckptkit.align.layouts import Arrangement
 from ckptkit.align.modules import LayeredModule, ModuleMember, group_into_modules
 from ckptkit.align.pairing import ModulePair, Scope, Undecided
-from ckptkit.comparison.roles import split_words, word_overlap
+from ckptkit.comparison.roles import are_opposite, split_words, word_overlap
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops.registry import parse_operation
 
@@ -210,8 +210,11 @@ def _match_stacks(
             for found_name, other_shapes in found_shapes.items():
                 score = _share_of_common_elements(shapes, other_shapes)
                 pair = expected_name, found_name
+                words = split_words(expected_name), split_words(found_name)
+                if are_opposite(*words) and pair not in votes:
+                    continue
                 if score >= _MIN_OVERLAP or expected_name == found_name or pair in votes:
-                    by_name = 0.2 * word_overlap(split_words(expected_name), split_words(found_name))
+                    by_name = 0.2 * word_overlap(*words)
                     alike[pair] = score
                     scores[pair] = score + by_name + (expected_name == found_name) + 2 * (pair in votes)
     pairs: list[_StackPair] = []
