@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
-from ckptkit.render.page import Code, Line, Page, Row, Table, as_text, join_rows
+from ckptkit.render.page import Code, Line, Page, Table, as_text, join_rows
 from ckptkit.render.page.html import as_html
 from ckptkit.render.show import show_page
 
@@ -44,20 +44,20 @@ _keys = st.lists(
 @given(_keys, st.integers(1, 3))
 def test_joined_rows_stand_for_exactly_their_keys(keys: list[str], kinds: int) -> None:
     """Joined rows spell no other keys, lose no key, and never join different cells."""
-    rows = [Row(key, (f"F32 [{sum(map(ord, key)) % kinds}]",)) for key in keys]
+    rows = [(key, (f"F32 [{sum(map(ord, key)) % kinds}]",)) for key in keys]
     found = [(key, cell) for joined, cell in join_rows(rows) for key in _spelled(joined)]
-    assert sorted(found) == sorted((row.key, *row.cells) for row in rows)
+    assert sorted(found) == sorted((key, *cells) for key, cells in rows)
 
 
 def test_missing_indices_are_shown() -> None:
     """A missing index is left out of the range; several indices are joined only if all combinations exist."""
     keys = [f"layers.{i}.w" for i in (0, 1, 2, 3, 7)] + ["e.0.x.0", "e.1.x.1"]
-    assert join_rows(Row(key, ()) for key in keys) == [("layers.{0..3,7}.w ×5",), ("e.0.x.0",), ("e.1.x.1",)]
+    assert join_rows((key, ()) for key in keys) == [("layers.{0..3,7}.w ×5",), ("e.0.x.0",), ("e.1.x.1",)]
 
 
 def test_names_that_look_like_numbers_stay_names() -> None:
     """``0012`` is not an index, and a table prints cells unchanged."""
-    rows = [Row("0012", ("1e5",)), Row("0013", ("1e5",))]
+    rows = [("0012", ("1e5",)), ("0013", ("1e5",))]
     assert join_rows(rows) == [("0012", "1e5"), ("0013", "1e5")]
     assert list(as_text([Table(("key", "x"), tuple(join_rows(rows)))])) == ["key    x", "0012   1e5", "0013   1e5"]
 
@@ -80,7 +80,7 @@ def test_a_key_of_thousands_of_segments(key: str) -> None:
 
 def test_digits_that_torch_does_not_write_are_not_an_index() -> None:
     """``1\u0663`` is 13 for ``int``, but torch does not write it."""
-    assert join_rows([Row("a.1\u0663", ()), Row("a.14", ())]) == [("a.1\u0663",), ("a.14",)]
+    assert join_rows([("a.1\u0663", ()), ("a.14", ())]) == [("a.1\u0663",), ("a.14",)]
 
 
 def test_html_is_escaped_and_bounded() -> None:

@@ -20,11 +20,15 @@ ENDING = re.compile(
     r"|\.(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.weight)?)"
     r"|\.(?P<lycoris>hada|lokr)_(?P<part>w[12](?:_[ab])?|t[12]))"
 )
-_IS_ADAPTER = re.compile(r"lora|hada_w|lokr_w|dora_scale")
+_MARKS = ("lora", "hada_w", "lokr_w", "dora_scale")
+_IS_ADAPTER = re.compile("|".join(_MARKS))
 
 
 def is_adapter(keys: Collection[str]) -> bool:
     """Return whether most of the keys are those of factors of an adapter, in any format."""
+    names = "\n".join(keys)
+    if not any(mark in names for mark in _MARKS):
+        return False
     hits = sum(1 for key in keys if _IS_ADAPTER.search(key) and ENDING.fullmatch(key))
     alphas = sum(1 for key in keys if key.endswith(".alpha"))
     return hits > 0 and 2 * (hits + alphas) > len(keys)

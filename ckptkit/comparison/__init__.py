@@ -319,8 +319,13 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     moved: dict[str, str] = {}
     computed: dict[str, tuple[str, ...]] = {}
     without: dict[str, str] = {}  # the keys that no tensor is loaded for, and why
+    names_decide = answer.rehearsal is None
     for key, info in expected_infos.items():
         given_info = by_new_name.get(key)
+        if given_info is None and names_decide and key not in not_tensors and _EXTRA_STATE not in key:
+            missing.append(info)  # where all names differ, the steps below would take most of the time
+            without[key] = "missing"
+            continue
         is_direct = given_info is not None and key in answer.direct and given_info.shape == info.shape
         if given_info is None or (not is_direct and answer.decides(key)):
             place = _place(info, answer, by_new_name, not_tensors)
@@ -352,13 +357,11 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         same = (there.dtype, there.kind) == (given.dtype, given.kind) and there.dtype != "F4"
         if (not same and not _is_copyable(pair)) or answer.refuses_shape(key):  # code of the model made another shape
             uncopyable.append(pair)
-    asked = by_new_name if answer.paths else by_new_name.keys() - expected_infos.keys()
     unexpected = {
         new: info
         for new, info in by_new_name.items()
-        if new in asked
-        and _is_unexpected(new, answer, expected_infos)
-        and _extra_state_key(new, found) not in expected_states
+        if (new not in expected_infos if names_decide else _is_unexpected(new, answer, expected_infos))
+        and (_EXTRA_STATE not in new or _extra_state_key(new, found) not in expected_states)
     }
     own_values = _values_of_own_code(expected, answer)
     foreign = [
@@ -375,7 +378,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         for key in sorted((expected_states ^ found_states) - listed)
         if not answer.decides(key) or key in answer.missing or key in answer.unexpected
     ]
-    by_name = [info for info in missing if not answer.decides(info.key)]
+    by_name = missing if names_decide else [info for info in missing if not answer.decides(info.key)]
     filled = _filled_counters(by_name, expected, _versions_for(found, key_map))
     reported = {*(answer.missing - without.keys() - expected_states), *(answer.unexpected - unexpected.keys())}
     reported |= own_values - by_new_name.keys()
@@ -395,7 +398,9 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         filled=filled.union(key for key, kind in without.items() if kind == "filled"),
         notes=key_map.notes,
         unseen=frozenset(
-            info.key for new, info in unexpected.items() if new.startswith(absent_modules) or answer.ignores(new)
+            info.key
+            for new, info in unexpected.items()
+            if new.startswith(absent_modules) or (not names_decide and answer.ignores(new))
         ),
         quantized=quantized,
         moved=moved,
@@ -520,7 +525,7 @@ def _filled_counters(
 ) -> frozenset[str]:
     """Return the missing counters that torch fills in, because the state_dict has batch norm in a version below 2."""
     filled = set()
-    for key in (info.key for info in missing):
+    for key in (info.key for info in missing if info.key.endswith(_BATCH_COUNTER)):
         prefix, _, name = key.rpartition(".")
         if name != _BATCH_COUNTER:
             continue
@@ -558,8 +563,8 @@ def _fold_hints(result: StateDictDiff) -> list[Hint]:
     from ckptkit.adapters.keys import is_adapter
 
     # A live model of PEFT expects factors itself: its names differ from those of the file, and nothing is folded.
-    if any(is_adapter([info.key]) for info in result.missing) or not is_adapter(
-        [info.key for info in result.unexpected]
+    if not is_adapter([info.key for info in result.unexpected]) or any(
+        is_adapter([info.key]) for info in result.missing
     ):
         return []
     command = fold_command(result.expected_checkpoint, result.found_checkpoint)

@@ -22,6 +22,7 @@ __all__ = ["PartedTensor", "align_command", "find_parted", "fold_command", "part
 _MAX_SEGMENTS = 32  # a hostile key can have a million
 _MAX_LISTS = 200  # of one layer; real layers have a dozen
 _PARTS_OF: Mapping[str, tuple[str, ...]] = {**FUSED_ROLES, "query_key_value": FUSED_ROLES["qkv"]}
+_MOST_PAIRS_OF_SHAPES = 10_000  # a model has some dozens of shapes
 _SEGMENT_OF_DIGITS = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
 _Shape = tuple[int, ...]
 
@@ -140,6 +141,52 @@ def _wholes(
     """Yield each key of ``wholes`` that has parts, with their keys."""
     if not wholes or len(pieces) < 2:
         return
+    few_wholes, few_pieces = _of_fitting_shapes(wholes, pieces)
+    if (len(few_wholes), len(few_pieces)) == (len(wholes), len(pieces)):
+        yield from _search(wholes, pieces)
+    # A list of tensors is judged with those of other shapes that continue it, so all pieces are searched in the end.
+    elif next(_search(few_wholes, few_pieces), None) is not None:
+        yield from _search(few_wholes, pieces)
+
+
+def _of_fitting_shapes(
+    wholes: Mapping[str, TensorInfo], pieces: Mapping[str, TensorInfo]
+) -> tuple[Mapping[str, TensorInfo], Mapping[str, TensorInfo]]:
+    """Return the wholes whose shapes can be made of a shape of the pieces and others, and the pieces of such shapes.
+
+    A model has few shapes, and they are compared much faster than names.
+    """
+    of_wholes, of_pieces = ({info.shape for info in side.values()} for side in (wholes, pieces))
+    if len(of_wholes) * len(of_pieces) > _MOST_PAIRS_OF_SHAPES or any(0 in shape for shape in of_pieces):
+        return wholes, pieces
+    pairs = [(whole, part) for whole in of_wholes for part in of_pieces if _can_be_part(whole, part)]
+    fitting, parts = {whole for whole, _ in pairs}, {part for _, part in pairs}
+    return (
+        {key: info for key, info in wholes.items() if info.shape in fitting},
+        {key: info for key, info in pieces.items() if info.shape in parts},
+    )
+
+
+def _can_be_part(whole: _Shape, part: _Shape) -> bool:
+    """Return whether a tensor of the shape ``part`` and others can be stacked or concatenated to the shape ``whole``.
+
+    This holds for everything that ``_numbered_parts`` and ``_fused_parts`` accept.
+    """
+    stacks = [whole[1:]] if whole else []  # the shapes of one tensor, or of several that are concatenated
+    stacks += [shape[::-1] for shape in stacks if len(shape) == 2]
+    return part in stacks or any(
+        len(shape) == len(part)
+        and any(
+            shape[:dim] + shape[dim + 1 :] == part[:dim] + part[dim + 1 :] and shape[dim] > part[dim]
+            for dim in range(min(len(part), 2))
+        )
+        for shape in (whole, *stacks)
+    )
+
+
+def _search(
+    wholes: Mapping[str, TensorInfo], pieces: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     outlines = {key: _outline(key) for key in wholes}
     lists = _lists(pieces, {len(outline.numbers) for outline in outlines.values()})
     fused = _by_role(pieces) if any(outline.role in _PARTS_OF for outline in outlines.values()) else {}

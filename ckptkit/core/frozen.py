@@ -1,11 +1,12 @@
-"""A mapping that cannot be changed."""
+"""A mapping that cannot be changed, and fast creation of dataclasses that cannot be changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
 
-__all__ = ["FrozenDict"]
+__all__ = ["FrozenDict", "slot_setters"]
 
 K = TypeVar("K")
 V_co = TypeVar("V_co", covariant=True)
@@ -35,3 +36,8 @@ class FrozenDict(Mapping[K, V_co]):
     def __repr__(self) -> str:
         """Return the text of the dict inside."""
         return repr(self._items)
+
+
+def slot_setters(frozen: type[Any]) -> list[Callable[[object, object], None]]:
+    """Return a function for each field of a frozen dataclass with slots, which sets the field of a new object."""
+    return [getattr(frozen, field.name).__set__ for field in fields(frozen)]

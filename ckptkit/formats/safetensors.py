@@ -67,6 +67,7 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
         metadata = _metadata(header.pop(METADATA, None))
         infos, offsets, warnings = _entries(header)
         _check_tiling(offsets, file.size - 8 - size)
+        del header  # before the garbage collector looks at it
     base = 8 + size
 
     def payload(info: TensorInfo) -> Payload:

@@ -8,7 +8,7 @@ from ckptkit.align import Alignment, Ambiguity, Suggestion
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import percent, plural, printable
-from ckptkit.render.page import Block, Hint, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Hint, Line, Page, Table, as_code, table_rows
 from ckptkit.render.page.width import fitted
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
@@ -97,15 +97,15 @@ def _ambiguity_row(ambiguity: Ambiguity) -> tuple[str, ...]:
 
 
 def _names(infos: Iterable[TensorInfo]) -> str:
-    rows = table_rows([Row(info.key, ()) for info in infos], expand=False)
+    rows = table_rows([(info.key, ()) for info in infos], expand=False)
     more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
     return ", ".join(row[0] for row in rows[:4]) + more
 
 
 def _unexplained(result: Alignment, *, expand: bool) -> Iterable[Block]:
-    rows = [Row(expected.key, ("~", str(expected), str(found))) for expected, found in result.unequal]
-    rows += [Row(info.key, ("-", str(info), "")) for info in result.missing]
-    rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
+    rows = [(expected.key, ("~", str(expected), str(found))) for expected, found in result.unequal]
+    rows += [(info.key, ("-", str(info), "")) for info in result.missing]
+    rows += [(info.key, ("+", "", str(info))) for info in result.unexpected]
     if rows:
         cells = tuple((mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand))
         yield Table(("", "not explained", "expected", "found"), cells)

@@ -123,7 +123,7 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
         rows += [_row("=", pair) for pair in result.matched if pair.key not in other_dtype | result.moved.keys()]
     rows += [_row("=", pair, _BY_OWN_CODE) for pair in result.matched if pair.key in result.moved]
     rows += [
-        Row(key, ("=", str(result.expected[key]), f"made of {listed(names, 3)}{_BY_OWN_CODE}"))
+        (key, ("=", str(result.expected[key]), f"made of {listed(names, 3)}{_BY_OWN_CODE}"))
         for key, names in result.computed.items()
     ]
     remarks = {name: f"  {key.remark}" for key in result.quantized for name in (key.key, *key.parts)}
@@ -132,20 +132,20 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     remarks_on_missing |= dict.fromkeys(result.excused, "load_state_dict does not report it")
     blocked = set(result.blocked)
     rows += [
-        Row(info.key, ("-", str(info), remarks_on_missing.get(info.key, "")))
+        (info.key, ("-", str(info), remarks_on_missing.get(info.key, "")))
         for info in result.missing
         if info.key not in blocked
     ]
-    rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
+    rows += [(info.key, ("+", "", str(info))) for info in result.unexpected]
     rows += [_row("~", pair, remarks.get(pair.key, "")) for pair in result.shape_mismatched]
     uncopyable = {pair.key for pair in result.uncopyable}
     rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in uncopyable]
     rows += [_row("≈", pair, "  torch cannot copy it") for pair in result.uncopyable]
-    rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
-    rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
-    rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
+    rows += [(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
+    rows += [(key, ("+", "", "no tensor")) for key in result.foreign]
+    rows += [(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
     reported = ("-", "no tensor", "") if result.undecided else ("~", "", "load_state_dict reports it")
-    rows += [Row(key, reported) for key in result.reported]
+    rows += [(key, reported) for key in result.reported]
     return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
 
 
@@ -160,7 +160,7 @@ def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
 
 def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
     renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
-    return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
+    return (pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
 
 
 def _verdict(result: StateDictDiff) -> str:

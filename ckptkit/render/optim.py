@@ -20,7 +20,7 @@ from ckptkit.optimizer_state.model import (
     tensors_in,
 )
 from ckptkit.render.findings import findings_document, findings_page
-from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Line, Page, Table, as_code, table_rows
 from ckptkit.render.summary import json_number
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def state_page(state: OptimizerState, *, changes: bool = False, expand: bool = F
     report, unread = _report(state)
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     names = dict.fromkeys([*state.names, *state.state])
-    rows = [Row(name, _cells(state.state.get(name, {}), group.get(name), is_open=not unread)) for name in names]
+    rows = [(name, _cells(state.state.get(name, {}), group.get(name), is_open=not unread)) for name in names]
     parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(table_rows(rows, expand=expand)))
     page: list[Block] = [_title(state), parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
     page += [Line((line,)) for line in unread]
@@ -95,7 +95,7 @@ def _changes(state: OptimizerState, *, expand: bool) -> list[Block]:
     """Return a row per changed parameter, then the totals and the origin of the names."""
     group = {name: str(number) for number, group in enumerate(state.groups) for name in group.names}
     rows = [
-        Row(change.name, (_origin(change), change.operation, change.reason, group.get(change.name, "")))
+        (change.name, (_origin(change), change.operation, change.reason, group.get(change.name, "")))
         for change in state.changes
     ]
     table = Table(("parameter", "from", "what", "because", "group"), tuple(table_rows(rows, expand=expand)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, table_rows
 from ckptkit.render.summary import names_in_short
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def plan_page(plan: Plan, *, expand: bool = False) -> Page:
 
 
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:
-    rows = [Row(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
+    rows = [(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
     return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
@@ -214,7 +214,7 @@ def _roles(step: Step) -> str:
 
 
 def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
-    rows = [Row(drop.key, (drop.role, drop.reason)) for drop in dropped]
+    rows = [(drop.key, (drop.role, drop.reason)) for drop in dropped]
     return Table(("left out", "of", "because"), tuple(table_rows(rows, expand=expand)))
 
 

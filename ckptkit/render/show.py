@@ -10,7 +10,7 @@ from ckptkit.core.result.summary import CheckpointSummary, totals
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
 from ckptkit.quantized import quantized_weights
-from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
+from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
 from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document
 
 __all__ = ["show_document", "show_page"]
@@ -74,7 +74,7 @@ def show_page(
         if cells is None:
             dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
             cells = known[look] = (dtype, str(list(info.shape)), human_bytes(info.nbytes))
-        rows.append(Row(key, (*cells, _ties(shared.get(key, ()))) if has_ties else cells))
+        rows.append((key, (*cells, _ties(shared.get(key, ()))) if has_ties else cells))
     headers = ("key", "dtype", "shape", "bytes", *(["shares memory with"] if has_ties else []))
     table = tuple(table_rows(rows, expand=expand))
     tensors = Table(headers, table, frozenset({"bytes"})) if rows else Listing(("no tensors",))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from ckptkit.core.text import percent, plural
-from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
+from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
 from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
@@ -76,7 +76,7 @@ def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool
         noun = "tensor" if view.depth is None else "module"
         page.append(Line((f"{len(listed):,} of {plural(len(named), noun)} listed",)))
     unmeasured = [
-        Row(key, (tensor.info.dtype, str(list(tensor.info.shape)), tensor.why))
+        (key, (tensor.info.dtype, str(list(tensor.info.shape)), tensor.why))
         for key, tensor in result.tensors.items()
         if tensor.numbers is None
     ]
@@ -136,7 +136,7 @@ def _table(
     for name, numbers in listed.items():
         first = result.tensors[name].info.dtype if view.depth is None else f"{members[name]:,}"
         cells = (first, f"{numbers.count:,}", *_measures(numbers), *[column.cell(numbers) for column in columns])
-        rows.append(Row(name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
+        rows.append((name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
     first_headers = ("key", "dtype") if view.depth is None else ("module", "tensors")
     headers = (*first_headers, "numbers", *_MEASURES, *(column.header for column in columns), "magnitudes")
     return Table(headers, tuple(table_rows(rows, expand=expand)), frozenset(headers[2:-1]) | {"tensors"})

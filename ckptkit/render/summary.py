@@ -11,7 +11,7 @@ from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, listed, percent, plural, printable
 from ckptkit.quantized import Quantized
-from ckptkit.render.page import Code, Line, Row, as_code, table_rows
+from ckptkit.render.page import Code, Line, as_code, table_rows
 
 __all__ = [
     "checkpoint_document", "coverage_documents", "describe", "json_number", "names_in_short", "quantized_document",
@@ -82,7 +82,7 @@ def coverage_documents(modules: Iterable[ModuleCoverage]) -> list[dict[str, obje
 
 def names_in_short(names: Iterable[str], *, expand: bool = False) -> str:
     """Return printable names, joined as rows of a table are, and at most 16 of them unless ``expand``."""
-    rows = [name for (name,) in table_rows([Row(name, ()) for name in names], expand=expand)]
+    rows = [name for (name,) in table_rows([(name, ()) for name in names], expand=expand)]
     return listed(rows, len(rows) if expand else _MOST_NAMES, show=str)
 
 

@@ -16,6 +16,7 @@ import click
 
 from ckptkit.cli.common.commands import CommandGroup, NoCommandError
 from ckptkit.cli.common.printing import print_line, print_message
+from ckptkit.core.gc_pause import rare_gc
 from ckptkit.errors import CkptkitError
 
 __all__ = ["ckpt", "main"]
@@ -105,7 +106,8 @@ def main(arguments: Sequence[str]) -> int:
     # Every live model would cause this warning where numpy is missing, and torch works without numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy", category=UserWarning)
     try:
-        code = _invoke(list(arguments))
+        with rare_gc():
+            code = _invoke(list(arguments))
         sys.stdout.flush()
     except CkptkitError as error:
         return _report_trouble(error.reason, error.hint, error.path)

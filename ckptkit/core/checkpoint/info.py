@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.frozen import slot_setters
 from ckptkit.core.text import nearest, quoted
 
 __all__ = [
@@ -37,7 +38,7 @@ class View(NamedTuple):
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class TensorInfo:
     """The description of a tensor without its values: key, dtype (safetensors code) and shape.
 
@@ -58,6 +59,23 @@ class TensorInfo:
     kind: str = "dense"
     stored_bytes: int = 0
 
+    def __init__(  # noqa: PLR0917 - the fields of the dataclass, in its order
+        self,
+        key: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        view: View | None = None,
+        kind: str = "dense",
+        stored_bytes: int = 0,
+    ) -> None:
+        """Set all fields through their slots, in half the time that the ``__init__`` of a frozen dataclass takes."""
+        _set_key(self, key)
+        _set_dtype(self, dtype)
+        _set_shape(self, shape)
+        _set_view(self, view)
+        _set_kind(self, kind)
+        _set_stored_bytes(self, stored_bytes)
+
     @property
     def elements(self) -> int:
         """Return the number of elements, which is the product of the shape."""
@@ -72,6 +90,9 @@ class TensorInfo:
     def __str__(self) -> str:
         """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
         return _look(self.dtype, tuple(self.shape), self.kind)
+
+
+_set_key, _set_dtype, _set_shape, _set_view, _set_kind, _set_stored_bytes = slot_setters(TensorInfo)
 
 
 @lru_cache(maxsize=1024)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Final, NamedTuple
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
+from typing import Any, Final
 
 from ckptkit.core.text import printable
 
@@ -166,20 +168,19 @@ def _longest_backticks(lines: Iterable[str]) -> int:
     return max((len(run) for line in lines for run in _BACKTICKS.findall(line)), default=0)
 
 
-class Row(NamedTuple):
-    """A row of a table: a key, and the other cells."""
-
-    key: str
-    cells: tuple[str, ...]
+Row = tuple[str, tuple[str, ...]]  # a row of a table: a key, and the other cells
 
 
 def table_rows(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
     """Return printable cells: one row per key if ``expand``, else with similar keys joined as by ``join_rows``."""
-    return [(printable(row.key), *row.cells) for row in rows] if expand else join_rows(rows)
+    return [(printable(key), *cells) for key, cells in rows] if expand else join_rows(rows)
 
 
 # An index as torch writes it, as a whole segment of a key; "0012" and "1_000" are names.
 _INDEX = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,17})(?![^.])")
+# The outline of a key has one sign for all letters, and one for all digits but 0. Keys with the same outline have their
+# indices at the same places.
+_OUTLINE = bytes(char if char in b".0" else ord("1") if char in b"123456789" else ord("a") for char in range(256))
 _MOST_INDICES = 16  # no model nests deeper, and the work grows with the square of the number
 _LONGEST_KEY = 400  # longer keys are not joined; they are shortened when printed
 _LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # the end of a key that looks like the count of joined keys
@@ -194,17 +195,22 @@ def join_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     ``layers.{0..11}.attn.q.weight ×12`` stands for exactly the twelve keys that it spells. Missing indices are shown
     (``{0..3,7}``). Several indices are joined only if every combination exists.
     """
-    groups: dict[tuple[_KeyShape, tuple[str, ...]], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[_KeyShape, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
     first_keys: list[str] = []
+    cutters: dict[bytes, Callable[[str], tuple[str, ...]]] = {}
     for key, cells in rows:
-        parts = _INDEX.split(key)
-        indices = tuple(map(int, parts[1::2]))
-        if len(indices) > _MOST_INDICES or len(key) > _LONGEST_KEY:
-            parts, indices = [key], ()
-        found = groups.setdefault((tuple(parts[::2]), cells), [])
+        if key.isascii():
+            outline = key.encode().translate(_OUTLINE)
+            cut = cutters.get(outline)
+            if cut is None:
+                cut = cutters[outline] = _cutter(key)
+        else:
+            cut = _cutter(key)
+        parts = cut(key)
+        found = groups[parts[::2], cells]
         if not found:
             first_keys.append(key)
-        found.append(indices)
+        found.append(parts[1::2])
     joined: list[tuple[str, ...]] = []
     for key, ((shape, cells), found) in zip(first_keys, groups.items(), strict=True):
         if len(found) == 1 and " " not in key:  # as below, in a tenth of the time
@@ -214,17 +220,38 @@ def join_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     return joined
 
 
-def _products(members: Sequence[tuple[int, ...]]) -> list[_IndexSets]:
+def _cutter(key: str) -> Callable[[str], tuple[str, ...]]:
+    """Return a function that divides a key into texts and indices, in turn; all keys with the same outline share it.
+
+    The search for indices takes most of the time of a large table, and the keys of a model have few outlines.
+    """
+    spans = [match.span() for match in _INDEX.finditer(key)]
+    if not spans or len(spans) > _MOST_INDICES or len(key) > _LONGEST_KEY:
+        return _undivided
+    ends = [0, *chain.from_iterable(spans), len(key)]
+    return itemgetter(*(slice(*ends) for ends in pairwise(ends)))
+
+
+def _undivided(key: str) -> tuple[str, ...]:
+    return (key,)
+
+
+def _products(members: Sequence[tuple[str, ...]]) -> list[_IndexSets]:
     """Return products of index sets that together are exactly the members."""
     if len(members) == 1:
-        return [tuple((index,) for index in members[0])]
-    # The sets of the places that are done stand in the same tuples as the numbers of the other places.
+        return [tuple((int(index),) for index in members[0])]
+    columns = [set(column) for column in zip(*members, strict=True)]
+    if math.prod(map(len, columns)) == len(members) == len(set(members)):  # every combination exists
+        return [tuple(tuple(sorted(map(int, column))) for column in columns)]
+    # The sets of the places that are done stand in the same tuples as the indices of the other places.
     products: Iterable[tuple[Any, ...]] = members
     for place in reversed(range(len(members[0]))):
-        joined: dict[tuple[Any, ...], set[int]] = {}
+        joined: dict[tuple[Any, ...], set[str]] = {}
         for product in products:
             joined.setdefault(product[:place] + product[place + 1 :], set()).add(product[place])
-        products = [(*others[:place], tuple(sorted(union)), *others[place:]) for others, union in joined.items()]
+        products = [
+            (*others[:place], tuple(sorted(map(int, union))), *others[place:]) for others, union in joined.items()
+        ]
     return sorted(products)
 
 
