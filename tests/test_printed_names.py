@@ -324,8 +324,8 @@ def test_names_in_a_traceback_are_escaped(
     def broken(*_: object) -> None:
         raise RuntimeError(NAMES["CSI"] + NAMES["newline"])
 
-    monkeypatch.setattr("ckptkit.cli.show.apply_rules", broken)
-    ran = run_ckpt(capsys, "show", path)
+    monkeypatch.setattr("ckptkit.rules.apply.apply_rules", broken)
+    ran = run_ckpt(capsys, "show", path, "--keep", "*")
     assert ran.code == 70
     assert "\\x1b[2J" in ran.err
     _assert_harmless(ran.err)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 from ckptkit.core.text import printable
 from tests.helpers_cli import ROOT, Ran
@@ -68,19 +73,39 @@ def run_limited(
     *arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT, file_size: int = resource.RLIM_INFINITY
 ) -> Ran:
     """Run ``ckpt`` in a process that can use at most ``memory`` bytes."""
-    command = [sys.executable, "-m", "ckptkit", *(os.fspath(argument) for argument in arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, errors="surrogateescape", check=False,
-        preexec_fn=partial(_limit, memory, file_size), env=_environment(), stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    return Ran(done.returncode, done.stdout, done.stderr)
+    limits = {"RLIMIT_AS": memory, "RLIMIT_CPU": _SECONDS, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": file_size}
+    umask = os.umask(0)  # it can only be read by a change
+    os.umask(umask)
+    words = [os.fspath(argument) for argument in arguments]
+    command = {"arguments": words, "cwd": os.fspath(cwd), "umask": umask, "limits": limits}
+    server = _server()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        ends = [os.pipe(), os.pipe()]
+        texts = [pool.submit(stack.enter_context(_opened(end)).read) for end, _ in ends]
+        socket.send_fds(server, [json.dumps(command).encode()], [end for _, end in ends])
+        for _, end in ends:
+            os.close(end)
+        code = os.waitstatus_to_exitcode(int(server.recv(100)))
+        out, err = (text.result() for text in texts)
+    return Ran(code, out, err)
 
 
-def _limit(memory: int, file_size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+def _opened(end: int) -> TextIO:
+    return open(end, encoding="utf-8", errors="surrogateescape")
+
+
+@cache
+def _server() -> socket.socket:
+    """Start the process that forks for each command, once for all tests of a worker."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with there:
+        command = [sys.executable, "-m", "tests.hostile.server", str(there.fileno())]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=_environment(), pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
+        )
+    atexit.register(process.wait)
+    atexit.register(here.close)  # runs first, and ends the process
+    return here
 
 
 def _environment() -> dict[str, str]:
