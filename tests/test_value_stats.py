@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 from ckptkit import stats
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.core.torch_bridge import as_checkpoint, torch_dtype
 from ckptkit.statistics.state_dict_stats import measure_values
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
+from ckptkit.values.extremes import Extremes, extremes_of
+from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.kernels import why_unsupported
 from ckptkit.values.workers import Workers
 from tests.features import FLOAT4, has_dtype
@@ -122,11 +125,32 @@ def test_every_dtype(code: str) -> None:
     check(stats_of(described(tensor), bits(tensor)), numbers_in(tensor), code)
 
 
+@pytest.mark.parametrize("code", [code for code in FLOAT_FORMATS if DTYPES[code].bits <= 16 and has_dtype(code)])
+@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+def test_the_extremes_of_every_number(code: str, order: str) -> None:
+    """Every bit pattern, in runs of 1 to 97 numbers, has torch's counts and extremes; sorted, runs have one sign."""
+    dtype, count = torch_dtype(code), 1 << DTYPES[code].bits
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    patterns = shuffled if order == "shuffled" else torch.arange(count)
+    numbers = patterns.to(torch.uint8 if count == 256 else torch.int16).view(dtype)
+    starts = [0, *(start for start in accumulate(n % 97 + 1 for n in range(300)) if start < count)]
+    with Workers(1) as workers:
+        found = extremes_of(bits(numbers), code, workers, starts)
+    smallest = torch.finfo(dtype).smallest_normal
+    for one, start, end in zip(found, starts, [*starts[1:], count], strict=True):
+        run = numbers[start:end].double()
+        finite = run[run.isfinite()].tolist()
+        counts = run.isnan(), run == math.inf, run == -math.inf, run == 0, (run != 0) & (run.abs() < smallest)
+        nan, posinf, neginf, zeros, subnormal = (int(marks.sum()) for marks in counts)
+        low, high = min(finite, default=None), max(finite, default=None)
+        assert one == Extremes(len(run), nan, posinf, neginf, zeros, subnormal, low, high)
+
+
 def test_no_dtype_is_forgotten() -> None:
     """A dtype without statistics has a reason; every other dtype of the table is tested above."""
     reasons = {code: why_unsupported(TensorInfo("w", code, (2,))) for code in DTYPES}
     assert sorted(code for code, reason in reasons.items() if not reason and has_dtype(code)) == sorted(SUPPORTED)
-    assert reasons["F6_E2M3"] == "torch has no arithmetic for F6_E2M3"
+    assert reasons["F6_E2M3"] == "ckptkit has no arithmetic for F6_E2M3"
     assert why_unsupported(TensorInfo("w", "F4", (3,)))
     for kind in ("sparse", "quantized", "meta", "subclass"):
         assert why_unsupported(TensorInfo("w", "F32", (2,), kind=kind)) == f"{kind} tensor"

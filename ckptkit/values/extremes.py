@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ckptkit.values.arrays import array_of, bits_of
+from ckptkit.values.float_formats import FLOAT_FORMATS, FloatFormat
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["FLOAT_FORMATS", "INTEGERS", "Extremes", "FloatFormat", "extremes_of", "merge_extremes"]
+__all__ = ["INTEGERS", "Extremes", "extremes_of", "merge_extremes"]
 
 
 @dataclass(frozen=True)
@@ -84,27 +85,6 @@ def merge_extremes(parts: Iterable[Extremes]) -> Extremes:
     )
 
 
-class FloatFormat(NamedTuple):
-    """The bits of a floating-point dtype: a sign, an exponent and a mantissa."""
-
-    mantissa: int  # bits
-    largest: int  # the bits of the largest finite number
-    has_infinity: bool = True  # its bits follow those of the largest finite number; the bits of NaN follow
-
-    @property
-    def nan_above(self) -> int:
-        """The bits of every NaN, without the sign, are above these."""
-        return self.largest + self.has_infinity
-
-
-FLOAT_FORMATS: Final = {
-    "F64": FloatFormat(52, 0x7FEF_FFFF_FFFF_FFFF),
-    "F32": FloatFormat(23, 0x7F7F_FFFF),
-    "F16": FloatFormat(10, 0x7BFF),
-    "BF16": FloatFormat(7, 0x7F7F),
-    "F8_E5M2": FloatFormat(2, 0x7B),
-    "F8_E4M3": FloatFormat(3, 0x7E, has_infinity=False),
-}
 INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
@@ -139,7 +119,7 @@ def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int])
     import numpy as np
 
     layout = FLOAT_FORMATS[code]
-    sign = 1 << 8 * bits.itemsize - 1
+    sign = layout.sign
     signed = bits.view(f"i{bits.itemsize}")
     top = np.maximum.reduceat(signed, starts)  # negative if all numbers have the sign bit
     bottom = np.maximum.reduceat(bits, starts)  # below ``sign`` if no number has the sign bit
@@ -150,7 +130,8 @@ def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int])
     zeros = subnormal = [0] * len(starts)
     if (np.minimum(least & (sign - 1), most & (sign - 1)) >> layout.mantissa == 0).any():
         zeros, subnormal = _count_small(bits, layout, workers, starts)
-    if (top > layout.largest).any() or (bottom > sign + layout.largest).any():
+    has_nan = not layout.has_negative_zero and (most == sign).any()
+    if has_nan or (top > layout.largest).any() or (bottom > sign + layout.largest).any():
         return [
             _of_run(bits[start : start + count], code, zero, small)
             for start, count, zero, small in zip(starts, counts, zeros, subnormal, strict=True)
@@ -172,7 +153,8 @@ def _count_small(
 
     nothing = [0] * len(starts)
     twice = np.add(bits, bits, out=workers.buffer("twice", bits.dtype, len(bits)))  # without the sign
-    zeros = [len(bits) - int(np.count_nonzero(twice))] if len(starts) == 1 else _count(twice == 0, starts)
+    sizes = twice if layout.has_negative_zero else bits
+    zeros = [len(bits) - int(np.count_nonzero(sizes))] if len(starts) == 1 else _count(sizes == 0, starts)
     below = np.subtract(twice, bits.dtype.type(2), out=twice)  # the largest of all integers for a zero
     end = (2 << layout.mantissa) - 2
     return zeros, _count(below < end, starts) if below.min() < end else nothing
@@ -183,15 +165,16 @@ def _of_run(bits: _Array, code: str, zeros: int, subnormal: int) -> Extremes:
     import numpy as np
 
     layout = FLOAT_FORMATS[code]
-    sign = 1 << 8 * bits.itemsize - 1
+    sign = layout.sign
     magnitude = bits & bits.dtype.type(sign - 1)
     is_negative = bits >= sign
-    nan = int(np.count_nonzero(magnitude > layout.nan_above))
+    is_nan = magnitude > layout.nan_above if layout.has_negative_zero else bits == sign
+    nan = int(np.count_nonzero(is_nan))
     posinf = neginf = 0
     if layout.has_infinity:
         posinf = int(np.count_nonzero(bits == layout.nan_above))
         neginf = int(np.count_nonzero(bits == sign + layout.nan_above))
-    is_finite = magnitude <= layout.largest
+    is_finite = ~is_nan & (magnitude <= layout.largest)
     # The bits in the order of the numbers: those of negative numbers run backwards.
     ordered = np.where(is_negative, ~bits, bits | bits.dtype.type(sign))
     low = high = None

@@ -11,7 +11,8 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.values.arrays import array_of, real_code
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
 from ckptkit.values.exponents import count_bytes, present
-from ckptkit.values.extremes import FLOAT_FORMATS, INTEGERS, Extremes, extremes_of, merge_extremes
+from ckptkit.values.extremes import INTEGERS, Extremes, extremes_of, merge_extremes
+from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
 from ckptkit.values.workers import Workers
 
@@ -127,7 +128,7 @@ def why_unsupported(info: TensorInfo) -> str:
         return f"{info.kind} tensor"
     if info.dtype == "F4" and info.elements % 2:
         return "an odd number of F4 elements, which are stored two to a byte"
-    return "" if real_code(info.dtype) in _SUPPORTED else f"torch has no arithmetic for {info.dtype}"
+    return "" if real_code(info.dtype) in _SUPPORTED else f"ckptkit has no arithmetic for {info.dtype}"
 
 
 def parts_of(

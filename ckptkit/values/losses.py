@@ -10,6 +10,7 @@ from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.values.arrays import bits_dtype, real_code
 from ckptkit.values.casting import cast_bytes, dtype_of
+from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
@@ -50,28 +51,7 @@ class Losses(NamedTuple):
         )
 
 
-class _Form(NamedTuple):
-    """The bits of a floating-point dtype: those without the sign, and the first of inf and NaN among them.
-
-    ``only`` is the one NaN of a dtype without inf and -0.
-    """
-
-    magnitude: int
-    not_finite: int
-    only: int | None = None
-
-
-_FORMS = {
-    "F64": _Form(0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "F32": _Form(0x7FFFFFFF, 0x7F800000),
-    "BF16": _Form(0x7FFF, 0x7F80),
-    "F16": _Form(0x7FFF, 0x7C00),
-    "F8_E5M2": _Form(0x7F, 0x7C),
-    "F8_E4M3": _Form(0x7F, 0x7F),
-    "F8_E4M3FNUZ": _Form(0xFF, 0x80, only=0x80),
-    "F8_E5M2FNUZ": _Form(0xFF, 0x80, only=0x80),
-}
-_E4M3_LARGEST, _E4M3_LIMIT = 0x7E, 464.0  # the bits of 448; numbers up to 464 are rounded to it
+_E4M3_LIMIT = 464.0  # numbers up to here are rounded to 448, the largest
 
 
 @functools.cache
@@ -137,7 +117,7 @@ def count_losses(data: memoryview, made: memoryview, found: str, out: str, worke
     if len(before) > len(after):
         before = np.ascontiguousarray(before[::2])
     parts = len(after) * DTYPES[found].bits // 8 // len(data)
-    if parts == 1 and old in _FORMS and new in _FORMS:
+    if parts == 1 and old in FLOAT_FORMATS and new in FLOAT_FORMATS:
         return _count_floats(before, after, old, new, workers)
     with np.errstate(all="ignore"):
         return _count_others(before, after, (old, new, parts), workers)
@@ -147,23 +127,23 @@ def _count_floats(before: Array, after: Array, old: str, new: str, workers: Work
     """Count without a look at single values where the bits after the cast show that none was lost."""
     import numpy as np
 
-    form = _FORMS[new]
+    layout = FLOAT_FORMATS[new]
     sizes = workers.buffer("sizes", after.dtype, len(after))
-    np.bitwise_and(after, form.magnitude, out=sizes)
-    limit = _E4M3_LARGEST if new == "F8_E4M3" else form.not_finite
-    if sizes.min() and not _has(sizes, limit, form.only):
+    np.bitwise_and(after, layout.size_bits, out=sizes)
+    limit = layout.largest + (new != "F8_E4M3")  # newer versions of torch give 448 in place of inf
+    only = None if layout.has_negative_zero else layout.sign
+    if sizes.min() and not _has(sizes, limit, only):
         return Losses()
     marks = workers.buffer("marks", np.bool_, len(after))
     zeros = int(np.count_nonzero(np.equal(sizes, 0, out=marks)))
-    suspects = np.flatnonzero(_from(sizes, limit, form.only, marks))
+    suspects = np.flatnonzero(_from(sizes, limit, only, marks))
     lost = _values(before[suspects], old, workers) if len(suspects) else np.empty(0)
     if len(lost):
-        # Newer versions of torch give 448 in place of inf too, and older ones NaN.
-        is_largest = sizes[suspects] == _E4M3_LARGEST if new == "F8_E4M3" else False
+        is_largest = sizes[suspects] == layout.largest if new == "F8_E4M3" else False
         lost = lost[np.where(is_largest, np.abs(lost) > _E4M3_LIMIT, np.isfinite(lost))]
     if zeros:
         old_sizes = workers.buffer("old sizes", before.dtype, len(before))
-        np.bitwise_and(before, _FORMS[old].magnitude, out=old_sizes)
+        np.bitwise_and(before, FLOAT_FORMATS[old].size_bits, out=old_sizes)
         zeros -= int(np.count_nonzero(np.equal(old_sizes, 0, out=marks)))
     return _with_overflow(lost, zeros, 0, len(lost))
 
