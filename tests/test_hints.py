@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,9 +15,10 @@ from ckptkit import run_checks
 from ckptkit.cli.common.hints import hint_for_command
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, hint_for_python, message_for_python
-from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_cli import run_ckpt
 from tests.helpers_hint_following import Follower
 from tests.helpers_hint_situations import SITUATIONS, TEN, Situation, save
+from tests.helpers_hint_sources import PLACES, SOURCES, covers, read_source
 from tests.helpers_hints import FOREIGN, all_options, commands_in, problems_of_hint
 
 _LONG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -31,56 +30,11 @@ def test_each_way_out_works(situation: Situation, tmp_path: Path, capsys: pytest
     Follower(situation, tmp_path, capsys).run()
 
 
-class _Source(NamedTuple):
-    """The texts of a source, with ``XX`` for what is filled in and without docstrings; and the hints of its errors."""
-
-    texts: tuple[str, ...]
-    hints_without_call: tuple[str, ...]
-
-
-@cache
-def _read(path: Path) -> _Source:
-    texts: list[str] = []
-    hints: list[str] = []
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.JoinedStr | ast.Constant):
-            texts += [_text(node)] if isinstance(node, ast.JoinedStr) or isinstance(node.value, str) else []
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        if isinstance(node, ast.JoinedStr):  # the texts around its values are read already
-            waiting += [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
-            continue
-        if isinstance(node, ast.Call):
-            words = {word.arg: word.value for word in node.keywords}
-            hints += [_text(words["hint"])] if "hint" in words and "call" not in words else []
-        waiting += [] if isinstance(node, ast.Name) else ast.iter_child_nodes(node)
-    return _Source(tuple(texts), tuple(hints))
-
-
-def _text(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(_text, node.values))
-    if isinstance(node, ast.FormattedValue):
-        return _text(node.value) if isinstance(node.value, ast.Call) else "XX"
-    if isinstance(node, ast.IfExp):
-        return f"{_text(node.body)} {_text(node.orelse)}"
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "drop_options":
-        return "--drop XX"
-    return "XX"
-
-
-SOURCES = sorted((ROOT / "ckptkit").rglob("*.py"))
-
-
 def test_every_option_and_command_in_the_sources_exists() -> None:
     """No text names an option that no command has, or a command with options that it does not have."""
     known = all_options() | FOREIGN
     for path in SOURCES:
-        for text in _read(path).texts:
+        for text in read_source(path).texts:
             unknown = [name for name in _LONG.findall(text) if name not in known] if "--" in text else []
             assert unknown == [], (path, text)
             if " ckpt " in f" {text}" and "cli" not in path.parts:
@@ -91,7 +45,7 @@ def test_every_option_and_command_in_the_sources_exists() -> None:
 def test_errors_speak_python() -> None:
     """The text of every error names no option and no command: what hints name has a spelling in Python."""
     for path in SOURCES:
-        for hint in () if "cli" in path.parts else _read(path).hints_without_call:
+        for hint in () if "cli" in path.parts else read_source(path).hints_without_call:
             text = str(CkptkitError("refused", hint=hint))
             left = [name for name in _LONG.findall(text) if name not in FOREIGN]
             assert (left, commands_in(text)) == ([], []), (path, text)
@@ -142,9 +96,9 @@ NOT_FOLLOWED: dict[str, str] = {
 def _told() -> Iterator[str]:
     """Yield every text of the package that names a command or an option, after its file."""
     for path in SOURCES:
-        place = path.relative_to(ROOT / "ckptkit")
+        place = PLACES[path]
         if place.parts[0] != "cli":
-            for text in _read(path).texts:
+            for text in read_source(path).texts:
                 if " " in text and ("--" in text or "ckpt " in text) and (_options(text) or " ckpt " in f" {text}"):
                     yield f"{place}: {text}"
 
@@ -153,17 +107,12 @@ def test_every_hint_is_followed() -> None:
     """Each text that names a command or an option is in a situation, or in the list of those that are not hints."""
     told = list(_told())
     parts = [*(part for situation in SITUATIONS for part in situation.hints), *NOT_FOLLOWED]
-    assert [part for part in parts if not any(_covers(part, text) for text in told)] == []
-    assert [text for text in told if not any(_covers(part, text) for part in parts)] == []
+    assert [part for part in parts if not any(covers(part, text) for text in told)] == []
+    assert [text for text in told if not any(covers(part, text) for part in parts)] == []
 
 
 def _options(text: str) -> list[str]:
     return [name for name in _LONG.findall(text) if name not in FOREIGN]
-
-
-def _covers(part: str, text: str) -> bool:
-    file, _, words = part.partition(": ")
-    return text.startswith(f"{file}: ") and words in text
 
 
 SPELLINGS = {
@@ -246,7 +195,7 @@ def test_messages_name_options_on_the_command_line() -> None:
     names = "|".join(sorted(name.removeprefix("--").replace("-", "_") for name in all_options()))
     spelled = re.compile(rf"(?<![\w.\"'{{-])({names}) = ")
     for path in SOURCES:
-        for text in _read(path).texts:
+        for text in read_source(path).texts:
             found = set(spelled.findall(text)) - (_FIELDS if path.name in _FIELD_FILES else set())
             assert found == set(), (path, text)
 

@@ -74,11 +74,13 @@ def test_each_rank_gets_its_part(
 
 
 def test_assign_refuses_shards() -> None:
-    """It would put a whole tensor where a shard was."""
+    """It would put a whole tensor where a shard was; memory that is given first is filled, as the hint says."""
     with rank_of(0, 2):
-        model = holder(sharded(torch.zeros(SHAPE), (2,), (Shard(0),)))
-        with pytest.raises(ModelError, match="'w' is a DTensor"):
-            load_into(model, {"w": torch.ones(SHAPE)}, assign=True)
+        model: Any = holder(sharded(torch.zeros(SHAPE), (2,), (Shard(0),))).to("meta")
+        with pytest.raises(ModelError, match=r"'w' is a DTensor.*call model\.to_empty\(device=\.\.\.\), and load"):
+            load_into(model, {"w": torch.ones(SHAPE), "kept": torch.ones(2)}, assign=True)
+        load_into(model.to_empty(device="cpu"), {"w": torch.ones(SHAPE), "kept": torch.ones(2)})
+        assert model.w.to_local().eq(1).all()
 
 
 def test_a_kept_shard_keeps_its_values() -> None:
