@@ -51,13 +51,13 @@ class Producer:
 
         Raises ``PlanError`` where the step does not fit the inputs.
         """
-        found = self._describe(step)
+        found = describe_step(step, self.roles)
         if step.recipe is not None:
             return ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         if found.dtype == step.out.dtype:
             return payload
-        return self._cast(payload, found, step.out)
+        return self._cast(payload, TensorInfo(step.out.key, found.dtype, found.shape), step.out)
 
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.

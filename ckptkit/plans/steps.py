@@ -118,6 +118,8 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     """
     found = describe_step(step, roles)
     casts = step.out.dtype != found.dtype
+    if step.recipe is None and not casts and step.is_copy and step.operation == "copy":
+        return _in_place(step, found)
     operation, is_cast = _operation(step.recipe, casts=casts), _ends_with_cast(step.recipe, casts=casts)
     placed = _in_place(step, found)
     if (operation, is_cast) == (placed.operation, placed.is_cast):
@@ -133,6 +135,10 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     the tensors.
     """
     out, sources = step.out, step.sources
+    first = _find(sources[0], roles)
+    is_plain = step.recipe is None and not step.equals and not roles[sources[0].role].ambiguous
+    if is_plain and (first.dtype, first.shape, first.kind) == (out.dtype, out.shape, "dense"):
+        return first  # most steps are such copies, and are described before and while the output is written
     infos = [_find(source, roles) for source in sources]
     for source in sources:
         if source.key == out.key and roles[source.role].ambiguous:

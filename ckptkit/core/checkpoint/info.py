@@ -85,7 +85,7 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Return the size of the elements in bytes, stored contiguously."""
         dtype = DTYPES.get(self.dtype)
-        return self.stored_bytes if dtype is None else (self.elements * dtype.bits + 7) // 8
+        return self.stored_bytes if dtype is None else (math.prod(self.shape) * dtype.bits + 7) // 8
 
     def __str__(self) -> str:
         """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
