@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ckptkit.core.gc_pause import pause_gc
 from tests.helpers_cli import ROOT
 
 __all__ = ["PLACES", "SOURCES", "Source", "covers", "read_source"]
@@ -31,7 +32,8 @@ def read_source(path: Path) -> Source:
     texts: list[str] = []
     hints: list[str] = []
     alone: list[str] = []
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    with pause_gc():  # the nodes of a tree are many, and none of them is garbage yet
+        waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.JoinedStr | ast.Constant):

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import tests.helpers_hint_optim  # noqa: F401 - it adds its situations
-from ckptkit import run_checks
+from ckptkit import preflight, run_checks
 from ckptkit.cli.common.hints import hint_for_command
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, hint_for_python, message_for_python
+from fixtures.lenet import build
 from tests.helpers_cli import run_ckpt
 from tests.helpers_hint_following import Follower
 from tests.helpers_hint_situations import SITUATIONS, TEN, Situation, save
@@ -220,3 +221,8 @@ def test_findings_speak_to_their_reader(tmp_path: Path, capsys: pytest.CaptureFi
     report = str(run_checks(tmp_path / "a.pt", like=TEN))
     assert ("no key matches; ckpt align " in run.out, "suggest_rules" in run.out) == (True, False)
     assert ("no key matches; suggest_rules(" in report, "ckpt align" in report) == (True, False)
+    printed = [str(finding) for finding in run_checks(tmp_path / "a.pt", like=TEN).findings]
+    assert [line for line in printed if "no key matches; suggest_rules(" in line]
+    finding = preflight(build(num_classes=10), init=TEN, fresh="fc3.*").findings[0]
+    assert "must stay at init by --fresh 'fc3.*'" in finding.message
+    assert str(finding).startswith("error: 'fc3.weight', 'fc3.bias' must stay at init by fresh='fc3.*', but init has ")

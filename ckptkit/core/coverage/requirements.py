@@ -35,7 +35,7 @@ class Requirements:
 class Unmet:
     """A requirement that is not met: the requirement, a sentence about it, and the keys that would not be filled.
 
-    ``requirement`` is ``"require"`` or ``"min_coverage"``.
+    ``requirement`` is ``"require"`` or ``"min_coverage"``. The sentence names the options of ``ckpt``.
     """
 
     requirement: str

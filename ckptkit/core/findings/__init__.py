@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, hint_for_python, message_for_python, one_line
 
 __all__ = ["Code", "Finding", "ReaderWarning", "Report", "Severity", "codes_in"]
 
@@ -19,7 +19,9 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding of a check.
+    """One finding of a check; printed, it names the arguments and functions of Python.
+
+    ``message`` and ``hint`` are those of ``--json``: they name the options of ``ckpt``.
 
     Attributes:
         code: The stable name of the kind of finding; docs/codes.md lists the codes.
@@ -43,6 +45,11 @@ class Finding:
     message: str
     hint: str = ""
     keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def __str__(self) -> str:
+        """Return the severity, the message and the hint on one line, with the words of Python."""
+        hint = f" ({hint_for_python(self.hint)})" if self.hint else ""
+        return one_line(f"{self.severity}: {message_for_python(self.message)}{hint}")
 
 
 @dataclass(frozen=True, slots=True)
