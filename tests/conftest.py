@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 from hypothesis import HealthCheck, settings
@@ -17,3 +18,11 @@ os.environ.pop("COLUMNS", None)
 from tests.features import accept_names  # noqa: E402
 
 accept_names()
+
+gc.disable()  # while ten thousand tests are collected, which are no garbage: it took a third of that time
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but never look at the tests and the modules for it."""
+    gc.freeze()
+    gc.enable()

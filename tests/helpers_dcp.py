@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.wrappers.envelopes import Selection
 from tests.features import Replicate, Shard, distribute_tensor, has_module
+from tests.helpers_cli import ROOT
 
 Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 
@@ -137,7 +140,8 @@ def full_tensors() -> dict[str, torch.Tensor]:
 
 def save_by_ranks(directory: Path) -> None:
     """Write ``full_tensors`` from two processes: ``dcp`` in the form of DCP, ``safetensors`` in its other form."""
-    spawn(_rank, (str(directory),), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    # A process without threads, so that the ranks can be copies of it, and torch is loaded once.
+    subprocess.run([sys.executable, "-m", "tests.helpers_dcp", str(directory)], cwd=ROOT, check=True)
 
 
 def _rank(rank: int, directory: str) -> None:
@@ -159,3 +163,7 @@ def _rank(rank: int, directory: str) -> None:
         )
         save_distributed(dict(state), storage_writer=writer)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    start_processes(_rank, (sys.argv[1],), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]

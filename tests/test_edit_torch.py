@@ -594,7 +594,7 @@ def trees(draw: st.DrawFn) -> Any:
     return made
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(trees(), st.booleans(), st.sampled_from(("same", "rename", "drop", "cast")), st.sampled_from((2, 4)))
 def test_any_tree_is_kept(tree: Any, front: bool, change: str, protocol: int) -> None:
     """Nested, shared and cyclic values beside the weights are unchanged, and still refer to the weights."""

@@ -367,7 +367,7 @@ def test_copying_bytes_needs_no_torch(source: str, out: str, tmp_path: Path) -> 
     """Renaming, converting and sharding contiguous tensors do not import torch."""
     saved(tmp_path / source)
     code = (
-        "import sys; from ckptkit import *\n"
+        "import sys; from ckptkit import choose_output, execute, open_checkpoint, plan_remap\n"
         f"c = open_checkpoint({str(tmp_path / source)!r})\n"
         f"o = choose_output({str(tmp_path / out)!r}, max_shard_size={20 if out == 'out' else None})\n"
         "execute(plan_remap(c, ['a.*=c.*']), c, o)\n"

@@ -31,27 +31,38 @@ def test_a_code_is_declared_once() -> None:
     assert [name for name, number in codes.items() if number > 1] == []
 
 
-@pytest.mark.parametrize("module", code_tables())
-def test_every_declared_code_is_used(module: str) -> None:
+def test_every_declared_code_is_used() -> None:
     """The list of codes has no code that the package never reports."""
-    names = {name for name, value in vars(import_module(module)).items() if isinstance(value, Code)}
-    assert names - used_names() == set()
+    used = used_names()
+    unused = {
+        f"{module}.{name}"
+        for module in code_tables()
+        for name, value in vars(import_module(module)).items()
+        if isinstance(value, Code) and name not in used
+    }
+    assert unused == set()
 
 
 @cache
+def nodes() -> dict[str, list[ast.AST]]:
+    """Return the nodes of each module of the package."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    return {path.relative_to(PACKAGE).as_posix(): list(ast.walk(tree)) for path, tree in trees.items()}
+
+
 def used_names() -> set[str]:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py") if path.name != "codes.py"]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return used | {node.id for node in nodes if isinstance(node, ast.Name)}
+    here = [node for path, found in nodes().items() if not path.endswith("codes.py") for node in found]
+    return {node.attr for node in here if isinstance(node, ast.Attribute)} | {
+        node.id for node in here if isinstance(node, ast.Name)
+    }
 
 
 def test_findings_are_made_from_codes() -> None:
     """No finding has a code that is not in the lists: only ``Code.finding`` calls ``Finding``."""
     callers = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        path
+        for path, found in nodes().items()
+        for node in found
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding"
     }
     assert callers == {"core/findings/__init__.py"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -35,32 +35,31 @@ class Detector(nn.Module):
 """
 
 SAVE = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import detector
+import detector, torch
 torch.manual_seed(0)
 model = detector.Detector()
-torch.save(model.state_dict(), sys.argv[1] + "/state.pt")
-new = sys.argv[2] == "zip"
-torch.save(model, sys.argv[1] + "/model.pt", _use_new_zipfile_serialization=new)
-torch.save({"epoch": 3, "model": None, "ema": model}, sys.argv[1] + "/trainer.pt", _use_new_zipfile_serialization=new)
+torch.save(model.state_dict(), directory + "/state.pt")
+torch.save(model, directory + "/model.pt", _use_new_zipfile_serialization=new)
+torch.save({"epoch": 3, "model": None, "ema": model}, directory + "/trainer.pt", _use_new_zipfile_serialization=new)
 half = model.half()
-torch.save(half.state_dict(), sys.argv[1] + "/half.pt")
+torch.save(half.state_dict(), directory + "/half.pt")
 args = {"task": "detect", "imgsz": 640, "lr0": 0.01, "model": "detector.yaml"}
 best = {"epoch": -1, "best_fitness": None, "model": half, "ema": None, "updates": None, "optimizer": None,
         "train_args": args, "train_metrics": {"fitness": 0.5}, "date": "2026-01-01", "version": "8.4.0"}
-torch.save(best, sys.argv[1] + "/best.pt", _use_new_zipfile_serialization=new)
+torch.save(best, directory + "/best.pt", _use_new_zipfile_serialization=new)
 """
 
 
 @pytest.fixture(scope="module", params=["zip", "legacy"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a pickled model, whose classes only the saving process could import."""
+    """Return a directory with a pickled model, whose classes could be imported only while it was saved."""
     directory = tmp_path_factory.mktemp("saved")
     (directory / "detector.py").write_text(SOURCE, encoding="utf-8")
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SAVE, directory, request.param], check=True, capture_output=True
-    )
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.syspath_prepend(directory)
+        exec(SAVE, {"directory": str(directory), "new": request.param == "zip"})  # noqa: S102 - the text above
+        del sys.modules["detector"]
     return directory
 
 
