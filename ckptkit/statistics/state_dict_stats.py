@@ -140,7 +140,9 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
         raise RuleError(f"an operation would compute {computed}", hint=hint)
     first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in key_map.renamed) for key in group[1:]}
     quantized = quantized_weights(found)
-    reasons = {key: why_unsupported(found[key]) or _why_not_numbers(key, quantized) for key in key_map.renamed}
+    reasons = {key: why_unsupported(found[key]) for key in key_map.renamed}
+    if quantized:
+        reasons = {key: why or _why_not_numbers(key, quantized) for key, why in reasons.items()}
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
     with Workers() as workers, pause_gc():
         numbers = measure_values(found, measured, workers, progress or (lambda _: None))

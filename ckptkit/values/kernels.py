@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from ckptkit.core.checkpoint.info import TensorInfo
@@ -143,14 +144,22 @@ def parts_of(
         by_code.setdefault(span.item.code, []).append(index)
     found: dict[int, _Part] = {}
     for code, indices in by_code.items():
-        starts, at, chunks = [], 0, []
+        starts, at, ranges = [], 0, []
         for index in indices:
             _, start, stop, width = spans[index]
             starts.append(at // width)
             at += stop - start
-            chunks.append(data[start:stop])
-        found |= zip(indices, kernel.parts(memoryview(b"".join(chunks)), code, workers, starts), strict=True)
+            ranges.append((start, stop))
+        found |= zip(indices, kernel.parts(_joined(data, ranges), code, workers, starts), strict=True)
     return [found[index] for index in range(len(spans))]
+
+
+def _joined(data: memoryview, ranges: Sequence[tuple[int, int]]) -> memoryview:
+    """Return the bytes of all ranges, without a copy if each begins where the one before it ends."""
+    first, last = ranges[0], ranges[-1]
+    if all(left[1] == right[0] for left, right in pairwise(ranges)):
+        return data[first[0] : last[1]]
+    return memoryview(b"".join([data[start:stop] for start, stop in ranges]))
 
 
 def computed(
