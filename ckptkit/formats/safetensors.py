@@ -65,17 +65,15 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     with pause_gc():
         header = parse_json(data, "the header")
         metadata = _metadata(header.pop(METADATA, None))
-        infos, offsets, warnings = _entries(header)
-        _check_tiling(offsets, file.size - 8 - size)
+        infos, begins, warnings = _entries(header, file.size - 8 - size)
         del header  # before the garbage collector looks at it
     base = 8 + size
 
     def payload(info: TensorInfo) -> Payload:
-        begin, end = offsets[info.key]
-        return Extent(file, base + begin, end - begin)
+        return Extent(file, base + begins[info.key], infos[info.key].nbytes)
 
     def records() -> Iterator[Record]:
-        for key in sorted(offsets, key=offsets.__getitem__):
+        for key in sorted(begins, key=lambda key: (begins[key], infos[key].nbytes)):
             yield Record(file.path, key, payload(infos[key]), keys=(key,))
 
     return Checkpoint(
@@ -93,9 +91,12 @@ def _metadata(value: object) -> Mapping[str, str]:
     return value
 
 
-def _entries(header: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]], list[str]]:
+def _entries(header: Mapping[str, Any], nbytes: int) -> tuple[dict[str, TensorInfo], dict[str, int], list[str]]:
+    """Return the tensors, where the bytes of each begin, and warnings; all tensors must fill the ``nbytes`` of data."""
     infos: dict[str, TensorInfo] = {}
-    offsets: dict[str, tuple[int, int]] = {}
+    begins: dict[str, int] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most tensors have the shape of another one, and share it
+    reached, is_in_order = 0, True
     with_extra_fields = 0
     for key, entry in header.items():
         try:
@@ -117,11 +118,16 @@ def _entries(header: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str
         if len(entry) != 3:
             with_extra_fields += 1
             _check_extra(key, entry, 0)
-        infos[key] = TensorInfo(key, code, tuple(shape))
-        offsets[key] = (begin, end)
+        sizes = tuple(shape)
+        infos[key] = TensorInfo(key, code, shapes.setdefault(sizes, sizes))
+        begins[key] = begin
+        is_in_order = is_in_order and begin == reached
+        reached = end
+    # Most headers are in the order of the data, and need no sort.
+    _check_end(reached if is_in_order else _end_of_sorted(header), nbytes)
     count = with_extra_fields
     warnings = [f"{plural(count, 'entry', 'entries')} with unknown fields"] if count else []
-    return infos, offsets, warnings
+    return infos, begins, warnings
 
 
 def _check_extra(key: str, value: object, depth: int) -> None:
@@ -161,13 +167,7 @@ def _raise_entry_error(key: str, entry: object) -> NoReturn:
     raise FormatError(f"{name}: {code} {shape} needs {size} bytes, offsets give {span[1] - span[0]}")
 
 
-def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
-    reached = 0
-    for begin, end in offsets.values():
-        if begin != reached:
-            reached = _end_of_sorted(offsets)  # most headers are in the order of the data, and need no sort
-            break
-        reached = end
+def _check_end(reached: int, size: int) -> None:
     if reached > size:
         raise FormatError(
             f"truncated: {reached - size:,} of {reached:,} bytes are missing at the end",
@@ -177,8 +177,9 @@ def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
         raise FormatError(f"not part of a tensor: {plural(size - reached, 'byte')} after the last tensor")
 
 
-def _end_of_sorted(offsets: Mapping[str, tuple[int, int]]) -> int:
+def _end_of_sorted(header: Mapping[str, Any]) -> int:
     reached = 0
+    offsets = {key: entry["data_offsets"] for key, entry in header.items()}
     for key, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
         if begin != reached:
             problem = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
