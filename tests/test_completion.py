@@ -15,22 +15,25 @@ from tests.helpers_cli import ROOT, run_ckpt
 
 TEN, DDP = "fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt"
 MODULES = ["conv1.*", "conv2.*", "fc1.*", "fc2.*", "fc3.*"]
-LINES: Mapping[str, list[str]] = {
+# bash cuts a word at colons and equals signs. The lines are enough to see that words are put together again.
+IN_BASH: Mapping[str, list[str]] = {
     "ckpt conv": ["convert"],
-    "ckpt groups e": ["emit", "explain"],
-    f"ckpt remap {TEN} --keep ": MODULES,
     f"ckpt remap --drop fc1.* {TEN} --keep conv1.": ["conv1.weight", "conv1.bias"],
     f"ckpt show {DDP}::model --drop module.fc": ["module.fc1.*", "module.fc2.*", "module.fc3.*"],
+    f"ckpt diff {TEN} {DDP} --rename module.fc3.bias=fc3.": ["fc3.weight", "fc3.bias"],
+    f"ckpt diff 'py:fixtures.lenet:build(num_classes=4)' {TEN} --keep fc3.b": ["fc3.bias"],
+    "ckpt remap x --rules preset:vit-": ["vit-hf-to-timm", "vit-timm-to-hf"],
+}
+LINES: Mapping[str, list[str]] = {
+    "ckpt groups e": ["emit", "explain"],
+    f"ckpt remap {TEN} --keep ": MODULES,
     f"ckpt merge {TEN} nowhere.pt {DDP} --keep module.fc3.w": ["module.fc3.weight"],
     f"ckpt diff {TEN} {DDP} --rename module.fc3.": ["module.fc3.weight=", "module.fc3.bias="],
-    f"ckpt diff {TEN} {DDP} --rename module.fc3.bias=fc3.": ["fc3.weight", "fc3.bias"],
     f"ckpt preflight --init {TEN} --fresh fc3": ["fc3.*", "fc3.weight", "fc3.bias"],
-    f"ckpt diff 'py:fixtures.lenet:build(num_classes=4)' {TEN} --keep fc3.b": ["fc3.bias"],
     f"ckpt merge {TEN} {DDP} --on-mismatch fc3": ["fc3.*=", "fc3.weight=", "fc3.bias="],
-    f"ckpt merge {TEN} {DDP} --on-mismatch fc3.*=s": ["skip", "slice"],
+    f"ckpt merge {TEN} {DDP} --on-mismatch fc3.*=s": ["fc3.*=skip", "fc3.*=slice"],
     "ckpt show nowhere.pt --keep ": [],
     "ckpt diff py:fixtures.nowhere:build nowhere.pt --keep ": [],
-    "ckpt remap x --rules preset:vit-": ["vit-hf-to-timm", "vit-timm-to-hf"],
     "ckpt preflight --optimizer adam": ["Adam", "AdamW", "Adamax"],
 }
 
@@ -49,8 +52,19 @@ def in_bash(lines: list[str]) -> list[list[str]]:
 
 
 def test_bash_completes() -> None:
-    """bash offers keys of the file on the line, presets and optimizers, also behind the colons and equals of a word."""
-    assert dict(zip(LINES, in_bash(list(LINES)), strict=True)) == LINES
+    """bash offers what belongs behind the colons and equals signs of a word."""
+    assert dict(zip(IN_BASH, in_bash(list(IN_BASH)), strict=True)) == IN_BASH
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_completes(line: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of the file on the line, presets and optimizers are offered, asked as fish asks."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("_CKPT_COMPLETE", "fish_complete")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", line.rpartition(" ")[2])
+    offered = run_ckpt(capfd).out.split("\n")
+    assert [word.partition(",")[2].partition("\t")[0] for word in offered if word] == LINES[line]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
