@@ -27,6 +27,8 @@ VALUES: dict[str, Any] = {
     "repeated strings": ["cat", "dog"] * 900,
     "by name": {f"s{number}": number / 3 for number in range(2100)},
     "by number": {number: str(number) for number in range(2100)},
+    "by large number": {number * 2**40: -number for number in range(2100)},
+    "numbers and texts by place": [value for number in range(300) for value in (number, f"t{number}", 0.5)],
     "mixed": [1, "a", (2, 3), [4] * 1200, {"x": "a"}, 5] * 300,
     "surrogates": ["\ud800", "x"] * 3,
 }
@@ -72,6 +74,11 @@ def test_a_key_that_a_batch_sets_twice_is_known() -> None:
     interpreter = Interpreter({}, {})
     assert parse_pickle(data, interpreter)[0] == {"a": 3, "b": 2}
     assert interpreter.repeated == "a"
+    numbers = b"".join(b"K%cM\x00\x01" % number for number in range(40))
+    interpreter = Interpreter({}, {})
+    again = b"\x80\x02}(" + numbers + b"u(" + numbers.replace(b"\x00\x01", b"\x01\x01") + b"u."
+    assert parse_pickle(again, interpreter)[0] == dict.fromkeys(range(40), 257)
+    assert interpreter.repeated == "0"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +87,10 @@ def test_a_key_that_a_batch_sets_twice_is_known() -> None:
         (b"\x80\x02}(" + b"K\x01" * 41 + b"u.", "a key without a value"),
         (b"\x80\x02](" + b"N" * 40 + b"X\x01\x00\x00\x00\xffe.", "can't decode"),
         (b"\x80\x02}(\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7fK\x01" + b"NN" * 40 + b"u.", "an integer of 63 bits"),
+        (b"\x80\x02}(" + b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7fK\x01" * 40 + b"u.", "an integer of 63 bits"),
         (b"\x80\x02](" + b"N" * 40 + b"K", "has no end"),
     ],
-    ids=["odd", "not text", "long key", "no end"],
+    ids=["odd", "not text", "long key", "long keys", "no end"],
 )
 def test_limits_hold_in_batches(data: bytes, reason: str) -> None:
     with pytest.raises(FormatError, match=reason):

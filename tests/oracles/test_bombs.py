@@ -213,6 +213,21 @@ def test_a_small_pickle_that_builds_much_is_refused(name: str, tmp_path: Path) -
     assert_refused(tmp_path, SMALL_FILES_THAT_BUILD_MUCH[name])
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [{7 * number: number / 3 for number in range(10**6)}, {f"{number:07d}": number / 3 for number in range(10**6)}],
+    ids=["by number", "by name"],
+)
+def test_a_file_with_a_mapping_of_a_million_numbers_can_be_edited(seen: dict[object, float], tmp_path: Path) -> None:
+    """In the memory that every run may use, and torch reads the same mapping afterwards."""
+    torch.save({"model": {"w": torch.ones(2)}, "seen": seen}, tmp_path / "in.pt")
+    ran = run_limited("remap", tmp_path / "in.pt", "--rename", "w=v", "-o", tmp_path / "out.pt")
+    assert ran.code == 0, ran.err
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert found["seen"] == seen
+    assert list(found["model"]) == ["v"]
+
+
 def test_e12_too_many_tensors_are_refused(tmp_path: Path) -> None:
     """The error gives the limit that stopped the reader."""
     (tmp_path / "x.pt").write_bytes(crowd(2_000_000))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,32 +18,53 @@ _LONGEST_TEXT = 63  # bytes
 _WINDOW = 1 << 20  # bytes of a pickle that are looked at for one batch, so that it never builds too much
 _TEXTS = b"|".join(re.escape(struct.pack("<I", size)) + b".{%d}" % size for size in range(_LONGEST_TEXT + 1))
 _LONGS = b"|".join(re.escape(bytes([size])) + b".{%d}" % size for size in range(9))
-# None, True, False, numbers, and strings.
-_ITEM = rb"[N\x88\x89]|K.|M..|J.{4}|G.{8}|\x8a(?:" + _LONGS + rb")|X(?:" + _TEXTS + rb")"
+_NUMBER = rb"[N\x88\x89]|K.|M..|J.{4}|G.{8}|\x8a(?:" + _LONGS + rb")"  # or None, True, False
+_ITEM = _NUMBER + rb"|X(?:" + _TEXTS + rb")"
 _PUT = rb"q.|r.{4}"  # gives the item before it a number in the memo
 _ITEMS: Final = re.compile(rb"(" + _ITEM + rb")(" + _PUT + rb")?", re.DOTALL)
+_ITEMS_ALONE: Final = re.compile(_ITEM, re.DOTALL)
 _BATCH: Final = re.compile(rb"(?:(?:" + _ITEM + rb")(?:" + _PUT + rb")?){%d,}+[eu]" % _FEWEST, re.DOTALL)
+_BATCH_OF_NUMBERS: Final = re.compile(rb"(?:" + _NUMBER + rb"){%d,}+[eu]" % _FEWEST, re.DOTALL)
 _NUMBERS: Final = {
     b"J": struct.Struct("<xi"),
     b"G": struct.Struct(">xd"),
     b"M": struct.Struct("<xH"),
     b"K": struct.Struct("<xB"),
 }
+_KIND: Final = operator.itemgetter(0)
+_LONG_PUT: Final = 5  # bytes
 _CONSTANTS: Final = {b"N": None, b"\x88": True, b"\x89": False}
 
 
 class Batch:
-    """The items of one batch, each as its opcode, the PUTs behind them, and the opcode that takes them."""
+    """The items of one batch, each as its opcode, the PUTs behind them, and the opcode that takes them.
 
-    __slots__ = ("end", "items", "opcode", "puts")
+    ``puts`` has an entry for each item, or none at all where the batch has no PUT. ``numbers`` is the number of items
+    that are not strings.
+    """
 
-    def __init__(self, data: bytes, start: int, end: int) -> None:
+    __slots__ = ("end", "items", "numbers", "opcode", "puts")
+
+    def __init__(self, data: bytes, start: int, end: int, *, only_numbers: bool) -> None:
         """Take the range of a pickle from the first item to the opcode behind the last one."""
         self.end = end
         self.opcode = data[end - 1]
+        self.puts: list[bytes] = []
+        if only_numbers:
+            self.items = items_in(data, start, end - 1)
+            self.numbers = len(self.items)
+            return
         found = _ITEMS.findall(data, start, end - 1)
-        self.items: list[bytes] = [item for item, _ in found]
-        self.puts: list[bytes] = [put for _, put in found]
+        self.items = [item for item, _ in found]
+        puts = [put for _, put in found]
+        self.numbers = len(self.items) - bytes(map(_KIND, self.items)).count(_TEXT)
+        if any(puts):
+            self.puts = puts
+
+    @property
+    def opcodes(self) -> int:
+        """Number of opcodes: one for each item, and one for each PUT."""
+        return len(self.items) + len(self.puts) - self.puts.count(b"")
 
     def values(self) -> list[object]:
         """Return the values of the items. Raises ``UnicodeDecodeError`` for bytes that are not text."""
@@ -54,20 +77,27 @@ class Batch:
 
     def has_counted_puts(self, first: int) -> bool:
         """Return whether exactly the strings have numbers in the memo, which count from ``first``."""
-        puts = [int.from_bytes(put[1:], "little") for put in self.puts if put]
-        texts = [bool(put) for put in self.puts] == [item[0] == _TEXT for item in self.items]
-        return texts and puts == list(range(first, first + len(puts)))
+        if list(map(bool, self.puts)) != list(map(_TEXT.__eq__, map(_KIND, self.items))):
+            return False
+        puts, count = b"".join(self.puts), len(self.puts) - self.puts.count(b"")
+        if len(puts) == _LONG_PUT * count and puts[::_LONG_PUT] == b"r" * count:
+            numbers = struct.unpack("<" + "xI" * count, puts)
+        else:
+            numbers = tuple(int.from_bytes(put[1:], "little") for put in self.puts if put)
+        return numbers == tuple(range(first, first + count))
 
 
 def find_batch(data: bytes, start: int) -> Batch | None:
     """Return the batch that begins at byte ``start``, or None for a short one and one with other items."""
-    found = _BATCH.match(data, start, start + _WINDOW)
-    return None if found is None else Batch(data, start, found.end())
+    found = _BATCH_OF_NUMBERS.match(data, start, start + _WINDOW)
+    only_numbers = found is not None
+    found = found or _BATCH.match(data, start, start + _WINDOW)
+    return None if found is None else Batch(data, start, found.end(), only_numbers=only_numbers)
 
 
-def items_in(opcodes: bytes) -> list[bytes]:
+def items_in(opcodes: bytes, start: int = 0, end: int = sys.maxsize) -> list[bytes]:
     """Return the opcode of each item of opcodes without a PUT."""
-    return [item for item, _ in _ITEMS.findall(opcodes)]
+    return _ITEMS_ALONE.findall(opcodes, start, end)
 
 
 def is_text(item: bytes) -> bool:
@@ -76,8 +106,10 @@ def is_text(item: bytes) -> bool:
 
 
 def _values_of(items: Sequence[bytes]) -> list[object]:
-    kinds = {item[:1] for item in items}
-    layout = _NUMBERS.get(next(iter(kinds))) if len(kinds) == 1 else None
+    kinds = set(map(_KIND, items))
+    if kinds == {_TEXT}:
+        return [item[5:].decode("utf-8", "surrogatepass") for item in items]
+    layout = _NUMBERS.get(items[0][:1]) if len(kinds) == 1 else None
     if layout is not None:
         return [value for (value,) in layout.iter_unpack(b"".join(items))]
     return [item[5:].decode("utf-8", "surrogatepass") if item[0] == _TEXT else _number(item) for item in items]

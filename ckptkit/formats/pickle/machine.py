@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, overload
 
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.batches import APPENDS, find_batch
-from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, check_key
+from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, are_good_keys, check_key
 
 __all__ = [
     "MARK",
@@ -35,10 +37,12 @@ _MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide
 _LONGEST_TUPLE_KEY = 64
 _BUDGET_PER_BYTE = 4
 _FEWEST_KEPT = 1 << 16  # shorter byte strings are read
-# What one pickle may build; a million numbers need much less. A tensor takes up to 42 opcodes and 13 objects, so a
-# pickle may build more where it names storages: 140,000 tensors need up to two thirds of what is then allowed.
+# What one pickle may build; a mapping of a million numbers by number or by name needs less. A tensor takes up to 42
+# opcodes and 13 objects, so a pickle may build more where it names storages: 140,000 tensors need up to two thirds of
+# what is then allowed.
 _MOST_OPCODES, _OPCODES_PER_STORAGE = 8_000_000, 14
 _MOST_OBJECTS, _OBJECTS_PER_STORAGE = 1_600_000, 7
+_MOST_HALVES = 1_000_000  # numbers of batches that count as half an object, since they take less memory than others
 _MOST_STORAGES = 130_000  # that are counted for it
 _MOST_REFERENCES = 2_500_000  # on the stack and in the memo
 _MOST_ITEMS = 10_000_000  # of all lists, sets and mappings, where a mapping counts for more than its items
@@ -114,6 +118,7 @@ class PickleMachine:
         self.memo = Memo()
         self.items_left = _MOST_ITEMS
         self.storages = 0
+        self.batched_numbers = 0
         self.tuple_keys = 0
         self.steps = 0
         self._unchecked = 0  # steps since the last count of what the pickle built
@@ -121,28 +126,33 @@ class PickleMachine:
 
     def run(self, operations: Mapping[int, Operation]) -> tuple[object, int]:
         """Execute opcodes until STOP; return the value and the offset of the next byte."""
-        start, data, find_operation = self.pos, self.data, operations.get
+        start = self.pos
         self._blocks_before = sys.getallocatedblocks()
         try:
-            while True:
-                for _ in range(_CHUNK):
-                    opcode = data[self.pos]
-                    self.pos += 1
-                    if opcode == 0x2E:  # STOP
-                        if not self.stack:
-                            raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}")
-                        return self.pop(), self.pos
-                    operation = find_operation(opcode)
-                    if operation is None:
-                        raise FormatError(f"corrupt pickle: unknown opcode 0x{opcode:02x} at byte {self.pos - 1}")
-                    operation(self)
-                self.count_steps(_CHUNK)
+            with pause_gc():
+                return self._run_all(operations.get)
         except IndexError:
             if self.pos >= self.end:
                 raise TruncatedPickleError(f"the pickle that starts at byte {start} has no end: truncated?") from None
             raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}") from None
         except (ValueError, OverflowError, struct.error) as error:
             raise FormatError(f"corrupt pickle: {printable(str(error))} at byte {self.pos}") from None
+
+    def _run_all(self, find_operation: Callable[[int], Operation | None]) -> tuple[object, int]:
+        data = self.data
+        while True:
+            for _ in range(_CHUNK):
+                opcode = data[self.pos]
+                self.pos += 1
+                if opcode == 0x2E:  # STOP
+                    if not self.stack:
+                        raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}")
+                    return self.pop(), self.pos
+                operation = find_operation(opcode)
+                if operation is None:
+                    raise FormatError(f"corrupt pickle: unknown opcode 0x{opcode:02x} at byte {self.pos - 1}")
+                operation(self)
+            self.count_steps(_CHUNK)
 
     def count_steps(self, count: int) -> None:
         """Count opcodes; raises ``FormatError`` for a pickle that has too many, or that built too much."""
@@ -154,7 +164,8 @@ class PickleMachine:
         self._unchecked = 0
         steps, objects = self.steps, sys.getallocatedblocks() - self._blocks_before
         storages = min(self.storages, _MOST_STORAGES)
-        if objects > _MOST_OBJECTS + _OBJECTS_PER_STORAGE * storages:
+        halves = min(self.batched_numbers, _MOST_HALVES)
+        if objects - halves // 2 > _MOST_OBJECTS + _OBJECTS_PER_STORAGE * storages:
             raise FormatError(_TOO_MUCH.format(_MOST_OBJECTS, "objects"))
         if len(self.stack) + len(self.memo) > _MOST_REFERENCES:
             raise FormatError(_TOO_MUCH.format(_MOST_REFERENCES, "references to objects"))
@@ -237,10 +248,10 @@ class PickleMachine:
         else:
             raise FormatError(f"corrupt pickle: items set on a {type(target).__name__} at byte {self.pos - 1}")
         keys = pairs[::2]
-        if set(map(type, keys)) == {str}:
+        if are_good_keys(keys):
             new = dict(zip(keys, pairs[1::2], strict=True))
-            if len(new) == len(keys) and into.keys().isdisjoint(new):
-                into.update(new)
+            if len(new) == len(keys):
+                self.interpreter.set_items(into, new)
                 return
         for index in range(0, len(pairs), 2):
             self.interpreter.set_item(into, self.checked_key(pairs[index]), pairs[index + 1])
@@ -295,11 +306,15 @@ def _mark(machine: PickleMachine) -> None:
         stack.append(MARK)
         return
     machine.pos = batch.end
-    machine.count_steps(2 * len(batch.items))
+    machine.count_steps(batch.opcodes)
+    machine.batched_numbers += batch.numbers
     values, memo = batch.values(), machine.memo
-    for put, value in zip(batch.puts, values, strict=True):
-        if put:
-            memo.write(int.from_bytes(put[1:], "little"), value)
+    if batch.puts and not memo.others and batch.has_counted_puts(len(memo.counted)):
+        memo.counted += itertools.compress(values, batch.puts)
+    elif batch.puts:
+        for put, value in zip(batch.puts, values, strict=True):
+            if put:
+                memo.write(int.from_bytes(put[1:], "little"), value)
     if batch.opcode == APPENDS:
         machine.put_values(stack[-1], values)
     else:

@@ -222,15 +222,15 @@ def _mark(machine: PickleMachine) -> None:
     if batch is None or not isinstance(target, Node):
         machine.stack.append(MARK)
         return
-    first, has_puts = len(memo.counted), any(batch.puts)
-    if has_puts and (memo.others or not batch.has_counted_puts(first)):
+    first = len(memo.counted)
+    if batch.puts and (memo.others or not batch.has_counted_puts(first)):
         machine.stack.append(MARK)
         return
     run = Run(b"".join(batch.items), len(batch.items), first)
-    if has_puts:
+    if batch.puts:
         memo.counted += [run] * (len(batch.puts) - batch.puts.count(b""))
     machine.pos = batch.end
-    machine.count_steps(2 * run.size)
+    machine.count_steps(batch.opcodes)
     target.add_update(Update(bytes([batch.opcode]), run))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sized
-from typing import Final
+from typing import Final, cast
 
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
@@ -14,6 +14,7 @@ __all__ = [
     "Interpreter",
     "PickledMapping",
     "Placeholder",
+    "are_good_keys",
     "check_key",
     "is_harmless",
     "is_suspicious",
@@ -82,6 +83,15 @@ def check_key(key: object) -> None:
         raise FormatError(f"corrupt pickle: a {type(key).__name__} as dict key")
 
 
+def are_good_keys(keys: Collection[object]) -> bool:
+    """Return whether ``check_key`` accepts all of these keys, where a look at all of them at once can tell."""
+    kinds = set(map(type, keys))
+    if kinds == {int}:
+        numbers = cast("Collection[int]", keys)
+        return min(numbers) > -_LARGEST_KEY and max(numbers) < _LARGEST_KEY
+    return kinds in ({str}, {float})
+
+
 class Interpreter:
     """The functions and constants that a pickle may use: tables by dotted name.
 
@@ -127,6 +137,13 @@ class Interpreter:
         if key in target and self.repeated is None:
             self.repeated = str(key)
         target[key] = value
+
+    def set_items(self, target: dict[object, object], items: Mapping[object, object]) -> None:
+        """Set items with different keys, as ``set_item`` does for each."""
+        before = len(target)
+        target.update(items)
+        if self.repeated is None and len(target) < before + len(items):
+            self.repeated = str(next(key for key in target if key in items))
 
     def lookup(self, module: str, name: str) -> object:
         """Return the constant of this name, or the name itself."""

@@ -50,6 +50,7 @@ from ckptkit.formats.torch.tree import (
     leaves,
     type_name,
     unique_names,
+    without_numbers,
 )
 from ckptkit.wrappers.entries import KnownEntry, describe_entries
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection, describe_averages
@@ -214,12 +215,15 @@ def build_checkpoint(
         has_stored_order = is_contiguous(info) and not tensor.conj and not tensor.neg
         return _span(info, region) if has_stored_order else Strided(region, info, tensor.conj, tensor.neg)
 
+    # The functions below live as long as the checkpoint, and must not keep a million numbers beside the weights.
+    rest, size, list_records = without_numbers(tree) if chosen else None, file.pickle_size, file.records
+
     def records() -> Iterable[Record]:
         keys: dict[str, list[str]] = {}
         for key, tensor in found.tensors.items():
             if tensor.storage is not None:
                 keys.setdefault(tensor.storage.key, []).append(key)
-        return file.records({**_keys_by_storage(tree, file.pickle_size), **keys} if chosen else keys)
+        return list_records({**_keys_by_storage(rest, size), **keys} if chosen else keys)
 
     return Checkpoint(
         infos,
@@ -278,12 +282,12 @@ def _container(
         return None
     if not chosen and all(entry.path == "_metadata" for entry in entries):
         return None
-    storages = file.objects.storages
+    storages, locate = file.objects.storages, file.locate
     return Container(
         chosen,
         paths,
         pickle,
-        storage=lambda key: file.locate(storages[key]),
+        storage=lambda key: locate(storages[key]),
         other_records=file.other_records,
         references=tuple(name for name in file.objects.interpreter.references if not is_weights_only(name)),
         unwritable=file.unwritable or _why_not_edited(file.objects),

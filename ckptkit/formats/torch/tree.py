@@ -32,6 +32,7 @@ __all__ = [
     "leaves",
     "type_name",
     "unique_names",
+    "without_numbers",
 ]
 
 
@@ -281,7 +282,24 @@ def _is_long_list(item: Mapping[object, object] | list[object] | tuple[object, .
     if isinstance(item, Mapping) or len(item) <= _LONGEST_LIST or not isinstance(item[0], int | float | str | None):
         return False
     budget[0] -= len(item)
-    return _SCALARS.issuperset(map(type, item))
+    return _has_only_scalars(item)
+
+
+def without_numbers(tree: object) -> object:
+    """Return a tree with None in the place of each long list or mapping of scalars directly below it."""
+    if not isinstance(tree, Mapping):
+        return tree
+    long = {id(item): item for item in tree.values() if _is_long(item)}  # each once: many keys can share one
+    numbers = {number for number, item in long.items() if _has_only_scalars(item)}
+    return {key: None if id(item) in numbers else item for key, item in tree.items()}
+
+
+def _is_long(item: object) -> TypeGuard[Mapping[object, object] | list[object] | tuple[object, ...]]:
+    return isinstance(item, Mapping | list | tuple) and len(item) > _LONGEST_LIST
+
+
+def _has_only_scalars(item: Mapping[object, object] | list[object] | tuple[object, ...]) -> bool:
+    return _SCALARS.issuperset(map(type, item.values() if isinstance(item, Mapping) else item))
 
 
 def describe_entry(name: str, value: object, budget: list[int]) -> Entry:
@@ -331,7 +349,7 @@ def _summary(value: object, budget: list[int]) -> str:
     if not isinstance(value, Mapping | list | tuple):
         return "not shown"
     tensors = 0
-    if isinstance(value, Mapping) and len(value) <= budget[0] and _SCALARS.issuperset(map(type, value.values())):
+    if isinstance(value, Mapping) and len(value) <= budget[0] and _has_only_scalars(value):
         budget[0] -= len(value)  # as the loop below does, in a tenth of the time
         return plural(len(value), "item")
     try:
