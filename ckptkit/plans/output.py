@@ -110,12 +110,14 @@ def choose_output(
     if max_shard_size is not None:
         output = Output(name, format or "safetensors", _size(max_shard_size, name), force, reflink=reflink)
         if os.path.splitext(name)[1].lower() in _SUFFIXES:
-            raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
+            raise OutputError("shards need a directory", hint="give the output a name without a suffix", path=name)
         return output
     if chosen == "dcp" and os.path.splitext(name)[1].lower() in _SUFFIXES:
-        raise OutputError("a distributed checkpoint is a directory", hint="give -o a name without a suffix", path=name)
+        raise OutputError(
+            "a distributed checkpoint is a directory", hint="give the output a name without a suffix", path=name
+        )
     if chosen is None:
-        hint, call = (f"use {option} {' or '.join(FORMATS)}" for option in ("--format", "format="))
+        hint, call = f"use --format {' or '.join(FORMATS)}", f"use format={' or '.join(map(repr, FORMATS))}"
         if not os.path.splitext(name)[1]:
             file = printable(os.path.join(name, "model.safetensors"))
             ways = f"for a directory of safetensors, or name a file in a directory: {file}"
@@ -134,7 +136,7 @@ def _checked_path(path: object) -> str:
     require_path(path, "path")
     name = os.fsdecode(path)  # type: ignore[arg-type]
     if not name:
-        raise OutputError("the output has no name", hint="give -o a file name")
+        raise OutputError("the output has no name", hint="give the output a file name")
     try:
         is_valid = b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

@@ -184,7 +184,7 @@ class _Extraction:
             if not changed:
                 raise PlanError(
                     "no tensor of the tuned model differs from the base",
-                    hint="BASE is the model before the training, and the other input the model after it",
+                    hint="the first input is the model before the training, and the second is the model after it",
                 )
             raise PlanError(
                 f"{listed(changed, 2)} changed, and LoRA can hold no factors of that",

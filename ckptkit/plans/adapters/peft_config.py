@@ -32,7 +32,11 @@ def adapter_config_target(output: Output) -> Iterator[Target]:
     """
     directory, name = os.path.split(output.path)
     if name != PEFT_WEIGHTS:
-        raise OutputError(f"PEFT looks for {PEFT_WEIGHTS}", hint=f"give -o DIRECTORY/{PEFT_WEIGHTS}", path=output.path)
+        raise OutputError(
+            f"PEFT looks for {PEFT_WEIGHTS}",
+            hint=f"give the output the name DIRECTORY/{PEFT_WEIGHTS}",
+            path=output.path,
+        )
     is_new = False
     with output_errors(directory), contextlib.suppress(FileExistsError, FileNotFoundError):  # prepare_target says more
         os.mkdir(directory)
