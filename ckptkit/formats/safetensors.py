@@ -7,19 +7,20 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import first_line, plural, quoted
 from ckptkit.errors import FormatError, PlanError
-from ckptkit.formats.writing.copying import OffsetWriter, merge_extents
-from ckptkit.formats.writing.reflink import shifted_by
 
+if TYPE_CHECKING:
+    from ckptkit.formats.writing.copying import OffsetWriter
+
+# The functions that write import what only they need: reading a small file takes less time than these imports.
 __all__ = [
     "LARGEST_HEADER",
     "METADATA",
@@ -239,6 +240,8 @@ def share_blocks(layout: SafetensorsLayout, payloads: Mapping[str, Payload], blo
     """
     if not block:
         return layout
+    from ckptkit.formats.writing.reflink import shifted_by
+
     shift = shifted_by([payloads[info.key] for info in layout.infos], block, _ALIGNMENT)
     spaces = (shift - len(layout.header)) % block
     if len(layout.header) - 8 + spaces > LARGEST_HEADER:
@@ -252,6 +255,8 @@ def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
 
     These are dtypes without a safetensors code, packed tensors that the library refuses, and the key ``__metadata__``.
     """
+    from ckptkit.core.patterns import drop_options
+
     for info in infos:
         if info.key == METADATA:
             raise PlanError(f"a tensor is called '{METADATA}', which safetensors reserves", hint="rename it")
@@ -304,6 +309,8 @@ def _aligned(infos: Sequence[TensorInfo]) -> bool:
 
 def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload], out: OffsetWriter) -> Iterator[int]:
     """Write the tensors and the header to ``out``; yield the number of bytes of each step."""
+    from ckptkit.formats.writing.copying import merge_extents
+
     offset = len(layout.header)
     for payload in merge_extents(payloads[info.key] for info in layout.infos):
         yield from out.copy(payload, offset)

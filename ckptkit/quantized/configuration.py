@@ -6,11 +6,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
-from ckptkit.core.patterns import Pattern, parse_pattern
 from ckptkit.errors import CkptkitError
+
+if TYPE_CHECKING:
+    from ckptkit.core.patterns import Pattern
 
 __all__ = ["CONFIGURATION_FILES", "Configuration", "read_configuration"]
 
@@ -94,6 +97,10 @@ def _method(title: str, section: Mapping[str, object]) -> str:
 
 
 def _configuration(methods: frozenset[str], ignored: list[str]) -> Configuration:
+    if not ignored:  # as for most models, which then need no patterns
+        return Configuration(methods)
+    from ckptkit.core.patterns import parse_pattern
+
     modules: set[str] = set()
     patterns: list[Pattern] = []
     is_unclear = False
