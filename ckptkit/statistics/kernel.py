@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["StatsKernel", "StatsPart"]
 
 _BLOCK: Final = 1 << 16  # numbers that are converted at once, to be counted by their exponents
+# The exponent field of the smallest normal number of F16, as F32 counts it; in F32 itself it is 1.
+_FIRST_NORMAL: Final = {"F16": 127 - 14}
 _LIKE_F32: Final = frozenset({"F16", "BF16", "F32"})  # numbers that F32 holds exactly, with their exponents there
 _SHORT: Final = 1 << 12  # numbers
 _NOTHING: Final = Extremes()
@@ -104,7 +106,8 @@ def _sum_of_counts(parts: Sequence[StatsPart]) -> dict[int, int]:
 def _of_long_run(data: memoryview, numbers: _Array, code: str, workers: Workers) -> StatsPart:
     """Return the statistics of ``numbers``, which have the values of ``data``."""
     counts = _exponents(numbers, workers)
-    extremes = extremes_of(data, code, workers)[0]
+    has_small = bool(counts[: _FIRST_NORMAL.get(code, 1)].any())
+    extremes = extremes_of(data, code, workers, has_small=has_small)[0]
     return StatsPart(extremes, moments_of(numbers, extremes, workers), present(counts))
 
 

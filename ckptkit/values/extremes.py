@@ -93,15 +93,17 @@ def extremes_of(
     code: str,
     workers: Workers,
     starts: Sequence[int] = (0,),
+    *,
+    has_small: bool = True,
 ) -> list[Extremes]:
     """Return the counts and extremes of each run of numbers in ``data``.
 
     A run begins at each number of ``starts``, and ends where the next begins; none is empty. ``code`` is one of
-    ``FLOAT_FORMATS`` or ``INTEGERS``.
+    ``FLOAT_FORMATS`` or ``INTEGERS``. ``has_small`` says whether floats can be zeros or subnormal.
     """
     if code in INTEGERS:
         return _of_integers(array_of(data, "U8" if code == "BOOL" else code), starts, is_bool=code == "BOOL")
-    return _of_floats(bits_of(data, code), code, workers, starts)
+    return _of_floats(bits_of(data, code), code, workers, starts, has_small=has_small)
 
 
 def _of_integers(numbers: _Array, starts: Sequence[int], *, is_bool: bool) -> list[Extremes]:
@@ -115,7 +117,7 @@ def _of_integers(numbers: _Array, starts: Sequence[int], *, is_bool: bool) -> li
     return [Extremes(n, 0, 0, 0, z, 0, a, b) for n, z, a, b in zip(counts, zeros, low, high, strict=True)]
 
 
-def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int]) -> list[Extremes]:
+def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int], *, has_small: bool) -> list[Extremes]:
     import numpy as np
 
     layout = FLOAT_FORMATS[code]
@@ -123,20 +125,22 @@ def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int])
     signed = bits.view(f"i{bits.itemsize}")
     top = np.maximum.reduceat(signed, starts)  # negative if all numbers have the sign bit
     bottom = np.maximum.reduceat(bits, starts)  # below ``sign`` if no number has the sign bit
-    # Of the numbers of each sign, those with the smallest magnitudes; those of the other sign if there are none.
-    least = np.minimum.reduceat(bits, starts)
-    most = np.minimum.reduceat(signed, starts).view(bits.dtype)
+    low, high, has_nan = bottom, top.view(bits.dtype), False
     counts = _lengths(len(bits), starts)
     zeros = subnormal = [0] * len(starts)
-    if (np.minimum(least & (sign - 1), most & (sign - 1)) >> layout.mantissa == 0).any():
-        zeros, subnormal = _count_small(bits, layout, workers, starts)
-    has_nan = not layout.has_negative_zero and (most == sign).any()
+    if has_small or (top < 0).any() or (bottom < sign).any():
+        # Of the numbers of each sign, those with the smallest magnitudes; those of the other sign if there are none.
+        least = np.minimum.reduceat(bits, starts)
+        most = np.minimum.reduceat(signed, starts).view(bits.dtype)
+        low, high = np.where(bottom < sign, least, bottom), np.where(top < 0, least, high)
+        has_nan = not layout.has_negative_zero and bool((most == sign).any())
+        if (np.minimum(least & (sign - 1), most & (sign - 1)) >> layout.mantissa == 0).any():
+            zeros, subnormal = _count_small(bits, layout, workers, starts)
     if has_nan or (top > layout.largest).any() or (bottom > sign + layout.largest).any():
         return [
             _of_run(bits[start : start + count], code, zero, small)
             for start, count, zero, small in zip(starts, counts, zeros, subnormal, strict=True)
         ]
-    low, high = np.where(bottom < sign, least, bottom), np.where(top < 0, least, top.view(bits.dtype))
     return [
         Extremes(count, 0, 0, 0, zero, small, smallest, largest)
         for count, zero, small, smallest, largest in zip(
