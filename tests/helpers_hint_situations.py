@@ -274,7 +274,7 @@ def _carry_of_nothing(folder: Path) -> list[str]:
     return ["convert", TEN, "-o", str(folder / "out.pt"), "--carry"]
 
 
-@situation("plans/output.py: --max-shard-size 5GB")
+@situation("plans/output.py: --max-shard-size 5GB", "plans/output.py: use --format")
 def _no_suffix(folder: Path) -> list[str]:
     return ["convert", TEN, "-o", str(folder / "out")]
 
