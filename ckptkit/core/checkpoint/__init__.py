@@ -524,6 +524,8 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
 
         ``device`` is the CPU unless given. ``dtype`` is a dtype of torch or its name. As with ``Module.to``, only
         floating-point tensors are cast, and a value that is too large becomes inf. Complex tensors keep their dtype.
+        torch casts them: in ``float8_e4m3fn``, which has no inf, a value that is too large becomes 448, or NaN in older
+        versions of torch.
         ``keys`` are the tensors to read, instead of all.
 
         Tensors of one dtype that overlap in the file share memory, as after ``torch.load``. Every other tensor has
