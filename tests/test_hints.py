@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import tests.helpers_hint_optim  # noqa: F401 - it adds its situations
-from ckptkit import parse_rules, plan_merge, preflight, run_checks
+from ckptkit import preflight, run_checks
 from ckptkit.cli.common.hints import hint_for_command
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, hint_for_python, message_for_python
 from fixtures.lenet import build
 from tests.helpers_cli import run_ckpt
 from tests.helpers_hint_following import Follower
-from tests.helpers_hint_situations import DDP, SITUATIONS, TEN, Situation, save
+from tests.helpers_hint_situations import SITUATIONS, TEN, Situation, save
 from tests.helpers_hint_sources import PLACES, SOURCES, covers, read_source
 from tests.helpers_hints import FOREIGN, all_options, commands_in, problems_of_hint
 
@@ -223,8 +223,6 @@ def test_findings_speak_to_their_reader(tmp_path: Path, capsys: pytest.CaptureFi
     assert ("no key matches; suggest_rules(" in report, "ckpt align" in report) == (True, False)
     printed = [str(finding) for finding in run_checks(tmp_path / "a.pt", like=TEN).findings]
     assert [line for line in printed if "no key matches; suggest_rules(" in line]
-    plan = plan_merge(TEN, DDP, parse_rules(strip="auto"))
-    assert ("(strip='auto')" in str(plan), "--strip" in str(plan)) == (True, False)
     finding = preflight(build(num_classes=10), init=TEN, fresh="fc3.*").findings[0]
     assert "must stay at init by --fresh 'fc3.*'" in finding.message
     assert str(finding).startswith("error: 'fc3.weight', 'fc3.bias' must stay at init by fresh='fc3.*', but init has ")

@@ -94,7 +94,7 @@ def plan_page(plan: Plan, *, expand: bool = False) -> Page:
 
 
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:
-    rows = [(step.out.key, (str(step.out), _origin(step), step.operation, Message(step.rule))) for step in plan.steps]
+    rows = [(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
     return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
@@ -214,7 +214,7 @@ def _roles(step: Step) -> str:
 
 
 def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
-    rows = [(drop.key, (drop.role, Message(drop.reason))) for drop in dropped]
+    rows = [(drop.key, (drop.role, drop.reason)) for drop in dropped]
     return Table(("left out", "of", "because"), tuple(table_rows(rows, expand=expand)))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
 from ckptkit.errors import hint_for_python, message_for_python
-from ckptkit.render.page import Block, Hint, Line, Message, Page, Table, as_text
+from ckptkit.render.page import Block, Hint, Line, Message, Page, as_text
 
 __all__ = ["document_of", "html_of", "page_of", "text_of"]
 
@@ -77,11 +77,7 @@ def _page_in_python(result: Result) -> Page:
 
 
 def _block_in_python(block: Block) -> Block:
-    if isinstance(block, Line):
-        return replace(block, parts=tuple(map(_in_python, block.parts)))
-    if isinstance(block, Table):
-        return replace(block, rows=tuple(tuple(map(_in_python, row)) for row in block.rows))
-    return block
+    return replace(block, parts=tuple(map(_in_python, block.parts))) if isinstance(block, Line) else block
 
 
 def _in_python(text: str) -> str:
