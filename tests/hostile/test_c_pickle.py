@@ -189,6 +189,9 @@ SMALL_FILES_THAT_BUILD_MUCH: dict[str, Refused] = {
         written(lambda: beside_weights(batches(b"G" + bytes(8), 1_400_000) + b"0" + batches(b"]", 3_000_000))),
         "more than 1,600,000 objects",
     ),
+    "C21 strings": Refused(
+        written(lambda: beside_weights(batches(text("a" * 63), 2_800_000))), "objects, which no checkpoint needs"
+    ),
     "C21 None": Refused(
         written(lambda: beside_weights(b"](" + b"N" * 3_000_000 + b"e")), "more than 2,500,000 references to objects"
     ),

@@ -44,6 +44,8 @@ _MOST_OPCODES, _OPCODES_PER_STORAGE = 8_000_000, 14
 _MOST_OBJECTS, _OBJECTS_PER_STORAGE = 1_600_000, 7
 _MOST_HALVES = 1_000_000  # numbers of batches that count as half an object, since they take less memory than others
 _MOST_STORAGES = 130_000  # that are counted for it
+# The bytes of a long pickle are in memory too, and leave room for fewer objects.
+_LONG_PICKLE, _BYTES_PER_OBJECT = 64 << 20, 100
 _MOST_REFERENCES = 2_500_000  # on the stack and in the memo
 _MOST_ITEMS = 10_000_000  # of all lists, sets and mappings, where a mapping counts for more than its items
 _UPDATE_COST, _PAIR_COST, _SET_COST = 16, 3, 32
@@ -165,8 +167,9 @@ class PickleMachine:
         steps, objects = self.steps, sys.getallocatedblocks() - self._blocks_before
         storages = min(self.storages, _MOST_STORAGES)
         halves = min(self.batched_numbers, _MOST_HALVES)
-        if objects - halves // 2 > _MOST_OBJECTS + _OBJECTS_PER_STORAGE * storages:
-            raise FormatError(_TOO_MUCH.format(_MOST_OBJECTS, "objects"))
+        most = _MOST_OBJECTS - max(self.end - _LONG_PICKLE, 0) // _BYTES_PER_OBJECT
+        if objects - halves // 2 > most + _OBJECTS_PER_STORAGE * storages:
+            raise FormatError(_TOO_MUCH.format(max(most, 0), "objects"))
         if len(self.stack) + len(self.memo) > _MOST_REFERENCES:
             raise FormatError(_TOO_MUCH.format(_MOST_REFERENCES, "references to objects"))
         if steps > _MOST_OPCODES + _OPCODES_PER_STORAGE * storages:
