@@ -7,7 +7,7 @@ from typing import Final
 
 from ckptkit.formats.pickle.values import Placeholder
 
-__all__ = ["UNCHANGING", "changing_attribute", "is_autograd_state"]
+__all__ = ["changing_attribute", "is_autograd_state"]
 
 # Everything that torch.Tensor defines as an attribute with a setter, in any version of torch. Any other name becomes
 # a plain attribute of the Python object, which changes no value.
@@ -19,7 +19,6 @@ _CHANGING: Final = frozenset({
     "_has_symbolic_sizes_strides", "_post_accumulate_grad_hooks", "_python_dispatch", "_version",
     "__class__", "__dict__", "__weakref__", "__cuda_array_interface__",
 })  # fmt: skip
-UNCHANGING: Final = frozenset({"requires_grad", "grad", "_grad", "_backward_hooks"})  # concern only gradients
 _AUTOGRAD_PARTS = 3  # requires_grad, volatile and the hooks, as torch before 0.4 gave them to a parameter
 
 
