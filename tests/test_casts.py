@@ -87,6 +87,8 @@ def test_overflow_and_underflow_are_counted_as_torch_casts(before: str) -> None:
         loss = loss_of(source, before, after)
         expected = (int(overflowed.sum()), int(((old != 0) & (new == 0)).sum()), 0, len(source))
         assert (loss.overflowed, loss.underflowed, loss.truncated, loss.values) == expected, (before, after)
+        assert loss.infinite == int(old[overflowed].isinf().sum())
+        assert loss.saturated == (after == "F8_E4M3" and bool((new[overflowed].abs() == 448).any()))
         assert loss.largest == (float(old[overflowed & old.isfinite()].abs().max()) if overflowed.any() else 0.0)
 
 
@@ -144,6 +146,16 @@ def test_inf_made_of_finite_values_is_not_written(
     with open_checkpoint(tmp_path / name) as written:
         wanted = torch.full((3,), -448.0 if dtype == "F8_E4M3" else -7e4)  # older versions of torch make NaN of it
         assert same_values(written.read("b"), wanted)
+
+
+def test_an_inf_of_the_input_is_named_where_it_becomes_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F8_E4M3 has no inf: the error says which values it becomes, and how many were inf."""
+    source = saved(tmp_path / "in.safetensors", w=torch.tensor([1.0, 1e3, torch.inf, -torch.inf]))
+    ran = run_ckpt(capsys, "convert", source, "-o", tmp_path / "o.pt", "--dtype", "F8_E4M3")
+    assert "'w' (F32 to F8_E4M3): 3 of 4 values become 448 or -448 (2 of them infinite before), up to 1000" in ran.err
+    assert "hint: BF16 holds them" in ran.err
 
 
 def test_an_old_output_is_kept_where_a_cast_overflows(tmp_path: Path) -> None:

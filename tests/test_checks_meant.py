@@ -20,6 +20,13 @@ ZEROS = {
     "MiSS": ("q.miss_block", True),
     "a table of positions": ("relative_position_bias_table", True),
     "a mask token": ("mask_token", True),
+    "a convolution of a ControlNet": ("zero_convs.0.0.weight", True),
+    "a zero of a quantizer": ("layers.0.meta.zero", True),
+    "a name with capitals": ("block.zeroConv.weight", True),
+    "embeddings of positions": ("decoder.embed_positions.weight", True),
+    "zero in another word": ("zerox.weight", False),
+    "zero at the end of another word": ("nonzero.weight", False),
+    "position in another word": ("decomposition.weight", False),
     "A of LoRA": ("q.lora_A.weight", False),
     "a weight": ("q.weight", False),
 }

@@ -37,7 +37,11 @@ LORA_ALPHA = Code("lora-alpha", ("warning", "note"), "Some LoRA pairs have no al
 # Values of single tensors
 NAN = Code("nan", ("error",), "A tensor has NaN values.")
 INF = Code("inf", ("error", "note"), "A tensor has infinite values; -inf in a mask is a note.")
-ALL_ZERO = Code("all-zero", ("warning", "note"), "All values of a tensor are zero; a note for vectors and heads.")
+ALL_ZERO = Code(
+    "all-zero",
+    ("warning", "note"),
+    "All values of a tensor are zero; a note for vectors and heads. Names of biases, gates and masks are left out.",
+)
 CONSTANT = Code("constant", ("warning", "note"), "All values of a tensor are the same number; a note for vectors.")
 SUBNORMAL = Code("subnormal", ("note",), "A tensor has subnormal values, or consists mostly of them in a narrow dtype.")
 

@@ -6,11 +6,14 @@ import re
 
 __all__ = ["adapter_of", "is_mask", "is_meant"]
 
+# Before and behind a whole word: the end of the name, anything but a letter, or a change of case as in ``zeroConv``.
+_START, _END = r"(?-i:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))", r"(?-i:(?![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
 _MASK = re.compile(r"mask|(?:^|[._])alibi")
 # Names of tensors that often are zero in a healthy model: biases and means, the second matrix of an adapter, gates,
 # residual branches that are initialised to zero, learned positions.
 _OFTEN_ZERO = re.compile(
-    r"bias|beta(?:$|\.)|running_mean|lora_B|lora[._]up|lora_embedding_A|zero|adaln|rel_pos|pos_emb|position|sampling_offsets|attention_weights"
+    r"bias|beta(?:$|\.)|running_mean|lora_B|lora[._]up|lora_embedding_A|adaln|rel_pos|pos_emb|sampling_offsets|attention_weights"
+    rf"|{_START}zero(?:s|convs?)?{_END}|{_START}position"
     r"|(?:^|[._])(?:gate|gates|alpha|offset|shift|token|gamma|scale|logvar|temperature)(?:$|[._])",
     re.IGNORECASE,
 )

@@ -27,7 +27,8 @@ class CastLoss:
     inf, NaN, the largest value of the dtype, or another integer. ``underflowed`` counts values that become 0.
     ``truncated`` counts values that lose only a part: a fraction, or all but whether the value is 0 in a BOOL.
     ``largest`` is the largest finite magnitude among the overflowed values. ``is_mask`` is true if each of them is the
-    lowest value of a floating-point dtype, as in masks.
+    lowest value of a floating-point dtype, as in masks. ``infinite`` counts those of the overflowed that were inf, and
+    that the dtype cannot hold either. ``saturated`` is true if they become the largest value of the dtype, not NaN.
     """
 
     key: str
@@ -39,6 +40,8 @@ class CastLoss:
     truncated: int = 0
     largest: float = 0.0
     is_mask: bool = False
+    infinite: int = 0
+    saturated: bool = False
 
     def __add__(self, later: CastLoss) -> CastLoss:
         """Return the losses of two casts of one tensor, the second after the first."""
@@ -52,6 +55,8 @@ class CastLoss:
             self.truncated + later.truncated,
             max(self.largest, later.largest),
             later.is_mask and not self.overflowed,
+            self.infinite + later.infinite,
+            self.saturated or later.saturated,
         )
 
     @property
@@ -67,7 +72,8 @@ class CastLoss:
         """Return the tensor, its dtypes and the counts: ``'w' (F32 to F16): 2 of 4 values become inf``."""
         parts = []
         if self.overflowed:
-            parts.append(_clause(self.overflowed, self, "become", _overflowed_value(self.dtype)))
+            overflow = _clause(self.overflowed, self, "become", _overflowed_value(self.dtype, saturated=self.saturated))
+            parts.append(f"{overflow} ({self.infinite:,} of them infinite before)" if self.infinite else overflow)
         if self.underflowed:
             parts.append(_clause(self.underflowed, self, "become", "0"))
         if self.truncated:
@@ -80,11 +86,13 @@ def _clause(count: int, loss: CastLoss, verb: str, what: str) -> str:
     return f"{count:,} of {plural(loss.values, 'value')} {verb}{'s' if count == 1 else ''} {what}"
 
 
-def _overflowed_value(code: str) -> str:
-    if code.endswith("FNUZ") or code == "F8_E8M0":
+def _overflowed_value(code: str, *, saturated: bool = False) -> str:
+    if code == "F8_E8M0":
         return "NaN or another value"
-    if code == "F8_E4M3":
-        return "448 or NaN"
+    if code == "F8_E4M3" and saturated:
+        return "448 or -448"
+    if code == "F8_E4M3" or code.endswith("FNUZ"):
+        return "NaN"
     return "inf" if code.startswith(("F", "BF", "C")) else "another integer"
 
 
@@ -135,7 +143,7 @@ def wider_dtype(losses: Iterable[CastLoss]) -> str | None:
     """Return the first of BF16, F32 and F64 that holds every overflowed value of floating-point tensors, or None."""
     overflowed = [loss for loss in losses if loss.overflowed]
     largest = max((loss.largest for loss in overflowed), default=0.0)
-    if not all(is_float(loss.dtype) and loss.largest for loss in overflowed):
+    if not all(is_float(loss.dtype) and (loss.largest or loss.infinite) for loss in overflowed):
         return None
     dtypes = {loss.dtype for loss in overflowed}
     return next((code for code, most in _WIDER.items() if largest <= most and code not in dtypes), None)

@@ -51,6 +51,8 @@ class RecipeCounter:
     underflowed: int = 0
     truncated: int = 0
     largest: float = 0.0
+    infinite: int = 0
+    saturated: bool = False
 
     def add(self, inputs: Sequence[Tensor], before: Tensor, after: Tensor) -> None:
         """Count the losses of an output of an operation: before and after it was rounded to its dtype.
@@ -65,6 +67,8 @@ class RecipeCounter:
         self.underflowed += loss.underflowed
         self.truncated += loss.truncated
         self.largest = max(self.largest, loss.largest)
+        self.infinite += loss.infinite
+        self.saturated |= loss.saturated
         if loss or computed:
             self.found = loss.found
 
@@ -77,9 +81,12 @@ class RecipeCounter:
         if not (self.overflowed or self.underflowed or self.truncated):
             return loss
         # Later operations can have left out some of the values, or given them to another output.
+        overflowed = min(self.overflowed, _count_overflowed(output))
         return replace(
             loss,
-            overflowed=min(self.overflowed, _count_overflowed(output)),
+            overflowed=overflowed,
+            infinite=min(self.infinite, overflowed),
+            saturated=self.saturated,
             underflowed=min(self.underflowed, int((_real_view(output).to(torch.float64) == 0).sum())),
             truncated=min(self.truncated, output.numel()),
             largest=self.largest,

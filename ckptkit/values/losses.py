@@ -29,6 +29,8 @@ class Losses(NamedTuple):
     truncated: int = 0
     largest: float = 0.0
     is_mask: bool = True
+    infinite: int = 0
+    saturated: bool = False
 
     def __bool__(self) -> bool:
         """Return whether any value was lost."""
@@ -42,13 +44,17 @@ class Losses(NamedTuple):
             self.truncated + other.truncated,
             max(self.largest, other.largest),
             self.is_mask and other.is_mask,
+            self.infinite + other.infinite,
+            self.saturated or other.saturated,
         )
 
     def of(self, key: str, found: str, out: str, values: int) -> CastLoss:
         """Return the description of the losses of a tensor with so many values."""
         return CastLoss(
-            key, found, out, values, *self[:3], largest=self.largest, is_mask=bool(self.overflowed) and self.is_mask
-        )
+            key, found, out, values, *self[:3],
+            largest=self.largest, is_mask=bool(self.overflowed) and self.is_mask,
+            infinite=self.infinite, saturated=self.saturated,
+        )  # fmt: skip
 
 
 _E4M3_LIMIT = 464.0  # numbers up to here are rounded to 448, the largest
@@ -138,14 +144,16 @@ def _count_floats(before: Array, after: Array, old: str, new: str, workers: Work
     zeros = int(np.count_nonzero(np.equal(sizes, 0, out=marks)))
     suspects = np.flatnonzero(_from(sizes, limit, only, marks))
     lost = _values(before[suspects], old, workers) if len(suspects) else np.empty(0)
+    saturated = False
     if len(lost):
         is_largest = sizes[suspects] == layout.largest if new == "F8_E4M3" else False
+        saturated = bool((is_largest & (np.abs(lost) > _E4M3_LIMIT)).any())
         lost = lost[np.where(is_largest, np.abs(lost) > _E4M3_LIMIT, np.isfinite(lost))]
     if zeros:
         old_sizes = workers.buffer("old sizes", before.dtype, len(before))
         np.bitwise_and(before, FLOAT_FORMATS[old].size_bits, out=old_sizes)
         zeros -= int(np.count_nonzero(np.equal(old_sizes, 0, out=marks)))
-    return _with_overflow(lost, zeros, 0, len(lost))
+    return _with_overflow(lost, (len(lost), zeros, 0), saturated=saturated)
 
 
 def _has(sizes: Array, limit: int, only: int | None) -> bool:
@@ -170,13 +178,14 @@ def _count_others(before: Array, after: Array, kinds: tuple[str, str, int], work
 
     old, new, parts = kinds
     was, now = _values(before, old, workers), _values(after, new, workers)
-    over = truncated = np.zeros(len(was), np.bool_)
+    over = truncated = clipped = np.zeros(len(was), np.bool_)
     if new == "BOOL":
         truncated = was != now
     elif is_float(new):
         over = np.isfinite(was) & ~np.isfinite(now)
         if new == "F8_E4M3":
-            over |= (np.abs(now) == largest_finite(new)) & (np.abs(was) > _E4M3_LIMIT)
+            clipped = (np.abs(now) == largest_finite(new)) & (np.abs(was) > _E4M3_LIMIT)
+            over |= clipped
         if new == "F8_E8M0":
             over |= (was < 0) & np.isfinite(now)
     else:
@@ -184,17 +193,17 @@ def _count_others(before: Array, after: Array, kinds: tuple[str, str, int], work
         truncated = ~over & (was != now) & (now != 0)
     under = (was != 0) & (now == 0) & ~over
     counts: Callable[[Array], int] = lambda marks: int(marks.reshape(-1, parts).any(1).sum())  # noqa: E731
-    return _with_overflow(was[over], counts(under), counts(truncated), counts(over))
+    return _with_overflow(was[over], (counts(over), counts(under), counts(truncated)), saturated=bool(clipped.any()))
 
 
-def _with_overflow(lost: Array, under: int, truncated: int, over: int) -> Losses:
-    """Return the counts, with what the overflowed values say."""
+def _with_overflow(lost: Array, counts: tuple[int, int, int], *, saturated: bool) -> Losses:
+    """Return the counts of overflowed, underflowed and truncated values, with what the overflowed values say."""
     import numpy as np
 
     finite = np.abs(lost[np.isfinite(lost)])
     largest = float(finite.max()) if len(finite) else 0.0
     is_mask = all(value in _lowest() for value in np.unique(lost).tolist())
-    return Losses(over, under, truncated, largest, is_mask)
+    return Losses(*counts, largest, is_mask, int(np.isinf(lost).sum()), saturated)
 
 
 @functools.cache

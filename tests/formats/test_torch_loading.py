@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ckptkit import open_checkpoint, run_checks
+from ckptkit.formats.torch.tree import describe_entry
 from tests.features import needs_module
 from tests.helpers_export import exported
 
@@ -157,3 +158,20 @@ def test_a_file_for_another_loader_is_named(loader: str, write: Callable[[Path],
     except (RuntimeError, pickle.UnpicklingError):
         return
     assert isinstance(loaded, torch.jit.ScriptModule)
+
+
+def test_a_long_list_leaves_others_to_be_counted() -> None:
+    """What stands behind a long list, or behind lists of lists, is counted as if it stood alone."""
+    tree = {
+        "a": [0.5] * 12_000,
+        "b": [[[number]] for number in range(12_000)],
+        "names": ["x" * 9] * 1001,
+        "pairs": [[[1]]] * 99,
+    }
+    budget = [10_000]
+    assert {key: describe_entry(key, value, budget).value for key, value in tree.items()} == {
+        "a": "12,000 items",
+        "b": "12,000 items, too deep or too many to count",
+        "names": "1,001 items",
+        "pairs": "99 items",
+    }

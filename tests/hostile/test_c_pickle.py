@@ -189,6 +189,17 @@ SMALL_FILES_THAT_BUILD_MUCH: dict[str, Refused] = {
         written(lambda: beside_weights(batches(b"G" + bytes(8), 1_400_000) + b"0" + batches(b"]", 3_000_000))),
         "more than 1,600,000 objects",
     ),
+    "C21 lists after long lists of numbers": Refused(
+        written(lambda: beside_weights(batches(b"G" + bytes(8), 2_600_000) + b"0" + batches(b"]", 3_000_000))),
+        "more than 1,600,000 objects",
+    ),
+    "C21 numbers": Refused(
+        written(lambda: beside_weights(batches(b"G" + bytes(8), 3_600_000))), "more than 1,600,000 objects"
+    ),
+    "C21 lists beside small numbers": Refused(
+        written(lambda: beside_weights(batches(b"K\5", 5_000_000) + b"0" + batches(b"]", 3_000_000))),
+        "more than 1,600,000 objects",
+    ),
     "C21 strings": Refused(
         written(lambda: beside_weights(batches(text("a" * 63), 2_800_000))), "objects, which no checkpoint needs"
     ),

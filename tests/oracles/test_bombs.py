@@ -39,8 +39,8 @@ from tests.helpers_formats import (
     with_weights,
     write,
 )
-from tests.hostile.contract import assert_refused, run_limited
-from tests.hostile.test_c_pickle import SLOW, SMALL_FILES_THAT_BUILD_MUCH
+from tests.hostile.contract import Accepted, assert_accepted, assert_refused, run_limited, written
+from tests.hostile.test_c_pickle import SLOW, SMALL_FILES_THAT_BUILD_MUCH, batches, beside_weights
 from tests.hostile.test_e_names import crowd
 
 WEIGHTS = tensor()
@@ -205,6 +205,12 @@ def test_a_file_of_140_000_tensors_stays_below_the_limits(kind: type[torch.Tenso
     assert 280 * objects < most_objects * 0.75
     assert 280 * len(run.memo) < machine._MOST_REFERENCES * 0.9
     assert 280 * (machine._MOST_ITEMS - run.items_left) < machine._MOST_ITEMS / 1.5
+
+
+def test_a_list_of_millions_of_numbers_is_read(tmp_path: Path) -> None:
+    """The losses of a long run fit the same limits of time and memory."""
+    numbers = written(lambda: beside_weights(batches(b"G" + bytes(8), 2_600_000)))
+    assert_accepted(tmp_path, Accepted(numbers, "", "2,600,000 items"))
 
 
 @pytest.mark.parametrize("name", SLOW)

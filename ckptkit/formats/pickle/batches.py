@@ -7,9 +7,9 @@ import re
 import struct
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
-__all__ = ["APPENDS", "Batch", "find_batch", "is_text", "items_in"]
+__all__ = ["APPENDS", "Batch", "are_new_numbers", "find_batch", "is_text", "items_in"]
 
 APPENDS: Final = 0x65
 _TEXT: Final = 0x58
@@ -33,6 +33,7 @@ _NUMBERS: Final = {
 }
 _KIND: Final = operator.itemgetter(0)
 _LONG_PUT: Final = 5  # bytes
+_SMALL_INTEGERS: Final = (-5, 256)  # the first and the last that Python has once for all places
 _CONSTANTS: Final = {b"N": None, b"\x88": True, b"\x89": False}
 
 
@@ -103,6 +104,15 @@ def items_in(opcodes: bytes, start: int = 0, end: int = sys.maxsize) -> list[byt
 def is_text(item: bytes) -> bool:
     """Return whether an item is a string."""
     return item[0] == _TEXT
+
+
+def are_new_numbers(values: Sequence[object]) -> bool:
+    """Return whether each value is a float, or each an integer that takes memory of its own."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        integers = cast("Sequence[int]", values)
+        return min(integers) > _SMALL_INTEGERS[1] or max(integers) < _SMALL_INTEGERS[0]
+    return kinds == {float}
 
 
 def _values_of(items: Sequence[bytes]) -> list[object]:

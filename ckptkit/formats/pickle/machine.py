@@ -13,7 +13,7 @@ from typing import Final, Protocol, overload
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.batches import APPENDS, find_batch
+from ckptkit.formats.pickle.batches import APPENDS, are_new_numbers, find_batch
 from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, are_good_keys, check_key
 
 __all__ = [
@@ -42,7 +42,9 @@ _FEWEST_KEPT = 1 << 16  # shorter byte strings are read
 # what is then allowed.
 _MOST_OPCODES, _OPCODES_PER_STORAGE = 8_000_000, 14
 _MOST_OBJECTS, _OBJECTS_PER_STORAGE = 1_600_000, 7
-_MOST_HALVES = 1_000_000  # numbers of batches that count as half an object, since they take less memory than others
+# Numbers of batches that count as half an object, since they take less memory than others. More can count so while the
+# machine holds their list: numbers that are gone leave their memory to larger objects.
+_MOST_HALVES = 1_000_000
 _MOST_STORAGES = 130_000  # that are counted for it
 # The bytes of a long pickle are in memory too, and leave room for fewer objects.
 _LONG_PICKLE, _BYTES_PER_OBJECT = 64 << 20, 100
@@ -53,6 +55,7 @@ _MOST_UNCOUNTED = 500_000
 _CHUNK = 1 << 16  # opcodes between two counts
 _STRAY_MARK = "corrupt pickle: stray MARK at byte {}"
 _TOO_MUCH = "the pickle builds more than {:,} {}, which no checkpoint needs"
+_WAY_OUT = "torch.load(..., weights_only=True) may read it: make tensors of long lists, and save it again"
 
 
 class PickleBytes(Protocol):
@@ -121,6 +124,8 @@ class PickleMachine:
         self.items_left = _MOST_ITEMS
         self.storages = 0
         self.batched_numbers = 0
+        self._held: list[list[object]] = []
+        self._held_numbers = 0
         self.tuple_keys = 0
         self.steps = 0
         self._unchecked = 0  # steps since the last count of what the pickle built
@@ -166,14 +171,20 @@ class PickleMachine:
         self._unchecked = 0
         steps, objects = self.steps, sys.getallocatedblocks() - self._blocks_before
         storages = min(self.storages, _MOST_STORAGES)
-        halves = min(self.batched_numbers, _MOST_HALVES)
+        halves = min(self.batched_numbers, _MOST_HALVES) + self._held_numbers
         most = _MOST_OBJECTS - max(self.end - _LONG_PICKLE, 0) // _BYTES_PER_OBJECT
         if objects - halves // 2 > most + _OBJECTS_PER_STORAGE * storages:
-            raise FormatError(_TOO_MUCH.format(max(most, 0), "objects"))
+            raise FormatError(_TOO_MUCH.format(max(most, 0), "objects"), hint=_WAY_OUT)
         if len(self.stack) + len(self.memo) > _MOST_REFERENCES:
             raise FormatError(_TOO_MUCH.format(_MOST_REFERENCES, "references to objects"))
         if steps > _MOST_OPCODES + _OPCODES_PER_STORAGE * storages:
             raise FormatError(f"the pickle has more than {_MOST_OPCODES:,} steps, which no checkpoint needs")
+
+    def hold(self, numbers: list[object], count: int) -> None:
+        """Keep a list to which ``count`` numbers are added that each take memory of their own."""
+        if not self._held or self._held[-1] is not numbers:
+            self._held.append(numbers)
+        self._held_numbers += count
 
     def pop(self) -> object:
         """Return the top of the stack and remove it; raises ``FormatError`` for a MARK."""
@@ -310,8 +321,11 @@ def _mark(machine: PickleMachine) -> None:
         return
     machine.pos = batch.end
     machine.count_steps(batch.opcodes)
-    machine.batched_numbers += batch.numbers
     values, memo = batch.values(), machine.memo
+    if isinstance(stack[-1], list) and are_new_numbers(values):
+        machine.hold(stack[-1], len(values))
+    else:
+        machine.batched_numbers += batch.numbers
     if batch.puts and not memo.others and batch.has_counted_puts(len(memo.counted)):
         memo.counted += itertools.compress(values, batch.puts)
     elif batch.puts:

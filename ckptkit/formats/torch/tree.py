@@ -42,6 +42,7 @@ _MOST_WARNINGS = 8
 _MOST_OPTIMIZERS = 8  # named in an error
 _MOST_ITEMS = 64  # of an entry that is shown with all its values
 _LONGEST_TEXT = 2000  # that is shown
+_SCALARS_PER_PLACE = 10  # that are looked at in the time of one place
 _LONGEST_LIST = 1000  # up to this length, each scalar of a list is a leaf
 _SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 _NOT_SHOWN = object()
@@ -305,7 +306,7 @@ def _has_only_scalars(item: Mapping[object, object] | list[object] | tuple[objec
 def describe_entry(name: str, value: object, budget: list[int]) -> Entry:
     """Return an entry with the value itself if it is small and JSON can hold it, else with a summary.
 
-    ``budget[0]`` is the number of places that may be visited, in all calls together.
+    ``budget[0]`` is the number of places that may be visited, in all calls together; one call leaves a quarter of them.
     """
     shown = _json_value(value, [_MOST_ITEMS], 4)
     return Entry(name, type_name(value), _summary(value, budget) if shown is _NOT_SHOWN else shown)
@@ -349,12 +350,18 @@ def _summary(value: object, budget: list[int]) -> str:
     if not isinstance(value, Mapping | list | tuple):
         return "not shown"
     tensors = 0
-    if isinstance(value, Mapping) and len(value) <= budget[0] and _has_only_scalars(value):
-        budget[0] -= len(value)  # as the loop below does, in a tenth of the time
-        return plural(len(value), "item")
+    cost = len(value) // _SCALARS_PER_PLACE
+    if cost <= budget[0]:
+        budget[0] -= cost
+        if _has_only_scalars(value):
+            return plural(len(value), "item")
+    kept = budget[0] // 4
+    left = [budget[0] - kept]
     try:
-        for _, leaf in leaves(value, budget):
+        for _, leaf in leaves(value, left):
             tensors += isinstance(leaf, TensorRef)
     except FormatError:
         return f"{plural(len(value), 'item')}, too deep or too many to count"
+    finally:
+        budget[0] = kept + max(left[0], 0)
     return plural(len(value), "item") + (f", {plural(tensors, 'tensor')}" if tensors else "")
