@@ -112,7 +112,7 @@ def _other_shapes(folder: Path) -> list[str]:
 @situation("plans/merge.py: ckpt align BASE DONOR -o rules.toml")
 def _required_names(folder: Path) -> list[str]:
     base = {"enc.w": randn(4, 4), "enc.b": randn(4, seed=1), "head.w": randn(4, 2, seed=2)}
-    donor = {"body.w": randn(4, 4), "body.b": randn(4, seed=1), "head.w": randn(4, 2, seed=2)}
+    donor = {"body.w.y": randn(4, 4), "body.b.y": randn(4, seed=1), "head.w": randn(4, 2, seed=2)}
     return ["merge", *save(folder, base=base, donor=donor), "-o", str(folder / "out.pt"), "--require", "enc.*"]
 
 
@@ -140,6 +140,27 @@ def _too_little(folder: Path) -> list[str]:
 def _other_names(folder: Path) -> list[str]:
     base = {"enc.w": randn(4, 4), "enc.b": randn(4, seed=1)}
     return ["diff", *save(folder, base=base, found={f"x.{key[4:]}.y": value for key, value in base.items()})]
+
+
+def _layers(name: str) -> State:
+    return {f"{name.format(at)}.{leaf}": randn(4, at + 1, seed=at) for at in range(3) for leaf in "wb"}
+
+
+@situation("comparison/__init__.py: keys match after --rename")
+def _other_prefix(folder: Path) -> list[str]:
+    base, found = ({**_layers(name), "norm": randn(4)} for name in ("blocks.{}", "layers.{}"))
+    return ["diff", *save(folder, base=base, found=found)]
+
+
+@situation("comparison/__init__.py: keys match after --rename")
+def _other_prefix_in_merge(folder: Path) -> list[str]:
+    return ["merge", *_other_prefix(folder)[1:], "-o", str(folder / "out.pt")]
+
+
+@situation("comparison/parts.py: ckpt align")
+def _other_names_for_most(folder: Path) -> list[str]:
+    base, found = ({**_layers(name), "norm": randn(4)} for name in ("enc{}.x", "l{}.y"))
+    return ["diff", *save(folder, base=base, found=found)]
 
 
 @situation("comparison/parts.py: --method lora")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from ckptkit import Alignment, execute, load_into, plan_remap, preset_rules, suggest_rules
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import PlanError
+from ckptkit.render.page import Hint, Line, as_text
+from ckptkit.render.page.width import fitted
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, Rules
 from ckptkit.rules.parse import parse_rules
@@ -504,6 +506,38 @@ def test_the_command_writes_a_file_that_remap_takes(tmp_path: Path, capsys: pyte
     again = run_ckpt(capsys, "align", paths[1], paths[0], "-o", rules)
     assert (again.code, again.out) == (2, "")
     assert run_ckpt(capsys, "align", paths[1], paths[0], "-o", rules, "--force", "-q").err == ""
+
+
+@pytest.mark.parametrize(
+    "names", [["attn.q", "attn.k", "attn.v"], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]]
+)
+def test_a_fused_layer_with_the_name_of_its_module(
+    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Query, key and value of a layer called ``attn`` are found; digests decide, and hints say both ways out."""
+    parts = {f"blocks.{at}.{name}.weight": torch.rand(2, 4) for at in range(2) for name in names}
+    whole = {
+        f"blocks.{at}.attn.weight": torch.cat([parts[f"blocks.{at}.{name}.weight"] for name in names])
+        for at in range(2)
+    }
+    files = [str(tmp_path / name) for name in ("whole.pt", "parts.pt", "rules.toml")]
+    for file, state in zip(files, (whole, parts), strict=False):
+        torch.save(state, file)
+    assert suggest_rules(*files[:2], digests=True).complete
+    assert suggest_rules(files[1], files[0], digests=True).complete
+    ran = run_ckpt(capsys, "align", *files[:2], "-o", files[2])
+    assert ran.out.endswith("--digests decides where both have tensors of the same values\n")
+    assert ran.err.endswith("has the possible rules as comments; uncomment those that are right\n")
+
+
+def test_commands_of_hints_are_not_wrapped() -> None:
+    """A narrow terminal gets each command on one line, which can be copied."""
+    command = "ckpt align long/path/to/base.safetensors long/path/to/donor.safetensors -o rules.toml"
+    options = "--drop 'a.long.name.of.a.branch.*' --drop 'another.*'"
+    hint = f"some words before it: {command} looks for rules, or {options}, or none of these"
+    lines = list(as_text(fitted([Line((Hint(hint),))], 30)))
+    assert [line.strip(" ,") for line in lines if len(line) > 30] == [command, options]
+    assert " ".join(map(str.strip, lines)) == hint
 
 
 def test_align_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit import TensorInfo, diff, load_into, parse_rules
+from ckptkit import TensorInfo, diff, load_into, parse_rules, plan_merge
 from ckptkit.errors import CkptkitError, ModelError, RuleError
 from tests.helpers_outputs import described
 
@@ -189,6 +189,44 @@ def test_no_rename_if_none_helps(expected: dict[str, TensorInfo], found: dict[st
     messages = [hint.message.partition(";")[0] for hint in result.hints]
     assert messages == ([] if result.matched or not result.missing else ["no key matches"])
     assert not any(hint.rename for hint in result.hints)
+
+
+def _blocks(name: str, *, other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    layers = {f"{name.format(at)}.{leaf}": torch.ones(4, at + 1) for at in range(3) for leaf in "ab"}
+    return {"embed": torch.ones(3, 4), "norm": torch.ones(4), **layers, **other}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("layers.{}", "all 8 keys match after --rename 'layers.*=blocks.*'"), ("l{}.x.y", "suggest_rules(")],
+)
+def test_shared_keys_hide_no_hint(name: str, part: str) -> None:
+    """Where some keys match, and many others have the shapes of unexpected ones, a rename or ``align`` is named.
+
+    ``merge`` and ``load_into`` name it too.
+    """
+    expected, found = _blocks("blocks.{}", other={}), _blocks(name, other={})
+    (hint,) = diff(expected, found).hints
+    assert part in hint.message
+    assert hint.message.rpartition("'layers.*")[2] in plan_merge(expected, found).notes[0]
+
+
+def test_a_load_that_leaves_most_tensors_says_how_to_rename() -> None:
+    """``load_into`` says once which rules give the other tensors their names."""
+    model = nn.Sequential(*(nn.Linear(2, at + 2) for at in range(3)))
+    first = {key: value for key, value in model.state_dict().items() if key.startswith("0.")}
+    others = {f"layer.{key}": value for key, value in model.state_dict().items() if key not in first}
+    report = load_into(model, first | others, on_missing="keep")
+    assert str(report).count("rules=['layer.*=*']") == 1
+
+
+def test_a_new_head_gives_no_hint() -> None:
+    """A few tensors of one shape on both sides are a new head, which needs no other name."""
+    head = {name: {f"{name}.weight": torch.ones(5, 4)} for name in ("head", "fc")}
+    result = diff(*(_blocks("blocks.{}", other=head[name]) for name in head))
+    assert (len(result.missing), len(result.unexpected), result.hints) == (1, 1, ())
+    plan = plan_merge(*(_blocks("blocks.{}", other=head[name]) for name in head))
+    assert plan.notes == ()
 
 
 @pytest.mark.parametrize("prefix", ["mo\x1b[31mdule.", "m\ndule.", "a*b.", "{x}.", "re:a.", "a=b."])

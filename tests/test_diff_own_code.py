@@ -296,6 +296,9 @@ def test_the_page_says_what_the_code_did() -> None:
     assert "F32 [8, 1, 1]  as 0.weight_g, by the model's own code" in page
     assert page.endswith("load_state_dict accepts the checkpoint")
     assert "made of '1.part1', '1.part2', by the model's own code" in str(diff(MODULES["joins"](), joined()))
+    layers = nn.Sequential(*(new_weight_norm() for _ in range(3)))
+    old = nn.Sequential(*(old_weight_norm() for _ in range(3))).state_dict()
+    assert "  as {0..2}.0.weight_g, by the model's own code" in str(diff(layers, old))
     refused = diff(MODULES["refuses"](), {"1.old_weight": torch.ones(3, 3)})
     assert str(refused).endswith("load_state_dict raises, even with strict=False: this checkpoint is too old")
 

@@ -85,7 +85,19 @@ class LayeredModule:
     @cached_property
     def role(self) -> str:
         """The role that the spelling of the path gives the module, such as ``query``; empty if it is not known."""
-        return role_of(self.path_in_layer, in_layer=self.stack is not None)[0]
+        role = role_of(self.path_in_layer, in_layer=self.stack is not None)[0]
+        return "qkv" if not role and self._is_fused_attention else role
+
+    @property
+    def _is_fused_attention(self) -> bool:
+        """Whether the module is called attention and is itself a layer with more rows than columns, as fused ones have.
+
+        The shapes of the parts decide then.
+        """
+        if self.words[-1:] != ("attn",) or "weight" not in self.members:
+            return False
+        shapes = (info.shape for info in self.members["weight"].tensors.values())
+        return all(len(shape) == 2 and shape[0] > shape[1] for shape in shapes)
 
     @cached_property
     def meaning(self) -> frozenset[str]:

@@ -85,8 +85,11 @@ def with_hints(result: Alignment, try_rules: Callable[[Rules], Alignment], *, ma
 
 
 def _may_be_equal(ambiguity: Ambiguity) -> bool:
+    """Return whether both sides have tensors of one dtype and shape, or as many elements of one dtype in all."""
     kinds = [{(info.dtype, info.shape) for info in infos} for infos in (ambiguity.expected, ambiguity.found)]
-    return not kinds[0].isdisjoint(kinds[1])
+    dtypes = {info.dtype for infos in (ambiguity.expected, ambiguity.found) for info in infos}
+    counts = {sum(info.elements for info in infos) for infos in (ambiguity.expected, ambiguity.found)}
+    return not kinds[0].isdisjoint(kinds[1]) or (len(dtypes) == len(counts) == 1)
 
 
 @dataclass(frozen=True, slots=True)

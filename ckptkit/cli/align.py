@@ -66,4 +66,7 @@ def align(
                 print_message(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
         width = terminal_width() if report_format is ReportFormat.TEXT else None
         echo_result(report_format, result, expand=expand, width=width)
+        if not quiet and any(one.candidates for one in result.ambiguous):
+            start = "-o rules.toml writes" if output is None else f"{printable(output)} has"
+            print_message(f"hint: {start} the possible rules as comments; uncomment those that are right")
     context.exit(0 if result.complete else 1)

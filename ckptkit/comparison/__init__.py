@@ -16,6 +16,7 @@ from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, fold_command, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.comparison.rehearsal import Given, Outside
+from ckptkit.comparison.renamed import count_common_shapes, count_replaced_prefixes, least_of_many
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, Unmet, find_unmet, parse_requirements
@@ -214,7 +215,7 @@ class StateDictDiff(Result):
         There are no renames if the rules rename keys. The last hints are about quantised weights.
         """
         return (
-            *(_fold_hints(self) or _hints(self) or _align_hints(self)),
+            *(_fold_hints(self) or _hints(self, _candidate_renames(self)) or _align_hints(self)),
             *(Hint(message, "") for message in quantized_messages(self.quantized)),
         )
 
@@ -544,15 +545,13 @@ def _versions_for(found: Checkpoint, key_map: KeyMap) -> Mapping[str, int]:
     return {} if is_renamed else found.versions
 
 
-def _hints(result: StateDictDiff) -> list[Hint]:
+def _hints(result: StateDictDiff, renames: Mapping[str, Mapping[str, str]], least: int = 1) -> list[Hint]:
+    """Return the renames that make the most keys match, and at least ``least`` more keys than without a rename."""
     expected, found = result.expected, result.found
-    is_renamed = any(old != new for old, new in result.names.items())
-    if not result.missing or not result.unexpected or is_renamed:
-        return []
     hints: list[tuple[int, Hint]] = []
-    for rename, names in _candidate_renames(result).items():
+    for rename, names in renames.items():
         matches = sum(new in expected and expected[new].shape == found[old].shape for old, new in names.items())
-        if matches > len(result.matched) and len(set(names.values())) == len(names):
+        if matches >= len(result.matched) + least and len(set(names.values())) == len(names):
             hints.append((matches, Hint(_hint_message(matches, len(expected), rename), rename)))
     most = max((matches for matches, _ in hints), default=0)
     return [hint for matches, hint in hints if matches == most][:_MAX_HINTS]
@@ -580,9 +579,41 @@ def _align_hints(result: StateDictDiff) -> list[Hint]:
             return [Hint(by_library, "")]
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
-    if result.missing and result.unexpected and not result.matched and not result.quantized:
-        return [Hint(f"no key matches; {align_command(*sides)} looks for rules that rename them", "")]
+    if not result.missing or not result.unexpected or result.quantized:
+        return []
+    missing, unexpected = _open_shapes(result)
+    alike = 0 if _is_renamed(result) else count_common_shapes(missing, unexpected)
+    has_other_names = alike >= least_of_many(len(result.expected))
+    if has_other_names:
+        renamed = _hints(result, _replacing_renames(result), alike // 2 + 1)  # one layer of many is no evidence
+        if renamed:
+            return renamed
+    command = f"{align_command(*sides)} looks for rules that rename them"
+    if not result.matched:
+        return [Hint(f"no key matches; {command}", "")]
+    if has_other_names:
+        return [Hint(f"{alike:,} missing keys and as many unexpected ones have the same shapes; {command}", "")]
     return []
+
+
+def _is_renamed(result: StateDictDiff) -> bool:
+    return any(old != new for old, new in result.names.items())
+
+
+def _open_shapes(result: StateDictDiff) -> tuple[Shapes, Shapes]:
+    """Return the shapes of the missing and of the unexpected keys."""
+    return (
+        {info.key: info.shape for info in result.missing},
+        {info.key: info.shape for info in result.unexpected},
+    )
+
+
+def _replacing_renames(result: StateDictDiff) -> dict[str, dict[str, str]]:
+    """Return renames that replace one prefix by another, each with the new name of every found key."""
+    return {
+        f"{old}*={new}*": {key: f"{new}{key.removeprefix(old)}" if key.startswith(old) else key for key in result.names}
+        for (old, new), _ in count_replaced_prefixes(*_open_shapes(result)).most_common(_MAX_HINTS)
+    }
 
 
 def _library_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
@@ -598,8 +629,9 @@ def _hint_message(matches: int, wanted: int, rename: str) -> str:
 
 def _candidate_renames(result: StateDictDiff) -> dict[str, dict[str, str]]:
     """Return renames that remove or add one prefix, each with the new name of every found key."""
-    missing = {info.key: info.shape for info in result.missing}
-    unexpected = {info.key: info.shape for info in result.unexpected}
+    if not result.missing or not result.unexpected or _is_renamed(result):
+        return {}
+    missing, unexpected = _open_shapes(result)
     removed, added = count_prefixes(missing, unexpected)
     first_segments = {key.partition(".")[0] for key in unexpected}
     prefixes = {name for name, _ in removed.most_common(3)}

@@ -105,7 +105,9 @@ class _Name:
     def role(self) -> str:
         """The role of the module in its layer, such as ``qkv``."""
         last = max((at for at, segment in enumerate(self.module) if segment.isdigit()), default=-1)
-        return role_of(".".join(self.module[last + 1 :]), in_layer=True)[0]
+        path = ".".join(self.module[last + 1 :])
+        # A layer in a module's own name, such as blocks.0.attn.weight, can only be fused; its shape must confirm it.
+        return role_of(path, in_layer=True)[0] or ("qkv" if split_words(path)[-1:] == ("attn",) else "")
 
 
 def _named(key: str) -> _Name:

@@ -35,7 +35,7 @@ from ckptkit.loading.decision import (
 from ckptkit.loading.snapshot import Snapshot
 from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_that_hold, refuse_gradients
 from ckptkit.loading.watch import Digests, Watch, named_tensors
-from ckptkit.plans.merge import plan_loading
+from ckptkit.plans.merge import OtherNames, plan_loading
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
@@ -458,6 +458,7 @@ def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
 def _kept_findings(kept: Sequence[str], plan: Plan, found: _Found, asked: _Asked) -> Iterator[Finding]:
     mismatched = {drop.wanted for drop in plan.dropped} | {finding.key for finding in found.findings}
     lazy = {info.key for info in found.not_compared if info.kind == UNINITIALISED}
+    hint = next((note.partition("; ")[2] for note in plan.notes if isinstance(note, OtherNames)), "")
     for key in kept:
         if key in found.shared:
             yield codes.SHARED.finding(
@@ -467,7 +468,8 @@ def _kept_findings(kept: Sequence[str], plan: Plan, found: _Found, asked: _Asked
             severity = _severity(asked.on_missing, key)
             message = f"{quoted(key)} is not in the checkpoint and "
             message += "stays uninitialised" if key in lazy else "keeps its value"
-            yield codes.MISSING.finding(key, message, severity=severity)
+            yield codes.MISSING.finding(key, message, severity=severity, hint=hint)
+            hint = ""  # of the first such tensor, for all of them
 
 
 def _dropped_findings(plan: Plan, asked: _Asked) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -53,7 +53,7 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, Rules, RulesLike
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
-__all__ = ["OwnLoading", "follow_ties", "plan_loading", "plan_merge"]
+__all__ = ["OtherNames", "OwnLoading", "follow_ties", "plan_loading", "plan_merge"]
 
 _SKIP: MismatchAction = "skip"
 _MOST_RESIZES = 3  # operations that a hint names for one tensor
@@ -288,6 +288,12 @@ def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str
     return steps, notes
 
 
+class OtherNames(str):
+    """A note that names what gives more tensors of the donor the names of the base."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Sides:
     """What errors call the base and the donor; a donor without a name is called by its role."""
@@ -404,7 +410,14 @@ def _make_overlay(
     mismatched = {pair.key: pair for pair in result.shape_mismatched}
     hints = [hint for hint in result.hints if hint.rename]
     own = _own_loading(result, outputs, role, donor) if policies.sides.is_loading else OwnLoading()
-    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, key_map.notes, hints, own)
+    notes = [*key_map.notes, *_other_names(result, actions.values())]
+    return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, notes, hints, own)
+
+
+def _other_names(result: StateDictDiff, actions: Iterable[UnexpectedAction]) -> Iterator[OtherNames]:
+    """Yield a note where tensors stay out whose values the donor evidently has under other names."""
+    if result.hints and result.matched and not result.quantized and "skip" in actions:
+        yield OtherNames(f"tensors of the donor have other names; {result.hints[0].message}")
 
 
 def _derivation(key: str, result: StateDictDiff, outputs: Mapping[str, Derivation]) -> Derivation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable
@@ -11,6 +13,10 @@ from ckptkit.render.summary import checkpoint_document, describe, tensor_documen
 __all__ = ["diff_document", "diff_page"]
 
 _BY_OWN_CODE = ", by the model's own code"
+_AS = "  as "
+_MARK = "\0"  # printable text has none
+_INDEX = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+_INDICES = re.compile(r"(?<![^.])(?:[0-9]+|\{[0-9.,]+\})(?![^. ])")
 
 
 def diff_document(result: StateDictDiff) -> dict[str, object]:
@@ -146,7 +152,25 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
     reported = ("-", "no tensor", "") if result.undecided else ("~", "", "load_state_dict reports it")
     rows += [(key, reported) for key in result.reported]
-    return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
+    joined = table_rows(rows if expand else map(_with_marks, rows), expand=expand)
+    return [(mark, key, *(_with_indices(cell, key) for cell in rest)) for key, mark, *rest in joined]
+
+
+def _with_marks(row: Row) -> Row:
+    """Return the row with a mark for each index of its found name, if the key has the same: such rows are joined."""
+    key, cells = row
+    before, sign, name = cells[-1].partition(_AS)
+    name, comma, after = name.partition(",")
+    indices = _INDEX.findall(name)
+    if not sign or not indices or indices != _INDEX.findall(key) or _MARK in cells[-1]:
+        return row
+    return key, (*cells[:-1], f"{before}{sign}{_INDEX.sub(_MARK, name)}{comma}{after}")
+
+
+def _with_indices(cell: str, key: str) -> str:
+    """Return the cell with the indices of a joined key, such as ``{0..3}``, for its marks."""
+    indices = iter(_INDICES.findall(key))
+    return "".join(next(indices) if char == _MARK else char for char in cell) if _MARK in cell else cell
 
 
 def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
@@ -159,7 +183,7 @@ def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
 
 
 def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
-    renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
+    renamed = "" if pair.found.key == pair.key else f"{_AS}{printable(pair.found.key)}"
     return (pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, percent, plural, printable
+from ckptkit.errors import COMMAND
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, table_rows
 from ckptkit.render.summary import names_in_short
@@ -152,9 +153,9 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
 
 
 def _note(note: str) -> Line:
-    """Return the line of a note; the options in its last part are arguments in Python."""
+    """Return the line of a note; its last part names options and commands, which Python spells otherwise."""
     before, mark, way_out = note.rpartition("; ")
-    if mark and "--" in way_out:
+    if mark and ("--" in way_out or COMMAND.search(way_out)):
         return Line((Message(f"{before}{mark}"), Hint(way_out)))
     return Line((Message(note),))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 
-from ckptkit.render.page import BESIDE_HEADER, Block, Line, Listing, Page, Table
+from ckptkit.errors import COMMAND, OPTION
+from ckptkit.render.page import BESIDE_HEADER, Block, Hint, Line, Listing, Page, Table
 
 __all__ = ["fitted"]
 
@@ -17,6 +19,14 @@ _INDENT = 2
 _BREAKS = ("./", "_-=,")  # a name is broken after one of these, the first kind if possible
 
 
+def _unnamed(pattern: re.Pattern[str]) -> str:
+    return re.sub(r"\(\?P<\w+>", "(?:", pattern.pattern)
+
+
+_OPTIONS = f"(?:{_unnamed(OPTION)})(?: (?:{_unnamed(OPTION)}))*"
+_COMMAND = re.compile(f"(?:{_unnamed(COMMAND)}|{_OPTIONS})[,;]?")
+
+
 def fitted(page: Page, width: int | None) -> Page:
     """Return the page with lines of at most ``width`` characters, without leaving out any text; None: unchanged."""
     return page if width is None else [fit for block in page for fit in _fit(block, width)]
@@ -25,11 +35,31 @@ def fitted(page: Page, width: int | None) -> Page:
 def _fit(block: Block, width: int) -> Iterator[Block]:
     if isinstance(block, Table):
         yield _fit_table(block, width)
+    elif isinstance(block, Line) and any(isinstance(part, Hint) for part in block.parts):
+        yield from _fit_hint(block, width)
     elif isinstance(block, Line) and len("".join(block.parts)) + _INDENT * block.indented > width:
         for number, text in enumerate(_wrapped("".join(block.parts), width - _INDENT)):
             yield Line((text,), indented=block.indented or number > 0)
     else:
         yield block
+
+
+def _fit_hint(line: Line, width: int) -> Iterator[Line]:
+    """Yield a hint whose commands, and options, are each unbroken, so that they can be copied, on a line of their own.
+
+    Only what is between them is wrapped.
+    """
+    text = "".join(line.parts)
+    if len(text) + _INDENT * line.indented <= width:
+        yield line
+        return
+    ends = [0, *chain.from_iterable(match.span() for match in _COMMAND.finditer(text)), len(text)]
+    number = 0
+    for at, (start, end) in enumerate(pairwise(ends)):
+        piece = text[start:end].strip()
+        for part in [piece] if at % 2 else _wrapped(piece, width - _INDENT) if piece else []:
+            yield Line((part,), indented=line.indented or number > 0)
+            number += 1
 
 
 def _fit_table(table: Table, width: int) -> Table | Listing:
