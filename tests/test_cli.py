@@ -509,7 +509,7 @@ model, loud = Model(), Loud()
         ("takes", 2, "hint: pass arguments as in 'py:mynet:build(num_classes=4)'"),
         ("model", 2, "failed: SystemExit: 1"),
         ("loud.x", 2, "looking up 'loud.x' failed: BaseException: lookup"),
-        ("interrupt", 130, ""),
+        ("interrupt", 130, "ckpt: interrupted"),
     ],
 )
 def test_whatever_a_builder_raises_is_one_line(
@@ -522,7 +522,6 @@ def test_whatever_a_builder_raises_is_one_line(
     ran = run_ckpt(capsys, "diff", f"py:builders_of_the_test:{name}", TEN)
     assert (ran.code, ran.out) == (code, "")
     assert err in ran.err
-    assert bool(ran.err) == (code == 2)
 
 
 def test_an_interrupt_during_imports_prints_no_traceback(tmp_path: Path) -> None:
@@ -530,7 +529,7 @@ def test_an_interrupt_during_imports_prints_no_traceback(tmp_path: Path) -> None
     (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = _ckpt("show", TEN, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"ckpt: interrupted: nothing was written\n")
 
 
 @pytest.mark.parametrize(

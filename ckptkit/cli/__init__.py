@@ -19,19 +19,24 @@ _INTERRUPTED = 130  # 128 + SIGINT
 
 def run() -> None:
     """Run the program on the process's arguments and exit with its code."""
+    import sys
+
+    is_started = False
     try:
         import gc
-        import sys
 
         gc.disable()  # a command is short and makes no cycles; the collector would take half the time of a large diff
         from ckptkit.cli.common.program import main
 
+        is_started = True
         code = main(sys.argv[1:])
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter would print a traceback while it ends
     except KeyboardInterrupt:
         code = _INTERRUPTED
+        if sys.stderr is not None:
+            sys.stderr.write("ckpt: interrupted\n" if is_started else "ckpt: interrupted: nothing was written\n")
     raise SystemExit(code)
 
 

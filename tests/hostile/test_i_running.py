@@ -61,15 +61,32 @@ def test_i7_killed_at_a_step_the_old_output_is_whole(step: str, place: Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
 @pytest.mark.parametrize("options", [(), ("--max-shard-size", "30")], ids=["file", "shards"])
 def test_i8_a_signal_removes_unfinished_output(number: signal.Signals, options: tuple[str, ...], place: Path) -> None:
-    """A signal during the write ends the program with 128 + n, without output and without temporary files."""
+    """A signal during the write ends the program with 128 + n, without output and without temporary files.
+
+    Only an interrupt by the user says so.
+    """
+    said = "ckpt: interrupted: nothing was written\n" if number == signal.SIGINT else ""
     before = names_in(place)
     with paused("pwrite", *converting(place, "new" if options else "new.pt", *options)) as process:
         assert names_in(place) != before
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
         streams = process.communicate()
-    assert (process.returncode, streams) == (128 + number, ("", ""))
+    assert (process.returncode, streams) == (128 + number, ("", said))
     assert names_in(place) == before
+
+
+def test_i8_an_interrupt_after_the_write_does_not_say_that_nothing_was_written(place: Path) -> None:
+    """The output has its name already; the directory is not yet on the disk."""
+    interrupted = (
+        "from ckptkit.formats.writing import atomic; from ckptkit.cli import run\n"
+        "def interrupt(path): raise KeyboardInterrupt\n"
+        "atomic.sync_directory = interrupt; run()"
+    )
+    command = [sys.executable, "-c", interrupted, *map(str, converting(place, "new.pt"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "ckpt: interrupted\n")
+    assert (place / "new.pt").exists()
 
 
 def test_i11_a_broken_pipe_is_quiet(place: Path) -> None:

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     except _Stopped as stopped:
         return 128 + int(stopped.args[0])
     except (click.Abort, KeyboardInterrupt):
-        return 128 + signal.SIGINT
+        return _report_interrupt()
     except BrokenPipeError:
         return _discard_stdout(128 + signal.SIGPIPE)
     except OSError as error:
@@ -180,6 +180,13 @@ def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
     if hint:
         _print_error_line(f"hint: {hint}")
     return 2
+
+
+def _report_interrupt() -> int:
+    traces = sys.modules.get("ckptkit.formats.writing.traces")  # nothing is written before it is imported
+    is_clean = traces is None or traces.has_left_nothing()
+    _report_trouble("interrupted: nothing was written" if is_clean else "interrupted", None, None)
+    return 128 + signal.SIGINT
 
 
 def _print_error_line(line: str) -> None:

@@ -21,6 +21,7 @@ from ckptkit.core.files import FileState, file_state, is_same_file
 from ckptkit.core.text import human_bytes, printable, quoted
 from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats.writing.copying import OffsetWriter
+from ckptkit.formats.writing.traces import note_new_output, note_removed, note_temporary
 
 __all__ = [
     "AtomicFile",
@@ -225,6 +226,7 @@ class AtomicFile(OffsetWriter):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         if self.size >= 2**63:
             raise OutputError(f"not enough disk space: {human_bytes(self.size)} needed", path=self.target)
+        note_temporary(self._temporary)
         try:
             self._fd = os.open(self._temporary, flags, 0o600)
             if self._block:
@@ -269,12 +271,14 @@ class AtomicFile(OffsetWriter):
     def _commit(self) -> None:
         _keep_owner_and_mode(self._fd, self.target)
         os.fsync(self._fd)
+        note_new_output(self.target)
         if self.before is not None and self.before.file is None:
             self._take_free_name()
         else:
             if self.before is not None and path_state(self.target).file != self.before.file:
                 raise _changed_meanwhile("file", self.target)
             os.replace(self._temporary, self.target)
+        note_removed(self._temporary)
         self._temporary = ""
         sync_directory(os.path.dirname(self.target))
 
@@ -303,7 +307,9 @@ class AtomicFile(OffsetWriter):
             try:
                 os.unlink(temporary)
             except OSError:
-                return [temporary] if os.path.lexists(temporary) else []
+                if os.path.lexists(temporary):
+                    return [temporary]
+            note_removed(temporary)
         return []
 
     def _output_error(self, error: OSError) -> OutputError:
@@ -418,6 +424,7 @@ def atomic_directory(target: Target, *, replaced: frozenset[str], left: list[str
     """
     exists = target.before.file is not None
     temporary = _temporary_path(target.path)
+    note_temporary(temporary)
     try:
         os.mkdir(temporary)
         _keep_owner_and_mode(temporary, target.path)
@@ -427,6 +434,7 @@ def atomic_directory(target: Target, *, replaced: frozenset[str], left: list[str
         sync_directory(temporary)
         if exists and not _is_unchanged(target, replaced):
             raise _changed_meanwhile("directory", target.given)
+        note_new_output(target.path)
         _swap(temporary, target.path, exists=exists)
         sync_directory(os.path.dirname(target.path))
     except CkptkitError as error:
@@ -450,7 +458,10 @@ def _remove_directory(path: str) -> list[str]:
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
-    return [path] if os.path.lexists(path) else []
+    if os.path.lexists(path):
+        return [path]
+    note_removed(path)
+    return []
 
 
 def _name_leftover(error: CkptkitError, left: Sequence[str]) -> None:
