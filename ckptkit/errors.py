@@ -77,7 +77,7 @@ _FLAGS: Final = frozenset(
     )
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
-_REPEATED: Final = (*RULE_OPTIONS, "elementwise", "reset")
+_REPEATED: Final = (*RULE_OPTIONS, "elementwise", "ignore", "reset")
 _NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
 _BY_PATTERN: Final = ("as-layer", "on-mismatch", "on-missing", "on-unexpected")  # a mapping of patterns in Python
 _OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
@@ -108,6 +108,7 @@ COMMAND: Final = re.compile(
 _QUOTED_OR_OPTION: Final = re.compile(rf"(?<!\w)(?:{_QUOTED})|{OPTION.pattern}")
 _RULE_OPTION: Final = rf"--(?:{'|'.join(RULE_OPTIONS)}) (?:{_QUOTED})"
 _RULE_OPTIONS_IN_ROW: Final = re.compile(rf"{_RULE_OPTION}(?: (?:{_RULE_OPTION}|--allow-unused\b))+")
+_IGNORES_IN_ROW: Final = re.compile(rf"--ignore (?:{_QUOTED})(?: --ignore (?:{_QUOTED}))+")
 _WORD: Final = re.compile(rf"-o (?P<out>\S+)|{OPTION.pattern}|(?P<word>{_QUOTED}|\S+)")
 
 
@@ -120,6 +121,7 @@ def hint_for_python(hint: str) -> str:
         "force=True replaces it; plan_remap(file, parse_rules(drop=['fc.*'])) leaves it out"
     """
     joined = _RULE_OPTIONS_IN_ROW.sub(_one_call, COMMAND.sub(_call, hint))
+    joined = _IGNORES_IN_ROW.sub(lambda row: ", ".join(_rule_lists(OPTION.finditer(row[0]))), joined)
     return _QUOTED_OR_OPTION.sub(_argument_outside_quotes, joined)
 
 
@@ -136,7 +138,7 @@ def message_for_python(message: str) -> str:
 
 def _one_call(match: re.Match[str]) -> str:
     """Return one call for several options of rules in a row."""
-    return _parse_rules(_rule_lists(OPTION.finditer(match[0])))
+    return f"rules={_parse_rules(_rule_lists(OPTION.finditer(match[0])))}"
 
 
 def _rule_lists(options: Iterable[re.Match[str]]) -> list[str]:
@@ -217,7 +219,7 @@ def _argument(match: re.Match[str]) -> str:
         if value is None:
             return "rules" if name == "rename" else f"parse_rules({name}=...)"
         is_list = name == "rename"
-        return f"rules=[{_python_word(value)}]" if is_list else f"parse_rules({name}=[{_python_word(value)}])"
+        return f"rules=[{_python_word(value)}]" if is_list else f"rules=parse_rules({name}=[{_python_word(value)}])"
     argument = name.replace("-", "_")
     if name == "set" and value is not None:
         variable, _, text = value.partition("=")

@@ -119,7 +119,7 @@ def _options(text: str) -> list[str]:
 SPELLINGS = {
     "--force replaces it": "force=True replaces it",
     "--drop 'a.*' leaves it out, or --rename 'a.*=NEW.*' gives it a name": (
-        "parse_rules(drop=['a.*']) leaves it out, or rules=['a.*=NEW.*'] gives it a name"
+        "rules=parse_rules(drop=['a.*']) leaves it out, or rules=['a.*=NEW.*'] gives it a name"
     ),
     "ckpt merge a.pt 'b c.pt' d.pt --on-unexpected add -o OUT": (
         "merge('a.pt', ['b c.pt', 'd.pt'], out, on_unexpected='add')"
@@ -129,8 +129,9 @@ SPELLINGS = {
     "all 3 keys match after --rename 'module.*=*'": "all 3 keys match after rules=['module.*=*']",
     "--as-layer 'PATTERN=KIND' decides otherwise": "as_layer={'PATTERN': 'KIND'} decides otherwise",
     "save it with --dist-ckpt-format torch_dist": "save it with --dist-ckpt-format torch_dist",
-    "if not needed: --drop 'a' --drop 'b'; or not": "if not needed: parse_rules(drop=['a', 'b']); or not",
+    "if not needed: --drop 'a' --drop 'b'; or not": "if not needed: rules=parse_rules(drop=['a', 'b']); or not",
     "ckpt merge a.pt b.pt -o OUT --method extract-lora shows": "extract_lora('a.pt', 'b.pt', out) shows",
+    "--ignore 'at-init:a.*' --ignore 'at-init:b' leaves": "ignore=['at-init:a.*', 'at-init:b'] leaves",
     "no option": "no option",
 }
 

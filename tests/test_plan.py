@@ -90,6 +90,21 @@ def test_dtypes_that_floats_cannot_be_cast_to_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("half", "did you mean F16?"),
+        ("fp16", "did you mean F16?"),
+        ("torch.double", "did you mean F64?"),
+        ("int8", "the dtypes are F8_E4M3, "),
+        ("fp7", "the dtypes are F8_E4M3, "),
+    ],
+)
+def test_a_refused_dtype_names_those_that_can_be_given(name: str, hint: str) -> None:
+    """The hint has the dtype that another of its names means, or else all dtypes."""
+    assert (refusal(lambda: plan_remap(BASE, dtype=name)).hint or "").startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("rules", "error", "reason"),
     [
         (parse_rules(drop=["*"]), PlanError, "the output would have none of 4 tensors"),
@@ -229,7 +244,7 @@ def test_a_mismatch_may_be_skipped() -> None:
             described(x=(1,)),
             {},
             "the donor has no tensor with a key and shape of the base",
-            "suggest_rules(expected, found)",
+            "ckpt align BASE DONOR -o rules.toml",
         ),
         (
             described(fc1__bias=(6,)),

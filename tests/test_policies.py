@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckptkit import OnMismatch, load_into, merge, parse_rules, plan_merge
+from ckptkit.core.patterns import pattern_for
 from ckptkit.errors import ArgumentError, CkptkitError, ModelError, PlanError, RuleError
-from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy, pattern_for
+from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import described
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import ckptkit
 from ckptkit.core.result import Result
+from ckptkit.errors import hint_for_python
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.remapping import remap
 from ckptkit.render import results
@@ -177,12 +178,19 @@ def test_print_and_to_dict_are_what_the_command_prints(
     if case.prints != "json":
         ran = run_ckpt(capsys, *arguments)
         print(result)  # noqa: T201 - this is what is tested
-        shown = ran.out if case.prints == "out" else "".join(ran.err.splitlines(keepends=True)[_notes(ran.err) :])
+        err = "".join(ran.err.splitlines(keepends=True)[_notes(ran.err) :])
+        shown = ran.out + _hints_for_python(ran.err) if case.prints == "out" else err
         assert capsys.readouterr().out == shown
     document = json.loads(run_ckpt(capsys, *arguments, "--json").out)
     if case.arguments.startswith("groups emit"):  # to_dict() of a spec is the spec, which every function takes
         document = document["spec"]
     assert result.to_dict() == document
+
+
+def _hints_for_python(messages: str) -> str:
+    """Return the hints that ``ckpt diff`` prints beside the page, as Python prints them with it."""
+    lines = messages.splitlines(keepends=True)
+    return "".join(hint_for_python(line) for line in lines if line.startswith("hint: "))
 
 
 def _notes(messages: str) -> int:
@@ -219,7 +227,7 @@ def test_a_notebook_shows_the_same_page(case: Case, out: Path) -> None:
     result = case.make(out)
     html = result._repr_html_()
     lines = _Text(html).text.split("\n")
-    for block in results.page_of(result):
+    for block in results._page_in_python(result):
         if isinstance(block, Table):
             cells = {cell for row in block.rows for cell in (*block.headers, *row) if cell}
         elif isinstance(block, Line):
@@ -279,6 +287,15 @@ def test_a_class_of_a_user_prints_as_its_base(capsys: pytest.CaptureFixture[str]
 
     print(Own())  # noqa: T201 - this is what is tested
     assert capsys.readouterr().out == "no findings\n"
+
+
+def test_a_printed_diff_and_its_hints_speak_python() -> None:
+    """The page ends with each hint, and a hint prints the argument of Python, alone too; its fields are of --json."""
+    result = ckptkit.diff(PTH, DDP)
+    said = "all 10 keys match after rules=['module.*=*']"
+    assert str(result).splitlines()[-1] == f"hint: {said}"
+    assert (str(result.hints[0]), repr(result.hints)) == (said, f"(<Hint: {said}>,)")
+    assert result.to_dict()["hints"][0]["message"] == "all 10 keys match after --rename 'module.*=*'"
 
 
 def test_findings_by_severity() -> None:

@@ -176,7 +176,7 @@ def _check_headers(opened: Checkpoint, chosen: Container[str], quantized: Quanti
     infos = {key: info for key, info in opened.items() if key in chosen}
     is_one_shard = any(finding.code in _ONE_OF_SEVERAL for finding in warnings)
     yield from check_quantized(quantized, infos, is_one_shard=is_one_shard)
-    yield from check_structure(infos, quantized)
+    yield from check_structure(infos, quantized, CheckpointSummary.of(opened).argument)
     parts = quantized.by_key
     others = {key: info for key, info in infos.items() if key not in parts} if parts else infos  # SVDQuant: lora_down
     yield from check_lora(others, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))

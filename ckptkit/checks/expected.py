@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import groupby
 
@@ -10,10 +10,11 @@ from ckptkit.checks import codes
 from ckptkit.checks.at_init import Untrained, find_untrained
 from ckptkit.checks.value_reader import ValueReader
 from ckptkit.checks.values import have_equal_bytes
-from ckptkit.comparison import KeyPair, StateDictDiff
+from ckptkit.comparison import KeyPair, StateDictDiff, joined_hint
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Code, Finding
-from ckptkit.core.text import listed, plural, printable
+from ckptkit.core.patterns import pattern_for
+from ckptkit.core.text import listed, plural, printable, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.formats import LIVE_PREFIX
 from ckptkit.quantized import Quantized
@@ -22,6 +23,8 @@ from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.values.extremes import Extremes
 
 __all__ = ["check_as_expected", "check_at_init", "check_differences", "check_expected_values"]
+
+_MOST_PATTERNS = 4  # in a hint
 
 
 def check_differences(result: StateDictDiff) -> Iterator[Finding]:
@@ -32,7 +35,8 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     key to a stored key) and ``filled`` (a counter that torch fills in). ``own-code`` says what the code of a live model
     adds: an error where it refuses the checkpoint, a warning where it reports further keys, a note where names decided.
     """
-    hint = result.hints[0].message if result.hints else "ckpt diff EXPECTED PATH lists all keys"
+    expected, path = result.expected_checkpoint.argument, result.found_checkpoint.argument
+    hint = joined_hint(result.hints) or f"ckpt diff {expected or 'EXPECTED'} {path or 'PATH'} lists all keys"
     matched = {pair.key for pair in result.matched}
     partners = {key: group for group in tied_keys(result.expected.values()) for key in group}
     missing = [info.key for info in result.missing if info.key not in result.filled | result.excused]
@@ -140,6 +144,12 @@ def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyP
         yield codes.AS_EXPECTED.finding(equal[0], message, keys=equal)
 
 
+def _patterns(keys: Sequence[str]) -> list[str]:
+    """Return the patterns of the modules of the keys, or one pattern for all keys if they have many modules."""
+    patterns = list(dict.fromkeys(pattern_for(key, keys) for key in keys))
+    return patterns if len(patterns) <= _MOST_PATTERNS else ["*"]
+
+
 def check_at_init(untrained: Untrained, equal: AbstractSet[str]) -> Iterator[Finding]:
     """Yield ``at-init`` for tensors that look as in a new model; constant ones of trained modules are a note.
 
@@ -148,7 +158,8 @@ def check_at_init(untrained: Untrained, equal: AbstractSet[str]) -> Iterator[Fin
     keys = [key for key in untrained.keys if not (untrained.is_whole and key in equal)]
     if keys:
         message = f"{plural(len(keys), 'tensor')} with values distributed as in a new model: {listed(keys)}"
-        hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
+        entries = " ".join(f"--ignore {shell_word(f'{codes.AT_INIT.name}:{pattern}')}" for pattern in _patterns(keys))
+        hint = f"never trained, or not saved? if they will be trained from scratch, {entries} leaves this out"
         yield codes.AT_INIT.finding(keys[0], message, hint, keys=keys)
     if untrained.constant:
         count = plural(len(untrained.constant), "tensor")

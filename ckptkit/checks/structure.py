@@ -23,12 +23,14 @@ _STACK_NAMES = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks"
 _MIN_IN_STACK = 3
 _MAX_NESTED_LISTS = 4
 _MAX_DIGITS = 6
-_DIFF_HINT = "ckpt diff MODEL PATH lists all keys that would not load"
 _NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
-def check_structure(infos: Mapping[str, TensorInfo], quantized: Quantized) -> Iterator[Finding]:
-    """Yield the findings of every check of names, shapes and dtypes; all parts of a quantised weight count as one."""
+def check_structure(infos: Mapping[str, TensorInfo], quantized: Quantized, path: str) -> Iterator[Finding]:
+    """Yield the findings of every check of names, shapes and dtypes; all parts of a quantised weight count as one.
+
+    ``path`` is the word that gives the checkpoint to a command, or empty.
+    """
     yield from _check_not_dense(infos.values())
     parts = quantized.by_key
     parts = quantized.by_key
@@ -36,8 +38,9 @@ def check_structure(infos: Mapping[str, TensorInfo], quantized: Quantized) -> It
     yield from _check_dtype_mix(plain)
     keys: Iterable[str] = dict.fromkeys(parts[key].key if key in parts else key for key in infos) if parts else infos
     lists = _numbered_modules(keys)
-    yield from _check_index_holes(lists)
-    yield from _check_siblings(lists)
+    hint = f"ckpt diff MODEL {path or 'PATH'} lists all keys that would not load"
+    yield from _check_index_holes(lists, hint)
+    yield from _check_siblings(lists, hint)
 
 
 def _check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
@@ -89,7 +92,7 @@ def _numbered_modules(keys: Iterable[str]) -> _NumberedModules:
     }
 
 
-def _check_index_holes(lists: _NumberedModules) -> Iterator[Finding]:
+def _check_index_holes(lists: _NumberedModules, hint: str) -> Iterator[Finding]:
     """Yield an ``index-hole`` warning for each missing number between two layers that have the same tensors.
 
     A ``Sequential`` also skips the numbers of modules without parameters. Therefore most layers of the list must be
@@ -108,7 +111,7 @@ def _check_index_holes(lists: _NumberedModules) -> Iterator[Finding]:
                 hole = range(below + 1, above)
                 numbers = f"{hole[0]}" if len(hole) == 1 else f"{hole[0]}-{hole[-1]}"
                 message = f"{quoted(prefix)} has modules {first}-{last}, but not {numbers}"
-                yield codes.INDEX_HOLE.finding(f"{prefix}.{hole[0]}", message, _DIFF_HINT)
+                yield codes.INDEX_HOLE.finding(f"{prefix}.{hole[0]}", message, hint)
 
 
 def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
@@ -117,7 +120,7 @@ def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
     return 2 * count >= len(members) and any("." in name for name in names)
 
 
-def _check_siblings(lists: _NumberedModules) -> Iterator[Finding]:
+def _check_siblings(lists: _NumberedModules, hint: str) -> Iterator[Finding]:
     """Yield a ``sibling-lacks`` warning for each module of a list that lacks a tensor which all its siblings have.
 
     Two cases are usual and not reported. The first or the last module of a list may lack a whole submodule, and any
@@ -140,7 +143,7 @@ def _check_siblings(lists: _NumberedModules) -> Iterator[Finding]:
             module = f"{prefix}.{number}"
             siblings = f"all its {len(members) - 1:,} siblings have"
             message = f"{quoted(module)} lacks {listed(sorted(names))}, which {siblings}"
-            yield codes.SIBLING_LACKS.finding(f"{module}.{min(names)}", message, _DIFF_HINT)
+            yield codes.SIBLING_LACKS.finding(f"{module}.{min(names)}", message, hint)
 
 
 def _is_lost(name: str, names: frozenset[str], *, at_an_end: bool) -> bool:

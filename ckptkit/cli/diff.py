@@ -54,7 +54,7 @@ def diff(
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
             result = compare(left, right, rules, require=require, min_coverage=min_coverage)
-        echo_result(report_format, result, colours=_COLOURS, expand=expand, everything=everything)
+        echo_result(report_format, result, colours=_COLOURS, expand=expand, everything=everything, with_hints=False)
         if not quiet:
             hints = () if report_format is ReportFormat.JSON else result.hints  # the JSON document has them
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):

@@ -26,6 +26,7 @@ from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, copies_dtype
+from ckptkit.errors import hint_for_python
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, RulesLike
@@ -39,6 +40,7 @@ __all__ = [
     "diff",
     "diff_checkpoints",
     "find_unmet_in",
+    "joined_hint",
     "loaded_keys",
 ]
 
@@ -75,12 +77,23 @@ class KeyPair:
         return self.is_old_scalar or self.expected.shape == self.found.shape or _extra_state_key(self.key) is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Hint:
-    """A sentence that explains differences, and the rename that makes more keys match, or an empty string."""
+    """A sentence that explains differences, and the rename that makes more keys match, or an empty string.
+
+    ``message`` names the commands and options of ``ckpt``; printed, a hint names the functions and arguments of Python.
+    """
 
     message: str
     rename: str
+
+    def __str__(self) -> str:
+        """Return the sentence for Python."""
+        return hint_for_python(self.message)
+
+    def __repr__(self) -> str:
+        """Return the sentence for Python in brackets."""
+        return f"<Hint: {self}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -568,7 +581,7 @@ def _fold_hints(result: StateDictDiff) -> list[Hint]:
     ):
         return []
     command = fold_command(result.expected_checkpoint, result.found_checkpoint)
-    return [Hint(f"the found tensors are an adapter; {command} adds it to the expected ones", "")]
+    return [Hint(f"the tensors are an adapter; {command} adds it to its base", "")]
 
 
 def _align_hints(result: StateDictDiff) -> list[Hint]:
@@ -620,6 +633,13 @@ def _library_command(expected: CheckpointSummary, found: CheckpointSummary) -> s
     if expected.argument and found.argument:
         return f"ckpt diff {expected.argument} {found.argument} --rules transformers:auto"
     return 'ckptkit.diff(expected, found, "transformers:auto")'
+
+
+def joined_hint(hints: Sequence[Hint]) -> str:
+    """Return the first hint, with all renames if several make equally many keys match; empty without a hint."""
+    first = hints[0].message if hints else ""
+    others = [f"--rename {shell_word(hint.rename)}" for hint in hints[1:] if hint.rename and hints[0].rename]
+    return f"{first}, or after {', or after '.join(others)}: these fit equally" if others else first
 
 
 def _hint_message(matches: int, wanted: int, rename: str) -> str:

@@ -74,17 +74,13 @@ def find_parted(missing: Mapping[str, TensorInfo], unexpected: Mapping[str, Tens
 
 
 def align_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
-    """Return the command that looks for rules, or the call in Python where a side is only in memory."""
-    if expected.argument and found.argument:
-        return f"ckpt align {expected.argument} {found.argument} -o rules.toml"
-    return "ckptkit.suggest_rules(expected, found)"
+    """Return the command that looks for rules; EXPECTED or FOUND stands for a side that is only in memory."""
+    return f"ckpt align {expected.argument or 'EXPECTED'} {found.argument or 'FOUND'} -o rules.toml"
 
 
 def fold_command(expected: CheckpointSummary, found: CheckpointSummary) -> str:
-    """Return the command that folds an adapter into its base, or the call in Python, as ``align_command`` does."""
-    if expected.argument and found.argument:
-        return f"ckpt merge {expected.argument} {found.argument} -o OUT --method lora"
-    return "ckptkit.merge_lora(expected, found, out)"
+    """Return the command that folds an adapter into its base, with the words of ``align_command``."""
+    return f"ckpt merge {expected.argument or 'EXPECTED'} {found.argument or 'FOUND'} -o OUT --method lora"
 
 
 def parted_hint(parted: Sequence[PartedTensor], expected: CheckpointSummary, found: CheckpointSummary) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 from ckptkit.core.arguments import require_choice, require_flags
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.patterns import literal
+from ckptkit.core.patterns import literal, pattern_for
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import (
     has_same_layout,
@@ -37,7 +37,7 @@ from ckptkit.optimizer_state.remapping import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.spec.fields import is_tensor
-from ckptkit.plans.policies import MISSING_ACTIONS, MissingAction, OnMissing, Policy, parse_policy, pattern_for
+from ckptkit.plans.policies import MISSING_ACTIONS, MissingAction, OnMissing, Policy, parse_policy
 from ckptkit.rules.load import as_rules
 from ckptkit.rules.model import RulesLike
 

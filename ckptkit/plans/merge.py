@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints
+from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints, joined_hint
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.parts import align_command, find_parted
 from ckptkit.core.arguments import require_flags
@@ -16,7 +17,7 @@ from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo, under_key
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, find_unmet, parse_requirements
-from ckptkit.core.patterns import drop_options, parse_pattern
+from ckptkit.core.patterns import drop_options, parse_pattern, pattern_for
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
@@ -36,7 +37,6 @@ from ckptkit.plans.policies import (
     Policy,
     UnexpectedAction,
     parse_policy,
-    pattern_for,
 )
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -249,7 +249,7 @@ def _refuse_unmet(
     unmet = find_unmet(requirements, base, set(filled), reasons, of=f"the {sides.base}", source=source)
     if not unmet:
         return
-    rename = next((hint for overlay in overlays for hint in overlay.hints), None)
+    rename = next((joined_hint(overlay.hints) for overlay in overlays if overlay.hints), None)
     if all(key in reasons for key in unmet[0].keys):
         pairs = {key: pair for overlay in overlays for key, pair in overlay.mismatched.items()}
         empty = [pairs[key] for key in unmet[0].keys if key in pairs]
@@ -258,7 +258,7 @@ def _refuse_unmet(
             for spell in (_on_command_line, _in_python)
         )
     elif rename is not None:
-        hint, call = rename.message, None
+        hint, call = rename, None
     else:
         hint = "require less, or rename the keys of DONOR: ckpt align BASE DONOR -o rules.toml finds rules for --rules"
         call = "require less, or rename the keys with the rules that suggest_rules finds"
@@ -410,14 +410,23 @@ def _make_overlay(
     mismatched = {pair.key: pair for pair in result.shape_mismatched}
     hints = [hint for hint in result.hints if hint.rename]
     own = _own_loading(result, outputs, role, donor) if policies.sides.is_loading else OwnLoading()
-    notes = [*key_map.notes, *_other_names(result, actions.values())]
+    notes = [*key_map.notes, *_other_names(result, actions.values(), policies.sides, role)]
     return _Overlay(role, matched | resized, added, unexpected, mismatched, dropped, notes, hints, own)
 
 
-def _other_names(result: StateDictDiff, actions: Iterable[UnexpectedAction]) -> Iterator[OtherNames]:
+def _in_words_of(sides: _Sides, role: str, hint: str) -> str:
+    """Return a hint of a diff with what this call takes in place of EXPECTED and FOUND."""
+    return re.sub(r"\bEXPECTED\b", sides.base.upper(), re.sub(r"\bFOUND\b", (sides.donor or role).upper(), hint))
+
+
+def _other_names(
+    result: StateDictDiff, actions: Iterable[UnexpectedAction], sides: _Sides, role: str
+) -> Iterator[OtherNames]:
     """Yield a note where tensors stay out whose values the donor evidently has under other names."""
     if result.hints and result.matched and not result.quantized and "skip" in actions:
-        yield OtherNames(f"tensors of the donor have other names; {result.hints[0].message}")
+        yield OtherNames(
+            f"tensors of the donor have other names; {_in_words_of(sides, role, joined_hint(result.hints))}"
+        )
 
 
 def _derivation(key: str, result: StateDictDiff, outputs: Mapping[str, Derivation]) -> Derivation:
@@ -638,10 +647,10 @@ def _no_match_error(result: StateDictDiff, donor: Checkpoint, role: str, sides: 
     role = sides.donor or role
     if not donor:
         return _no_tensor_error(donor.entries, role)
-    first = result.hints[0] if result.hints else None
     expected = result.expected_checkpoint.argument or sides.base.upper()
     found = result.found_checkpoint.argument or role.upper()
-    hint = first.message if first else f"compare the shapes: ckpt diff {expected} {found}"
+    hint = joined_hint(result.hints) or f"compare the shapes: ckpt diff {expected} {found}"
+    hint = _in_words_of(sides, role, hint)
     return PlanError(
         f"the {role} has no tensor with a key and shape of the {sides.base}, so there is nothing to "
         f"{'load' if sides.is_loading else 'merge'}",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeAlias, TypeVar, get_args
 
 from ckptkit.core.arguments import one_of, refuse, require_choice, require_type
-from ckptkit.core.patterns import Pattern, literal, parse_pattern, suggest_pattern
+from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES, MismatchName
@@ -25,7 +25,6 @@ __all__ = [
     "Policy",
     "UnexpectedAction",
     "parse_policy",
-    "pattern_for",
 ]
 
 MissingAction: TypeAlias = Literal["keep", "error"]
@@ -137,14 +136,3 @@ def parse_policy(name: str, given: object, actions: Sequence[_Action]) -> Policy
 def _action(what: str, given: object, actions: Sequence[_Action]) -> _Action:
     require_choice(given, actions, what)
     return next(action for action in actions if action == given)
-
-
-def pattern_for(key: str, others: Iterable[str], fits: Callable[[str], bool] = lambda _key: True) -> str:
-    """Return the pattern that a hint about ``key`` shows: all of its module, or the key alone.
-
-    It is the module where ``others`` has further keys of the module, and all of them pass ``fits``.
-    """
-    module = key.rpartition(".")[0]
-    siblings = [other for other in others if other != key and other.startswith(f"{module}.")]
-    whole = module and siblings and literal(module) == module and all(map(fits, siblings))
-    return f"{module}.*" if whole else literal(key)

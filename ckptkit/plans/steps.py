@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ _WHY_NOT = {
     "sharded": "it is a ShardedTensor, and the file holds only the shards of one rank",
 }
 _CLASS_ENDINGS = ("Tensor", "Parameter")  # of a name that stands for the unknown dtype
+_OTHER_NAMES = {"half": "F16", "float": "F32", "double": "F64"}  # torch's other names
 _WAYS_OUT = dict.fromkeys(
     ("dtensor", "sharded"), "give the path of the directory with the files of all ranks, which are joined"
 )
@@ -228,11 +230,18 @@ def float_dtype(dtype: str | DType) -> str:
     Raises ``PlanError`` for any other dtype and for one that torch cannot cast to.
     """
     name = str(dtype)  # of a torch dtype: torch.bfloat16
+    short = name.removeprefix("torch.").lower()
     code = dtype_code(name)
+    floats = [known for known in DTYPES if is_float(known) and known in CASTABLE]
     if code is None:
-        raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names for these")
-    if not is_float(code) or code not in CASTABLE:
-        raise PlanError(f"{code} is not a dtype that floating-point tensors can be cast to")
+        near = _OTHER_NAMES.get(short) or re.sub(r"^(fp|float_?)(?=\d)", "f", short).upper()
+        hint = f"did you mean {near}?" if near in floats else f"the dtypes are {', '.join(floats)}"
+        raise PlanError(f"unknown dtype {quoted(name)}", hint=hint)
+    if code not in floats:
+        raise PlanError(
+            f"{code} is not a dtype that floating-point tensors can be cast to",
+            hint=f"the dtypes are {', '.join(floats)}",
+        )
     return code
 
 

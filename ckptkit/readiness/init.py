@@ -9,7 +9,7 @@ from functools import cached_property
 
 from ckptkit.checks.at_init import module_of
 from ckptkit.checks.fresh import Judgement, judge_values
-from ckptkit.comparison import StateDictDiff, find_unmet_in, loaded_keys
+from ckptkit.comparison import StateDictDiff, find_unmet_in, joined_hint, loaded_keys
 from ckptkit.core.arguments import require_strings
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import coverage_by_module, group_by_module, measure_coverage
@@ -159,7 +159,7 @@ def check_requirements(
     """
     refused = frozenset(key for problem in problems for key in problem.outs)
     for unmet in find_unmet_in(result, requirements, refused, of="the model", source="init"):
-        hint = result.hints[0].message if result.hints else "require less, or rename the keys of init with --rename"
+        hint = joined_hint(result.hints) or "require less, or rename the keys of init with --rename"
         yield codes.REQUIRED.finding(unmet.keys[0], unmet.message, hint, keys=unmet.keys)
 
 
@@ -178,7 +178,7 @@ def check_init(
     """
     if not init.loaded:
         path = result.found_checkpoint.argument or "INIT"
-        hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff MODEL {path}"
+        hint = joined_hint(result.hints) or f"compare the names: ckpt diff MODEL {path}"
         yield codes.INIT_NOTHING.finding("", "init fills no tensor of the model", hint)
         return
     by_key = {kept.key: kept for kept in init.kept}

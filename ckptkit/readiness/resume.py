@@ -93,7 +93,9 @@ def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
     hint = first.message if first else f"ckpt diff MODEL {path} shows all of them"
     if first and first.rename:  # a rule would make this check pass, but torch would still refuse the run
         how_many = first.message.partition("--rename")[0]
-        hint = f"{how_many}ckpt remap {path} -o OUT --rename {shell_word(first.rename)}"
+        renames = [shell_word(one.rename) for one in result.hints if one.rename]
+        hint = how_many + ", or after ".join(f"ckpt remap {path} -o OUT --rename {one}" for one in renames)
+        hint += ": these fit equally" if len(renames) > 1 else ""
     kinds = (
         (
             "missing from the run",

@@ -7,7 +7,7 @@ import re
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable
-from ckptkit.render.page import Line, Message, Page, Row, Table, table_rows
+from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["diff_document", "diff_page"]
@@ -89,10 +89,13 @@ def _pair_document(pair: KeyPair) -> dict[str, object]:
     return {"key": pair.key, "found_key": pair.found.key, **tensors}
 
 
-def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool = False) -> Page:
+def diff_page(
+    result: StateDictDiff, *, expand: bool = False, everything: bool = False, with_hints: bool = True
+) -> Page:
     """Return the page of ``ckpt diff``: one row per difference, then the counts and the verdict.
 
     A mark begins each row: ``-`` missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
+    The hints are last; the command prints them on stderr instead.
     """
     rows = _rows(result, expand=expand, everything=everything)
     counts = [
@@ -119,6 +122,7 @@ def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool =
             if result.undecided
             else []
         ),
+        *(Line(("hint: ", Hint(hint.message))) for hint in (result.hints if with_hints else ())),
     ]
 
 

@@ -81,7 +81,7 @@ def find_unmet(
         if not wanted:
             raise RuleError(
                 f"--require {shell_word(pattern.text)} matches none of {plural(len(base), 'key')} of {of}",
-                hint=suggest_pattern(pattern, base),
+                hint=suggest_pattern(pattern, base, accepts=lambda matched: filled >= set(matched)),
             )
         empty = [key for key in wanted if key not in filled]
         if empty:

@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import re
 import string
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -36,6 +36,7 @@ __all__ = [
     "parse_pattern",
     "parse_rename",
     "parse_template",
+    "pattern_for",
     "suggest_pattern",
 ]
 
@@ -160,6 +161,17 @@ def drop_options(keys: Iterable[str]) -> str:
     return " ".join(f"--drop {shell_word(literal(key))}" for key in keys)
 
 
+def pattern_for(key: str, others: Iterable[str], fits: Callable[[str], bool] = lambda _key: True) -> str:
+    """Return the pattern that a hint about ``key`` shows: all of its module, or the key alone.
+
+    It is the module where ``others`` has further keys of the module, and all of them pass ``fits``.
+    """
+    module = key.rpartition(".")[0]
+    siblings = [other for other in others if other != key and other.startswith(f"{module}.")]
+    whole = module and siblings and literal(module) == module and all(map(fits, siblings))
+    return f"{module}.*" if whole else literal(key)
+
+
 def matches_any(patterns: Iterable[Pattern], key: str) -> bool:
     """Return whether at least one pattern matches the whole key."""
     return any(pattern.match(key) for pattern in patterns)
@@ -271,10 +283,16 @@ def parse_rename(text: str) -> Template:
     return parse_template(new, parse_pattern(old))
 
 
-def suggest_pattern(pattern: Pattern, names: Collection[str], owner: str = "the model") -> str:
+def suggest_pattern(
+    pattern: Pattern,
+    names: Collection[str],
+    owner: str = "the model",
+    accepts: Callable[[Collection[str]], bool] = lambda _matched: True,
+) -> str:
     """Return a hint for a pattern that matches none of ``names``: a similar pattern that does, or some of the names.
 
-    ``owner`` is what has the names.
+    ``owner`` is what has the names. It must be such that the request ``accepts`` all
+    names that it matches.
     """
     for text in _variants(pattern, names):
         try:
@@ -282,7 +300,8 @@ def suggest_pattern(pattern: Pattern, names: Collection[str], owner: str = "the 
         except RuleError:
             continue
         with contextlib.suppress(RuleError):  # a regex that takes too long
-            if any(variant.match(name) for name in names):
+            matched = [name for name in names if variant.match(name)]
+            if matched and accepts(matched):
                 return f"did you mean {quoted(text)}?"
     if close := nearest(pattern.text, names, cutoff=0.5):
         return f"the nearest name is {quoted(close)}"

@@ -12,7 +12,7 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
 from ckptkit.core.coverage.requirements import Requirements, parse_requirements
 from ckptkit.core.files import same_bytes
-from ckptkit.core.patterns import literal
+from ckptkit.core.patterns import literal, pattern_for
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
@@ -24,7 +24,7 @@ from ckptkit.plans.adapters.layers import AsLayer, AsLayerAction, LayerJudge, as
 from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.tied import TiedChanges
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
-from ckptkit.plans.policies import Policy, pattern_for
+from ckptkit.plans.policies import Policy
 from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
 from ckptkit.plans.steps import complete_step, dropped_entries
 from ckptkit.rules.apply import apply_rules
