@@ -586,23 +586,21 @@ def _fold_hints(result: StateDictDiff) -> list[Hint]:
 
 def _align_hints(result: StateDictDiff) -> list[Hint]:
     sides = result.expected_checkpoint, result.found_checkpoint
-    if (result.parted or not result.matched) and result.missing and result.unexpected:
+    is_open = bool(result.missing and result.unexpected)
+    alike = count_common_shapes(*_open_shapes(result)) if is_open and not _is_renamed(result) else 0
+    has_other_names = not result.quantized and alike >= least_of_many(len(result.expected))
+    if is_open and (result.parted or has_other_names or not result.matched):
         by_library = library_hint(sides[0].library_names, _library_command(*sides))
         if by_library:
             return [Hint(by_library, "")]
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
-    if not result.missing or not result.unexpected or result.quantized:
-        return []
-    missing, unexpected = _open_shapes(result)
-    alike = 0 if _is_renamed(result) else count_common_shapes(missing, unexpected)
-    has_other_names = alike >= least_of_many(len(result.expected))
-    if has_other_names:
-        renamed = _hints(result, _replacing_renames(result), alike // 2 + 1)  # one layer of many is no evidence
-        if renamed:
-            return renamed
+    # One layer of many is no evidence of a prefix.
+    renamed = _hints(result, _replacing_renames(result), alike // 2 + 1) if has_other_names else []
+    if renamed:
+        return renamed
     command = f"{align_command(*sides)} looks for rules that rename them"
-    if not result.matched:
+    if is_open and not result.matched and not result.quantized:
         return [Hint(f"no key matches; {command}", "")]
     if has_other_names:
         return [Hint(f"{alike:,} missing keys and as many unexpected ones have the same shapes; {command}", "")]

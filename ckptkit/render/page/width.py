@@ -45,15 +45,16 @@ def _fit(block: Block, width: int) -> Iterator[Block]:
 
 
 def _fit_hint(line: Line, width: int) -> Iterator[Line]:
-    """Yield a hint whose commands, and options, are each unbroken, so that they can be copied, on a line of their own.
+    """Yield a hint with each command on an unbroken line of its own, which can be copied; also options with a value.
 
-    Only what is between them is wrapped.
+    Only the words between them are wrapped.
     """
     text = "".join(line.parts)
     if len(text) + _INDENT * line.indented <= width:
         yield line
         return
-    ends = [0, *chain.from_iterable(match.span() for match in _COMMAND.finditer(text)), len(text)]
+    commands = [match.span() for match in _COMMAND.finditer(text) if " " in match[0]]
+    ends = [0, *chain.from_iterable(commands), len(text)]
     number = 0
     for at, (start, end) in enumerate(pairwise(ends)):
         piece = text[start:end].strip()
