@@ -210,8 +210,6 @@ def test_shared_keys_hide_no_hint(name: str, part: str) -> None:
     assert part in hint.message
     (note,) = plan_merge(expected, found).notes
     assert note.endswith(f"; {hint.message}".replace("EXPECTED FOUND", "BASE DONOR"))
-    printed = str(plan_merge(expected, found))
-    assert str(hint).replace("(expected, found)", "(base, donor)") in printed
 
 
 def test_a_load_that_leaves_most_tensors_says_how_to_rename() -> None:
