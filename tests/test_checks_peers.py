@@ -34,10 +34,10 @@ MALFORMED: dict[str, tuple[bytes, int, str]] = {
     "unknown dtype": (safetensors_file({"a": f32(dtype="Q4")}, bytes(4)), 2, "unknown dtype 'Q4'"),
     "a list": (safetensors_file("[]"), 2, "unknown format: the first bytes are 02 00"),
     "no dtype": (safetensors_file({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), 2, "has no dtype"),
-    "NaN in BF16": (save({"a": BROKEN.bfloat16()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
-    "NaN in FP8": (save({"a": BROKEN.to(torch.float8_e4m3fn)}), 1, "are NaN"),
-    "NaN beside FP8": (save({"a": BROKEN, "q": FP8}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
-    "NaN in a .pt": (saved({"a": BROKEN.half()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
+    "NaN in BF16": (save({"a": BROKEN.bfloat16()}), 1, "'a': 1 of 64 numbers is NaN, and 1 infinite"),
+    "NaN in FP8": (save({"a": BROKEN.to(torch.float8_e4m3fn)}), 1, "NaN"),
+    "NaN beside FP8": (save({"a": BROKEN, "q": FP8}), 1, "'a': 1 of 64 numbers is NaN, and 1 infinite"),
+    "NaN in a .pt": (saved({"a": BROKEN.half()}), 1, "'a': 1 of 64 numbers is NaN, and 1 infinite"),
     "random bytes": (b"\1" * 100, 2, "unknown format: the first bytes are 01 01"),
 }
 

@@ -70,7 +70,7 @@ def test_one_nan_or_inf_is_an_error_in_every_dtype(name: str, kind: str, tmp_pat
     assert (wide.isnan() if kind == "nan" else wide.isinf()).sum() == 1
     findings = [f for f in found({"a": NOISE, "w": bad, "z": NOISE + 1}, tmp_path) if f.code != "subnormal"]
     assert codes_and_keys(findings) == [(kind, "error", "w")]
-    assert findings[0].message.startswith(f"'w': 1 of 300 numbers are {'NaN' if kind == 'nan' else 'infinite'}")
+    assert findings[0].message.startswith(f"'w': 1 of 300 numbers is {'NaN' if kind == 'nan' else 'infinite'}")
 
 
 def test_nan_and_infinities_are_one_finding(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     ),
     "remap strip": (["remap", DDP, "-o", "o.pt", "-n", "--strip", "auto"], 0, "fc1.weight", "from 10 keys\n"),
     "diff renamed": (["diff", TEN, DDP, "--rename", "module.*=*"], 0, "10 matched", ""),
-    "diff all": (["diff", "-a", TEN, DDP, "--rename", "module.*=*"], 0, "F32 [10]  as module.fc3.bias", ""),
+    "diff all": (["diff", "-a", TEN, DDP, "--rename", "module.*=*"], 0, "as module.fc3.bias", ""),
     "diff quiet": (["diff", "-q", TEN, DDP], 1, "10 missing", ""),
     "diff bad rule": (["diff", TEN, DDP, "--rename", "module"], 2, "", "not of the form OLD=NEW"),
     "diff unused rule": (["diff", TEN, TEN, "--drop", "x"], 2, "", f"ckpt: {TEN}: --drop 'x' matches none"),

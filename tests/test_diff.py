@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit import TensorInfo, diff, load_into, parse_rules, plan_merge
+from ckptkit import TensorInfo, diff, load_into, parse_rules, plan_merge, run_checks
 from ckptkit.errors import CkptkitError, ModelError, RuleError
 from tests.helpers_outputs import described
 
@@ -309,3 +309,13 @@ def test_a_key_that_is_not_a_string_is_refused() -> None:
     """load_state_dict fails for such a key too."""
     with pytest.raises(CkptkitError, match="1 is not a string"):
         diff(nn.Linear(1, 1), {1: torch.ones(1)})  # type: ignore[arg-type]
+
+
+def test_a_model_and_a_mapping_in_memory_are_named_once() -> None:
+    """A header line has no role twice, a dict of tensors is not called a model, and found names stand in a column."""
+    model = nn.Linear(3, 2)
+    page = str(diff(model, {"m.weight": torch.ones(2, 30), "m.bias": torch.ones(1)}, ["m.*=*"])).splitlines()
+    assert page[0].startswith("expected  live model, 2 tensors")
+    assert page[1].startswith("found     state_dict, 2 tensors")
+    assert len({line.index("  as m.") for line in page if "  as m." in line}) == 1
+    assert str(run_checks({"w": torch.ones(2)})).startswith("checkpoint: state_dict, 1 tensor")

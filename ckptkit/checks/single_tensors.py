@@ -37,15 +37,19 @@ def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes])
         infinite = found.posinf + found.neginf
         if found.nan:
             more = f", and {infinite:,} infinite" if infinite else ""
-            message = f"{quoted(key)}: {found.nan:,} of {plural(found.count, 'number')} are NaN{more}"
+            message = f"{quoted(key)}: {_of(found.nan, found.count)} NaN{more}"
             yield codes.NAN.finding(key, message, "use an earlier checkpoint: the training or a cast went wrong")
         elif infinite:
-            message = f"{quoted(key)}: {infinite:,} of {plural(found.count, 'number')} are infinite"
+            message = f"{quoted(key)}: {_of(infinite, found.count)} infinite"
             if is_mask(key) and not found.posinf:
                 yield codes.INF.finding(key, f"{message}, which is usual in a mask", severity="note")
             else:
                 hint = f"was a number too large for {infos[key].dtype} when it was cast?"
                 yield codes.INF.finding(key, message, hint)
+
+
+def _of(count: int, numbers: int) -> str:
+    return f"{count:,} of {plural(numbers, 'number')} {'is' if count == 1 else 'are'}"
 
 
 def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes]) -> Iterator[Finding]:

@@ -337,7 +337,7 @@ def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     if isinstance(given, Mapping):
         if all(isinstance(value, TensorInfo) for value in given.values()):
             return Checkpoint(given, Access(_no_bytes), Description(role, "description"))
-        return describe_state_dict(given, role)
+        return describe_state_dict(given, role, "state_dict")
     if not callable(getattr(given, "state_dict", None)) or not _is_module(given):
         raise ModelError(
             f"{role} is a {type(given).__name__}", hint="give a path, a Module, a Checkpoint or a dict of tensors"

@@ -73,8 +73,8 @@ def align_page(result: Alignment, *, expand: bool = False, width: int | None = N
     With ``width``, long names are shortened in the middle, and long sentences wrapped.
     """
     page: list[Block] = [
-        Line(("expected  ", *describe(CheckpointSummary.of(result.expected)))),
-        Line(("found     ", *describe(CheckpointSummary.of(result.found)))),
+        Line(("expected  ", *describe(CheckpointSummary.of(result.expected), "expected"))),
+        Line(("found     ", *describe(CheckpointSummary.of(result.found), "found"))),
     ]
     if result.suggestions:
         headers = ("rule", "operation", "tensors", "confidence", "because")

@@ -110,8 +110,8 @@ def diff_page(
     elements = plural(measure_coverage(result.expected, frozenset()).elements, "element")
     unread = "; values were not read" if result.has_unread_values else ""
     return [
-        Line(("expected  ", *describe(result.expected_checkpoint))),
-        Line(("found     ", *describe(result.found_checkpoint))),
+        Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
+        Line(("found     ", *describe(result.found_checkpoint, "found"))),
         *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
         Line((", ".join(counts),)),
         Line((f"coverage {percent(result.coverage)} of {elements}{unread}",)),
@@ -157,7 +157,15 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     reported = ("-", "no tensor", "") if result.undecided else ("~", "", "load_state_dict reports it")
     rows += [(key, reported) for key in result.reported]
     joined = table_rows(rows if expand else map(_with_marks, rows), expand=expand)
-    return [(mark, key, *(_with_indices(cell, key) for cell in rest)) for key, mark, *rest in joined]
+    named = [(mark, key, *(_with_indices(cell, key) for cell in rest)) for key, mark, *rest in joined]
+    width = max((len(cells[-1].partition(_AS)[0]) for cells in named if _AS in cells[-1]), default=0)
+    return [(*cells[:-1], _with_name_at(width, cells[-1])) for cells in named]
+
+
+def _with_name_at(width: int, cell: str) -> str:
+    """Return the cell with its found name behind ``width`` columns, so that such names stand below each other."""
+    before, sign, name = cell.partition(_AS)
+    return f"{before:<{width}}{sign}{name}" if sign else cell
 
 
 def _with_marks(row: Row) -> Row:

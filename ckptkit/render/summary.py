@@ -21,10 +21,15 @@ __all__ = [
 _MOST_NAMES = 16  # that a sentence lists; the JSON document has all
 
 
-def describe(checkpoint: CheckpointSummary) -> tuple[str | Code, ...]:
-    """Return the parts of a line with the path, the mapping inside the file, the format and the totals."""
+def describe(checkpoint: CheckpointSummary, label: str = "") -> tuple[str | Code, ...]:
+    """Return the parts of a line with the path, the mapping inside the file, the format and the totals.
+
+    The path is left out where the line begins with the same ``label``, as with a model in memory.
+    """
     inside = (" at ", Code(f"::{printable(checkpoint.envelope)}")) if checkpoint.envelope else ()
     what = f": {checkpoint.format}, {plural(checkpoint.tensors, 'tensor')}, {plural(checkpoint.elements, 'element')}"
+    if label and checkpoint.path == label and not checkpoint.is_stored:
+        return (f"{what[2:]}, {human_bytes(checkpoint.nbytes)}",)
     return as_code(checkpoint.path), *inside, f"{what}, {human_bytes(checkpoint.nbytes)}"
 
 

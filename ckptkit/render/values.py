@@ -25,8 +25,8 @@ def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, fou
     )
     more = len(differences) - _SHOWN
     return [
-        Line(("expected  ", *describe(CheckpointSummary.of(expected)))),
-        Line(("found     ", *describe(CheckpointSummary.of(found)))),
+        Line(("expected  ", *describe(CheckpointSummary.of(expected), "expected"))),
+        Line(("found     ", *describe(CheckpointSummary.of(found), "found"))),
         table,
         *([Line((f"and {plural(more, 'more tensor')}",))] if more > 0 else []),
     ]

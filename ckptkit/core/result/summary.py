@@ -15,7 +15,7 @@ from ckptkit.errors import PLAIN_WORD
 __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
 
 _PLAIN_WORD = re.compile(PLAIN_WORD, re.ASCII)  # a shell takes it as it is, and a hint shows where it ends
-_IN_MEMORY = frozenset({"", "live model", "description"})
+_IN_MEMORY = frozenset({"", "live model", "state_dict", "description"})
 _LIVE_PATH = "py:"
 
 
