@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import warnings
@@ -79,6 +80,7 @@ def same_descriptors() -> Iterator[None]:
     """Fail if the process has other open descriptors after the block than before, also where the block raises."""
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("this system does not list the open descriptors of a process")
+    gc.collect()  # otherwise files of earlier tests may be closed inside the block
     before = sorted(os.readlink(f"/proc/self/fd/{number}") for number in _descriptors())
     try:
         yield
