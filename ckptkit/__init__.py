@@ -102,7 +102,7 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         from ckptkit.core.gc_pause import pause_gc
 
-        with pause_gc():  # modules are no garbage, and a collection would look at all objects of torch
+        with pause_gc():  # modules are not garbage, and a collection would look at all objects of torch
             value = getattr(import_module(f"ckptkit.{_HOMES[name]}"), name)
     elif name in _MODULES:
         value = import_module(f"ckptkit.{name}")

@@ -587,7 +587,8 @@ def _fold_hints(result: StateDictDiff) -> list[Hint]:
 def _align_hints(result: StateDictDiff) -> list[Hint]:
     sides = result.expected_checkpoint, result.found_checkpoint
     is_open = bool(result.missing and result.unexpected)
-    alike = count_common_shapes(*_open_shapes(result)) if is_open and not _is_renamed(result) else 0
+    missing, unexpected = _open_shapes(result)
+    alike = count_common_shapes(missing, unexpected) if is_open and not _is_renamed(result) else 0
     has_other_names = not result.quantized and alike >= least_of_many(len(result.expected))
     if is_open and (result.parted or has_other_names or not result.matched):
         by_library = library_hint(sides[0].library_names, _library_command(*sides))
@@ -595,9 +596,9 @@ def _align_hints(result: StateDictDiff) -> list[Hint]:
             return [Hint(by_library, "")]
     if result.parted:
         return [Hint(parted_hint(result.parted, *sides), "")]
-    # One layer of many is no evidence of a prefix.
-    renamed = _hints(result, _replacing_renames(result), alike // 2 + 1) if has_other_names else []
-    if renamed:
+    # One layer of many does not show that a prefix is replaced.
+    replaced = _replacing_renames(result.names, missing, unexpected) if has_other_names else {}
+    if renamed := _hints(result, replaced, alike // 2 + 1):
         return renamed
     command = f"{align_command(*sides)} looks for rules that rename them"
     if is_open and not result.matched and not result.quantized:
@@ -619,11 +620,11 @@ def _open_shapes(result: StateDictDiff) -> tuple[Shapes, Shapes]:
     )
 
 
-def _replacing_renames(result: StateDictDiff) -> dict[str, dict[str, str]]:
+def _replacing_renames(keys: Iterable[str], missing: Shapes, unexpected: Shapes) -> dict[str, dict[str, str]]:
     """Return renames that replace one prefix by another, each with the new name of every found key."""
     return {
-        f"{old}*={new}*": {key: f"{new}{key.removeprefix(old)}" if key.startswith(old) else key for key in result.names}
-        for (old, new), _ in count_replaced_prefixes(*_open_shapes(result)).most_common(_MAX_HINTS)
+        f"{old}*={new}*": {key: f"{new}{key.removeprefix(old)}" if key.startswith(old) else key for key in keys}
+        for (old, new), _ in count_replaced_prefixes(missing, unexpected).most_common(_MAX_HINTS)
     }
 
 

@@ -27,7 +27,7 @@ def pause_gc() -> Iterator[None]:
 def rare_gc() -> Iterator[None]:
     """Collect garbage after many more new objects inside the ``with`` block than Python does by default.
 
-    The descriptions of a large checkpoint are no garbage, and the collector would look at all of them several times.
+    The descriptions of a large checkpoint are not garbage, and the collector would look at all of them several times.
     """
     before = gc.get_threshold()
     gc.set_threshold(max(before[0], _OBJECTS) if before[0] else 0, *before[1:])
