@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
-from ckptkit.comparison.by_model import Answer, Place, ask_model, is_inside
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.own_code import modules_with_own_code
+from ckptkit.comparison.own_code.by_model import Answer, Place, ask_model, is_inside
+from ckptkit.comparison.own_code.rehearsal import Given, Outside
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, fold_command, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
-from ckptkit.comparison.rehearsal import Given, Outside
 from ckptkit.comparison.renamed import count_common_shapes, count_replaced_prefixes, least_of_many
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.coverage import measure_coverage

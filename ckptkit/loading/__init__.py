@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from ckptkit.comparison.own_code import is_below, modules_with_own_code
-from ckptkit.comparison.rehearsal import Given, Untried, rehearse
+from ckptkit.comparison.own_code.rehearsal import Given, Untried, rehearse
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.checkpoint import UNINITIALISED, Access, Checkpoint, Description, TensorInfo, View, row_major

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from ckptkit.comparison.rehearsal import Given, Outside, Rehearsal, Untried, rehearse
+from ckptkit.comparison.own_code.rehearsal import Given, Outside, Rehearsal, Untried, rehearse
 from ckptkit.core.torch_types import Module
 
 __all__ = ["Answer", "Place", "ask_model", "is_inside"]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptkit.comparison.model_copy import Copies, copy_on_meta
 from ckptkit.comparison.own_code import every_module, methods_of
-from ckptkit.comparison.plain_subtrees import PlainSubtrees
-from ckptkit.comparison.record import Filled, make_record
+from ckptkit.comparison.own_code.model_copy import Copies, copy_on_meta
+from ckptkit.comparison.own_code.plain_subtrees import PlainSubtrees
+from ckptkit.comparison.own_code.record import Filled, make_record
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.dtypes import torch_shape
 from ckptkit.core.gc_pause import pause_gc
