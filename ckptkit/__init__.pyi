@@ -24,11 +24,11 @@ from ckptkit.errors import PlanError as PlanError
 from ckptkit.errors import RuleError as RuleError
 from ckptkit.formats import open_checkpoint as open_checkpoint
 from ckptkit.formats import open_optimizer as open_optimizer
-from ckptkit.loading import LoadReport as LoadReport
 from ckptkit.loading import load_into as load_into
+from ckptkit.loading.report import LoadReport as LoadReport
 from ckptkit.optimizer_state.compare import optimizer_state_diff as optimizer_state_diff
-from ckptkit.optimizer_state.load import OptimizerLoadReport as OptimizerLoadReport
 from ckptkit.optimizer_state.load import load_optimizer_state as load_optimizer_state
+from ckptkit.optimizer_state.loading.report import OptimizerLoadReport as OptimizerLoadReport
 from ckptkit.optimizer_state.model import OptimizerState as OptimizerState
 from ckptkit.optimizer_state.write import write_optimizer_state as write_optimizer_state
 from ckptkit.param_groups.build import build_param_groups as build_param_groups
@@ -52,7 +52,6 @@ from ckptkit.plans.adapters.convert import plan_convert_adapter as plan_convert_
 from ckptkit.plans.adapters.extract import plan_extract_lora as plan_extract_lora
 from ckptkit.plans.adapters.fold import plan_lora as plan_lora
 from ckptkit.plans.adapters.layers import AsLayer as AsLayer
-from ckptkit.plans.execute import Written as Written
 from ckptkit.plans.execute import execute as execute
 from ckptkit.plans.merge import plan_merge as plan_merge
 from ckptkit.plans.one_call import convert as convert
@@ -69,6 +68,7 @@ from ckptkit.plans.policies import OnUnexpected as OnUnexpected
 from ckptkit.plans.remap import plan_remap as plan_remap
 from ckptkit.plans.saved import load_plan as load_plan
 from ckptkit.plans.saved import save_plan as save_plan
+from ckptkit.plans.writing.written import Written as Written
 from ckptkit.readiness import Preflight as Preflight
 from ckptkit.readiness import preflight as preflight
 from ckptkit.rules.load import load_rules as load_rules

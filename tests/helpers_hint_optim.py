@@ -201,7 +201,7 @@ def _a_parameter_in_no_group(folder: Path) -> list[str]:
     return ["optim", "prune", saved, "-o", str(folder / "out.pt"), "--like", NET]
 
 
-@situation("plans/execute.py: write elsewhere, or --force to replace it")
+@situation("plans/writing/refusals.py: write elsewhere, or --force to replace it")
 def _the_output_is_the_input(folder: Path) -> list[str]:
     saved = written(folder / "saved.pt")
     return ["optim", "prune", saved, "-o", saved, "--reset", "fc.*"]

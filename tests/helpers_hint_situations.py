@@ -110,13 +110,13 @@ def _unused_policy(folder: Path) -> list[str]:
     return ["merge", TEN, TEN, "-o", str(folder / "out.pt"), "--on-mismatch", "zz.*=skip"]
 
 
-@situation("plans/merge.py: compare the shapes: ckpt diff")
+@situation("plans/overlays/refusals.py: compare the shapes: ckpt diff")
 def _other_shapes(folder: Path) -> list[str]:
     base, donor = save(folder, base={"a": torch.zeros(2)}, donor={"a": torch.ones(3)})
     return ["merge", base, donor, "-o", str(folder / "out.pt"), "--on-mismatch", "skip"]
 
 
-@situation("plans/merge.py: ckpt align BASE DONOR -o rules.toml")
+@situation("plans/overlays/requirements.py: ckpt align BASE DONOR -o rules.toml")
 def _required_names(folder: Path) -> list[str]:
     base = {"enc.w": randn(4, 4), "enc.b": randn(4, seed=1), "head.w": randn(4, 2, seed=2)}
     donor = {"body.w.y": randn(4, 4), "body.b.y": randn(4, seed=1), "head.w": randn(4, 2, seed=2)}
@@ -667,7 +667,7 @@ def _two_places_of_one_name(folder: Path) -> list[str]:
     return ["remap", str(folder / "two.pt"), "-o", str(folder / "out.pt"), "--drop", "c"]
 
 
-@situation("plans/merge.py: --on-missing keep")
+@situation("plans/overlays/requirements.py: --on-missing keep")
 def _parts_of_a_fused_weight(folder: Path) -> list[str]:
     gate, up = randn(8, 4), randn(8, 4, seed=1)
     base = {"layers.0.mlp.gate_up_proj.weight": torch.cat((gate, up)), "norm.weight": randn(4)}

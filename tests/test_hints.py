@@ -85,10 +85,10 @@ NOT_FOLLOWED: dict[str, str] = {
     "formats/safetensors.py: drop the tensor: --drop": "only some versions of safetensors refuse these dtypes",
     "param_groups/spec_findings.py: give the live model: --model": "only Python prints the hint of this finding",
     "statistics/state_dict_stats.py: ckpt remap PATH -o OUT --rules FILE": "only stats() takes rules with operations",
-    "optimizer_state/load.py: drop its state first: ckpt optim prune": "only load_optimizer_state says it",
-    "plans/merge.py: if these tensors are not needed, leave them out": "only load_into says it",
+    "optimizer_state/loading/refusals.py: drop its state first: ckpt optim prune": "only load_optimizer_state says it",
+    "plans/overlays/refusals.py: if these tensors are not needed, leave them out": "only load_into says it",
     "comparison/__init__.py: --rules transformers:auto": _ORACLES,
-    "plans/merge.py: --rules transformers:auto": _ORACLES,
+    "plans/overlays/requirements.py: --rules transformers:auto": _ORACLES,
     "rules/transformers/__init__.py: name the model type, such as": _ORACLES,
     "rules/transformers/skeleton.py: --rules transformers:auto takes": _ORACLES,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.loading.regions import held_memory, local_part, region_of
 from ckptkit.loading.watch import Watch
-from ckptkit.plans.merge import OwnLoading
+from ckptkit.plans.overlays.overlay import OwnLoading
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
 from ckptkit.values.cast_payload import CastPayload

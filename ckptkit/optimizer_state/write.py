@@ -22,8 +22,9 @@ from ckptkit.formats.torch.write import TorchZipLayout, assign_records, refuse_u
 from ckptkit.formats.writing.atomic import AtomicFile, output_errors, prepare_target
 from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
 from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
-from ckptkit.plans.execute import Written, refuse_replacing_inputs
 from ckptkit.plans.output import Output, choose_output
+from ckptkit.plans.writing.refusals import refuse_replacing_inputs
+from ckptkit.plans.writing.written import Written
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["WrittenState", "write_optimizer_state"]

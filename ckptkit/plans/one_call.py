@@ -18,10 +18,11 @@ from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat, adapter_path
 from ckptkit.plans.adapters.layers import AsLayer
 from ckptkit.plans.adapters.reading import LoraConfigLike
-from ckptkit.plans.execute import Written, execute
+from ckptkit.plans.execute import execute
 from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
+from ckptkit.plans.writing.written import Written
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["convert", "convert_adapter", "extract_lora", "merge", "merge_lora"]

@@ -10,8 +10,8 @@ from ckptkit.render.page import Block, Line, Page, Table
 from ckptkit.render.summary import coverage_documents, names_in_short, share_cell
 
 if TYPE_CHECKING:
-    from ckptkit.loading import LoadReport
-    from ckptkit.optimizer_state.load import OptimizerLoadReport
+    from ckptkit.loading.report import LoadReport
+    from ckptkit.optimizer_state.loading.report import OptimizerLoadReport
 
 __all__ = ["load_document", "load_page", "optimizer_load_document", "optimizer_load_page"]
 

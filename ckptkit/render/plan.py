@@ -15,7 +15,7 @@ from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, a
 from ckptkit.render.summary import names_in_short
 
 if TYPE_CHECKING:
-    from ckptkit.plans.execute import Written
+    from ckptkit.plans.writing.written import Written
 
 __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 

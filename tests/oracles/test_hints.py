@@ -39,7 +39,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 HINTS: dict[str, tuple[list[str], str]] = {
     "a diff": (["diff", _BUILD, "saved"], "comparison/__init__.py: --rules transformers:auto"),
-    "a merge": (["merge", _BUILD, "saved", "-o", "out.safetensors"], "plans/merge.py: --rules transformers:auto"),
+    "a merge": (
+        ["merge", _BUILD, "saved", "-o", "out.safetensors"],
+        "plans/overlays/requirements.py: --rules transformers:auto",
+    ),
     "no configuration": (
         ["remap", "alone.safetensors", "-o", "out.safetensors", "--rules", "transformers:auto"],
         "rules/transformers/__init__.py: name the model type, such as",

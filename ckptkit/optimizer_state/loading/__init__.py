@@ -1,0 +1,1 @@
+"""The steps of ``load_optimizer_state``."""

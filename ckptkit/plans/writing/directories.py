@@ -1,0 +1,154 @@
+"""Outputs of several files, which replace their directory as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ckptkit.core.progress import Progress
+from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.formats import open_checkpoint
+from ckptkit.formats.detect import TORCH_SUFFIXES
+from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
+from ckptkit.formats.sharded import split_into_shards, weight_index
+from ckptkit.formats.writing.atomic import (
+    AtomicFile,
+    atomic_directory,
+    prepare_directory,
+)
+from ckptkit.plans.carried import Carried, write_carried
+from ckptkit.plans.inputs import PlanInputs
+from ckptkit.plans.output import Output
+from ckptkit.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from ckptkit.plans.verify import Verification
+from ckptkit.plans.writing.files import has_tensors, write_safetensors_file, write_small
+from ckptkit.plans.writing.refusals import is_own_name
+from ckptkit.plans.writing.written import Written
+
+__all__ = ["write_directory"]
+
+_WEIGHTS = (".safetensors", DCP_SUFFIX, ".index.json", *TORCH_SUFFIXES)
+
+
+def write_directory(
+    plan: Plan, output: Output, inputs: PlanInputs, progress: Progress, *, carried: Carried, verify: bool
+) -> tuple[Written, list[Verification]]:
+    """Write shards or a distributed checkpoint; return what was written and what ``verify`` found."""
+    kind = _Dcp if output.format == "dcp" else _Shards
+    files = kind(plan, output, inputs)
+    target = prepare_directory(output.path, force=output.force, before=output.before)
+    existing = list(target.before.entries)
+    ours = frozenset(name for name in existing if is_own_name(output, name))
+    left: list[str] = []
+    verified: list[Verification] = []
+    with atomic_directory(target, replaced=ours.union(carried.names), left=left) as directory:
+        total = files.write(directory, progress)
+        write_carried(carried, directory, output)
+        _check_directory(directory, plan, files.names)
+        if verify:
+            verified = files.verify(directory)
+        inputs.check_unchanged()
+    beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
+    written = Written(
+        output.path,
+        files.format,
+        len(plan.steps),
+        total,
+        files.names,
+        tuple(beside),
+        left=tuple(left),
+        shared=files.shared,
+    )
+    return written, verified
+
+
+class _Shards:
+    """The shards of an output, and their index if there are several."""
+
+    def __init__(self, plan: Plan, output: Output, inputs: PlanInputs) -> None:
+        assert output.max_shard_size is not None  # noqa: S101 - choose_output gives each directory of shards a size
+        self.plan, self.output, self.inputs = plan, output, inputs
+        self.shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
+        self.index, self.index_data = weight_index(self.shards)
+        self.has_index = len(self.shards) > 1
+        self.names = (*(shard.name for shard in self.shards), *((self.index,) if self.has_index else ()))
+        self.shared = 0
+        self.format = f"sharded safetensors ({len(self.shards)} shards)" if self.has_index else "safetensors"
+
+    def write(self, directory: str, progress: Progress) -> int:
+        """Write the files and return the size of all shards."""
+        total = 0
+        for shard in self.shards:
+            path = os.path.join(directory, shard.name)
+            size, shared = write_safetensors_file(
+                path, shard.infos, self.plan.metadata, self.inputs, progress, reflink=self.output.reflink
+            )
+            total += size
+            self.shared += shared
+        self.inputs.refuse_overflow()
+        if self.has_index:
+            write_small(os.path.join(directory, self.index), self.index_data)
+        return total
+
+    def verify(self, directory: str) -> list[Verification]:
+        """Let safetensors read every shard, and compare the index with the shards."""
+        from ckptkit.plans.verify import verify_index, verify_safetensors
+
+        verified = []
+        for shard in self.shards:
+            path, shown = (os.path.join(parent, shard.name) for parent in (directory, self.output.path))
+            steps = [self.inputs.steps[info.key] for info in shard.infos]
+            verified.append(verify_safetensors(path, shown, steps, self.plan.metadata, self.inputs.roles))
+        if self.has_index:
+            verify_index(os.path.join(directory, self.index), os.path.join(self.output.path, self.index), self.shards)
+        return verified
+
+
+class _Dcp:
+    """A distributed checkpoint: one file of tensors, and the metadata that says where each is."""
+
+    format = "dcp"
+    shared = 0  # the bytes of its tensors begin at other places of a block than in the inputs
+
+    def __init__(self, plan: Plan, output: Output, inputs: PlanInputs) -> None:
+        from ckptkit.formats.distributed.dcp_write import DCP_FILE, layout_dcp
+
+        self.plan, self.output, self.inputs = plan, output, inputs
+        self.layout = layout_dcp([step.out for step in plan.steps], inputs.payload)
+        self.names = (DCP_FILE, DCP_METADATA)
+
+    def write(self, directory: str, progress: Progress) -> int:
+        """Write the files and return the size of the file of tensors."""
+        from ckptkit.formats.distributed.dcp_write import write_dcp
+
+        data, metadata = (os.path.join(directory, name) for name in self.names)
+        with AtomicFile(data, self.layout.nbytes, by_kernel=self.output.reflink != "never") as file:
+            for count in write_dcp(self.layout, file):
+                progress(count)
+        self.inputs.refuse_overflow()
+        write_small(metadata, self.layout.metadata)
+        return self.layout.nbytes
+
+    def verify(self, directory: str) -> list[Verification]:
+        """Let torch load the checkpoint."""
+        from ckptkit.plans.verify import verify_dcp
+
+        return [verify_dcp(directory, self.output.path, self.plan.steps, self.inputs.roles)]
+
+
+def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
+    # The directory keeps its other files. A reader could prefer an index or old shards among them to the output.
+    why = "holds other weights, which would be read instead of the output"
+    try:
+        with open_checkpoint(directory) as written:
+            as_planned = has_tensors(written, [step.out for step in plan.steps], names)
+            for key in written if as_planned and written.format == "dcp" else ():
+                # The reader compares the header of each tensor with the metadata only when it reads the tensor.
+                next(iter(written.payload(key).chunks()), None)
+    except CkptkitError as error:
+        as_planned, why = False, f"the weights cannot be read with the other files of the directory: {error.reason}"
+    if not as_planned:
+        raise OutputError(why, hint="give a new directory, or remove its other weights")
