@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 import zlib
@@ -48,6 +49,37 @@ def test_results_come_in_order_of_the_tasks(threads: int, count: int) -> None:
 
     with Workers(threads) as workers:
         assert list(workers.each(work, range(count))) == [task * task for task in range(count)]
+
+
+@pytest.mark.parametrize("first_thread", ["starts", "is refused"])
+def test_all_tasks_are_done_where_the_system_refuses_a_thread(first_thread: str) -> None:
+    """The caller does the tasks that no thread can do. No task runs on behind the last result."""
+    stack = 1 << 30 if first_thread == "starts" else 1 << 31  # the stack of the first case may be kept
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    room = stack + stack // 2 if first_thread == "starts" else stack // 2
+    running: list[int] = []
+    threads: set[int] = set()
+
+    def work(task: int) -> int:
+        running.append(task)
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        running.remove(task)
+        return task * task
+
+    before = threading.stack_size(stack)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (size + room, hard))
+        with Workers(3) as workers:
+            assert list(workers.each(work, range(9))) == [task * task for task in range(9)]
+            assert not running
+            assert list(workers.each(work, range(2))) == [0, 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        threading.stack_size(before)
+    assert threading.get_ident() in threads
+    assert len(threads) == (2 if first_thread == "starts" else 1)
 
 
 def test_few_tasks_are_begun_ahead() -> None:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
@@ -37,16 +38,18 @@ class Workers(Closing):
         """Use ``threads`` threads; by default one for each processor of this process, but at most 8."""
         self.threads = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
         self._pool: ThreadPoolExecutor | None = None
+        self._is_alone = False  # whether the system has refused a thread
         self._local = threading.local()
 
     def each(self, work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator[_Result]:
         """Yield ``work(task)`` for each task, in the order of the tasks; the threads do the work.
 
         ``tasks`` is advanced in the thread of the caller, and only a few tasks ahead of the results that are taken, so
-        memory is bounded. One task alone is done in the thread of the caller. If a task raises, later tasks that have
-        begun end first, and the error is raised where its result would have been.
+        memory is bounded. One task alone is done in the thread of the caller, and so are all tasks after the system has
+        refused a thread. If a task raises, later tasks that have begun end first, and the error is raised where its
+        result would have been.
         """
-        waiting: deque[Future[_Result]] = deque()
+        waiting: deque[tuple[_Task, Future[_Result] | None]] = deque()
         remaining = iter(tasks)
         first = next(remaining, _NOTHING)
         if isinstance(first, _Nothing):
@@ -55,22 +58,35 @@ class Workers(Closing):
         if isinstance(second, _Nothing):
             yield work(first)
             return
+        try:
+            for task in chain((first, second), remaining):
+                waiting.append((task, self._begin(work, task)))
+                if len(waiting) > _WAITING * self.threads:
+                    yield _first_result(work, waiting)
+            while waiting:
+                yield _first_result(work, waiting)
+        finally:
+            begun = [future for _, future in waiting if future is not None]
+            for future in begun:
+                future.cancel()
+            for future in begun:
+                if not future.cancelled():
+                    future.exception()  # waits: the caller may close a file that the task reads
+
+    def _begin(self, work: Callable[[_Task], _Result], task: _Task) -> Future[_Result] | None:
+        """Give a task to the threads. Return None where the system refuses a thread: then the caller does the task."""
+        if self._is_alone:
+            return None
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads)
         try:
-            waiting += [self._pool.submit(work, first), self._pool.submit(work, second)]
-            for task in remaining:
-                waiting.append(self._pool.submit(work, task))
-                if len(waiting) > _WAITING * self.threads:
-                    yield _first_result(waiting)
-            while waiting:
-                yield _first_result(waiting)
-        finally:
-            for future in waiting:
-                future.cancel()
-            for future in waiting:
-                if not future.cancelled():
-                    future.exception()  # waits: the caller may close a file that the task reads
+            return self._pool.submit(work, task)
+        except RuntimeError:
+            # The task is in the queue of the pool already, so the pool must not go on.
+            self._is_alone = True
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            return None
 
     def buffer(self, name: str, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
         """Return a scratch array for ``count`` numbers, which this thread gets again under this name and dtype.
@@ -114,9 +130,12 @@ def pieces(count: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, count)
 
 
-def _first_result(waiting: deque[Future[_Result]]) -> _Result:
-    result = waiting[0].result()  # a signal can end this call, and then the task still runs
-    waiting.popleft()
+def _first_result(
+    work: Callable[[_Task], _Result], waiting: deque[tuple[_Task, Future[_Result] | None]]
+) -> _Result:
+    task, future = waiting[0]
+    result = work(task) if future is None or future.cancelled() else future.result()
+    waiting.popleft()  # not before: a signal can end the line above, and then the task still runs
     return result
 
 
