@@ -130,9 +130,7 @@ def pieces(count: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, count)
 
 
-def _first_result(
-    work: Callable[[_Task], _Result], waiting: deque[tuple[_Task, Future[_Result] | None]]
-) -> _Result:
+def _first_result(work: Callable[[_Task], _Result], waiting: deque[tuple[_Task, Future[_Result] | None]]) -> _Result:
     task, future = waiting[0]
     result = work(task) if future is None or future.cancelled() else future.result()
     waiting.popleft()  # not before: a signal can end the line above, and then the task still runs
