@@ -26,6 +26,7 @@ __all__ = [
     "Region",
     "file_state",
     "is_same_file",
+    "is_same_range",
     "is_seekable",
     "same_bytes",
 ]
@@ -108,6 +109,11 @@ class LocalFile:
         if error is None or self._fd < 0:
             return PathError("the checkpoint was closed", hint="read it before it is closed", path=self.path)
         return PathError(_reason(error), path=self.path)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The device and the inode, which every name and every link of the file has."""
+        return self._seen[:2]
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes.
@@ -290,6 +296,15 @@ class ByteSwapped:
 def is_seekable(payload: Payload) -> TypeGuard[Region]:
     """Return whether a range can be read without reading the bytes before the range."""
     return isinstance(payload.source if isinstance(payload, ByteSwapped) else payload, Extent)
+
+
+def is_same_range(first: Payload, second: Payload) -> bool:
+    """Return whether two payloads are known to be one range of one file, perhaps under two names; nothing is read."""
+    return (
+        isinstance(first, Extent)
+        and isinstance(second, Extent)
+        and (first.offset, first.nbytes, first.file.identity) == (second.offset, second.nbytes, second.file.identity)
+    )
 
 
 def same_bytes(first: Payload, second: Payload) -> bool:
