@@ -100,7 +100,7 @@ def test_options_that_load_state_dict_replaced_are_an_error() -> None:
     optimizer.load_state_dict(older.state_dict())
     head, base = findings(model, optimizer)
     assert (head.code, head.severity, head.key) == ("groups.options", "error", "head")
-    assert "trains with lr=0.5, weight_decay=0, and the spec says lr=1.0, weight_decay=0.05" in head.message
+    assert "trains with lr=0.5, weight_decay=0, and the spec says lr=1, weight_decay=0.05" in head.message
     assert "trains with weight_decay=0, and the spec says weight_decay=0.05" in base.message
 
 

@@ -200,7 +200,7 @@ def test_a_minimum_above_the_lr_of_a_group_is_a_warning(make: Make, key: str, do
     scheduler = make(optimizer)
     (finding,) = found(model, optimizer, scheduler)
     assert (finding.code, finding.severity) == ("groups.scheduler-minimum", "warning")
-    assert f"has {key}=1e-05, which is above the lr of group 1 (lr=1e-07)" in finding.message
+    assert f"has {key}=1e-5, which is above the lr of group 1 (lr=1e-7)" in finding.message
     assert finding.message.endswith(does)
     if not isinstance(scheduler, SimpleNamespace):
         before = [group["lr"] for group in optimizer.param_groups]
@@ -229,7 +229,7 @@ def test_a_schedule_that_sets_one_lr_for_all_groups() -> None:
     optimizer = two_groups(model)
     (finding,) = found(model, optimizer, Warm(optimizer))
     assert (finding.code, finding.severity) == ("groups.scheduler-flat", "warning")
-    assert "all 2 groups have lr=0.0002 under Warm, although they started with lrs from 0.02 to 0.1" in finding.message
+    assert "all 2 groups have lr=2e-4 under Warm, although they started with lrs from 0.02 to 0.1" in finding.message
     for make in (
         lambda o: lrs.LambdaLR(o, lambda epoch: min(1, epoch / 5)),
         lambda o: lrs.CosineAnnealingLR(o, 6, eta_min=0.001),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.core.text import human_bytes, percent, plural, printable, quoted, shell_word
+from ckptkit.core.text import human_bytes, option_texts, percent, plural, printable, quoted, shell_word, short_number
 from ckptkit.errors import one_line
 from tests.helpers_cli import ROOT
 from tests.helpers_pages import PAGES
@@ -106,6 +107,32 @@ def test_a_very_long_shell_word_is_cut() -> None:
 )  # fmt: skip
 def test_sizes_are_decimal(count: int, shown: str) -> None:
     assert human_bytes(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(3e-4, "3e-4"), (0.00030000000000000003, "3e-4"), (1e-05, "1e-5"), (0.1, "0.1"), (0.1 + 0.2, "0.3"), (1.0, "1"),
+     (1e-3, "0.001"), (0.0009999999999999998, "0.001"), (0.01, "0.01"), (1.5e-4, "1.5e-4"), (-2e-7, "-2e-7"),
+     (0.0, "0"), (-0.0, "-0"), (65504.0, "65504"), (1_234_567, "1234567"), (1e9, "1e9"),
+     (3.4028234663852886e38, "3.40282e38"),
+     (math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"), (5e-324, "4.94066e-324"), (None, "")],
+)  # fmt: skip
+def test_numbers_are_short(number: float | None, shown: str) -> None:
+    assert short_number(number) == shown
+
+
+def test_numbers_are_written_in_one_way() -> None:
+    """No other function formats a float for people."""
+    for path in (ROOT / "ckptkit").rglob("*.py"):
+        found = [] if path.name == "text.py" else re.findall(r":\.?\d*[ge]\}", path.read_text(encoding="utf-8"))
+        assert not found, path
+
+
+def test_options_that_differ_look_different() -> None:
+    """Two options in one message are short, but never the same text."""
+    assert option_texts(0.00030000000000000003, 1e-5) == ("3e-4", "1e-5")
+    assert option_texts([0.9, 0.999], "x") == ("[0.9, 0.999]", "'x'")
+    assert option_texts(0.1 + 0.2, 0.3) == ("0.30000000000000004", "0.3")
 
 
 def test_counts_agree_with_their_noun() -> None:

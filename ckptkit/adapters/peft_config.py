@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ckptkit.adapters.model import Kind
 from ckptkit.core.patterns.matching import compile_regex
-from ckptkit.core.text import printable, quoted
+from ckptkit.core.text import printable, quoted, short_number
 from ckptkit.errors import RuleError
 
 __all__ = [
@@ -110,7 +110,7 @@ class Scales:
         """Raise ``RuleError`` unless the first size of the factor ``key`` is the rank of its module, or a multiple."""
         rank = self.rank(module)
         if not shape or rank * times != shape[0]:
-            raise RuleError(f"{quoted(key)} is {list(shape)}, but the rank in the config is {rank:g}")
+            raise RuleError(f"{quoted(key)} is {list(shape)}, but the rank in the config is {short_number(rank)}")
 
     def scale(self, module: str) -> float:
         """Return the scale of a module."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.model import AdaptedModule, Adapter, AdapterPlan, Fold
-from ckptkit.core.text import listed, plural, quoted, shell_word
+from ckptkit.core.text import listed, plural, quoted, shell_word, short_number
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.adapters import (
     FoldAdalora,
@@ -50,7 +50,7 @@ def place_adapter(
             continue
         weight = _with_rows(all_shapes[module.key], module.rows)
         names, operation = _operation(module, weight, orientation)
-        label = module.kind if module.kind == "ia3" else f"{module.kind}, scale {module.scale:g}"
+        label = module.kind if module.kind == "ia3" else f"{module.kind}, scale {short_number(module.scale)}"
         replaced_by = replacements.pop(module.key, "")
         folds.append(Fold(module.key, names, operation, replaced_by, label, module.rows, module.up_rows))
         key = f"{module.module}.bias"

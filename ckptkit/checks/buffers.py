@@ -12,7 +12,7 @@ from ckptkit.checks import codes
 from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import quoted
+from ckptkit.core.text import quoted, short_number
 from ckptkit.values.extremes import Extremes
 
 __all__ = ["check_buffers"]
@@ -39,16 +39,16 @@ def check_buffers(
         if not found.finite or found.min is None or found.max is None:
             continue
         if name == "num_batches_tracked" and found.min < 0:
-            message = f"{quoted(key)} counts {found.min:g} batches"
+            message = f"{quoted(key)} counts {short_number(found.min)} batches"
             yield codes.NEGATIVE_COUNT.finding(key, message, "batch norm with momentum=None averages by this count")
         elif name == "running_var" and found.min < 0:
-            message = f"{quoted(key)} has a variance of {found.min:g}, but batch norm takes its square root"
+            message = f"{quoted(key)} has a variance of {short_number(found.min)}, but batch norm takes its square root"
             yield codes.NEGATIVE_VARIANCE.finding(key, message, "was it merged or scaled like a weight?")
         elif name == "position_ids":
             yield from _check_positions(info, found, read_bytes)
         table = _indexed_table(prefix, name, infos) if info.dtype in _ARRAY_TYPES else None
         if table is not None and not (found.min >= 0 and found.max < table.shape[0]):
-            held = f"{quoted(key)} holds {found.min:g} to {found.max:g}"
+            held = f"{quoted(key)} holds {short_number(found.min)} to {short_number(found.max)}"
             message = f"{held}, but {quoted(table.key)} has {table.shape[0]:,} rows"
             yield codes.INDEX_RANGE.finding(key, message, _RECOMPUTE)
 
@@ -67,7 +67,8 @@ def _check_positions(info: TensorInfo, found: Extremes, read_bytes: Callable[[st
     else:
         return
     if wrong:
-        message = f"{quoted(info.key)} is not 0 to {count - 1:,} in order: it holds {found.min:g} to {found.max:g}"
+        held = f"it holds {short_number(found.min)} to {short_number(found.max)}"
+        message = f"{quoted(info.key)} is not 0 to {count - 1:,} in order: {held}"
         yield codes.POSITION_IDS.finding(info.key, message, _RECOMPUTE)
 
 

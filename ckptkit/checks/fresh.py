@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from ckptkit.checks.meant import is_meant
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.text import short_number
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.statistics.value_stats import ValueStats
 
@@ -48,7 +49,9 @@ class _Spread(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"normal, std {self.std:.4g}" if self.bound is None else f"uniform within ±{self.bound:.4g}"
+        if self.bound is None:
+            return f"normal, std {short_number(self.std, 4)}"
+        return f"uniform within ±{short_number(self.bound, 4)}"
 
 
 def judge_values(info: TensorInfo, numbers: ValueStats, module: Module | None) -> Judgement:
@@ -67,7 +70,8 @@ def judge_values(info: TensorInfo, numbers: ValueStats, module: Module | None) -
         return Judgement("few", f"{numbers.count} numbers, too few to tell")
     if spread is not None and _has_spread(numbers, spread, info):
         return Judgement("fresh", f"as torch initialises {type(module).__name__}: {spread.text}")
-    return Judgement("other", f"std {numbers.std:.4g}, unlike torch's own init" if spread else f"std {numbers.std:.4g}")
+    seen = f"std {short_number(numbers.std, 4)}"
+    return Judgement("other", f"{seen}, unlike torch's own init" if spread else seen)
 
 
 def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
@@ -79,7 +83,7 @@ def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
 
 def _judge_constant(info: TensorInfo, numbers: ValueStats, module: Module | None, leaf: str) -> Judgement:
     value = numbers.min or 0
-    text = f"all {value:g}"
+    text = f"all {short_number(value)}"
     expected = _NORM_VALUES.get(leaf) if module is not None and _is_norm(module) else None
     if expected is not None and value == expected:
         return Judgement("fresh", f"as torch initialises {type(module).__name__}: {text}")

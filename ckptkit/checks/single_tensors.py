@@ -10,7 +10,7 @@ from ckptkit.checks.meant import is_mask, is_meant
 from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.text import listed, plural, quoted, short_number
 from ckptkit.values.extremes import Extremes
 
 __all__ = ["check_finite", "check_single_tensors"]
@@ -76,7 +76,7 @@ def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extreme
             keys_by_kind.setdefault((is_zero, is_serious), []).append(key)
     for (is_zero, is_serious), keys in keys_by_kind.items():
         first = stats[keys[0]].min
-        content = "only zeros" if is_zero else f"one number throughout ({first:g} in the first tensor)"
+        content = "only zeros" if is_zero else f"one number throughout ({short_number(first)} in the first tensor)"
         message = f"{plural(len(keys), 'tensor')} with {content}: {listed(keys)}"
         hint = "never trained, or lost in a conversion?" if is_serious else ""
         code = codes.ALL_ZERO if is_zero else codes.CONSTANT

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.dtypes import is_float
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 
 __all__ = ["CastLoss", "describe_overflow", "describe_small_losses", "wider_dtype"]
 
@@ -105,7 +105,7 @@ def describe_overflow(losses: Iterable[CastLoss]) -> str:
         if loss.is_mask:
             named.append(f"{only}, and each is the lowest value of a floating-point dtype, as in an attention mask")
         else:
-            named.append(f"{only}, up to {loss.largest:.6g}" if loss.largest else str(only))
+            named.append(f"{only}, up to {short_number(loss.largest)}" if loss.largest else str(only))
     more = f" and {len(found) - _MOST_KEYS:,} more tensors" if len(found) > _MOST_KEYS else ""
     count = sum(loss.overflowed for loss in found)
     fit = "does not fit" if count == 1 else "do not fit"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice, takewhile
 
 __all__ = [
-    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "nearest", "percent", "plural", "printable",
-    "quoted", "shared_start", "shell_word",
+    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "nearest", "option_text", "option_texts",
+    "percent", "plural", "printable", "quoted", "shared_start", "shell_word", "short_number",
 ]  # fmt: skip
 
 _MAX_CHARS = 400  # of one name
@@ -29,6 +29,8 @@ _INVISIBLE = re.compile(
 # Spaces that cannot be seen in a table: at the ends of a name, and after another space.
 _HIDDEN_SPACES = re.compile(r"(?<= ) +|^ +| +$")
 _MAX_COMPARED = 2_000_000  # characters of all names together
+_SMALL = 1e-3  # people write 0.001, but 3e-4
+_LARGE = 1e9  # whole numbers below this are written in full
 
 
 def printable(name: str) -> str:
@@ -171,6 +173,42 @@ def percent(share: float) -> str:
         return "100 %"
     text = f"{min(100 * share, 99.9):.1f} %"
     return "< 0.1 %" if share and text == "0.0 %" else text
+
+
+def short_number(value: float | None, digits: int = 6) -> str:
+    """Return a number as people write it, with at most ``digits`` digits: ``3e-4``, ``0.1``, ``65504``; None is empty.
+
+    It is for people only: JSON documents and files have the exact number. Whole numbers below 1e9 are never rounded.
+    """
+    if value is None:
+        return ""
+    if abs(value) < _LARGE and value == int(value):
+        return f"{value:.0f}"
+    text = f"{value:.{digits}g}"
+    if abs(float(text)) < _SMALL:
+        text = f"{value:.{digits - 1}e}"
+    mantissa, sign, exponent = text.partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if sign else text
+
+
+def option_text(value: object) -> str:
+    """Return an option of an optimizer for a table: numbers are short, also in lists, and text is printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, float):
+        return short_number(value)
+    if isinstance(value, list | tuple):
+        marks = "[]" if isinstance(value, list) else "()"
+        return f"{marks[0]}{', '.join(map(option_text, value))}{marks[1]}"
+    return printable(str(value))
+
+
+def option_texts(first: object, second: object) -> tuple[str, str]:
+    """Return two options that differ, for a message: strings are quoted, and numbers have the digits to tell apart."""
+    texts = [quoted(value) if isinstance(value, str) else option_text(value) for value in (first, second)]
+    if texts[0] == texts[1]:
+        texts = [printable(repr(value)) for value in (first, second)]
+    return texts[0], texts[1]
 
 
 def human_bytes(count: int) -> str:

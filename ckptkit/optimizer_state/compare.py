@@ -10,7 +10,7 @@ from typing import TypeAlias, cast
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.patterns import drop_options
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.text import listed, plural, quoted, short_number
 from ckptkit.core.torch_optim import OPTIONS, scheduled_options
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.errors import PlanError
@@ -189,7 +189,7 @@ def state_findings(state: OptimizerState) -> Iterator[Finding]:
     if len(steps) > 1:
         counts = sorted(steps.items(), key=lambda pair: -len(pair[1]))
         shown = "; ".join(
-            f"{step:g} of {plural(len(names), 'parameter')} ({names[0]})" for step, names in counts[:_SHOWN]
+            f"{short_number(step)} of {plural(len(names), 'parameter')} ({names[0]})" for step, names in counts[:_SHOWN]
         )
         hint = "some parameters were unfrozen later, or the file was edited: their bias correction differs"
         is_usual = have_one_count_in_each_part(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.random_state import restored_random_state
-from ckptkit.core.text import first_line, kind_of, listed
+from ckptkit.core.text import first_line, kind_of, listed, short_number
 from ckptkit.core.torch_bridge import flat_bytes, shape_or_none
 from ckptkit.core.torch_optim import initial_lr
 from ckptkit.core.torch_types import Module, Optimizer, Tensor
@@ -197,7 +197,7 @@ def _begin_warm_up(optimizers: Sequence[Optimizer]) -> Iterator[Finding]:
             base = initial_lr(group)
             if _is_zero(group.get("lr")) and base is not None and not _is_zero(base):
                 count += 1
-                rates.setdefault(f"{float(base):g}")  # type: ignore[arg-type]
+                rates.setdefault(short_number(float(base)))  # type: ignore[arg-type]
                 if hasattr(group["lr"], "fill_"):
                     group["lr"].fill_(float(base))  # type: ignore[arg-type]
                 else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 from ckptkit.core.torch_optim import SlotSchema
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.loading.watch import named_tensors
@@ -69,8 +69,8 @@ def _eps_findings(optimizer: LiveOptimizer) -> Iterator[Finding]:
         if eps and float(torch.tensor(eps, dtype=torch.float16, device="cpu")) == 0:
             yield codes.EPS.finding(
                 "",
-                f"group {number} has {plural(len(low), 'parameter')} in float16, where its eps = {eps:g} is 0: "
-                f"{optimizer.class_name} divides 0 by 0 for a gradient of 0, and the weight becomes NaN",
+                f"group {number} has {plural(len(low), 'parameter')} in float16, where its eps = {short_number(eps)} "
+                f"is 0: {optimizer.class_name} divides 0 by 0 for a gradient of 0, and the weight becomes NaN",
                 "keep the weights in float32 and use autocast, or set eps = 1e-4",
             )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptkit.checks.meant import adapter_of
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.text import listed, plural, quoted, short_number
 from ckptkit.core.torch_optim import initial_lr
 from ckptkit.core.torch_types import Module, Optimizer, Parameter, Tensor
 from ckptkit.param_groups.parameters import address
@@ -351,10 +351,12 @@ def _reason_not_moved(step: Step, name: str) -> tuple[str, str, bool]:
     if step.largest(name) <= _NEGLIGIBLE * max(map(step.largest, step.grads)):
         return "the gradient is only rounding noise, as of a bias before a norm", "", True
     if 0 < rate < base:
-        return f"the lr is {rate:g} at this step of the schedule (initial_lr {base:g})", "", True
+        initial = f"initial_lr {short_number(base)}"
+        return f"the lr is {short_number(rate)} at this step of the schedule ({initial})", "", True
     dtype = str(step.parameters[name].dtype).removeprefix("torch.")
+    small = f"with lr={short_number(rate)}, the update is too small for a weight in {dtype}"
     return (
-        f"with lr={rate:g}, the update is too small for a weight in {dtype}, or this step only collects gradients",
+        f"{small}, or this step only collects gradients",
         "keep the weights in float32, or raise the lr",
         False,
     )

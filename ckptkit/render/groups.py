@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit.core.config_files import toml_value
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import option_text, plural, printable, quoted, short_number
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.lock import lock_document, plain_option
 from ckptkit.render.page import Code, Line, Listing, Page, Table, as_code
@@ -31,7 +31,6 @@ _RIGHT = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
 _ALWAYS = frozenset({"group", "rule", "parameters", "elements", "share", "lr", "weight_decay", "examples"})
 _EXAMPLES = 2
 _LONGEST_RULE = 48  # a longer rule is cut on the page; the JSON document has all of it
-_LONGEST_NUMBER = 10
 
 
 def groups_page(plan: ParamGroupsPlan) -> Page:
@@ -104,12 +103,7 @@ def _condition(rule: GroupRule) -> Mapping[str, object] | None:
 
 
 def _option_cell(options: Mapping[str, object], key: str) -> str:
-    return printable(_short_number(plain_option(options[key]))) if key in options else ""
-
-
-def _short_number(value: object) -> str:
-    text = str(value)
-    return text if not isinstance(value, float) or len(text) <= _LONGEST_NUMBER else f"{value:.6g}"
+    return option_text(plain_option(options[key])) if key in options else ""
 
 
 def _range(layers: list[int]) -> str:
@@ -136,7 +130,7 @@ def _rate_table(plan: ParamGroupsPlan) -> Table | None:
     positive = [rate for _, rate in counts if rate > 0]
     log = bool(positive) and max(positive) / min(positive) >= _LOG_RATIO
     rows = tuple(
-        (str(layer), f"{count:,}", _short_number(rate), _bar(rate, positive, log=log))
+        (str(layer), f"{count:,}", short_number(rate), _bar(rate, positive, log=log))
         for (layer, rate), count in sorted(counts.items())
     )
     headers = ("layer", "parameters", "lr", "log scale" if log else "")
@@ -259,8 +253,8 @@ def explain_document(explanation: Explanation) -> dict[str, object]:
 def _step_rows(steps: tuple[OptionStep, ...]) -> Iterator[tuple[str, str, str]]:
     for key in dict.fromkeys(step.key for step in steps):
         for number, step in enumerate(step for step in steps if step.key == key):
-            factor = "" if step.factor is None else f", times {step.factor:g}"
-            value = printable(str(plain_option(step.value)))
+            factor = "" if step.factor is None else f", times {short_number(step.factor)}"
+            value = option_text(plain_option(step.value))
             yield ("" if number else printable(key), value, f"{printable(step.source)}{factor}")
 
 

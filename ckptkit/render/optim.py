@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.findings import Report
-from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.core.text import human_bytes, plural, printable, short_number
 from ckptkit.errors import CkptkitError
 from ckptkit.optimizer_state.compare import state_report
 from ckptkit.optimizer_state.model import (
@@ -69,7 +69,7 @@ def _cells(slots: Mapping[str, SlotValue], group: int | None, *, is_open: bool) 
     return (
         "" if shape is None else str(list(shape)),
         ", ".join(printable(str(slot)) for slot in slots if slot != "step"),
-        "" if step is None else f"{step:g}",
+        short_number(step),
         "" if group is None else str(group),
     )
 
@@ -203,7 +203,7 @@ def _value_text(value: SlotValue) -> str:
         plain = _json_value(value)
     except CkptkitError:  # the file of an option that is a tensor is closed
         return str(value.info) if isinstance(value, LazyTensor) else ""
-    return f"{plain:g}" if isinstance(plain, float) else printable(str(plain))
+    return short_number(plain) if isinstance(plain, float) else printable(str(plain))
 
 
 def _json_value(value: SlotValue) -> object:

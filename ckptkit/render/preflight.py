@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptkit.core.text import human_bytes, percent, plural, printable
+from ckptkit.core.text import human_bytes, option_text, percent, plural, printable, short_number
 from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
@@ -85,7 +85,7 @@ def _groups_table(report: Preflight) -> Iterator[Block]:
             f"{len(group.names):,}",
             f"{group.elements:,}",
             *(
-                printable(str(plain_option(group.options[key]))) if key in group.options else ""
+                option_text(plain_option(group.options[key])) if key in group.options else ""
                 for key in ("lr", "weight_decay")
             ),
         )
@@ -120,7 +120,7 @@ def _step_line(step: DryStep) -> Line:
         return Line(("dry step: it ended before there was a loss",))
     moved = f", {step.moved:,} moved by {step.optimizer}" if step.optimizer else ", and no optimizer to move them"
     count = f"{_some_of(step.gradients, step.trainable)} trainable parameters got a gradient"
-    return Line((f"dry step on a copy: loss {step.loss:.6g}, {count}{moved}",))
+    return Line((f"dry step on a copy: loss {short_number(step.loss)}, {count}{moved}",))
 
 
 def _some_of(some: int, whole: int) -> str:

@@ -9,7 +9,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from ckptkit.core.text import percent, plural
+from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
 from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
@@ -120,7 +120,12 @@ def _measures(numbers: ValueStats) -> Sequence[str]:
     """Return the cells of mean, deviation, extremes and norms."""
     if not numbers.finite:
         return [""] * len(_MEASURES)
-    return (_FORMAT % (numbers.mean, numbers.std, numbers.min, numbers.max, numbers.l1, numbers.l2)).split("\n")
+    values = (numbers.mean, numbers.std, numbers.min, numbers.max, numbers.l1, numbers.l2)
+    texts = (_FORMAT % values).split("\n")  # as short_number writes them, if there is no exponent
+    return [
+        short_number(value, 4) if "e" in text or "0.000" in text else text
+        for text, value in zip(texts, values, strict=True)
+    ]
 
 
 def _table(
@@ -187,7 +192,7 @@ def _bars(top: int, width: int, histogram: tuple[tuple[int, int], ...]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return short_number(value, 4)
 
 
 def _share(part: int, whole: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ckptkit.comparison.values import ValueDifference
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import plural, printable
+from ckptkit.core.text import plural, printable, short_number
 from ckptkit.render.page import Line, Page, Table
 from ckptkit.render.summary import describe
 
@@ -37,7 +37,7 @@ def _row(difference: ValueDifference) -> tuple[str, ...]:
     described = str(wanted) if wanted.dtype == got.dtype else f"{wanted.dtype} and {got}"
     if difference.count is None or difference.largest is None:
         return printable(wanted.key), described, "the bytes", "", "", "", ""
-    largest = f"{difference.largest:.3g}" if difference.largest else "only bits"
+    largest = short_number(difference.largest, 3) if difference.largest else "only bits"
     return (
         printable(wanted.key), described, f"{difference.count:,} of {wanted.elements:,}", largest,
         "" if difference.place is None else str(list(difference.place)), *difference.values,

@@ -10,7 +10,7 @@ from ckptkit.core.arguments import refuse, require_number, require_strings
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
-from ckptkit.core.text import listed, percent, plural, quoted, shell_word
+from ckptkit.core.text import listed, percent, plural, quoted, shell_word, short_number
 from ckptkit.errors import RuleError
 
 __all__ = ["Requirements", "Unmet", "find_unmet", "parse_requirements"]
@@ -95,8 +95,8 @@ def find_unmet(
         empty = sorted(coverage.kept, key=lambda key: -base[key].elements)
         message = (
             f"{source} {verbs[0]} {coverage.filled_elements:,} of {plural(coverage.elements, 'element')} "
-            f"({percent(coverage.share)}), below --min-coverage {requirements.min_coverage:.15g}; the largest tensors "
-            f"that would not be {verbs[1]}: {explained(empty)}"
+            f"({percent(coverage.share)}), below --min-coverage {short_number(requirements.min_coverage, 15)}; the "
+            f"largest tensors that would not be {verbs[1]}: {explained(empty)}"
         )
         unmet.append(Unmet("min_coverage", message, coverage.kept))
     return unmet

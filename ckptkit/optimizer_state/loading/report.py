@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 from ckptkit.core.torch_optim import initial_lr, scheduled_options
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.compatibility import StateMatch
@@ -82,7 +82,8 @@ def initial_lr_findings(live_groups: Sequence[NamedGroup], groups: Sequence[Name
         if isinstance(lr, int | float) and isinstance(loaded, int | float) and lr != loaded:
             yield codes.INITIAL_LR.finding(
                 "",
-                f"group {number} was built with lr={lr:g} and now has initial_lr={loaded:g} from the file: a scheduler "
+                f"group {number} was built with lr={short_number(lr)} and now has "
+                f"initial_lr={short_number(loaded)} from the file: a scheduler "
                 "that is built from now on starts from that",
                 "for the schedule of the run, build its scheduler before the load and load its state too; for a new "
                 'schedule, load with hyper="live"',

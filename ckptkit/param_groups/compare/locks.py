@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import option_texts, plural, printable, quoted
 from ckptkit.core.torch_optim import overwritten_options
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
@@ -114,8 +114,9 @@ def _lock_group_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> I
             message = f"{quoted(name)} was in group {quoted(group.name)} and is now in {other}"
             yield codes.MOVED.finding(name, message, _BY_NAME)
         changes = [
-            f"{option.key} {option.expected!r} -> {'nothing' if option.is_absent else repr(option.found)}"
+            f"{option.key} {expected} -> {'nothing' if option.is_absent else found}"
             for option in difference.options
+            for expected, found in [option_texts(option.expected, option.found)]
         ]
         if difference.optimizer is not None:
             changes.insert(0, f"optimizer {' -> '.join(difference.optimizer)}")

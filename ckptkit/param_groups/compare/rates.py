@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptkit.core.findings import Finding
+from ckptkit.core.text import short_number
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroups
 from ckptkit.param_groups.lock import ParamGroupsLock
@@ -37,7 +38,7 @@ def check_flat_rates(
         if flat is not None:
             yield codes.SCHEDULER_FLAT.finding(
                 "",
-                f"all {len(groups)} groups of {optimizer.label} have lr={flat.lr:g}, and {source} has lrs from "
-                f"{flat.lowest:g} to {flat.highest:g}: their own lr is lost",
+                f"all {len(groups)} groups of {optimizer.label} have lr={short_number(flat.lr)}, and {source} has lrs "
+                f"from {short_number(flat.lowest)} to {short_number(flat.highest)}: their own lr is lost",
                 "a script that sets the lr must multiply the base lr of each group",
             )

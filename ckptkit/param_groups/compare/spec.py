@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import quoted
+from ckptkit.core.text import option_texts, quoted
 from ckptkit.core.torch_optim import overwritten_options
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.compare.groups import GroupDifference, compare_groups
@@ -71,11 +71,9 @@ def compare_with_spec(
 
 def _spec_options(key: str, label: str, difference: GroupDifference, *, is_by_hand: bool) -> Iterator[Finding]:
     pairs = [
-        (
-            f"no {option.key}" if option.is_absent else f"{option.key}={option.found!r}",
-            f"{option.key}={option.expected!r}",
-        )
+        (f"no {option.key}" if option.is_absent else f"{option.key}={found}", f"{option.key}={expected}")
         for option in difference.options
+        for found, expected in [option_texts(option.found, option.expected)]
     ]
     if difference.optimizer is not None:
         wanted, actual = difference.optimizer

@@ -15,7 +15,7 @@ from typing import Any, cast
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import format_of, read_table_file
 from ckptkit.core.patterns import literal
-from ckptkit.core.text import first_line, kind_of, listed, plural, quoted
+from ckptkit.core.text import first_line, kind_of, listed, plural, quoted, short_number
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError, ModelError
 from ckptkit.inputs import CheckpointLike
@@ -130,7 +130,7 @@ def mup_modifiers(table: ParameterTable, settings: Mapping[str, Any]) -> list[di
             multiples.setdefault(multiple, []).append(parameter.name)
     return [
         {
-            "name": f"width x{multiple:g}",
+            "name": f"width x{short_number(multiple)}",
             "params": patterns_of(found, names),
             "lr_mult": 1 / multiple,
             "weight_decay_mult": multiple,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import option_text, plural, quoted
 from ckptkit.core.torch_optim import source_of_names
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
@@ -54,7 +54,7 @@ def check_shared_groups(groups: Sequence[LiveGroup]) -> Iterator[Finding]:
             reported.add(id(group.optimizer))
         else:
             has_lr = "lr" in group.options and group.optimizer is not None
-            options = f" (now lr={group.options['lr']})" if has_lr else ""
+            options = f" (now lr={option_text(group.options['lr'])})" if has_lr else ""
             yield codes.SHARED.finding(
                 "",
                 f"{first.where} and {group.where} are one dict{options}, as when one list of groups is used for two "

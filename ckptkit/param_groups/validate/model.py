@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, Member
@@ -81,7 +81,8 @@ def check_tied(live_model: LiveModel, members_by_id: Mapping[int, Member]) -> It
         yield codes.TIED.finding(
             live.name,
             f"{_joined([live.name, *live.aliases])} are one tied parameter {live.shape}: it trains in "
-            f"{member.group.where} with lr={lr:g} under each of its names, but other groups have another lr",
+            f"{member.group.where} with lr={short_number(lr)} under each of its names, but other groups have "
+            "another lr",
             "check that this lr is right for all of these names",
             severity="note",
         )

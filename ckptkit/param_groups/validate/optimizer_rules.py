@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 from ckptkit.core.torch_optim import OPTIONS, initial_lr, is_set
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import (
@@ -274,7 +274,7 @@ def _check_multiplier(optimizer: LiveOptimizer, key: str, option: str) -> Iterat
         yield codes.MULTIPLIER.finding(
             "",
             f"{key} is in {plural(len(unapplied), 'group')} of {optimizer.label} (the first is {unapplied[0].where}), "
-            f"where {option} is still the default {default:g}: nothing in torch applies {key}",
+            f"where {option} is still the default {short_number(default)}: nothing in torch applies {key}",
             f'pass the scheduler that reads {key}, or apply it: group["{option}"] *= group["{key}"]',
         )
 
@@ -301,7 +301,8 @@ def _check_decay(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Fi
             )
             yield codes.DECAY.finding(
                 member_name(live_model, vectors[0]),
-                f"{group.where} applies weight decay {decay[id(group)]:g} to {plural(len(vectors), 'vector')} (norms, "
+                f"{group.where} applies weight decay {short_number(decay[id(group)])} to "
+                f"{plural(len(vectors), 'vector')} (norms, "
                 f"biases, scales), {reason}: {member_names(live_model, vectors)}",
                 "if this is not intended, put the vectors into a group with weight_decay = 0",
                 keys=member_keys(live_model, vectors),

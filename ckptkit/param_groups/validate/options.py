@@ -9,7 +9,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import nearest, quoted
+from ckptkit.core.text import nearest, quoted, short_number
 from ckptkit.core.torch_bridge import get_or_none
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, is_set, options_of_kind, schema_of, torch_options
 from ckptkit.param_groups import codes
@@ -109,7 +109,7 @@ def _class_fault(key: str, options: Mapping[str, object], schema: OptimizerSchem
 def _range_fault(value: Any, low: float, high: float) -> str | None:
     if (fault := number_fault(value, signed=True)) is not None:
         return fault
-    return None if low <= float(value) <= high else f"is {float(value):g}"
+    return None if low <= float(value) <= high else f"is {short_number(float(value))}"
 
 
 def _betas_fault(value: object, count: int | None) -> str | None:
@@ -121,7 +121,7 @@ def _betas_fault(value: object, count: int | None) -> str | None:
         if (fault := number_fault(beta)) is not None:
             return f"[{index}] {fault}"
         if float(beta) >= 1:
-            return f"[{index}] is {float(beta):g}"
+            return f"[{index}] is {short_number(float(beta))}"
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckptkit.core.findings import Finding, Severity
-from ckptkit.core.text import plural
+from ckptkit.core.text import plural, short_number
 from ckptkit.core.torch_optim import OPTIONS, overwritten_options
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer
@@ -128,7 +128,7 @@ def _not_as_set(optimizer: LiveOptimizer, scheduler: Any, lrs: Sequence[float]) 
     )
     yield codes.SCHEDULER_LR.finding(
         "",
-        f"{group.where} has lr={own:g}, but {kind} set {lr:g} at step {epoch}{more}: {cause}",
+        f"{group.where} has lr={short_number(own)}, but {kind} set {short_number(lr)} at step {epoch}{more}: {cause}",
         _ORDER,
         severity="warning" if has_stepped else "error",
     )
@@ -151,8 +151,8 @@ def _new_over_loaded(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findi
         if start is not None and not is_close(start, lr):
             yield codes.SCHEDULER_INITIAL_LR.finding(
                 "",
-                f"{kind} is new and starts from initial_lr={initial:g}, but {group.where} has "
-                f"lr={lr:g}: the initial_lr is from a loaded state or from an earlier scheduler",
+                f"{kind} is new and starts from initial_lr={short_number(initial)}, but {group.where} has "
+                f"lr={short_number(lr)}: the initial_lr is from a loaded state or from an earlier scheduler",
                 "load the state of the scheduler too; or, for a new schedule, remove initial_lr before you build the "
                 'scheduler: group.pop("initial_lr", None)',
             )
@@ -185,7 +185,8 @@ def _not_as_computed(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findi
             cause, severity = "a script set the lr, or only one of optimizer and scheduler was loaded", "note"
         yield codes.SCHEDULER_LR.finding(
             "",
-            f"{group.where} has lr={own:g}, but {kind} makes {lr:g} of its base lr {base:g} at step {epoch}: {cause}",
+            f"{group.where} has lr={short_number(own)}, but {kind} makes {short_number(lr)} of its base lr "
+            f"{short_number(base)} at step {epoch}: {cause}",
             _ORDER,
             severity=severity,
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 from ckptkit.core.torch_bridge import get_or_none
 from ckptkit.core.torch_optim import initial_lr
 from ckptkit.errors import GroupsError
@@ -151,8 +151,8 @@ def _check_base_lrs(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
         if initial_lr is not None and base_lr is not None and not is_close(initial_lr, base_lr):
             yield codes.SCHEDULER_BASE_LR.finding(
                 "",
-                f"{type(scheduler).__name__} has base lr {base_lr:g} for {group.where}, but the group has "
-                f"initial_lr={initial_lr:g}: only one side was loaded, or the order of the groups changed",
+                f"{type(scheduler).__name__} has base lr {short_number(base_lr)} for {group.where}, but the group has "
+                f"initial_lr={short_number(initial_lr)}: only one side was loaded, or the order of the groups changed",
                 "load optimizer and scheduler from one checkpoint, or build the scheduler again",
             )
 
@@ -185,12 +185,12 @@ def _check_minimum(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding
     if not lower:
         return
     more = f" and {plural(len(lower) - _SHOWN, 'more group')}" if len(lower) > _SHOWN else ""
-    names = ", ".join(f"{where} (lr={lr:g})" for where, _, lr in lower[:_SHOWN]) + more
+    names = ", ".join(f"{where} (lr={short_number(lr)})" for where, _, lr in lower[:_SHOWN]) + more
     is_plateau = hasattr(scheduler, "min_lrs")
     effect = "never reduces it" if is_plateau else "raises it"
     yield codes.SCHEDULER_MINIMUM.finding(
         "",
-        f"{label} has {key}={lower[0][1]:g}, which is above the lr of {names}: {label} {effect}",
+        f"{label} has {key}={short_number(lower[0][1])}, which is above the lr of {names}: {label} {effect}",
         "give min_lr a list with one value for each group"
         if is_plateau
         else f"choose {key} below the lowest lr, or use LambdaLR, which multiplies the lr of each group",
@@ -208,8 +208,8 @@ def _check_flat_now(optimizer: LiveOptimizer, schedulers: Sequence[Any]) -> Iter
     labels = " and ".join(dict.fromkeys(type(scheduler).__name__ for scheduler in schedulers))
     yield codes.SCHEDULER_FLAT.finding(
         "",
-        f"all {len(options)} groups have lr={flat.lr:g} under {labels}, although they started with lrs from "
-        f"{flat.lowest:g} to {flat.highest:g}: their own lr is lost",
+        f"all {len(options)} groups have lr={short_number(flat.lr)} under {labels}, although they started with lrs "
+        f"from {short_number(flat.lowest)} to {short_number(flat.highest)}: their own lr is lost",
         "a schedule must multiply the base lr of each group, and not set one lr for all",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ckptkit.core.findings import Code, Finding
-from ckptkit.core.text import human_bytes, plural, quoted
+from ckptkit.core.text import human_bytes, plural, quoted, short_number
 from ckptkit.core.torch_bridge import has_same_layout, is_plain, shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
@@ -95,8 +95,8 @@ def _check_zero(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequenc
     members = [member for member, _ in stepped]
     yield codes.STATE_ZERO.finding(
         member_name(live_model, members[0]),
-        f"{optimizer.label} counts up to {max(counts.values()):g} steps, but all other values in the state of "
-        f"{member_names(live_model, members)} are 0, so the bias correction no longer fits",
+        f"{optimizer.label} counts up to {short_number(max(counts.values()))} steps, but all other values in the "
+        f"state of {member_names(live_model, members)} are 0, so the bias correction no longer fits",
         "load the state again from an intact file, or start without state: optimizer.state.clear()",
     )
 
@@ -225,7 +225,7 @@ def _check_steps(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequen
         by_count[count].append(member)
     if len(by_count) > 1:
         counts = sorted(by_count.items(), key=lambda item: -len(item[1]))
-        parts = [f"{count:g} for {member_names(live_model, members)}" for count, members in counts[:3]]
+        parts = [f"{short_number(count)} for {member_names(live_model, members)}" for count, members in counts[:3]]
         names = {id(member): member_name(live_model, member) for _, members in counts for member in members}
         is_usual = have_one_count_in_each_part(
             {names[id(member)]: count for count, members in counts for member in members},

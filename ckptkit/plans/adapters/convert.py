@@ -25,7 +25,7 @@ from ckptkit.adapters.peft import read_peft
 from ckptkit.adapters.peft_names import modules_of
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.text import quoted
+from ckptkit.core.text import quoted, short_number
 from ckptkit.errors import RuleError
 from ckptkit.formats.directories.adapters import CONFIG
 from ckptkit.inputs import CheckpointLike, opened
@@ -171,7 +171,7 @@ def _steps(output: OutputModule, to: AdapterFormat, source: Checkpoint) -> list[
 
 
 def _label(adapted: AdaptedModule) -> str:
-    return f"{adapted.kind}, scale {adapted.scale:g}"
+    return f"{adapted.kind}, scale {short_number(adapted.scale)}"
 
 
 def _shape_of(role: str, shape: Shape, down: Shape, to: AdapterFormat) -> Shape:
