@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
-from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.core.text import first_line, plural, quoted
+from ckptkit.core.text import first_line, quoted
 from ckptkit.errors import FormatError, PlanError
+from ckptkit.formats.safetensors_header import METADATA, read_header
 
 if TYPE_CHECKING:
     from ckptkit.formats.writing.copying import OffsetWriter
@@ -35,11 +34,6 @@ __all__ = [
 
 
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
-METADATA = "__metadata__"
-_MOST_DIMENSIONS = 1024
-_LARGEST_SIZE = 2**63  # torch uses signed 64-bit sizes
-_DEEPEST_EXTRA = 100  # the library stops at 127 levels
-_BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 
 
 def open_safetensors(file: LocalFile) -> Checkpoint:
@@ -64,10 +58,8 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     if data.count(b'"dtype"') > MOST_TENSORS:
         raise FormatError(f"the header describes more than {MOST_TENSORS:,} tensors, the limit")
     with pause_gc():
-        header = parse_json(data, "the header")
-        metadata = _metadata(header.pop(METADATA, None))
-        infos, begins, warnings = _entries(header, file.size - 8 - size)
-        del header  # before the garbage collector looks at it
+        header = read_header(data, file.size - 8 - size)
+    infos, begins = header.infos, header.begins
     base = 8 + size
 
     def payload(info: TensorInfo) -> Payload:
@@ -80,114 +72,8 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     return Checkpoint(
         infos,
         Access(payload, payload, records, file.check_unchanged, file.close),
-        Description(file.path, "safetensors", files=[file.path], metadata=metadata, warnings=warnings),
+        Description(file.path, "safetensors", files=[file.path], metadata=header.metadata, warnings=header.warnings),
     )
-
-
-def _metadata(value: object) -> Mapping[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise FormatError(f"{METADATA} must map strings to strings")
-    return value
-
-
-def _entries(header: Mapping[str, Any], nbytes: int) -> tuple[dict[str, TensorInfo], dict[str, int], list[str]]:
-    """Return the tensors, where the bytes of each begin, and warnings; all tensors must fill the ``nbytes`` of data."""
-    infos: dict[str, TensorInfo] = {}
-    begins: dict[str, int] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most tensors have the shape of another one, and share it
-    reached, is_in_order = 0, True
-    with_extra_fields = 0
-    for key, entry in header.items():
-        try:
-            code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            bits = _BITS[code]
-        except (KeyError, TypeError, ValueError):
-            _raise_entry_error(key, entry)
-        elements = 1
-        if type(shape) is not list or len(shape) > _MOST_DIMENSIONS:
-            _raise_entry_error(key, entry)
-        for size in shape:
-            if type(size) is not int or not 0 <= size < _LARGEST_SIZE:
-                _raise_entry_error(key, entry)
-            elements *= size
-        if type(begin) is not int or type(end) is not int or elements * bits != 8 * (end - begin):
-            _raise_entry_error(key, entry)
-        if (elements == 0 and math.prod(size or 1 for size in shape) >= _LARGEST_SIZE) or end >= _LARGEST_SIZE:
-            raise FormatError(f"{quoted(key)}: the shape {str(shape)[:80]} overflows")
-        if len(entry) != 3:
-            with_extra_fields += 1
-            _check_extra(key, entry, 0)
-        sizes = tuple(shape)
-        infos[key] = TensorInfo(key, code, shapes.setdefault(sizes, sizes))
-        begins[key] = begin
-        is_in_order = is_in_order and begin == reached
-        reached = end
-    # Most headers are in the order of the data, and need no sort.
-    _check_end(reached if is_in_order else _end_of_sorted(header), nbytes)
-    count = with_extra_fields
-    warnings = [f"{plural(count, 'entry', 'entries')} with unknown fields"] if count else []
-    return infos, begins, warnings
-
-
-def _check_extra(key: str, value: object, depth: int) -> None:
-    if depth > _DEEPEST_EXTRA:
-        raise FormatError(f"{quoted(key)}: the header entry is nested too deeply")
-    if type(value) is int and value.bit_length() > 1000:
-        raise FormatError(f"{quoted(key)}: the header entry holds an integer of {value.bit_length()} bits")
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_extra(key, part, depth + 1)
-
-
-def _raise_entry_error(key: str, entry: object) -> NoReturn:
-    name = quoted(key)
-    if not isinstance(entry, dict):
-        raise FormatError(f"{name}: the header entry is not an object")
-    missing = [field for field in ("dtype", "shape", "data_offsets") if field not in entry]
-    if missing:
-        raise FormatError(f"{name}: the header entry has no {missing[0]}")
-    code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _BITS:
-        raise FormatError(f"{name}: unknown dtype {quoted(str(code)[:40])}")
-    if not isinstance(shape, list) or any(type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in shape):
-        raise FormatError(f"{name}: the shape {str(shape)[:80]} is not a list of sizes")
-    if (
-        not isinstance(span, list)
-        or len(span) != 2
-        or any(type(at) is not int or not 0 <= at < _LARGEST_SIZE for at in span)
-    ):
-        raise FormatError(f"{name}: the offsets {str(span)[:80]} are not a begin and an end")
-    if len(shape) > _MOST_DIMENSIONS:
-        raise FormatError(f"{name}: a shape of {len(shape)} dimensions")
-    needed = math.prod(shape) * _BITS[code]
-    if needed.bit_length() > 128:
-        raise FormatError(f"{name}: the shape overflows, with {needed.bit_length()} binary digits")
-    size = f"{needed // 8}" if needed % 8 == 0 else f"{needed / 8}"
-    raise FormatError(f"{name}: {code} {shape} needs {size} bytes, offsets give {span[1] - span[0]}")
-
-
-def _check_end(reached: int, size: int) -> None:
-    if reached > size:
-        raise FormatError(
-            f"truncated: {reached - size:,} of {reached:,} bytes are missing at the end",
-            hint="download or copy it again",
-        )
-    if reached < size:
-        raise FormatError(f"not part of a tensor: {plural(size - reached, 'byte')} after the last tensor")
-
-
-def _end_of_sorted(header: Mapping[str, Any]) -> int:
-    reached = 0
-    offsets = {key: entry["data_offsets"] for key, entry in header.items()}
-    for key, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
-        if begin != reached:
-            problem = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
-            where = f"it begins at byte {begin}, and the data before it ends at byte {reached}"
-            raise FormatError(f"{quoted(key)} {problem}: {where}")
-        reached = end
-    return reached
 
 
 _ALIGNMENT = 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
+from ckptkit.formats.safetensors_header import SafetensorsHeader, read_header
 from tests.features import safetensors_has
 from tests.helpers_formats import (
     assert_same,
@@ -137,3 +141,28 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 def test_offsets_of_a_thousand_digits_are_not_repeated(tmp_path: Path) -> None:
     entry = f'{{"dtype":"F32","shape":[1],"data_offsets":[0,{"9" * 4200}]}}'
     assert len(refused(tmp_path, safetensors_file(f'{{"w":{entry}}}', b"1234"), "x.safetensors").reason) < 200
+
+
+def test_a_header_without_spaces_is_read_exactly_as_with_a_line_break_in_it() -> None:
+    """Text of the library's form is not parsed as JSON; whatever is damaged in it must not get through."""
+    draw = random.Random(0)
+    table = {"a": f32(0, 4, [1]), 'b":{"dtype"': f32(4, 12, [2, 1]), "é": f32(12, 16, []), "0": f32(16, 16, [0, 3])}
+    texts = [{"__metadata__": {"k": '},"a":{'}, **table}, {"__metadata__": {}, **table}, table]
+    compact = [json.dumps(text, separators=(",", ":"), ensure_ascii=False).encode() for text in texts]
+    accepted = 0
+    for _ in range(4000):
+        data = bytearray(draw.choice(compact))
+        for _ in range(draw.randrange(3)):
+            at, length = draw.randrange(1, len(data)), draw.randrange(2)
+            data[at : at + length] = draw.choice([b"", b'"', b",", b"{", b"}", b"1", b"-0", b"]", b" ", b"\\", b"\0"])
+        plain, broken = (_read(bytes(text)) for text in (data, data[:1] + b"\n" + data[1:]))
+        assert plain == broken, bytes(data)
+        accepted += plain is not None
+    assert 1000 < accepted < 3500
+
+
+def _read(data: bytes) -> SafetensorsHeader | None:
+    try:
+        return read_header(data, 16)
+    except FormatError:
+        return None
