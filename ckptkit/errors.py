@@ -73,6 +73,7 @@ _FLAGS: Final = frozenset(
         "keep-unknown",
         "only-tensors",
         "skip-unread",
+        "values",
         "verify",
     )
 )
@@ -95,14 +96,14 @@ _WORDED: Final = (  # their values are plain words
 _AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
 _VALUE: Final = (
     rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?:[:-]\w+)*|(?<=--strip )auto\b|(?<=--set )\w+=\w+"
-    r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-shard-size )\w+"
+    r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-rel-l2 )[\d.e-]*\d|(?<=--max-shard-size )\w+"
 )
-OPTION: Final = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z-]+)(?:[ =](?P<value>{_VALUE}))?")
+OPTION: Final = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z0-9-]+)(?:[ =](?P<value>{_VALUE}))?")
 # A word that no sentence has, such as a path or py:mynet:build, without the punctuation of the sentence after it.
 PLAIN_WORD: Final = r"(?=[\w@%+=:.-]*(?:/|[:@%+=.]\w))[\w@%+=:./-]*[\w/@%+=-](?![\w@%+=/-])"
 COMMAND: Final = re.compile(
     rf"\bckpt (?P<name>{'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})\b"
-    rf"(?P<words>(?: (?:(?:-o )?(?:{_QUOTED}|{PLAIN_WORD}|[A-Z][A-Z0-9]*\b)|--[a-z-]+(?: (?:{_VALUE}))?))*)",
+    rf"(?P<words>(?: (?:(?:-o )?(?:{_QUOTED}|{PLAIN_WORD}|[A-Z][A-Z0-9]*\b)|--[a-z0-9-]+(?: (?:{_VALUE}))?))*)",
     re.ASCII,
 )
 _QUOTED_OR_OPTION: Final = re.compile(rf"(?<!\w)(?:{_QUOTED})|{OPTION.pattern}")

@@ -13,7 +13,7 @@ __all__ = ["format_description", "format_options", "remove_arguments", "setup"]
 _OPTION = ".. option:: "
 _BLOCK = "| "  # sphinx-click begins a line of text that click must not wrap with this mark
 # Special characters of reStructuredText, and words that look like options.
-_SPECIAL = re.compile(r"(?P<option>(?<![\w-])--[a-z][a-z-]*)|(?P<character>[*`|\\]|(?<=\w)_(?!\w))")
+_SPECIAL = re.compile(r"(?P<option>(?<![\w-])--[a-z][a-z0-9-]*)|(?P<character>[*`|\\]|(?<=\w)_(?!\w))")
 
 
 def _text(line: str) -> str:

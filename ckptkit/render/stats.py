@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import attrgetter
@@ -11,13 +10,13 @@ from typing import Final, NamedTuple
 
 from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
+from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["SORT_KEYS", "StatsView", "stats_document", "stats_page"]
 
-_BARS = "▁▂▃▄▅▆▇█"
 _BINS = 16
 _ROOT = "(root)"  # printed for the model itself, whose name is empty
 _COVERED = 0.99  # share of the numbers that the bars must cover; bars become wider until they do
@@ -186,9 +185,7 @@ def _bars(top: int, width: int, histogram: tuple[tuple[int, int], ...]) -> str:
     heights = [0] * _BINS
     for exponent, times in histogram:
         heights[max(_BINS - 1 - (top - 1 - exponent) // width, 0)] += times
-    highest = max(heights)
-    steps = [math.ceil(height * len(_BARS) / highest) if highest else 0 for height in heights]
-    return "".join(_BARS[step - 1] if step else "·" for step in steps)
+    return sparkline(heights)
 
 
 def _number(value: float | None) -> str:

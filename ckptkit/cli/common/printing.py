@@ -47,6 +47,10 @@ class ReportFormat(Enum):
 
 def print_line(line: str) -> None:
     """Print a line of a result on stdout; its colours are left out unless the user and the terminal allow them."""
+    if not line.isascii():
+        from ckptkit.render.page.sparkline import for_encoding
+
+        line = for_encoding(line, getattr(sys.stdout, "encoding", None))
     # Without file=, click wraps an ASCII stream in an encoding of its own, and such a terminal may obey those bytes.
     click.echo(line, file=sys.stdout)
 
