@@ -8,7 +8,7 @@ from ckptkit.align import suggest_rules
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar, terminal_width
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable
@@ -64,8 +64,7 @@ def align(
             write_small_file(target, result.toml().encode())
             if not quiet:
                 print_message(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
-        width = terminal_width() if report_format is ReportFormat.TEXT else None
-        echo_result(report_format, result, expand=expand, width=width)
+        echo_result(report_format, result, expand=expand)
         if not quiet and any(one.candidates for one in result.ambiguous):
             start = "-o rules.toml writes" if output is None else f"{printable(output)} has"
             print_message(f"hint: {start} the possible rules as comments; uncomment those that are right")

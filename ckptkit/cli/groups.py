@@ -210,7 +210,7 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
     with default_error_path(source.path):
         locked = lock_param_groups(live, spec)
     write_small_file(target, json_bytes(lock_document(locked)))
-    if report_format is not ReportFormat.TEXT:
+    if report_format is not ReportFormat.TABLE:
         echo_result(report_format, locked)
     if not quiet:
         count = sum(len(group.parameters) for group in locked.groups)

@@ -367,7 +367,7 @@ def _write(
         )
     if written is None:
         echo_result(options.report_format, state, chosen={"changes": True}, expand=options.expand)
-    elif options.report_format is not ReportFormat.TEXT:
+    elif options.report_format is not ReportFormat.TABLE:
         echo_result(options.report_format, written, changes=True, expand=options.expand)
     if options.quiet:
         return

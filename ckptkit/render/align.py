@@ -9,7 +9,6 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import percent, plural, printable
 from ckptkit.render.page import Block, Hint, Line, Page, Table, as_code, table_rows
-from ckptkit.render.page.width import fitted
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["align_document", "align_page"]
@@ -67,11 +66,8 @@ def _rule_document(rule: Suggestion) -> dict[str, object]:
     }
 
 
-def align_page(result: Alignment, *, expand: bool = False, width: int | None = None) -> Page:
-    """Return the page of ``ckpt align``: the rules with their evidence, then unexplained tensors, then the counts.
-
-    With ``width``, long names are shortened in the middle, and long sentences wrapped.
-    """
+def align_page(result: Alignment, *, expand: bool = False) -> Page:
+    """Return the page of ``ckpt align``: the rules with their evidence, then unexplained tensors, then the counts."""
     page: list[Block] = [
         Line(("expected  ", *describe(CheckpointSummary.of(result.expected), "expected"))),
         Line(("found     ", *describe(CheckpointSummary.of(result.found), "found"))),
@@ -84,7 +80,7 @@ def align_page(result: Alignment, *, expand: bool = False, width: int | None = N
     page += _unexplained(result, expand=expand)
     if result.note:
         page.append(Line((result.note,)))
-    return fitted([*page, *_counts(result)], width)
+    return [*page, *_counts(result)]
 
 
 def _rule_row(rule: Suggestion) -> tuple[str, ...]:

@@ -19,17 +19,18 @@ _SECTIONS: Final = {
     "Rules for keys": ("--rename", "--keep", "--drop", "--strip", "--rules", "--set", "--allow-unused"),
     "Output": (
         "--output", "--format", "--max-shard-size", "--force", "--carry", "--only-tensors", "--keep-unknown",
-        "--reflink", "--allow-overflow", "--verify", "--dry-run", "--plan", "--expand", "--json", "--markdown",
-        "--quiet",
+        "--reflink", "--allow-overflow", "--verify", "--dry-run", "--plan", "--expand", "--report", "--json",
+        "--markdown", "--wide", "--quiet",
     ),
 }  # fmt: skip
 
 # The options that --help leaves out first where a command has too many.
 _RARE: Final = (
     "--keep-unknown", "--reflink", "--only-tensors", "--allow-overflow", "--skip-unread", "--elementwise",
-    "--allow-unused", "--markdown", "--expand", "--set", "--plan", "--quiet", "--scale", "--rank", "--invert",
-    "--apply", "--names", "--form", "--on-missing", "--on-unexpected", "--format", "--verify", "--max-shard-size",
-    "--resume-optimizer", "--shapes-only", "--ignore", "--carry", "--strip", "--weight", "--min-coverage", "--require",
+    "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set", "--plan", "--quiet", "--scale",
+    "--rank", "--invert", "--apply", "--names", "--form", "--on-missing", "--on-unexpected", "--format", "--verify",
+    "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore", "--carry", "--strip", "--weight",
+    "--min-coverage", "--require",
 )  # fmt: skip
 
 

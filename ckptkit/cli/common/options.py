@@ -19,6 +19,7 @@ __all__ = [
     "expand_option",
     "filter_options",
     "ignore_option",
+    "output_report_options",
     "path_argument",
     "quiet_option",
     "report_options",
@@ -66,9 +67,15 @@ _drop_option = click.option(
     "--drop", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
     help="Leave out matching keys. Repeatable.",
 )  # fmt: skip
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-_markdown_option = click.option(
-    "--markdown", "as_markdown", is_flag=True, help="Print Markdown, to paste into an issue."
+_FORMAT_HELP = (
+    "Format of the report. table: fitted to the terminal. plain: whole names and all columns, as in a pipe. github: "
+    "Markdown. tsv: the first table, a row per tensor. json: one document."
+)
+_SHORT_FORMS: Final = {"--json": ReportFormat.JSON, "--markdown": ReportFormat.GITHUB, "--wide": ReportFormat.PLAIN}
+_short_options = (
+    click.option("--json", is_flag=True, help="Print one JSON document."),
+    click.option("--markdown", is_flag=True, help="Print Markdown, to paste into an issue."),
+    click.option("--wide", is_flag=True, help="Print all columns and whole names in a narrow terminal too."),
 )
 
 
@@ -103,13 +110,24 @@ def filter_options(command: CommandFunction) -> CommandFunction:
 
 
 def report_options(command: CommandFunction) -> CommandFunction:
-    """Add --json and --markdown, and pass them to the command as ``report_format``."""
+    """Add --format and its short forms, and pass the choice to the command as ``report_format``."""
+    return _report_options("--format", command)
 
+
+def output_report_options(command: CommandFunction) -> CommandFunction:
+    """Do as ``report_options`` for a command that writes a checkpoint, where --format is the format of the output."""
+    return _report_options("--report", command)
+
+
+def _report_options(name: str, command: CommandFunction) -> CommandFunction:
     @functools.wraps(command)
-    def with_report_format(*args: object, as_json: bool, as_markdown: bool, **others: object) -> object:
-        if as_json and as_markdown:
-            raise click.UsageError("--json and --markdown exclude each other")
-        chosen = ReportFormat.JSON if as_json else ReportFormat.MARKDOWN if as_markdown else ReportFormat.TEXT
-        return command(*args, report_format=chosen, **others)
+    def with_report_format(*args: object, format_name: str | None, **others: object) -> object:
+        given = {f"{name} {format_name}": ReportFormat(format_name)} if format_name else {}
+        given |= {flag: form for flag, form in _SHORT_FORMS.items() if others.pop(flag.lstrip("-"))}
+        if len(set(given.values())) > 1:
+            raise click.UsageError(f"{' and '.join(given)} exclude each other")
+        return command(*args, report_format=next(iter(given.values()), ReportFormat.TABLE), **others)
 
-    return add_options(with_report_format, _json_option, _markdown_option)
+    choice = click.Choice([form.value for form in ReportFormat])
+    option = click.option(name, "format_name", type=choice, help=_FORMAT_HELP)
+    return add_options(with_report_format, option, *_short_options)

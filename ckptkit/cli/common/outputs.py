@@ -15,8 +15,8 @@ from ckptkit.cli.common.options import (
     CommandFunction,
     add_options,
     expand_option,
+    output_report_options,
     quiet_option,
-    report_options,
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
@@ -56,7 +56,7 @@ def output_options(command: CommandFunction) -> CommandFunction:
     """Add the options that every writing command has, and pass them to the command as ``options``."""
     return add_options(
         _with_output_options(command), _output_option, _force_option, _only_tensors_option, _keep_unknown_option,
-        _dry_run_option, expand_option, report_options, quiet_option,
+        _dry_run_option, expand_option, output_report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def plan_output_options(command: CommandFunction) -> CommandFunction:
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
         _only_tensors_option, _keep_unknown_option, _carry_option, _reflink_option, _allow_overflow_option,
-        _dry_run_option, _plan_option, _verify_option, expand_option, report_options, quiet_option,
+        _dry_run_option, _plan_option, _verify_option, expand_option, output_report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
                 )
     if written is None:
         echo_result(options.report_format, plan, expand=options.expand)
-    elif options.report_format is not ReportFormat.TEXT:
+    elif options.report_format is not ReportFormat.TABLE:
         echo_result(options.report_format, written, tensors=True, expand=options.expand)
     if options.quiet:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,18 +30,19 @@ __all__ = [
     "print_line",
     "print_message",
     "progress_bar",
-    "terminal_width",
 ]
 
 _LINES_AT_ONCE = 1000
 
 
 class ReportFormat(Enum):
-    """The format in which a command prints its result."""
+    """The format in which a command prints its result; ``TABLE`` alone is fitted to the terminal."""
 
-    TEXT = "text"
+    TABLE = "table"
+    GITHUB = "github"
+    PLAIN = "plain"
+    TSV = "tsv"
     JSON = "json"
-    MARKDOWN = "markdown"
 
 
 def print_line(line: str) -> None:
@@ -81,6 +81,8 @@ def echo_result(
     """
     from ckptkit.render.results import document_of, page_of
 
+    if report_format is ReportFormat.TSV and "expand" in layout:
+        layout["expand"] = True  # a script looks for the name of each tensor
     echo_report(
         report_format,
         lambda: page_of(result, **chosen, **layout),
@@ -97,32 +99,35 @@ def echo_report(
 ) -> None:
     """Print what a page and a document say in the requested format; only the function for that format is called.
 
-    JSON is printed in ASCII, so names survive every terminal. ``colours`` maps the mark at the start of a line of text
+    JSON is printed in ASCII, so names survive every terminal. Only ``TABLE`` in a terminal is fitted to its width:
+    nothing is left out or shortened in a pipe. ``colours`` maps the mark at the start of a line of text
     to the colour of that line.
     """
     if report_format is ReportFormat.JSON:
         print_line(json.dumps(document(), allow_nan=False))
         return
-    from ckptkit.render.page import as_markdown, as_text
+    from ckptkit.render.page import Table, as_markdown, as_text, as_tsv
 
-    if report_format is ReportFormat.MARKDOWN:
-        _print_lines(as_markdown(page()))
+    blocks = page()
+    if report_format is ReportFormat.GITHUB:
+        _print_lines(as_markdown(blocks))
         return
+    if report_format is ReportFormat.TSV:
+        if not any(isinstance(block, Table) for block in blocks):
+            raise click.UsageError("this report has no table, so it cannot be printed as tsv")
+        _print_lines(as_tsv(blocks))
+        return
+    if report_format is ReportFormat.TABLE and sys.stdout.isatty():
+        from ckptkit.render.page.width import fitted
+
+        blocks = fitted(blocks, shutil.get_terminal_size().columns)  # COLUMNS overrides the width of the terminal
 
     def coloured(line: str) -> str:
         colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
         return click.style(line, fg=colour) if colour else line
 
-    lines = as_text(page())
+    lines = as_text(blocks)
     _print_lines(map(coloured, lines) if colours else lines)
-
-
-def terminal_width() -> int | None:
-    """Return the width of the terminal that stdout is; ``COLUMNS`` overrides it. None if stdout is not a terminal."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isascii() and given.isdigit() and int(given) > 0:
-        return int(given)
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def exit_code(report: Report) -> int:

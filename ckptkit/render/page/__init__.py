@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any, Final
 
 from ckptkit.core.text import printable
+from ckptkit.render.page.display import display_width
 
 __all__ = [
     "BESIDE_HEADER",
@@ -31,6 +32,7 @@ __all__ = [
     "as_code",
     "as_markdown",
     "as_text",
+    "as_tsv",
     "join_rows",
     "table_rows",
 ]
@@ -64,11 +66,16 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of printable cells below headers; the columns named in ``right`` are aligned to the right."""
+    """Rows of printable cells below headers; the columns named in ``right`` are aligned to the right.
+
+    ``gives_way`` names the columns that a narrow terminal leaves out first, the least important first. After them go
+    the others from the right, and never the first that has a name. A page shows no table without rows.
+    """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[str] = frozenset()
+    gives_way: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ def as_code(name: str) -> Code:
 
 def as_text(page: Page) -> Iterator[str]:
     """Yield the lines of a page for a terminal, with an empty line before and after each table and listing."""
+    page = _with_content(page)
     for number, block in enumerate(page):
         if number and not (isinstance(block, Line) and isinstance(page[number - 1], Line)):
             yield ""
@@ -100,10 +108,34 @@ def as_text(page: Page) -> Iterator[str]:
             yield from _table_lines(block.rows, block, "plain")
 
 
+def as_tsv(page: Page) -> Iterator[str]:
+    """Yield the first table of a page as tab-separated values below headers, for readers of ``csv.excel_tab``.
+
+    Printable cells have no tab and no line break. A cell with a quote is quoted. A page without a table has no lines.
+    """
+    import csv
+    import io
+
+    table = next((block for block in page if isinstance(block, Table)), None)
+    if table is None:
+        return
+    line = io.StringIO()
+    write = csv.writer(line, "excel-tab", lineterminator="").writerow
+    for row in chain([table.headers], table.rows):
+        write(map(str.strip, row))
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
+
+
+def _with_content(page: Page) -> list[Block]:
+    return [block for block in page if not isinstance(block, Table) or block.rows]
+
+
 def as_markdown(page: Page) -> Iterator[str]:
     """Yield the lines of a page in GitHub's Markdown."""
     is_first = True
-    for kind, blocks in groupby(page, type):
+    for kind, blocks in groupby(_with_content(page), type):
         for part in [list(blocks)] if kind is Line else [[block] for block in blocks]:
             if not is_first:
                 yield ""
@@ -135,33 +167,38 @@ BESIDE_HEADER: Final = 2  # tabulate makes no column narrower than its header an
 
 
 def _table_lines(rows: Sequence[Sequence[str]], table: Table, style: str) -> list[str]:
-    align = ["right" if header in table.right else "left" for header in table.headers] if rows else None
-    if not all(map(str.isascii, chain.from_iterable(rows))):  # the width of other characters is a matter of tabulate
-        # One row whose cells have many lines takes tabulate a third of the time that many rows take. It drops empty
-        # lines at both ends of a cell, so each cell gets a first and a last line more, which are left out afterwards.
-        columns = ["\n".join(("-", *column, "-")) for column in zip(*rows, strict=True)]
-        lines = _by_tabulate([columns], table, style, align)
-        return [*lines[: -len(rows) - 2], *lines[-len(rows) - 1 : -1]]
-    # tabulate lays out one row that is as wide as the widest cells, and all rows follow it, in a tenth of the time.
-    widths = [
-        max(len(header) + BESIDE_HEADER, *map(len, column))
-        for header, column in zip(table.headers, zip(*rows, strict=True), strict=bool(rows))
-    ]
-    marks = [chr(ord("a") + number) * width for number, width in enumerate(widths)]
-    lines = _by_tabulate([marks] if marks else [], table, style, align)
-    if not marks:
-        return lines
-    for mark, width, side in zip(marks, widths, align or (), strict=True):
-        lines[-1] = lines[-1].replace(mark, f"{{:{'>' if side == 'right' else '<'}{width}}}")
-    layout = lines.pop().format
-    return [*lines, *(layout(*row).rstrip() for row in rows)]
+    """Return the lines of a table that has rows.
 
-
-def _by_tabulate(rows: Sequence[Sequence[str]], table: Table, style: str, align: Sequence[str] | None) -> list[str]:
+    tabulate lays out one row that is as wide as the widest cells, and all rows follow it, in a tenth of the time.
+    """
     from tabulate import tabulate
 
-    text = tabulate(rows, table.headers, tablefmt=style, disable_numparse=True, colalign=align)
-    return [line.rstrip() for line in text.split("\n")]
+    columns = [*zip(*rows, strict=True)]
+    widths = [
+        max(
+            display_width(header) + BESIDE_HEADER, *map(len if all(map(str.isascii, column)) else display_width, column)
+        )
+        for header, column in zip(table.headers, columns, strict=True)
+    ]
+    sides = ["right" if header in table.right else "left" for header in table.headers]
+    marks = [chr(ord("a") + number) * width for number, width in enumerate(widths)]
+    names = [mark[BESIDE_HEADER:].upper() for mark in marks]
+    text = tabulate([marks], names, tablefmt=style, disable_numparse=True, colalign=sides)
+    layout, sized = text.split("\n")[-1].rstrip(), text.split("\n")[-1].rstrip()
+    for mark, width, side in zip(marks, widths, sides, strict=True):
+        sized = sized.replace(mark, f"{{:{'>' if side == 'right' else '<'}{width}}}")
+        layout = layout.replace(mark, "{}")
+
+    def laid_out(row: Sequence[str]) -> str:
+        if all(map(str.isascii, row)):
+            return sized.format(*row).rstrip()
+        gaps = (" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
+        cells = (
+            gap + cell if side == "right" else cell + gap for cell, gap, side in zip(row, gaps, sides, strict=True)
+        )
+        return layout.format(*cells).rstrip()
+
+    return [laid_out(table.headers), *map(str.rstrip, text.split("\n")[1:-1]), *map(laid_out, rows)]
 
 
 def _cell(cell: str, *, number: bool) -> str:

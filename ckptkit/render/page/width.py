@@ -1,22 +1,28 @@
-"""Fit a page into the width of a terminal: sentences and names are wrapped, and a table that is too wide is listed."""
+"""Fit a page into the width of a terminal: no row of a table takes two lines.
+
+A narrow terminal gets fewer columns of a table, and names without their middle. Sentences are wrapped at spaces, and no
+word of them is broken, so that paths, names and commands can be copied.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise, zip_longest
+from itertools import chain, pairwise
 
+from ckptkit.core.text import plural
 from ckptkit.errors import COMMAND, OPTION
-from ckptkit.render.page import BESIDE_HEADER, Block, Hint, Line, Listing, Page, Table
+from ckptkit.render.page import BESIDE_HEADER, Block, Hint, Line, Page, Table
+from ckptkit.render.page.display import display_width, shortened, start_of
 
 __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
-_NARROWEST = 16  # names and sentences in a narrower column are hard to read
-_MOST_LINES = 4  # of one row: names that are broken more often are hard to read
 _INDENT = 2
-_BREAKS = ("./", "_-=,")  # a name is broken after one of these, the first kind if possible
+# A column is left out before the cells of the others become shorter than this.
+_SHORTEST_NAME = 24
+_SHORTEST = 14
 
 
 def _unnamed(pattern: re.Pattern[str]) -> str:
@@ -28,20 +34,38 @@ _COMMAND = re.compile(f"(?:{_unnamed(COMMAND)}|{_OPTIONS})[,;]?")
 
 
 def fitted(page: Page, width: int | None) -> Page:
-    """Return the page with lines of at most ``width`` characters, without leaving out any text; None: unchanged."""
-    return page if width is None else [fit for block in page for fit in _fit(block, width)]
+    """Return the page for a terminal with ``width`` columns; None: unchanged.
+
+    A line below the last table that does not show everything says so.
+    """
+    if width is None:
+        return page
+    blocks: list[Block] = []
+    hidden, cut, last = 0, False, 0
+    for block in page:
+        if isinstance(block, Table):
+            table = _fit_table(block, width)
+            blocks.append(table)
+            if table is not block:
+                hidden += len(block.headers) - len(table.headers)
+                cut = cut or not _has_whole_cells(table, block)
+                last = len(blocks)
+        else:
+            blocks += _fit(block, width)
+    if last:
+        what = [f"{plural(hidden, 'column')} hidden"] * bool(hidden) + ["cells shortened"] * cut
+        blocks[last:last] = _fit(Line((f"{', '.join(what)}; --wide shows all",)), width)
+    return blocks
 
 
 def _fit(block: Block, width: int) -> Iterator[Block]:
-    if isinstance(block, Table):
-        yield _fit_table(block, width)
-    elif isinstance(block, Line) and any(isinstance(part, Hint) for part in block.parts):
+    if not isinstance(block, Line) or display_width("".join(block.parts)) + _INDENT * block.indented <= width:
+        yield block
+    elif any(isinstance(part, Hint) for part in block.parts):
         yield from _fit_hint(block, width)
-    elif isinstance(block, Line) and len("".join(block.parts)) + _INDENT * block.indented > width:
+    else:
         for number, text in enumerate(_wrapped("".join(block.parts), width - _INDENT)):
             yield Line((text,), indented=block.indented or number > 0)
-    else:
-        yield block
 
 
 def _fit_hint(line: Line, width: int) -> Iterator[Line]:
@@ -50,9 +74,6 @@ def _fit_hint(line: Line, width: int) -> Iterator[Line]:
     Only the words between them are wrapped.
     """
     text = "".join(line.parts)
-    if len(text) + _INDENT * line.indented <= width:
-        yield line
-        return
     commands = [match.span() for match in _COMMAND.finditer(text) if " " in match[0]]
     ends = [0, *chain.from_iterable(commands), len(text)]
     number = 0
@@ -63,60 +84,72 @@ def _fit_hint(line: Line, width: int) -> Iterator[Line]:
             number += 1
 
 
-def _fit_table(table: Table, width: int) -> Table | Listing:
-    if not table.rows:
-        return table
-    headers = [len(header) + BESIDE_HEADER for header in table.headers]
-    columns = zip(*table.rows, strict=True)
-    widths = [max(header, *map(len, column)) for header, column in zip(headers, columns, strict=True)]
-    least = [min(size, max(_NARROWEST, header)) for size, header in zip(widths, headers, strict=True)]
-    gaps = _GAP * (len(widths) - 1)
-    if sum(least) + gaps > width:
-        return Listing(tuple(_listed(table, width)))
-    for _ in range(sum(widths) + gaps - width):
-        widest = max(range(len(widths)), key=lambda at: widths[at] - least[at])
-        widths[widest] -= 1
-    rows = [list(_row_lines(row, widths)) for row in table.rows]
-    if max(map(len, rows)) > _MOST_LINES:
-        return Listing(tuple(_listed(table, width)))
-    return replace(table, rows=tuple(chain.from_iterable(rows)))
-
-
-def _row_lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, ...]]:
-    cells = (_wrapped(cell, size) if len(cell) > size else [cell] for cell, size in zip(row, widths, strict=True))
-    yield from zip_longest(*cells, fillvalue="")
-
-
-def _listed(table: Table, width: int) -> Iterator[str]:
-    """Yield the rows one below the other: the name, with the mark before it, and each other cell with its header."""
-    named = next((at for at, header in enumerate(table.headers) if header), 0)
-    yield table.headers[named]
-    for row in table.rows:
-        yield from _indented(" ".join(filter(None, row[: named + 1])), 1, width)
-        for header, cell in zip(table.headers[named + 1 :], row[named + 1 :], strict=True):
-            if cell:
-                yield from _indented(f"{header}: {cell}", 2, width)
-
-
-def _indented(text: str, level: int, width: int) -> Iterator[str]:
-    """Yield the lines of a text at a level; the lines after the first are one level deeper."""
-    for number, line in enumerate(_wrapped(text, width - _INDENT * (level + 1))):
-        yield f"{' ' * _INDENT * (level + (number > 0))}{line}"
-
-
 def _wrapped(text: str, size: int) -> list[str]:
-    """Return lines of at most ``size`` characters: broken at spaces, and a long name after a dot or another sign."""
-    size = max(size, 1)
-    lines = [""]
-    for word in text.split(" "):
-        line = f"{lines[-1]} {word}" if lines[-1] else word
-        if len(line) > size and lines[-1]:
-            lines.append("")
-            line = word
-        while len(line) > size:
-            places = (max(line.rfind(sign, 0, size) for sign in signs) + 1 for signs in _BREAKS)
-            cut = next(filter(None, places), size)
-            lines[-1:] = [line[:cut], ""]
-            line = line[cut:]
-        lines[-1] = line
+    """Return lines of at most ``size`` columns, broken at single spaces; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in re.split(r"(?<! ) (?! )", text):
+        if lines and display_width(lines[-1]) + 1 + display_width(word) <= size:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
     return lines
+
+
+def _fit_table(table: Table, width: int) -> Table:
+    """Return the table itself if it fits, else one with the widest columns that fit."""
+    natural = [
+        max(display_width(header) + BESIDE_HEADER, *map(display_width, column))
+        for header, column in zip(table.headers, zip(*table.rows, strict=True), strict=bool(table.rows))
+    ]
+    if not natural or sum(natural) + _GAP * (len(natural) - 1) <= width:
+        return table
+    named = next((at for at, header in enumerate(table.headers) if header), 0)
+    leaving = _leaving(table, named)
+    shown = list(range(len(natural)))
+    while True:
+        least = [_least(table, at, natural[at], is_name=at == named) for at in shown]
+        room = width - _GAP * (len(shown) - 1)
+        if sum(least) <= room or not leaving:
+            fit = _narrowed(table, shown, _sizes([natural[at] for at in shown], least, room))
+            if not leaving or len(set(fit.rows)) == len({tuple(row[at] for at in shown) for row in table.rows}):
+                return fit
+        shown.remove(leaving.pop(0))
+
+
+def _leaving(table: Table, named: int) -> list[int]:
+    """Return the places of the columns that may be left out, the least important first."""
+    first = (table.headers.index(header) for header in table.gives_way if header in table.headers)
+    others = reversed(range(named + 1, len(table.headers)))
+    return [at for at in dict.fromkeys([*first, *others]) if at != named]
+
+
+def _least(table: Table, at: int, natural: int, *, is_name: bool) -> int:
+    """Return the width below which a column is not narrowed while others can be left out; a number is never cut."""
+    if table.headers[at] in table.right:
+        return natural
+    header = display_width(table.headers[at]) + BESIDE_HEADER
+    return min(natural, max(header, _SHORTEST_NAME if is_name else _SHORTEST))
+
+
+def _sizes(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Return the widths of columns that together take ``room``: the widest ones are narrowed first."""
+    sizes = list(natural)
+    for _ in range(sum(sizes) - room):
+        able = [at for at in range(len(sizes)) if sizes[at] > least[at]] or range(len(sizes))
+        sizes[max(able, key=sizes.__getitem__)] -= 1
+    return sizes
+
+
+def _narrowed(table: Table, shown: Sequence[int], sizes: Sequence[int]) -> Table:
+    columns = list(zip(*table.rows, strict=True))
+    cells = [shortened(columns[at], size) for at, size in zip(shown, sizes, strict=True)]
+    headers = [start_of(table.headers[at], max(size - BESIDE_HEADER, 0)) for at, size in zip(shown, sizes, strict=True)]
+    right = frozenset(header for header, at in zip(headers, shown, strict=True) if table.headers[at] in table.right)
+    return replace(table, headers=tuple(headers), rows=tuple(zip(*cells, strict=True)), right=right)
+
+
+def _has_whole_cells(fit: Table, table: Table) -> bool:
+    columns = dict(zip(table.headers, zip(*table.rows, strict=True), strict=True))
+    return all(
+        columns.get(header) == cells for header, cells in zip(fit.headers, zip(*fit.rows, strict=True), strict=True)
+    )
