@@ -36,7 +36,7 @@ def run_ckpt(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
     words = [str(argument) for argument in arguments]
     code = main(words)
     captured = capsys.readouterr()
-    for line in captured.err.splitlines():
+    for line in (*captured.err.splitlines(), *captured.out.splitlines()):
         if line.startswith("hint: "):
             assert problems_of_hint(words, line) == [], line
     if "--json" in arguments and code in {0, 1} and captured.out:

@@ -221,6 +221,19 @@ def test_a_load_that_leaves_most_tensors_says_how_to_rename() -> None:
     assert str(report).count("rules=['layer.*=*']") == 1
 
 
+@pytest.mark.parametrize("shared", [(), ("embed.weight", "norm.weight")], ids=["nothing", "nearly nothing"])
+def test_where_one_rename_explains_all_the_answer_is_first(shared: tuple[str, ...]) -> None:
+    """A page for 24 lines has the verdict, the rename, ten rows of both sides, and a count of the rest."""
+    names = [f"{layer}.{leaf}" for layer in "abcdefghijklmnop" for leaf in ("weight", "bias")]
+    expected = {name: TensorInfo(name, "F32", (3,)) for name in (*shared, *names)}
+    found = {name: TensorInfo(name, "F32", (3,)) for name in (*shared, *(f"net.{name}" for name in names))}
+    lines = str(diff(expected, found)).splitlines()
+    assert len(lines) < 24
+    assert [line[0] for line in lines if line[:4] in ("-   ", "+   ")] == ["-"] * 5 + ["+"] * 5
+    assert lines.index(f"hint: all {len(expected)} keys match after rules=['net.*=*']") < 7
+    assert lines[-1] == "and 54 more rows"
+
+
 def test_a_new_head_gives_no_hint() -> None:
     """A few tensors of one shape on both sides are a new head, which needs no other name."""
     head = {name: {f"{name}.weight": torch.ones(5, 4)} for name in ("head", "fc")}

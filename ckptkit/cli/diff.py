@@ -11,6 +11,7 @@ from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
 from ckptkit.core.config_files import default_error_path
+from ckptkit.render.diff import answers_first
 from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
@@ -54,9 +55,20 @@ def diff(
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
             result = compare(left, right, rules, require=require, min_coverage=min_coverage)
-        echo_result(report_format, result, colours=_COLOURS, expand=expand, everything=everything, with_hints=False)
+        is_answered = answers_first(result, expand=expand, everything=everything)
+        echo_result(
+            report_format,
+            result,
+            colours=_COLOURS,
+            expand=expand,
+            everything=everything,
+            with_hints=is_answered and not quiet,
+        )
         if not quiet:
-            hints = () if report_format is ReportFormat.JSON else result.hints  # the JSON document has them
+            # The JSON document and the beginning of the page have them.
+            hints = () if report_format is ReportFormat.JSON or is_answered else result.hints
+            if is_answered and report_format is not ReportFormat.JSON:
+                print_message("ckpt: --expand lists every key")
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
                 print_message(message)
     context.exit(1 if result.different or result.unmet else 0)

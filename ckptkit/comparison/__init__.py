@@ -81,11 +81,13 @@ class KeyPair:
 class Hint:
     """A sentence that explains differences, and the rename that makes more keys match, or an empty string.
 
+    ``matches`` is the number of keys that match after the rename, 0 without one.
     ``message`` names the commands and options of ``ckpt``; printed, a hint names the functions and arguments of Python.
     """
 
     message: str
     rename: str
+    matches: int = 0
 
     def __str__(self) -> str:
         """Return the sentence for Python."""
@@ -565,7 +567,7 @@ def _hints(result: StateDictDiff, renames: Mapping[str, Mapping[str, str]], leas
     for rename, names in renames.items():
         matches = sum(new in expected and expected[new].shape == found[old].shape for old, new in names.items())
         if matches >= len(result.matched) + least and len(set(names.values())) == len(names):
-            hints.append((matches, Hint(_hint_message(matches, len(expected), rename), rename)))
+            hints.append((matches, Hint(_hint_message(matches, len(expected), rename), rename, matches)))
     most = max((matches for matches, _ in hints), default=0)
     return [hint for matches, hint in hints if matches == most][:_MAX_HINTS]
 

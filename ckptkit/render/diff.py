@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.coverage import measure_coverage
@@ -10,10 +11,12 @@ from ckptkit.core.text import listed, percent, plural, printable
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
-__all__ = ["diff_document", "diff_page"]
+__all__ = ["answers_first", "diff_document", "diff_page"]
 
 _BY_OWN_CODE = ", by the model's own code"
 _AS = "  as "
+_FEW_ROWS = 10  # below an answer that explains all of them
+_NEARLY_ALL = 0.9
 _MARK = "\0"  # printable text has none
 _INDEX = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _INDICES = re.compile(r"(?<![^.])(?:[0-9]+|\{[0-9.,]+\})(?![^. ])")
@@ -90,14 +93,19 @@ def _pair_document(pair: KeyPair) -> dict[str, object]:
 
 
 def diff_page(
-    result: StateDictDiff, *, expand: bool = False, everything: bool = False, with_hints: bool = True
+    result: StateDictDiff,
+    *,
+    expand: bool = False,
+    everything: bool = False,
+    with_hints: bool = True,
 ) -> Page:
-    """Return the page of ``ckpt diff``: one row per difference, then the counts and the verdict.
+    """Return the page of ``ckpt diff``: one row per difference, then the counts, the verdict and the hints.
 
     A mark begins each row: ``-`` missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
-    The hints are last; the command prints them on stderr instead.
+    Where ``answers_first``, the rows are last, and only a few of them.
     """
     rows = _rows(result, expand=expand, everything=everything)
+    is_short = answers_first(result, expand=expand, everything=everything)
     counts = [
         f"{len(result.matched):,} matched",
         f"{len(result.missing):,} missing",
@@ -109,10 +117,13 @@ def diff_page(
     ]
     elements = plural(measure_coverage(result.expected, frozenset()).elements, "element")
     unread = "; values were not read" if result.has_unread_values else ""
+    shown = _few_of(rows) if is_short else rows
+    table = [Table(("", "key", "expected", "found"), tuple(shown))] if rows else []
+    more = [Line((f"and {plural(len(rows) - len(shown), 'more row')}",))] if len(shown) < len(rows) else []
     return [
         Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
         Line(("found     ", *describe(result.found_checkpoint, "found"))),
-        *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
+        *(() if is_short else table),
         Line((", ".join(counts),)),
         Line((f"coverage {percent(result.coverage)} of {elements}{unread}",)),
         *(Line(("not met: ", Message(unmet.message))) for unmet in result.unmet),
@@ -123,7 +134,28 @@ def diff_page(
             else []
         ),
         *(Line(("hint: ", Hint(hint.message))) for hint in (result.hints if with_hints else ())),
+        *((*table, *more) if is_short else ()),
     ]
+
+
+def answers_first(result: StateDictDiff, *, expand: bool = False, everything: bool = False) -> bool:
+    """Return whether the verdict and the hints stand before the first of many rows.
+
+    They do where nothing matches, and where one rename explains nearly all that is missing.
+    """
+    if expand or everything or not result.missing or len(result.missing) + len(result.unexpected) <= _FEW_ROWS:
+        return False
+    explained = max((hint.matches for hint in result.hints), default=0) - len(result.matched)
+    is_nothing = not (result.matched or result.shape_mismatched or result.computed)
+    return is_nothing or explained >= _NEARLY_ALL * len(result.missing)
+
+
+def _few_of(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the first rows of both sides: missing keys, and all others."""
+    missing = [row for row in rows if row[0] == "-"]
+    others = [row for row in rows if row[0] != "-"]
+    half = _FEW_ROWS // 2
+    return [*missing[: max(half, _FEW_ROWS - len(others))], *others[: max(half, _FEW_ROWS - len(missing))]]
 
 
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:

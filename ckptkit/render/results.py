@@ -40,8 +40,8 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "param_groups.lock.ParamGroupsLock": _Renderer("groups", "lock_page", "lock_document"),
     "param_groups.plan.ParamGroupsPlan": _Renderer("groups", "groups_page", "groups_document"),
     "param_groups.spec.ParamGroupSpec": _Renderer("groups", "spec_page", "spec_document"),
-    "plans.writing.written.Written": _Renderer("plan", "written_page", "written_document"),
     "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document"),
+    "plans.writing.written.Written": _Renderer("plan", "written_page", "written_document"),
     "readiness.model.Preflight": _Renderer("preflight", "preflight_page", "preflight_document"),
     "statistics.state_dict_stats.StateDictStats": _Renderer("stats", "stats_page", "stats_document"),
 }
