@@ -7,6 +7,9 @@ from ckptkit.align import suggest_rules as suggest_rules
 from ckptkit.checks import run_checks as run_checks
 from ckptkit.comparison import StateDictDiff as StateDictDiff
 from ckptkit.comparison import diff as diff
+from ckptkit.comparison.by_value import compare_values as compare_values
+from ckptkit.comparison.values import ValueDiff as ValueDiff
+from ckptkit.comparison.values import ValueDifference as ValueDifference
 from ckptkit.core.checkpoint import Checkpoint as Checkpoint
 from ckptkit.core.checkpoint import TensorInfo as TensorInfo
 from ckptkit.core.findings import Finding as Finding
@@ -114,10 +117,13 @@ __all__ = [
     "StateDictDiff",
     "StateDictStats",
     "TensorInfo",
+    "ValueDiff",
+    "ValueDifference",
     "Written",
     "assert_param_groups",
     "build_param_groups",
     "choose_output",
+    "compare_values",
     "convert",
     "convert_adapter",
     "diff",

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from ckptkit.comparison import StateDictDiff, diff_checkpoints
-from ckptkit.comparison.values import compare_values
+from ckptkit.comparison.values import compare_named
 from ckptkit.core.arguments import require_flags, require_number
 from ckptkit.core.patterns import matches_any
-from ckptkit.core.text import listed, plural
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.param_groups.validate import assert_param_groups
 from ckptkit.readiness.init import fresh_patterns
@@ -24,6 +24,8 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["assert_loads", "assert_param_groups", "assert_same_weights"]
+
+_MOST_NAMED = 3  # tensors in a message
 
 
 def __dir__() -> list[str]:
@@ -88,15 +90,15 @@ def assert_same_weights(
     state and metadata, is not compared.
 
     By default values must be equal bit by bit: a NaN equals a NaN of the same bits, and -0.0 differs from 0.0. With a
-    tolerance, two elements are equal where ``abs(b - a) <= atol + rtol * abs(a)``; two NaNs are equal, a NaN and a
-    number are not.
+    tolerance, elements with other bits are equal where ``torch.isclose(b, a, rtol, atol)`` is true:
+    ``abs(b - a) <= atol + rtol * abs(a)``.
 
     Args:
         a: A path, a Checkpoint, a ``torch.nn.Module``, or a mapping of tensors.
         b: The same.
         rtol: The relative tolerance.
         atol: The absolute tolerance.
-        check_dtype: Whether dtypes must be equal too. If not, tensors of two dtypes are compared as numbers.
+        check_dtype: Whether dtypes must be equal too. If not, a tensor of ``b`` is cast to the dtype in ``a`` first.
 
     Raises:
         AssertionError: The sides differ. The text is the page of ``diff``, or a page of the ten tensors that differ
@@ -116,9 +118,14 @@ def assert_same_weights(
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         require_number(tolerance, name, "a number of at least 0", at_least=0)
     with opened(a, "a") as expected, opened(b, "b") as found:
-        result = diff_checkpoints(expected, found, apply_rules(rules_for(None, found), found))
-        _same_description(result, check_dtype=check_dtype)
-        differences = compare_values(expected, found, expected, rtol=rtol, atol=atol)
+        key_map = apply_rules(rules_for(None, found), found)
+        _same_description(diff_checkpoints(expected, found, key_map), check_dtype=check_dtype)
+        compared = compare_named(expected, found, key_map, {key: key for key in expected}, rtol=rtol, atol=atol)
+        if compared.skipped:
+            reasons = [f"{quoted(one.key)} ({one.reason})" for one in compared.skipped[:_MOST_NAMED]]
+            tensors = plural(len(compared.skipped), "tensor")
+            _fail(f"the values of {tensors} cannot be compared, such as {', '.join(reasons)}", [])
+        differences = compared.different
         if differences:
             verb = "differs" if len(differences) == 1 else "differ"
             beyond = f" by more than rtol={rtol}, atol={atol}" if rtol or atol else ""

@@ -27,6 +27,7 @@ from ckptkit import (
     RuleError,
     build_param_groups,
     choose_output,
+    compare_values,
     diff,
     diff_locks,
     execute,
@@ -131,6 +132,8 @@ def groups_of(plan: Any) -> object:
 TAKES_CHECKPOINT: Mapping[str, Callable[[Any], object]] = {
     "diff expected": lambda given: differences(diff(given, net())),
     "diff found": lambda given: differences(diff(net(), given)),
+    "compare_values expected": lambda given: compare_values(given, net()).equal,
+    "compare_values found": lambda given: compare_values(net(), given).equal,
     "stats": lambda given: {key: tensor.numbers for key, tensor in stats(given).tensors.items()},
     "run_checks": lambda given: found_codes(run_checks(given, fast=True)),
     "run_checks like": lambda given: found_codes(run_checks(TEN, like=given)),
@@ -156,7 +159,15 @@ TAKES_CHECKPOINT: Mapping[str, Callable[[Any], object]] = {
     "assert_same_weights": lambda given: assert_same_weights(net(), given),
 }
 # These read values, which a description does not have.
-READS_VALUES = {"stats", "run_checks like", "load_into", "assert_same_weights", "preflight init"}
+READS_VALUES = {
+    "compare_values expected",
+    "compare_values found",
+    "stats",
+    "run_checks like",
+    "load_into",
+    "assert_same_weights",
+    "preflight init",
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

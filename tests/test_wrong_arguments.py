@@ -87,6 +87,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "assert_same_weights": lambda: {"a": state, "b": dict(state)},
         "build_param_groups": lambda: {"model": model, "spec": SPEC},
         "choose_output": lambda: {"path": folder / "a.safetensors"},
+        "compare_values": lambda: {"expected": state, "found": model},
         "convert": lambda: {"source": state, "out": folder / "d.safetensors", "force": True},
         "convert_adapter": lambda: {**_adapter(), "out": folder / "h.safetensors", "force": True},
         "diff": lambda: {"expected": model, "found": state},

@@ -1,114 +1,323 @@
-"""Compare the values of two checkpoints that have the same keys and shapes, one tensor at a time."""
+"""Compare the values of two checkpoints: any formats, also through rules, in one pass of bounded memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.files import same_bytes
-from ckptkit.core.torch_bridge import flat_bytes
-from ckptkit.core.torch_types import Tensor
+from ckptkit.comparison.made import MadeTensors
+from ckptkit.core.arguments import require_number
+from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
+from ckptkit.core.files import Extent, is_same_range
+from ckptkit.core.gc_pause import pause_gc
+from ckptkit.core.progress import Progress
+from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.quantized import quantized_weights
+from ckptkit.rules.model import KeyMap
 
-__all__ = ["ValueDifference", "compare_values"]
+if TYPE_CHECKING:
+    from ckptkit.values.difference import BytesDiffer, Pair, Part, Tolerance
 
-_PIECE_ELEMENTS = 1 << 22
+__all__ = ["SideCounts", "SkippedValue", "ValueDiff", "ValueDifference", "compare_named", "require_tolerances"]
+
+_NO_VALUES = ("meta", UNINITIALISED)  # their payloads raise and say why
+
+
+@dataclass(frozen=True, slots=True)
+class SideCounts:
+    """How many elements there are on the expected and on the found side."""
+
+    expected: int = 0
+    found: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedValue:
+    """A key whose values were not compared, and the reason."""
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ValueDifference:
-    """How the values of one tensor differ.
+    """How the values of one tensor differ, after found is cast to the dtype of expected, as torch casts.
+
+    Sums, norms and ``max_ulp`` use the elements that are finite on both sides. An element of a complex tensor is one
+    element; its magnitude counts. All numbers are None for a dtype of which only bytes can be compared, such as a
+    block type of GGUF.
 
     Attributes:
         expected: The tensor on the expected side.
-        found: The tensor on the found side.
-        count: The number of elements that differ; None where torch cannot compute with the dtype.
-        largest: The largest absolute difference: inf where one side is not finite, None as above.
-        place: The index of the element with the largest difference; None as above.
+        found: The tensor on the found side, under its own name; with operations, under the names of its sources.
+        names: All expected keys that share this tensor; the first is that of ``expected``.
+        changed: The share of elements whose bits differ.
+        changed_elements: The number of elements whose bits differ. After a cast, two NaNs are equal with any bits.
+        beyond: The number of elements that are not close by the tolerances; None without tolerances.
+        nonfinite: The number of elements that differ as numbers where one side is NaN or infinite.
+        max_abs: The largest absolute difference; exact for integers, and inf with ``nonfinite``.
+        mean_abs: The mean of the absolute differences; None if no element is finite on both sides.
+        rel_l2: ``|found - expected| / |expected|``; inf if only expected is all zero, and None as ``mean_abs``.
+        cosine: The cosine of the angle between both tensors; None if one of both is all zero, or as ``mean_abs``.
+        max_ulp: The largest distance in units in the last place: how many numbers of the dtype lie from one to the
+            other. -0.0 and 0.0 are one number. None for integers and booleans.
+        nan: The elements that are NaN on each side.
+        inf: The elements that are infinite on each side.
+        place: The index of the element with the largest difference, the first of several.
         values: The expected and the found value of that element, as text.
+
+    Example:
+        >>> result = ckptkit.compare_values({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([0.0, 1.5])})
+        >>> worst = result.different[0]
+        >>> worst.changed, worst.max_abs, worst.place, worst.values
+        (0.5, 0.5, (1,), ('1.0', '1.5'))
     """
 
     expected: TensorInfo
     found: TensorInfo
-    count: int | None = None
-    largest: float | None = None
+    names: tuple[str, ...]
+    changed: float | None = None
+    changed_elements: int | None = None
+    beyond: int | None = None
+    nonfinite: int = 0
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    rel_l2: float | None = None
+    cosine: float | None = None
+    max_ulp: int | None = None
+    nan: SideCounts = SideCounts()
+    inf: SideCounts = SideCounts()
     place: tuple[int, ...] | None = None
     values: tuple[str, str] = ("", "")
 
+    @property
+    def key(self) -> str:
+        """The expected key."""
+        return self.expected.key
 
-def compare_values(
-    expected: Checkpoint, found: Checkpoint, keys: Iterable[str], *, rtol: float = 0.0, atol: float = 0.0
-) -> list[ValueDifference]:
-    """Return the differences of the tensors at ``keys``, which both sides have with one shape; the largest come first.
 
-    Without tolerances, tensors of one dtype must have equal bytes: a NaN equals a NaN of the same bits, and -0.0
-    differs from 0.0. Otherwise an element differs where ``abs(found - expected) > atol + rtol * abs(expected)``, and
-    two NaNs are equal. At most one piece of a tensor from each side is in memory.
+@dataclass(frozen=True, slots=True)
+class ValueDiff:
+    """The values that differ between two checkpoints, among the keys that both have with one shape.
+
+    Attributes:
+        compared: The number of tensors that were compared; tied tensors count once.
+        equal: The number of them whose elements have equal bits.
+        different: The tensors that differ, beyond the tolerances if there are any. First those where NaN or infinities
+            differ, then those with the largest ``rel_l2``, then by key.
+        within: The tensors whose bits differ, but that are close by the tolerances; empty without tolerances.
+        skipped: Keys whose values were not compared.
+        as_stored: Expected keys of the parts of quantised weights: their codes were compared, and not the numbers that
+            the codes stand for.
+        keys: The expected keys that were compared, in their order; tied ones too.
+        rtol: The relative tolerance, or None without tolerances.
+        atol: The absolute tolerance, or None without tolerances.
+
+    Example:
+        >>> path = "fixtures/lenet_10class.pth"
+        >>> result = ckptkit.compare_values(path, "fixtures/lenet_10class.safetensors")
+        >>> result.compared, result.equal, result.all_equal
+        (10, 10, True)
     """
-    differences = []
-    for key in keys:
-        if expected[key].dtype == found[key].dtype and same_bytes(expected.payload(key), found.payload(key)):
-            continue
-        difference = _compare(expected, found, key, rtol=rtol, atol=atol)
-        if difference.count != 0:
-            differences.append(difference)
-    return sorted(differences, key=lambda difference: -math.inf if difference.largest is None else -difference.largest)
+
+    compared: int
+    equal: int
+    different: tuple[ValueDifference, ...] = ()
+    within: tuple[ValueDifference, ...] = ()
+    skipped: tuple[SkippedValue, ...] = ()
+    as_stored: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    rtol: float | None = None
+    atol: float | None = None
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether every tensor was compared, and none differs (beyond the tolerances)."""
+        return not self.different and not self.skipped
 
 
-def _compare(expected: Checkpoint, found: Checkpoint, key: str, *, rtol: float, atol: float) -> ValueDifference:
-    wanted, got = expected[key], found[key]
-    exact = rtol == atol == 0 and wanted.dtype == got.dtype
-    count, largest, place, values = 0, -1.0, 0, ("", "")
-    try:
-        for start, left, right in _pieces(expected, found, key):
-            differs, distance = _differing(left, right, exact=exact, rtol=rtol, atol=atol)
-            here = int(differs.sum())
-            if not here:
+def require_tolerances(rtol: float | None, atol: float | None) -> None:
+    """Raise ``ArgumentError`` unless each tolerance is None or a number of at least 0."""
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if tolerance is not None:
+            require_number(tolerance, name, "a number of at least 0, or None", at_least=0)
+
+
+def compare_named(
+    expected: Checkpoint,
+    found: Checkpoint,
+    key_map: KeyMap,
+    names: Mapping[str, str],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    progress: Progress | None = None,
+) -> ValueDiff:
+    """Compare the values of tensors that both sides have with one number of elements.
+
+    ``names`` maps each expected key to the name of the found tensor after the rules. Without tolerances, bits must be
+    equal. Otherwise an element differs where its bits do and ``torch.isclose(found, expected, rtol, atol)`` is false;
+    a tolerance of None counts as 0 beside another. The threads read pieces of bounded size. A tensor that an operation
+    makes is made in memory.
+
+    Raises:
+        ArgumentError: A tolerance is not a number of at least 0.
+        ModelError: A tensor has no values, such as one on the meta device.
+        PlanError: A side has only descriptions of tensors.
+        FormatError: The stored bytes do not agree with the header.
+        ChangedError: A file changes while it is read.
+    """
+    require_tolerances(rtol, atol)
+    with pause_gc():
+        return _Comparison(expected, found, key_map, names).run(rtol, atol, progress or (lambda _: None))
+
+
+class _Comparison:
+    """The pairs of tensors to compare, and what is known of them."""
+
+    def __init__(self, expected: Checkpoint, found: Checkpoint, key_map: KeyMap, names: Mapping[str, str]) -> None:
+        self._expected, self._found, self._names = expected, found, names
+        self._made = MadeTensors(found, key_map)
+        self._keys: list[list[str]] = []  # the tied expected keys of each pair
+        self._equal: list[int] = []  # pairs whose values need not be read
+        self._skipped: list[SkippedValue] = []
+
+    def run(self, rtol: float | None, atol: float | None, progress: Progress) -> ValueDiff:
+        from ckptkit.values.difference import Tolerance, differences
+        from ckptkit.values.workers import Workers
+
+        tolerance = None if not rtol and not atol else Tolerance(float(rtol or 0), float(atol or 0))
+        pairs = sorted(self._pairs(), key=_place)
+        found: dict[int, Part | BytesDiffer | None] = dict.fromkeys(self._equal)
+        with Workers() as workers:
+            for pair, part, nbytes in differences(pairs, workers, tolerance):
+                progress(nbytes)
+                found[pair.number] = part
+        for side in (self._expected, self._found):
+            side.check_unchanged()
+        merged = self._merge_ties(found)
+        all_of = [self._difference(keys, part, tolerance) for keys, part in merged if part is not None]
+        within = [one for one in all_of if one.beyond == 0]
+        return ValueDiff(
+            len(merged),
+            len(merged) - len(all_of),
+            tuple(sorted((one for one in all_of if one.beyond != 0), key=_badness)),
+            tuple(sorted(within, key=_badness)),
+            tuple(self._skipped),
+            tuple(self._coded_keys()),
+            tuple(self._compared_keys()),
+            None if tolerance is None else tolerance.rtol,
+            None if tolerance is None else tolerance.atol,
+        )
+
+    def _pairs(self) -> Iterator[Pair]:
+        """Yield the tensors whose values must be read; tied keys make one pair."""
+        from ckptkit.values.difference import Pair, has_numbers
+
+        number_of: dict[object, int] = {}
+        for key, name in self._names.items():
+            expected, found = self._expected[key], self._made.describe(name)
+            reason = _why_skipped(expected, found)
+            if reason:
+                self._skipped.append(SkippedValue(key, reason))
                 continue
-            count += here
-            at = int(distance.where(differs, distance.new_full((), -1.0)).argmax())
-            if distance[at] > largest:
-                largest, place = float(distance[at]), start + at
-                values = str(left.reshape(-1)[at].item()), str(right.reshape(-1)[at].item())
-    except (TypeError, RuntimeError):  # torch has no such dtype, or cannot compute with it
-        return ValueDifference(wanted, got)
-    return ValueDifference(wanted, got, count, max(largest, 0.0), _index(place, wanted.shape), values)
+            tie = (_identity(expected), self._identity_of(name)) if expected.view is not None else key
+            number = number_of.setdefault(tie, len(self._keys))
+            if number < len(self._keys):
+                self._keys[number].append(key)
+                continue
+            self._keys.append([key])
+            payloads = self._expected.payload(key), self._made.payload(name)
+            if not expected.nbytes or (expected.dtype == found.dtype and is_same_range(*payloads)):
+                self._equal.append(number)
+                continue
+            elements = expected.elements if has_numbers(expected.dtype) else expected.nbytes
+            yield Pair(number, *payloads, expected.dtype, found.dtype, elements)
+
+    def _identity_of(self, name: str) -> object:
+        origin = self._made.origin(name)
+        return tuple(_identity(self._found[key]) for key in origin.sources), origin.recipe
+
+    def _merge_ties(
+        self, found: Mapping[int, Part | BytesDiffer | None]
+    ) -> list[tuple[list[str], Part | BytesDiffer | None]]:
+        """Return the keys of each pair, and its result; an expected tensor with equal results is one."""
+        merged: dict[object, tuple[list[str], Part | BytesDiffer | None]] = {}
+        for number, part in found.items():
+            keys = self._keys[number]
+            info = self._expected[keys[0]]
+            same = keys[0] if info.view is None else (_identity(info), part)
+            if same in merged:
+                merged[same][0].extend(keys)
+            else:
+                merged[same] = keys, part
+        return list(merged.values())
+
+    def _difference(self, keys: list[str], part: Part | BytesDiffer, tolerance: Tolerance | None) -> ValueDifference:
+        names = tuple(key for key in self._names if key in keys) if len(keys) > 1 else tuple(keys)
+        expected, found = self._expected[names[0]], self._made.describe(self._names[names[0]])
+        from ckptkit.values.difference import BytesDiffer, has_steps, text_of
+
+        if isinstance(part, BytesDiffer):
+            return ValueDifference(expected, found, names)
+
+        total, elements = part.total, expected.elements
+        norms = math.sqrt(total.expected), math.sqrt(total.found)
+        rel_l2 = cosine = None
+        if part.finite:
+            distance = math.sqrt(total.squares)
+            rel_l2 = distance / norms[0] if norms[0] else math.inf if distance else 0.0
+        if norms[0] and norms[1]:
+            cosine = max(-1.0, min(total.product / (norms[0] * norms[1]), 1.0))
+        return ValueDifference(
+            expected, found, names, part.changed / elements, part.changed,
+            None if tolerance is None else part.beyond, part.nonfinite, part.largest,
+            total.magnitudes / part.finite if part.finite else None, rel_l2, cosine,
+            part.ulp if has_steps(expected.dtype) else None,
+            SideCounts(*part.nan), SideCounts(*part.inf), _index(part.place, expected.shape),
+            (text_of(part.values[0], expected.dtype), text_of(part.values[1], expected.dtype)),
+        )  # fmt: skip
+
+    def _coded_keys(self) -> Iterator[str]:
+        """Yield the compared keys that are parts of quantised weights."""
+        coded = quantized_weights(self._expected).by_key
+        return (key for key in self._compared_keys() if key in coded)
+
+    def _compared_keys(self) -> Iterator[str]:
+        skipped = {one.key for one in self._skipped}
+        return (key for key in self._names if key not in skipped)
 
 
-def _differing(left: Tensor, right: Tensor, *, exact: bool, rtol: float, atol: float) -> tuple[Tensor, Tensor]:
-    """Return which elements differ, and the absolute difference of each, both flat."""
-    import torch
-
-    wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
-    expected, found = (side.reshape(-1).to(wide) for side in (left, right))
-    distance = (found - expected).abs()
-    same = (expected == found) | (expected.isnan() & found.isnan())
-    if not any(side.is_floating_point() or side.is_complex() for side in (left, right)):
-        # Neighbours above 2**53 are one number in F64. Below 2**62, a difference is exact in I64, also one of U64.
-        difference = (right.reshape(-1).to(torch.int64) - left.reshape(-1).to(torch.int64)).abs()
-        distance = distance.where(distance >= 2**62, difference.to(wide))
-        same = distance == 0
-    distance = distance.nan_to_num(nan=math.inf, posinf=math.inf).where(~same, distance.new_zeros(()))
-    if exact:
-        bytes_differ = flat_bytes(left) != flat_bytes(right)
-        return bytes_differ.reshape(left.numel(), -1).any(dim=1), distance
-    # A difference of inf is beyond every tolerance, also beyond one that is inf.
-    limit = (atol + rtol * expected.abs()).nan_to_num(nan=0.0, posinf=math.inf)
-    return (distance > limit) | (distance == math.inf), distance
+def _why_skipped(expected: TensorInfo, found: TensorInfo) -> str:
+    """Return why the values of two tensors are not compared; an empty string if they are."""
+    for info in (expected, found):
+        if info.kind != "dense" and info.kind not in _NO_VALUES:
+            return f"a {info.kind} tensor"
+    if expected.elements != found.elements:
+        return f"the shape is {list(found.shape)}, not {list(expected.shape)}"
+    if expected.dtype == found.dtype:
+        return "" if expected.nbytes == found.nbytes else "the sizes in bytes differ"
+    unknown = next((info.dtype for info in (expected, found) if info.dtype not in CASTABLE), None)
+    return f"there is no cast between {expected.dtype} and {found.dtype}" if unknown else ""
 
 
-def _pieces(expected: Checkpoint, found: Checkpoint, key: str) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """Yield the two tensors in pieces of whole rows, each with the number of elements before it."""
-    shape = expected[key].shape
-    if not shape:
-        yield 0, expected.read(key), found.read(key)
-        return
-    row = max(math.prod(shape[1:]), 1)
-    rows = max(_PIECE_ELEMENTS // row, 1)
-    for first in range(0, shape[0], rows):
-        part = slice(first, min(first + rows, shape[0]))
-        yield first * row, expected.read(key, rows=part), found.read(key, rows=part)
+def _identity(info: TensorInfo) -> object:
+    """Return what tied tensors have in common, and no other two."""
+    return info.key if info.view is None else (info.view, info.shape, info.dtype)
+
+
+def _place(pair: Pair) -> tuple[str, int]:
+    """Return where the expected bytes are, so that those of one file are read in order."""
+    payload = pair.expected
+    return (payload.file.path, payload.offset) if isinstance(payload, Extent) else ("", 0)
+
+
+def _badness(difference: ValueDifference) -> tuple[bool, float, str]:
+    """Return the key by which the worst difference is the first; one of bytes alone is before all numbers."""
+    rel_l2 = math.inf if difference.rel_l2 is None else difference.rel_l2
+    return not difference.nonfinite, -rel_l2, difference.key
 
 
 def _index(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:

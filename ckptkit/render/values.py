@@ -35,10 +35,11 @@ def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, fou
 def _row(difference: ValueDifference) -> tuple[str, ...]:
     wanted, got = difference.expected, difference.found
     described = str(wanted) if wanted.dtype == got.dtype else f"{wanted.dtype} and {got}"
-    if difference.count is None or difference.largest is None:
+    count = difference.changed_elements if difference.beyond is None else difference.beyond
+    if count is None or difference.max_abs is None:
         return printable(wanted.key), described, "the bytes", "", "", "", ""
-    largest = short_number(difference.largest, 3) if difference.largest else "only bits"
+    largest = short_number(difference.max_abs, 3) if difference.max_abs else "only bits"
     return (
-        printable(wanted.key), described, f"{difference.count:,} of {wanted.elements:,}", largest,
+        printable(wanted.key), described, f"{count:,} of {wanted.elements:,}", largest,
         "" if difference.place is None else str(list(difference.place)), *difference.values,
     )  # fmt: skip

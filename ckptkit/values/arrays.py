@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptkit.core.checkpoint.reading import numpy_dtype
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["array_of", "bits_dtype", "bits_of", "numpy_dtype", "real_code"]
+__all__ = ["array_of", "bits_dtype", "bits_of", "float4_values", "numpy_dtype", "real_code"]
 
 _REAL: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
 
@@ -49,3 +50,14 @@ def bits_dtype(code: str) -> np.dtype[Any]:
 def real_code(code: str) -> str:
     """Return the code of the two numbers in an element of a complex dtype, or the code itself."""
     return _REAL.get(code, code)
+
+
+@functools.cache
+def float4_values() -> npt.NDArray[np.float64]:
+    """Return the number of each of the 16 codes of F4."""
+    import ml_dtypes
+    import numpy as np
+
+    values: npt.NDArray[np.float64] = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    values.flags.writeable = False
+    return values

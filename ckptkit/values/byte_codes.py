@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
-from ckptkit.values.arrays import array_of
+from ckptkit.values.arrays import array_of, float4_values
 from ckptkit.values.extremes import Extremes
 from ckptkit.values.moments import Moments, exact_sum
 
@@ -41,11 +41,9 @@ def _values(code: str) -> list[float]:
         return [0.0] + [1.0] * 255
     codes = np.arange(256, dtype=np.uint8)
     if code == "F4":
-        import ml_dtypes
-
-        values = codes[:16].view(ml_dtypes.float4_e2m1fn)
-    else:
-        values = array_of(codes.data, code)
+        of_codes: list[float] = float4_values().tolist()
+        return of_codes
+    values = array_of(codes.data, code)
     numbers: list[float] = (values if code in ("U8", "I8") else values.astype(np.float64)).tolist()
     return numbers
 

@@ -1,0 +1,90 @@
+"""What was found in some elements of two tensors, and what it is of all elements together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckptkit.values.moments import exact_sum
+
+__all__ = ["UNCHANGED", "Part", "Sums", "Tolerance", "together"]
+
+UNCHANGED = -1.0  # the largest difference of elements whose bits are all equal
+
+
+class Tolerance(NamedTuple):
+    """The tolerances of ``torch.allclose``."""
+
+    rtol: float
+    atol: float
+
+
+class Sums(NamedTuple):
+    """Sums over the elements that are finite on both sides."""
+
+    magnitudes: float  # of the differences
+    squares: float  # of the differences
+    expected: float  # squares
+    found: float  # squares
+    product: float  # expected times found
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The differences of some neighbouring elements.
+
+    Attributes:
+        changed: The number of elements whose bits differ.
+        beyond: The number of them that are not close to each other.
+        finite: The number of elements that are finite on both sides.
+        nonfinite: The number of elements that differ as numbers, where one side is not finite.
+        largest: The largest absolute difference: inf with ``nonfinite``, 0 if only bits differ, else ``UNCHANGED``.
+        place: The first element with that difference.
+        values: The bytes of this element on both sides.
+        ulp: The largest number of steps from one number of the dtype to the next, between two finite numbers.
+        nan: The number of elements that are NaN on the expected side, and on the found side.
+        inf: The number of infinite elements, likewise.
+        sums: The sums over blocks of elements, in any order.
+    """
+
+    changed: int
+    beyond: int
+    finite: int
+    nonfinite: int
+    largest: float
+    place: int
+    values: tuple[bytes, bytes]
+    ulp: int
+    nan: tuple[int, int]
+    inf: tuple[int, int]
+    sums: tuple[Sums, ...]
+
+    @property
+    def total(self) -> Sums:
+        """The sums over all elements, each with one rounding."""
+        return Sums(*map(exact_sum, zip(*self.sums, strict=True)))
+
+
+def together(parts: Sequence[tuple[int, Part]]) -> Part:
+    """Return the differences of all elements of the parts; each part comes with its first element.
+
+    The order of the parts does not matter.
+    """
+    if len(parts) == 1 and not parts[0][0]:
+        return parts[0][1]
+    first, worst = min(parts, key=lambda item: (-item[1].largest, item[0]))
+    found = [part for _, part in parts]
+    return Part(
+        sum(part.changed for part in found),
+        sum(part.beyond for part in found),
+        sum(part.finite for part in found),
+        sum(part.nonfinite for part in found),
+        worst.largest,
+        first + worst.place,
+        worst.values,
+        max(part.ulp for part in found),
+        (sum(part.nan[0] for part in found), sum(part.nan[1] for part in found)),
+        (sum(part.inf[0] for part in found), sum(part.inf[1] for part in found)),
+        tuple(sums for part in found for sums in part.sums),
+    )

@@ -1,0 +1,133 @@
+"""Plan how two payloads are read side by side: long ones in pieces of the same elements, short ones together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
+from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files import Extent, PayloadReader, is_seekable
+from ckptkit.values.difference.numbers import BLOCK, has_numbers
+
+__all__ = ["Pair", "Piece", "Task", "expected_pieces", "read_side", "tasks"]
+
+_PIECE: Final = 1 << 21  # bytes of a side; what a thread reads stays in its cache
+_SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
+_MAX_TOGETHER: Final = 1024  # pairs
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """Two tensors with the same number of elements, at least one; ``code`` and ``found_code`` are their dtypes.
+
+    A tensor whose dtype has no numbers (``has_numbers``) is one of bytes, which are then its elements.
+    """
+
+    number: int
+    expected: Payload
+    found: Payload
+    code: str
+    found_code: str
+    elements: int
+
+
+class Piece(NamedTuple):
+    """Some elements of a pair, and where their bytes are on both sides: a payload, or the bytes themselves."""
+
+    pair: Pair
+    start: int
+    stop: int
+    sides: tuple[Payload | bytearray, ...]
+    nbytes: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Task:
+    """Pieces that are read and compared at once: one of a long pair, or several short pairs."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    nbytes: int = 0
+
+
+def tasks(pairs: Iterable[Pair]) -> Iterator[Task]:
+    """Yield all elements of all pairs. A payload that is not ``is_seekable`` is read by this iterator."""
+    task = Task()
+    for pair in pairs:
+        count = max(pair.expected.nbytes, pair.found.nbytes)
+        if count >= _SMALL:
+            for piece in _pieces(pair):
+                yield Task([piece], sum(piece.nbytes))
+            continue
+        if task.pieces and (task.nbytes + 2 * count > 2 * _PIECE or len(task.pieces) >= _MAX_TOGETHER):
+            yield task
+            task = Task()
+        sides = _small(pair.expected), _small(pair.found)
+        nbytes = pair.expected.nbytes, pair.found.nbytes
+        task.pieces.append(Piece(pair, 0, pair.elements, sides, nbytes))
+        task.nbytes += sum(nbytes)
+    if task.pieces:
+        yield task
+
+
+def expected_pieces(pair: Pair, starts: Iterable[int]) -> Iterator[Piece]:
+    """Yield the pieces of a long pair that begin at ``starts``; only their expected side can be read."""
+    wanted = frozenset(starts)
+    return (piece for piece in _pieces(pair, only_expected=True) if piece.start in wanted)
+
+
+def read_side(pieces: Sequence[Piece], side: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` with the bytes of one side of all pieces; adjacent ranges of one file are read together."""
+    start = end = 0
+    pending: Extent | None = None
+    for piece in pieces:
+        source, nbytes = piece.sides[side], piece.nbytes[side]
+        if pending is not None:
+            if (
+                isinstance(source, Extent)
+                and source.file is pending.file
+                and source.offset == pending.offset + end - start
+            ):
+                end += nbytes
+                continue
+            pending.file.read_into(buffer[start:end], pending.offset)
+        start, end, pending = end, end + nbytes, None
+        if isinstance(source, Extent):
+            pending = source
+        elif isinstance(source, bytearray):
+            buffer[start:end] = source
+        else:
+            read_into(source, buffer[start:end])
+    if pending is not None:
+        pending.file.read_into(buffer[start:end], pending.offset)
+
+
+def _small(payload: Payload) -> Payload | bytearray:
+    if isinstance(payload, Extent):
+        return payload
+    buffer = bytearray(payload.nbytes)
+    read_into(payload, memoryview(buffer))
+    return buffer
+
+
+def _pieces(pair: Pair, *, only_expected: bool = False) -> Iterator[Piece]:
+    """Yield a long pair in pieces of whole blocks of elements."""
+    bits = [DTYPES[code].bits if has_numbers(code) else 8 for code in (pair.code, pair.found_code)]
+    size = max(_PIECE * 8 // max(bits) // BLOCK, 1) * BLOCK
+    payloads = [pair.expected] if only_expected else [pair.expected, pair.found]
+    readers = [None if is_seekable(payload) else PayloadReader(payload) for payload in payloads]
+    for start in range(0, pair.elements, size):
+        stop = min(start + size, pair.elements)
+        sides: list[Payload | bytearray] = []
+        nbytes: list[int] = []
+        for payload, reader, width in zip(payloads, readers, bits, strict=False):
+            first, end = start * width // 8, stop * width // 8
+            nbytes.append(end - first)
+            if reader is None:
+                sides.append(part_of(payload, first, end - first))
+            else:
+                buffer = bytearray(end - first)
+                reader.read_into(memoryview(buffer))
+                sides.append(buffer)
+        yield Piece(pair, start, stop, tuple(sides), tuple(nbytes))
