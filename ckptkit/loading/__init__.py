@@ -9,6 +9,7 @@ from dataclasses import replace
 from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
 from ckptkit.core.coverage.requirements import parse_requirements
+from ckptkit.core.gc_pause import rare_gc
 from ckptkit.core.text import kind_of
 from ckptkit.core.torch_bridge import as_checkpoint, code_of, is_dtensor
 from ckptkit.core.torch_types import Module
@@ -121,9 +122,10 @@ def load_into(
         )
     if not hasattr(model, "named_parameters"):
         raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
-    base = _describe(model)
-    requirements = parse_requirements(require, min_coverage)
-    with opened(checkpoint, "checkpoint") as donor, ExitStack() as stack:
+    with rare_gc(), ExitStack() as stack:  # a collection would look at all objects of torch
+        base = _describe(model)
+        requirements = parse_requirements(require, min_coverage)
+        donor = stack.enter_context(opened(checkpoint, "checkpoint"))
         plan, own = plan_loading(
             base,
             donor,

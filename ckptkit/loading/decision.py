@@ -22,7 +22,6 @@ from ckptkit.loading.watch import Watch
 from ckptkit.plans.overlays.overlay import OwnLoading
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
-from ckptkit.values.cast_payload import CastPayload
 
 __all__ = [
     "Copy",
@@ -258,6 +257,8 @@ def local_payload(producer: Producer, step: Step, tensor: Tensor) -> Payload:
         )
     if part is None or part.sizes == step.out.shape:
         return payload
+    from ckptkit.values.cast_payload import CastPayload
+
     found = producer.roles[step.sources[0].role][step.sources[0].key]
     stored = payload.source if isinstance(payload, CastPayload) else payload
     region = region_of(stored, found, part) if step.recipe is None else None
