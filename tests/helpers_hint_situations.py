@@ -123,7 +123,7 @@ def _required_names(folder: Path) -> list[str]:
     return ["merge", *save(folder, base=base, donor=donor), "-o", str(folder / "out.pt"), "--require", "enc.*"]
 
 
-@situation("rules/apply.py: correct it, or pass --allow-unused")
+@situation("rules/apply.py: or pass --allow-unused")
 def _unused_rule(folder: Path) -> list[str]:
     return ["remap", TEN, "-o", str(folder / "out.pt"), "--rename", "zz.*=*"]
 

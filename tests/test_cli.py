@@ -180,6 +180,26 @@ def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: p
 
 
 @pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["shwo"], "show? see ckpt --help"),
+        (["groups", "tabel"], "table? see ckpt groups --help"),
+        (["--verison"], "--version? see ckpt --help"),
+        (["remap", DDP, "-o", "o.pt", "--rneame", "a=b"], "--rename? see ckpt remap --help"),
+        (["convert", DDP, "-o", "o", "--format", "safetensor"], "safetensors? see ckpt convert --help"),
+        (["merge", TEN, TEN, "-o", "o.pt", "--on-mismatch", "fc.*=skp"], "skip? see ckpt merge --help"),
+        (["show", f"{DDP}::optimizer.stat"], "'::optimizer.state'? the keys at that level: state, param_groups"),
+        (["show", TEN, "--keep", "fc1.wieght"], "'fc1.weight'?"),
+        (["remap", TEN, "-o", "o.pt", "--rename", "fcc3.*=x.*"], "'fc3.*'? or pass --allow-unused"),
+    ],
+)
+def test_the_nearest_right_word_is_named(arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped command, option, value, path in a file, or pattern is answered with the one that was meant."""
+    ran = run_ckpt(capsys, *arguments)
+    assert (ran.code, ran.out, ran.err.splitlines()[1]) == (2, "", f"hint: did you mean {meant}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "group", "line"),
     [((), ckpt, "groups      Check param groups"), (("groups",), groups, "validate  Check that")],
     ids=["ckpt", "groups"],

@@ -105,8 +105,9 @@ class Policy(Generic[_Action]):
                 reason = f"{where} matches none of {plural(len(keys), 'key')} of {owner}"
                 hint = suggest_pattern(pattern, keys, owner) if keys else "leave it out"
             if not allow_unused:
-                call = f"{hint}; or allow unused rules with parse_rules(..., allow_unused=True)"
-                raise RuleError(reason, hint=f"{hint}; or allow unused rules with --allow-unused", call=call)
+                hint += "" if hint.endswith("?") else ";"
+                call = f"{hint} or allow unused rules with parse_rules(..., allow_unused=True)"
+                raise RuleError(reason, hint=f"{hint} or allow unused rules with --allow-unused", call=call)
             notes.append(reason)
         return notes
 

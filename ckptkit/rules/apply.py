@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, Configuration, TensorInfo
-from ckptkit.core.patterns import KeyMatch, Pattern, literal, matches_any, parse_pattern
+from ckptkit.core.patterns import KeyMatch, Pattern, literal, matches_any, parse_pattern, suggest_pattern
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rule
@@ -443,8 +443,8 @@ def _refuse_unused(
 ) -> None:
     names = list(names)
     kept = [name for name in names if not stage.keep or matches_any(stage.keep, name)]
-    unused = [
-        (f"--keep {shell_word(pattern.text)} matches none of {plural(len(names), 'key')}", False)
+    unused: list[tuple[str, bool, Pattern | None]] = [
+        (f"--keep {shell_word(pattern.text)} matches none of {plural(len(names), 'key')}", False, pattern)
         for pattern in stage.keep
         if not any(pattern.match(name) for name in names)
     ]
@@ -456,13 +456,15 @@ def _refuse_unused(
                 if shadow is None
                 else f"is shadowed: the earlier {shadow} matches all its keys"
             )
-            unused.append((f"{rule} {reason}", rule.optional))
-    for message, optional in unused:
+            unused.append((f"{rule} {reason}", rule.optional, rule.sources[0] if shadow is None else None))
+    for message, optional, pattern in unused:
         if not optional and not allow_unused:
+            way = suggest_pattern(pattern, names, "the checkpoint") if pattern and names else "correct it"
+            way += "" if way.endswith("?") else ";"
             raise RuleError(
                 message,
-                hint="correct it, or pass --allow-unused",
-                call="correct it, or allow it with parse_rules(..., allow_unused=True)",
+                hint=f"{way} or pass --allow-unused",
+                call=f"{way} or allow it with parse_rules(..., allow_unused=True)",
             )
         notes.append(message)
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from ckptkit.cli.common.hints import hint_for_command
+from ckptkit.cli.common.hints import NoSuchCommandError, hint_for_command
 from ckptkit.errors import CkptkitError
 
 __all__ = ["MOST_OPTIONS", "Command", "CommandGroup", "NoCommandError"]
@@ -138,3 +138,12 @@ class CommandGroup(click.Group):
         if not args and not ctx.resilient_parsing:
             raise NoCommandError(ctx.get_help(), ctx=ctx)
         return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first argument names; the error is the same with every version of click."""
+        name = args[0]
+        if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
+            raise NoSuchCommandError(name, self.list_commands(ctx), ctx)
+        return super().resolve_command(ctx, args)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Sequence
 
+import click
+
+from ckptkit.core.text import nearest, quoted
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
 
-__all__ = ["hint_for_command"]
+__all__ = ["NoSuchCommandError", "hint_for_command", "usage_trouble"]
 
-_BETWEEN = re.compile(r"(; or |, or |; )")
+_BETWEEN = re.compile(r"(; or |, or |; |(?<=\?) (?=or ))")
+_NOT_ONE_OF = re.compile(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
+_QUOTED = re.compile(r"'([^']*)'")
+_ALIKE = 0.65  # the least likeness of a word to a right one
 _REMAP = "ckpt remap PATH -o OUT"
 
 
@@ -38,3 +44,30 @@ def _with_remap(way: str) -> str:
         return match[0] if is_inside else f"{_REMAP} {match[0]}"
 
     return OPTION.sub(replaced, way)
+
+
+class NoSuchCommandError(click.UsageError):
+    """The command that was named does not exist."""
+
+    def __init__(self, name: str, names: Sequence[str], ctx: click.Context) -> None:
+        """Set the message; ``name`` is what the user wrote, and ``names`` are the commands."""
+        super().__init__(f"No such command {quoted(name)}.", ctx)
+        self.name = name
+        self.names = names
+
+
+def usage_trouble(error: click.UsageError) -> tuple[str, str]:
+    """Return what is wrong with the words of a command line, and the hint: the nearest right word, or the help page."""
+    reason, wrong = error.format_message(), ""
+    right: Sequence[str] = ()
+    context = error.ctx
+    if isinstance(error, NoSuchCommandError):
+        wrong, right = error.name, error.names
+    elif isinstance(error, click.NoSuchOption):
+        reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
+        right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
+    elif found := _NOT_ONE_OF.search(reason):
+        wrong, right = found["value"], _QUOTED.findall(found["choices"])
+    near = nearest(wrong, right, _ALIKE)
+    start = f"did you mean {'--' * isinstance(error, click.NoSuchOption)}{near}? " if near else ""
+    return reason, f"{start}see {context.command_path if context else 'ckpt'} --help"

@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from ckptkit.cli.common.commands import CommandGroup, NoCommandError
+from ckptkit.cli.common.hints import usage_trouble
 from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.core.gc_pause import rare_gc
 from ckptkit.errors import CkptkitError
@@ -116,8 +117,7 @@ def main(arguments: Sequence[str]) -> int:
             _print_error_line(line)
         return 2
     except click.UsageError as error:
-        context = error.ctx.command_path if error.ctx else "ckpt"
-        return _report_trouble(error.format_message(), f"see {context} --help", None)
+        return _report_trouble(*usage_trouble(error), None)
     except click.ClickException as error:
         return _report_trouble(error.format_message(), None, None)
     except _Stopped as stopped:

@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 from ckptkit.core.patterns.matching import (
     KeyMatch,
@@ -49,6 +50,7 @@ _TEMPLATE_TOKEN = re.compile(
     rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<shift>[+-][0-9]{{1,18}})?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
 )
 _SPECIAL = re.compile(r"[*{}]|^re:")  # not literal in a pattern
+_MOST_COMPARED = 10_000  # names that are compared with a pattern that matches none
 _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
 
@@ -303,7 +305,7 @@ def suggest_pattern(
             matched = [name for name in names if variant.match(name)]
             if matched and accepts(matched):
                 return f"did you mean {quoted(text)}?"
-    if close := nearest(pattern.text, names, cutoff=0.5):
+    if close := nearest(pattern.text, islice(names, _MOST_COMPARED), cutoff=0.5):
         return f"the nearest name is {quoted(close)}"
     return f"{owner} has {listed(names, 3)}"
 
@@ -320,7 +322,7 @@ def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
     if inner[:1] not in ("", "*", "{") and not {"*", "{"} & set(prefix):
         yield inner
     stem = text[: min((text.find(mark) for mark in "*{" if mark in text), default=len(text))].rstrip(".")
-    prefixes = {name[:end] for name in names for end in _ends(name)}
+    prefixes = {name[:end] for name in islice(names, _MOST_COMPARED) for end in _ends(name)}
     for close in difflib.get_close_matches(stem, prefixes, n=3):
         yield close + text[len(stem) :]
         yield f"{close}.*"

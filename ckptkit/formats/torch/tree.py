@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.core.checkpoint import Entry, KeyPath
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import listed, plural, printable, quoted, shell_word
+from ckptkit.core.text import listed, nearest, plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.pickle.values import CodeName, PickledMapping, Placeholder
@@ -40,6 +41,7 @@ _DEEPEST = 200
 _LONGEST_KEY = 80  # as a part of a name
 _MOST_WARNINGS = 8
 _MOST_OPTIMIZERS = 8  # named in an error
+_MOST_COMPARED = 10_000  # keys that are compared with an unknown one
 _MOST_ITEMS = 64  # of an entry that is shown with all its values
 _LONGEST_TEXT = 2000  # that is shown
 _SCALARS_PER_PLACE = 10  # that are looked at in the time of one place
@@ -194,7 +196,7 @@ def _descend(tree: object, wanted: str) -> tuple[object, KeyPath]:
     matches: list[tuple[object, KeyPath]] = []
     pending: list[tuple[object, KeyPath, str]] = [(tree, (), wanted)]
     seen: set[tuple[int, int]] = set()
-    closest, closest_depth = tree, 0
+    closest: tuple[object, KeyPath, str] = (tree, (), wanted)
     while pending:
         value, path, left = pending.pop()
         if not left:
@@ -205,14 +207,19 @@ def _descend(tree: object, wanted: str) -> tuple[object, KeyPath]:
         seen.add((id(value), len(left)))
         steps = list(_steps(value, left))
         pending.extend((child, (*path, key), remaining) for key, child, remaining in reversed(steps))
-        if not steps and len(path) >= closest_depth:
-            closest, closest_depth = value, len(path)
+        if not steps and len(path) >= len(closest[1]):
+            closest = (value, path, left)
     if len(matches) > 1:
         choices = " or ".join(shell_word(f"::{bracketed_key(path)}") for _, path in matches[:4])
         raise FormatError(f"{quoted(wanted)} fits {len(matches)} places in the file", hint=f"write {choices}")
     if not matches:
-        keys = ", ".join(printable(key_name(key)) for key in list(children(closest))[:12])
-        raise FormatError(f"holds nothing at {quoted(wanted)}", hint=f"the keys at that level: {keys or 'none'}")
+        value, path, left = closest
+        keys = {key_name(key): key for key in islice(children(value), _MOST_COMPARED)}
+        first, dot, rest = left.partition(".")
+        near = nearest(first, keys)
+        meant = shell_word(f"::{dotted_key((*path, keys[near]))}{dot}{rest}") if near else ""
+        hint = f"the keys at that level: {', '.join(map(printable, list(keys)[:12])) or 'none'}"
+        raise FormatError(f"holds nothing at {quoted(wanted)}", hint=f"did you mean {meant}? {hint}" if near else hint)
     return matches[0]
 
 
