@@ -14,6 +14,10 @@ from ckptkit.core.checkpoint import Checkpoint as Checkpoint
 from ckptkit.core.checkpoint import TensorInfo as TensorInfo
 from ckptkit.core.findings import Finding as Finding
 from ckptkit.core.findings import Report as Report
+from ckptkit.digests import digest as digest
+from ckptkit.digests.check import DigestCheck as DigestCheck
+from ckptkit.digests.check import check_digests as check_digests
+from ckptkit.digests.model import Digests as Digests
 from ckptkit.errors import ArgumentError as ArgumentError
 from ckptkit.errors import ChangedError as ChangedError
 from ckptkit.errors import CkptkitError as CkptkitError
@@ -91,6 +95,8 @@ __all__ = [
     "ChangedError",
     "Checkpoint",
     "CkptkitError",
+    "DigestCheck",
+    "Digests",
     "Explanation",
     "Finding",
     "FormatError",
@@ -122,12 +128,14 @@ __all__ = [
     "Written",
     "assert_param_groups",
     "build_param_groups",
+    "check_digests",
     "choose_output",
     "compare_values",
     "convert",
     "convert_adapter",
     "diff",
     "diff_locks",
+    "digest",
     "execute",
     "explain_param_group",
     "extract_lora",

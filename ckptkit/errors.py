@@ -56,7 +56,7 @@ def one_line(sentence: str) -> str:
 # What a Python call has in place of each command that hints name.
 _FUNCTIONS: Final[Mapping[str, str]] = {
     "show": "open_checkpoint", "check": "run_checks", "diff": "diff", "align": "suggest_rules", "remap": "plan_remap",
-    "merge": "merge", "convert": "convert", "stats": "stats", "preflight": "preflight",
+    "merge": "merge", "convert": "convert", "stats": "stats", "digest": "digest", "preflight": "preflight",
     "groups table": "plan_param_groups", "groups validate": "validate_param_groups",
     "groups explain": "explain_param_group", "groups lock": "lock_param_groups", "groups diff": "diff_locks",
     "optim show": "open_optimizer", "optim remap": "optimizer_state.remap",

@@ -27,7 +27,8 @@ _CODES: dict[str, str] = {
 
 # The public names by the questions that a user has; the page of the Python API lists them in this order.
 _API: dict[str, str] = {
-    "Open and inspect": "open_checkpoint open_optimizer Checkpoint TensorInfo stats StateDictStats run_checks",
+    "Open and inspect": "open_checkpoint open_optimizer Checkpoint TensorInfo stats StateDictStats run_checks "
+    "digest Digests check_digests DigestCheck",
     "Compare": "diff StateDictDiff compare_values ValueDiff ValueDifference suggest_rules Alignment",
     "Load into a model": "load_into LoadReport OnMissing OnUnexpected OnMismatch",
     "Convert and merge with one call": "convert merge merge_lora extract_lora convert_adapter Written",

@@ -138,6 +138,17 @@ def _unused_filter_of_statistics(_folder: Path) -> list[str]:
     return ["stats", TEN, "--keep", "zz.*"]
 
 
+@situation("digests/__init__.py: --skip-unread leaves out all such tensors")
+def _tensor_without_digest(folder: Path) -> list[str]:
+    return ["digest", *save(folder, sparse={"a": torch.zeros(2), "s": torch.eye(2).to_sparse()})]
+
+
+@situation("digests/check.py: a digest file has all lines that ckpt digest PATH prints", ends=True)
+def _lines_lost(folder: Path) -> list[str]:
+    (folder / "a.digest").write_text(f'sha256:{"0" * 64}  "a"', encoding="ascii")
+    return ["digest", TEN, "--check", str(folder / "a.digest")]
+
+
 @situation()
 def _too_little(folder: Path) -> list[str]:
     return [*_other_head(folder), "--on-mismatch", "skip", "--require", "fc3.*"]

@@ -129,6 +129,10 @@ _NUMBERS = {
          "minItems": 2},
     ),
 }  # fmt: skip
+_SKIPPED = _list(
+    "The tensors that --skip-unread left out.",
+    _object("A tensor.", {"key": _KEY, "reason": _text("Why it has no digest.")}),
+)
 _TIES = _texts("The other names of the same tied parameter.")
 _MODIFIERS = _texts("The names of the modifiers of the spec that change its options.")
 _LAYER = _count_or_null("Its layer, counted from 0 at the input, where a modifier numbers layers; else null.")
@@ -584,6 +588,44 @@ SCHEMAS: dict[str, Schema] = dict(
                 "quantized": _list("The quantised weights; their parts are not measured.", "quantized"),
                 "total": _ref("numbers", "The statistics of all measured tensors; tied tensors count once."),
                 "summary": _object("Totals of the checkpoint.", _TOTALS),
+            },
+        ),
+        _schema(
+            "digest",
+            "ckpt digest --json",
+            "Digests of tensors. Also Digests.to_dict().",
+            {
+                "checkpoint": _ref("checkpoint", "The checkpoint, with the totals of the tensors that are listed."),
+                "algorithm": _one_of("The hash.", "sha256", "xxh3"),
+                "tensors": _list(
+                    "The tensors, sorted by key.",
+                    _object("A tensor.", {"key": _KEY, **_LOOKS, "digest": _text("ALGORITHM:HEX of the tensor.")}),
+                ),
+                "skipped": _SKIPPED,
+                "contents": _text("ALGORITHM:HEX of all keys and digests."),
+                "names_and_shapes": _text("ALGORITHM:HEX of all keys and shapes."),
+            },
+        ),
+        _schema(
+            "digest-check",
+            "ckpt digest --check --json",
+            "The check of a checkpoint against recorded digests. Also DigestCheck.to_dict().",
+            {
+                "checkpoint": _ref("checkpoint", "The checkpoint that was read."),
+                "algorithm": _one_of("The hash.", "sha256", "xxh3"),
+                "equal": _texts("Keys with the recorded digest."),
+                "different": _texts("Keys with another digest."),
+                "missing": _list(
+                    "Recorded keys that the checkpoint does not have.",
+                    _object(
+                        "A key.",
+                        {"key": _KEY, "moved_to": _text_or_null("A new key with the recorded digest, or null.")},
+                    ),
+                ),
+                "new": _texts("Keys that were not recorded."),
+                "skipped": _SKIPPED,
+                "contents": _flag("Whether keys and digests are the recorded ones; the exit code is then 0."),
+                "names_and_shapes": _flag("Whether keys and shapes are the recorded ones."),
             },
         ),
         _schema(

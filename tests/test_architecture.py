@@ -30,7 +30,7 @@ LEVELS = (
     {"adapters"},
     {"rules", "formats"},
     {"inputs"},
-    {"statistics", "param_groups"},
+    {"statistics", "param_groups", "digests"},
     {"comparison", "integrations"},
     {"align", "checks", "plans"},
     {"loading", "optimizer_state"},
@@ -193,6 +193,8 @@ LIGHT_COMMANDS = {
     "check others": "main(['check', '--no-values', 'fixtures/lenet_10class.pth', 'fixtures/encoder_sharded'])",
     "diff": "main(['diff', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
     "align": "main(['align', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt', '--digests'])",
+    "digest": "main(['digest', 'fixtures/lenet_ddp.pt'])",
+    "digest check": "main(['digest', '--check', OUT + '/ten.digest', 'fixtures/lenet_10class.pth'])",
     "remap": "main(['remap', 'fixtures/encoder_sharded', '-o', OUT + '/a.safetensors', '--rename', '*=x.*'])",
     "remap to torch": "main(['remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/a.pt', '--rename', 'module.*=*'])",
     "convert": "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/b.safetensors'])",
@@ -207,6 +209,7 @@ def test_light_commands_import_no_heavy_library(tmp_path: Path) -> None:
     """Listing, comparing, renaming and converting bytes import neither torch nor numpy."""
     views = {"w": torch.arange(6.0).view(2, 3).T, "c": torch.ones(2, dtype=torch.complex64).conj()}
     torch.save(views, tmp_path / "views.pt")
+    (tmp_path / "ten.digest").write_text(f"{ckptkit.digest('fixtures/lenet_10class.safetensors')}\n", encoding="ascii")
     # What one of them imports is there for all that follow, so one process is enough.
     program = f"OUT = {str(tmp_path)!r}\nimport sys\nfrom ckptkit.cli import main\n"
     for name, code in LIGHT_COMMANDS.items():

@@ -84,7 +84,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "formats/writing/atomic.py: run the command again with --force": "needs a second program: tests/test_faults.py",
     "formats/safetensors.py: drop the tensor: --drop": "only some versions of safetensors refuse these dtypes",
     "param_groups/spec_findings.py: give the live model: --model": "only Python prints the hint of this finding",
-    "statistics/state_dict_stats.py: ckpt remap PATH -o OUT --rules FILE": "only stats() takes rules with operations",
+    "rules/apply.py: ckpt remap PATH -o OUT --rules FILE": "only stats() and digest() take rules with operations",
     "optimizer_state/loading/refusals.py: drop its state first: ckpt optim prune": "only load_optimizer_state says it",
     "plans/overlays/refusals.py: if these tensors are not needed, leave them out": "only load_into says it",
     "comparison/__init__.py: --rules transformers:auto": _ORACLES,

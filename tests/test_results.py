@@ -80,6 +80,12 @@ def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return built, torch.optim.SGD(built.parameters(), lr=0.1, momentum=0.9)
 
 
+def check_of_digests(out: Path) -> ckptkit.DigestCheck:
+    recorded = ckptkit.digest(PTH)
+    (out / "d.digest").write_text(f"{recorded}\n", encoding="ascii")
+    return ckptkit.check_digests(recorded, DDP)
+
+
 def loaded_optimizer(_: Path) -> ckptkit.OptimizerLoadReport:
     built, optimizer = trained()
     for parameter in built.parameters():
@@ -103,6 +109,8 @@ CASES: dict[str, Case] = {
     "StateDictDiff": Case(lambda _: ckptkit.diff(MODEL, DDP, [RENAME]), f"diff {MODEL} {DDP} --rename {RENAME}"),
     "StateDictDiff of other files": Case(lambda _: ckptkit.diff(TIED, DDP), f"diff {TIED} {DDP}"),
     "StateDictStats": Case(lambda _: ckptkit.stats(PTH), f"stats {PTH}"),
+    "Digests": Case(lambda _: ckptkit.digest(PTH), f"digest {PTH}"),
+    "DigestCheck": Case(check_of_digests, f"digest {DDP} --check OUT/d.digest"),
     "Checkpoint": Case(lambda _: ckptkit.open_checkpoint(DDP), f"show {DDP}"),
     "Checkpoint with ties": Case(lambda _: ckptkit.open_checkpoint(TIED), f"show {TIED}"),
     "Alignment": Case(lambda _: ckptkit.suggest_rules(MODEL, DDP), f"align {MODEL} {DDP}"),
@@ -253,7 +261,13 @@ def test_repr_is_one_line_and_a_result_has_no_truth(case: Case, out: Path) -> No
     if isinstance(result, ckptkit.Checkpoint):
         assert bool(result)
         return
-    asked = r"\.ok" if isinstance(result, ckptkit.Report) else r"\.different" if "Diff" in shown else r"\.complete|None"
+    asked = (
+        r"\.ok"
+        if isinstance(result, ckptkit.Report)
+        else r"\.different"
+        if "Diff" in shown
+        else r"\.complete|\.contents|\.ok|None"
+    )
     with pytest.raises(TypeError, match=asked):
         bool(result)
 

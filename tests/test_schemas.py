@@ -51,6 +51,9 @@ COMMANDS = f"""
 0 stats OUT/odd.safetensors --depth 1
 0 stats {TIED} --top 2
 0 stats OUT/quantised.safetensors
+0 digest {TEN}
+1 digest --check OUT/old.digest OUT/sparse.pt --skip-unread
+0 digest OUT/sparse.pt --skip-unread
 0 check {DDP}
 1 check OUT/odd.safetensors --like OUT/plain.safetensors
 1 align OUT/llama_hf.safetensors OUT/llama_meta.safetensors
@@ -161,6 +164,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vit_hf": vit.hf(2, 8, 12, patch=2, patches=4, classes=3),
     }.items():
         save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, folder / f"{name}.safetensors")
+    torch.save({"w": plain, "n": torch.ones(3), "s": torch.eye(2).to_sparse()}, folder / "sparse.pt")
+    recorded = ckptkit.digest({"w": plain, "gone": torch.ones(1), "old": torch.ones(3)})
+    (folder / "old.digest").write_text(f"{recorded}\n", encoding="ascii")
     (folder / "hub").mkdir()
     save_file({"w": torch.tensor([1e9, 1e-9, 1.0])}, folder / "hub" / "model.safetensors")
     (folder / "hub" / "config.json").write_text('{"torch_dtype": "float32"}', encoding="utf-8")

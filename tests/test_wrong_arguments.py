@@ -98,6 +98,8 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
             "out": ckptkit.choose_output(folder / "b.safetensors", force=True),
         },
         "explain_param_group": lambda: {"model": model, "spec": SPEC, "name": "bias"},
+        "digest": lambda: {"checkpoint": state},
+        "check_digests": lambda: {"recorded": ckptkit.digest(state), "checkpoint": state},
         "extract_lora": lambda: {**_tuned(), "out": folder / "adapter_model.safetensors", "rank": 1, "force": True},
         "load_into": lambda: {"model": model, "checkpoint": state},
         "load_optimizer_state": lambda: {"optimizer": _optimizer(model), "model": model, "state": _trained()},

@@ -39,7 +39,7 @@ _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LARGEST_JSON = 6 << 20
 MOST_NAMES = 4_000_000  # of a text file of names
 # The limits are what a few hundred megabytes and two seconds can hold: a plan of 140,000 tensors has 90 MB of JSON.
-_MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 16_000_000}
+_MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 16_000_000, "digests": 100_000_000}
 _MOST_WRITTEN_VALUES = 300_000  # of TOML and YAML
 _MAX_DEPTH = 100
 _MOST_BITS = 1023  # of an integer that a float can hold
@@ -134,10 +134,10 @@ def parse_table(text: str, text_format: str) -> dict[str, Any]:
 
 
 def check_size(size: int, text_format: str) -> None:
-    """Raise ``RuleError`` for a file of ``size`` bytes that is too large for its format, or ``"text"``."""
+    """Raise ``RuleError`` for a file that is too large for its format, which may also be ``text`` or ``digests``."""
     most = _MOST_BYTES[text_format]
     if size > most:
-        kind = "text" if text_format == "text" else text_format.upper()
+        kind = {"text": "text", "digests": "digest"}.get(text_format, text_format.upper())
         raise RuleError(f"has {human_bytes(size)}, more than the limit of {human_bytes(most)} for a {kind} file")
 
 

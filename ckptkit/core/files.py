@@ -28,6 +28,7 @@ __all__ = [
     "is_same_file",
     "is_same_range",
     "is_seekable",
+    "place_of",
     "same_bytes",
 ]
 
@@ -305,6 +306,12 @@ def is_same_range(first: Payload, second: Payload) -> bool:
         and isinstance(second, Extent)
         and (first.offset, first.nbytes, first.file.identity) == (second.offset, second.nbytes, second.file.identity)
     )
+
+
+def place_of(payload: Payload) -> tuple[str, int]:
+    """Return the file and the offset of a payload, so that those of one file can be read in order."""
+    extent = payload.source if isinstance(payload, ByteSwapped) else payload
+    return (extent.file.path, extent.offset) if isinstance(extent, Extent) else ("", 0)
 
 
 def same_bytes(first: Payload, second: Payload) -> bool:

@@ -30,6 +30,8 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "comparison.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
     "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document"),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
+    "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),
+    "digests.model.Digests": _Renderer("digests", "digests_page", "digests_document"),
     "loading.report.LoadReport": _Renderer("loads", "load_page", "load_document"),
     "optimizer_state.loading.report.OptimizerLoadReport": _Renderer(
         "loads", "optimizer_load_page", "optimizer_load_document"

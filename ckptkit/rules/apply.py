@@ -19,11 +19,24 @@ from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rul
 if TYPE_CHECKING:
     from ckptkit.wrappers.explain import Wrapping
 
-__all__ = ["apply_rules"]
+__all__ = ["apply_rules", "renamed_keys"]
 
 _MAX_SOURCES = 100_000  # of one operation: stages that split and join in turns double the number each time
 # Stages that copy every key double the number of names, and stages that repeat a capture double their length.
 _MOST_NAMES, _MOST_CHARACTERS, _MOST_GROWING_STAGES = 50_000, 4_000_000, 6
+
+
+def renamed_keys(rules: Rules, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return the new key of each key that the rules keep, for a report on the tensors as they are.
+
+    Raises ``RuleError`` where an operation would compute a tensor, and what ``apply_rules`` raises.
+    """
+    key_map = apply_rules(rules, checkpoint)
+    if key_map.copied_or_computed:
+        computed = quoted(next(iter(key_map.copied_or_computed)))
+        hint = "write the tensors first: ckpt remap PATH -o OUT --rules FILE"
+        raise RuleError(f"an operation would compute {computed}", hint=hint)
+    return key_map.renamed
 
 
 def apply_rules(rules: Rules, keys: Iterable[str], expected: Checkpoint | None = None) -> KeyMap:

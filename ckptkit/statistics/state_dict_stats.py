@@ -6,18 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.core.arguments import require_number, require_progress
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
-from ckptkit.core.files import Extent
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.files import place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
-from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
-from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
-from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.kernel import StatsKernel, StatsPart
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
@@ -133,26 +131,22 @@ def stats(
 
 
 def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateDictStats:
-    key_map = apply_rules(rules, found)
-    if key_map.copied_or_computed:
-        computed = quoted(next(iter(key_map.copied_or_computed)))
-        hint = "write the tensors first: ckpt remap PATH -o OUT --rules FILE"
-        raise RuleError(f"an operation would compute {computed}", hint=hint)
-    first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in key_map.renamed) for key in group[1:]}
+    renamed = renamed_keys(rules, found)
+    first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in renamed) for key in group[1:]}
     quantized = quantized_weights(found)
-    reasons = {key: why_unsupported(found[key]) for key in key_map.renamed}
+    reasons = {key: why_unsupported(found[key]) for key in renamed}
     if quantized:
         reasons = {key: why or _why_not_numbers(key, quantized) for key, why in reasons.items()}
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
     with Workers() as workers, pause_gc():
         numbers = measure_values(found, measured, workers, progress or (lambda _: None))
     tensors: dict[str, TensorStats] = {}
-    for key, name in key_map.renamed.items():
+    for key, name in renamed.items():
         first = first_of_tie.get(key)
         if first is None:
             tensors[name] = TensorStats(found[key], numbers.get(key), reasons[key])
         else:
-            same = key_map.renamed[first]
+            same = renamed[first]
             tensors[name] = TensorStats(found[key], tensors[same].numbers, tensors[same].why, same)
     found.check_unchanged()
     summary = CheckpointSummary.of(found, (tensor.info for tensor in tensors.values()))
@@ -167,7 +161,9 @@ def measure_values(
     numbers: dict[str, ValueStats] = {}
 
     def sources() -> Iterator[Source[Tally[StatsPart]]]:
-        for key, payload in sorted(((key, checkpoint.payload(key)) for key in keys), key=_place):
+        for key, payload in sorted(
+            ((key, checkpoint.payload(key)) for key in keys), key=lambda item: place_of(item[1])
+        ):
             tally: Tally[StatsPart] = Tally(checkpoint[key])
             if tally.bytes_left:
                 yield Source(payload, (Span(tally, 0, tally.bytes_left, tally.width),))
@@ -179,12 +175,6 @@ def measure_values(
             numbers[tally.keys[0]] = found
         progress(nbytes)
     return numbers
-
-
-def _place(item: tuple[str, Payload]) -> tuple[str, int]:
-    """Return where the bytes of a tensor are, so that those of one file are read in order."""
-    payload = item[1]
-    return (payload.file.path, payload.offset) if isinstance(payload, Extent) else ("", 0)
 
 
 def _why_not_numbers(key: str, quantized: Quantized) -> str:

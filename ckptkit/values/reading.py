@@ -11,9 +11,9 @@ from ckptkit.core.files import Extent, is_seekable
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.workers import Workers
 
-__all__ = ["Read", "Source", "Span", "read_bytes", "reads"]
+__all__ = ["READ_BYTES", "Read", "Source", "Span", "read_bytes", "reads"]
 
-_PIECE: Final = 1 << 21  # bytes; what a thread reads stays in its cache
+READ_BYTES: Final = 1 << 21  # what a thread reads at once stays in its cache
 _SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
 _MAX_GAP: Final = 1 << 12  # bytes between two payloads that are read together
 _MAX_TOGETHER: Final = 1024  # payloads; some kernels need memory for each
@@ -99,7 +99,7 @@ def _are_neighbours(small: list[Source[_Item]], source: Source[_Item]) -> bool:
         payload.nbytes < _SMALL
         and payload.file is first.file
         and 0 <= gap <= _MAX_GAP
-        and payload.offset + payload.nbytes - first.offset <= _PIECE
+        and payload.offset + payload.nbytes - first.offset <= READ_BYTES
         and len(small) < _MAX_TOGETHER
     )
 
@@ -125,8 +125,8 @@ def _pieces(source: Source[_Item]) -> Iterator[Read[_Item]]:
     spans = sorted(source.spans, key=lambda span: span.start)
     active: list[Span[_Item]] = []
     following = 0
-    for start in range(0, max(nbytes, 1), _PIECE):
-        stop = min(start + _PIECE, nbytes)
+    for start in range(0, max(nbytes, 1), READ_BYTES):
+        stop = min(start + READ_BYTES, nbytes)
         while following < len(spans) and spans[following].start < stop:
             active.append(spans[following])
             following += 1

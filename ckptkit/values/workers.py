@@ -37,6 +37,7 @@ class Workers(Closing):
     def __init__(self, threads: int | None = None) -> None:
         """Use ``threads`` threads; by default one for each processor of this process, but at most 8."""
         self.threads = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+        self.stopped = False  # whether results of ``each`` are no longer taken: tasks that wait for others must end
         self._pool: ThreadPoolExecutor | None = None
         self._is_alone = False  # whether the system has refused a thread
         self._local = threading.local()
@@ -50,6 +51,7 @@ class Workers(Closing):
         result would have been.
         """
         waiting: deque[tuple[_Task, Future[_Result] | None]] = deque()
+        self.stopped = False
         remaining = iter(tasks)
         first = next(remaining, _NOTHING)
         if isinstance(first, _Nothing):
@@ -66,6 +68,7 @@ class Workers(Closing):
             while waiting:
                 yield _first_result(work, waiting)
         finally:
+            self.stopped = bool(waiting)
             begun = [future for _, future in waiting if future is not None]
             for future in begun:
                 future.cancel()

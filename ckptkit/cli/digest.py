@@ -1,0 +1,111 @@
+"""The command ``ckpt digest``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.inputs import open_checkpoints
+from ckptkit.cli.common.options import (
+    PATH_TYPE,
+    filter_options,
+    path_argument,
+    quiet_option,
+    report_options,
+    skip_unread_option,
+)
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.core.config_files import default_error_path
+from ckptkit.core.text import plural, printable, quoted
+from ckptkit.digests import Digests
+from ckptkit.digests import digest as digest_of
+from ckptkit.digests.check import DigestCheck, check_digests
+from ckptkit.digests.hashing import ALGORITHMS
+from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
+from ckptkit.rules.parse import parse_rules
+
+__all__ = ["digest"]
+
+
+@click.command(cls=Command, first=("--check", "--algorithm", "--output", "--force", "--keep", "--drop"))
+@path_argument("path", required=False)
+@click.option("--check", "recorded", type=PATH_TYPE, metavar="FILE",
+              help="Compare with the digests in FILE, as sha256sum -c does.")  # fmt: skip
+@click.option("--algorithm", type=click.Choice(ALGORITHMS), help="Default: sha256. xxh3 needs the extra [fast].")
+@click.option("-o", "--output", type=PATH_TYPE, metavar="FILE", help="Write the digests to a file.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@filter_options
+@skip_unread_option
+@report_options
+@quiet_option
+@click.pass_context
+def digest(
+    context: click.Context,
+    path: str | None,
+    *,
+    recorded: str | None,
+    algorithm: str | None,
+    output: str | None,
+    force: bool,
+    keep: tuple[str, ...],
+    drop: tuple[str, ...],
+    skip_unread: bool,
+    report_format: ReportFormat,
+    quiet: bool,
+) -> None:
+    """Print a hash of each tensor, of all contents, and of all names and shapes.
+
+    The hash of a tensor covers its dtype, shape and bytes. It is the same in every format, under any name, and in one
+    file or many. --check needs no second checkpoint: it says which keys have the recorded hash, and which are missing
+    or new. Without PATH, it checks the path of FILE without its last suffix. Exit code 1 if one key is not OK.
+
+    \b
+    ckpt digest model.safetensors -o model.safetensors.digest
+    ckpt digest --check model.safetensors.digest -q
+    ckpt digest --check model.safetensors.digest converted.pt
+    """  # noqa: D301 - \b is click's mark
+    if recorded is not None and (algorithm or output):
+        raise click.UsageError("--check takes the algorithm from FILE, and writes nothing")
+    path = _beside(recorded) if path is None else path
+    with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
+        target = None if output is None else prepare_side_file(output, checkpoint.files, force=force)
+        size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
+        rules = parse_rules(keep=keep, drop=drop)
+        result: Digests | DigestCheck
+        with progress_bar(size, "reading", hidden=quiet) as progress:
+            if recorded is not None:
+                result = check_digests(recorded, checkpoint, rules, skip_unread=skip_unread, progress=progress)
+            else:
+                result = digest_of(
+                    checkpoint,
+                    rules,
+                    algorithm=algorithm or "sha256",
+                    skip_unread=skip_unread,
+                    progress=progress,
+                )
+    if result.skipped and not quiet:
+        first = next(iter(result.skipped))
+        print_message(f"{plural(len(result.skipped), 'tensor')} left out: {quoted(first)}: {result.skipped[first]}")
+    if isinstance(result, DigestCheck):
+        echo_result(report_format, result, quiet=quiet)
+        context.exit(0 if result.ok else 1)
+    if target is None or report_format is ReportFormat.JSON:
+        echo_result(report_format, result)
+    if target is not None:
+        write_small_file(target, "".join(f"{line}\n" for line in result.lines).encode())
+        if not quiet:
+            print_message(f"wrote {printable(str(output))}: {plural(len(result.tensors), 'digest')}")
+
+
+def _beside(recorded: str | None) -> str:
+    """Return the checkpoint that a digest file is named after."""
+    if recorded is None:
+        raise click.UsageError("Missing argument 'PATH'.")
+    path, suffix = os.path.splitext(recorded)
+    if not suffix or not os.path.exists(path):
+        raise click.UsageError(
+            f"Missing argument 'PATH': {quoted(recorded)} without its last suffix is not a path that exists."
+        )
+    return path

@@ -1,0 +1,100 @@
+"""``digest``: hashes of the contents of a checkpoint that do not depend on its format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ckptkit.core.arguments import require_choice, require_flags, require_progress
+from ckptkit.core.checkpoint import Checkpoint, under_key
+from ckptkit.core.gc_pause import pause_gc
+from ckptkit.core.progress import Progress
+from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.ties import tied_keys
+from ckptkit.digests.hashing import ALGORITHMS, hash_function, hash_tensors
+from ckptkit.digests.model import Digests, TensorDigest
+from ckptkit.errors import PlanError
+from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.rules.apply import renamed_keys
+from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.values.workers import Workers
+
+__all__ = ["Digests", "TensorDigest", "digest", "digests_by_key"]
+
+
+def digest(
+    checkpoint: CheckpointLike,
+    rules: RulesLike | None = None,
+    *,
+    algorithm: str = "sha256",
+    skip_unread: bool = False,
+    progress: Progress | None = None,
+) -> Digests:
+    """Return a digest of each tensor, which depends on its dtype, its shape and its bytes, and on nothing else.
+
+    The same tensors have the same digests in every format, in one file or many, under any name and in any order. The
+    bytes are those of a contiguous tensor: row-major and little-endian. Quantised weights of a file are digested as
+    stored. Each byte is read once, in bounded memory, and both fingerprints cover exactly the tensors that are listed.
+
+    Args:
+        checkpoint: A path, a Checkpoint, a Module or a mapping of tensors. What is opened here is closed at the end.
+        rules: Rules that keep, drop and rename keys, or the path of a rule file.
+        algorithm: ``"sha256"``, or ``"xxh3"`` (128 bits), which needs the extra ``[fast]``. XXH3 is faster, and does
+            not protect from someone who wants two checkpoints to have one digest.
+        skip_unread: Leave out tensors without bytes that can be read, such as sparse tensors, instead of an error.
+        progress: Called with the number of bytes after each piece.
+
+    Raises:
+        ArgumentError: ``algorithm`` is unknown, or needs a package that is not installed.
+        RuleError: A rule cannot be applied, or computes a new tensor.
+        ModelError: ``checkpoint`` is not a state_dict.
+        PlanError: A tensor cannot be read, or ``checkpoint`` has descriptions of tensors, without bytes.
+        PathError: A path cannot be read.
+        FormatError: The stored bytes do not agree with the header.
+        ChangedError: A file changes while it is read.
+
+    Example:
+        >>> left, right = digest({"a": torch.ones(2)}), digest({"b": torch.ones(2)})
+        >>> left.tensors["a"].digest == right.tensors["b"].digest, left.contents == right.contents
+        (True, False)
+    """
+    require_choice(algorithm, ALGORITHMS, "algorithm")
+    require_flags(skip_unread=skip_unread)
+    require_progress(progress)
+    hash_function(algorithm)  # a package that is missing is reported before a file is opened
+    with opened(checkpoint, "checkpoint") as found:
+        return _digest(found, rules_for(rules, found), algorithm, progress, skip_unread=skip_unread)
+
+
+def _digest(
+    found: Checkpoint, rules: Rules, algorithm: str, progress: Progress | None, *, skip_unread: bool
+) -> Digests:
+    renamed = renamed_keys(rules, found)
+    skipped = {key: f"it is a {found[key].kind} tensor" for key in renamed if found[key].kind != "dense"}
+    if skipped and not skip_unread:
+        key, reason = next(iter(skipped.items()))
+        more = f", and {plural(len(skipped) - 1, 'more tensor')} cannot either" if len(skipped) > 1 else ""
+        raise PlanError(
+            f"{quoted(key)} has no digest: {reason}{more}", hint="--skip-unread leaves out all such tensors"
+        )
+    digests = digests_by_key(found, [key for key in renamed if key not in skipped], algorithm, progress)
+    found.check_unchanged()
+    tensors = [TensorDigest(under_key(found[key], renamed[key]), found_digest) for key, found_digest in digests.items()]
+    summary = CheckpointSummary.of(found, (tensor.info for tensor in tensors))
+    return Digests.of(tensors, algorithm, {renamed[key]: reason for key, reason in skipped.items()}, summary)
+
+
+def digests_by_key(
+    checkpoint: Checkpoint, keys: Iterable[str], algorithm: str = "sha256", progress: Progress | None = None
+) -> Mapping[str, str]:
+    """Return the digest of the tensor at each key; tied tensors are read once. Raises what reading raises."""
+    infos = [checkpoint[key] for key in keys]
+    first_of_tie = {key: group[0] for group in tied_keys(infos) for key in group[1:]}
+    found: dict[str, str] = {}
+    tensors = ((info, checkpoint.payload(info.key)) for info in infos if info.key not in first_of_tie)
+    with Workers() as workers, pause_gc():
+        for hashed, nbytes in hash_tensors(tensors, algorithm, workers):
+            found |= {key: f"{algorithm}:{digits}" for key, digits in hashed}
+            if progress is not None and nbytes:
+                progress(nbytes)
+    return {info.key: found[first_of_tie.get(info.key, info.key)] for info in infos}

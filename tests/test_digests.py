@@ -1,0 +1,360 @@
+"""``ckpt digest``: hashes of tensors that no format, name or order changes; and checks against recorded hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+import ckptkit
+from ckptkit.core.checkpoint import Payload, TensorInfo
+from ckptkit.digests.hashing import hash_tensors
+from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, FormatError, PlanError
+from ckptkit.values.workers import Workers
+from tests.helpers_cli import ROOT, Ran, run_ckpt
+
+TEN = str(ROOT / "fixtures" / "lenet_10class.pth")
+
+
+def by_hand(path: Path, hash_of: Callable[[bytes], Any] = hashlib.sha256) -> dict[str, str]:
+    """The hash of each tensor of a safetensors file, by hashlib and the bytes of the file alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        data = file.read()
+    hashes = {}
+    for key, tensor in header.items():
+        if key != "__metadata__":
+            start, stop = tensor["data_offsets"]
+            look = json.dumps([tensor["dtype"], tensor["shape"]], separators=(",", ":"))
+            hashes[key] = hash_of(f"{look}\n".encode() + data[start:stop]).hexdigest()
+    return hashes
+
+
+def of_tensors(found: ckptkit.Digests) -> dict[str, str]:
+    return {key: tensor.digest.partition(":")[2] for key, tensor in found.tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """Tensors of every kind of dtype and shape; one is long, so that several tasks hash it."""
+    torch.manual_seed(0)
+    floats = {name: torch.randn(3, 5).to(getattr(torch, name)) for name in ("float64", "float16", "bfloat16")}
+    return {
+        **floats,
+        "long": torch.randn(1500, 1000),
+        "float8": torch.randn(7).to(torch.float8_e4m3fn),
+        "bool": torch.tensor([[True, False]]),
+        "int": torch.arange(-3, 3),
+        "complex": torch.randn(4, dtype=torch.complex64),
+        "scalar": torch.tensor(-0.0),
+        "none": torch.zeros(0, 4),
+        "nan": torch.tensor([float("nan"), float("inf")]),
+        "schlüssel \x1b[2J\x7f\n": torch.ones(2),
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "xxh3"])
+def test_digests_are_what_hashlib_makes_of_the_bytes_of_safetensors(
+    algorithm: str, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """The layout that docs/howto/digests.md defines: dtype and shape as JSON, then the bytes; the key is no part."""
+    path = tmp_path / "a.safetensors"
+    save_file(state, path)
+    found = ckptkit.digest(path, algorithm=algorithm)
+    hash_of: Callable[[bytes], Any] = hashlib.sha256 if algorithm == "sha256" else xxhash.xxh3_128
+    expected = by_hand(path, hash_of)
+    assert of_tensors(found) == expected
+    assert list(found.tensors) == sorted(expected)
+    lines = [f"{algorithm}:{expected[key]}  {json.dumps(key)}\n" for key in sorted(expected)]
+    assert found.contents == f"{algorithm}:{hash_of(''.join(lines).encode()).hexdigest()}"
+    shapes = [json.dumps([key, list(state[key].shape)], separators=(",", ":")) + "\n" for key in sorted(state)]
+    assert found.names_and_shapes == f"{algorithm}:{hash_of(''.join(shapes).encode()).hexdigest()}"
+    last = [f"{found.contents}  contents\n", f"{found.names_and_shapes}  names and shapes\n"]
+    assert f"{found}\n" == "".join([*lines, *last])
+
+
+def _torch_zip(state: dict[str, torch.Tensor], path: Path) -> object:
+    torch.save({key: state[key] for key in reversed(state)}, path / "a.pt")
+    return path / "a.pt"
+
+
+def _torch_legacy(state: dict[str, torch.Tensor], path: Path) -> object:
+    torch.save(state, path / "b.pt", _use_new_zipfile_serialization=False)
+    return path / "b.pt"
+
+
+def _views(state: dict[str, torch.Tensor], path: Path) -> object:
+    """Tensors that are stored column by column, and one that is conjugate."""
+    views = {key: value.T.contiguous().T if value.dim() == 2 else value for key, value in state.items()}
+    views["complex"] = state["complex"].conj().resolve_conj().conj()
+    torch.save(views, path / "c.pt")
+    return path / "c.pt"
+
+
+def _shards(state: dict[str, torch.Tensor], path: Path) -> object:
+    ckptkit.convert(state, path / "d", max_shard_size=100)
+    return path / "d"
+
+
+def _module(state: dict[str, torch.Tensor], _: Path) -> object:
+    module = torch.nn.Module()
+    object.__setattr__(module, "state_dict", lambda *_, **__: state)
+    return module
+
+
+@pytest.mark.parametrize("make", [_torch_zip, _torch_legacy, _views, _shards, _module])
+def test_no_format_changes_a_digest(
+    make: Callable[[dict[str, torch.Tensor], Path], Any], state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """The same tensors in torch's formats, as views, in shards and in memory: every line is equal."""
+    made = make(state, tmp_path)
+    if made == tmp_path / "d":
+        assert len(list((tmp_path / "d").glob("*.safetensors"))) > 3
+    assert str(ckptkit.digest(made)) == str(ckptkit.digest(state))
+
+
+def test_the_byte_order_of_numpy_does_not_change_a_digest(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {
+        "a": (np.arange(530_000) % 97).astype(">f4"),
+        "b": np.arange(6, dtype="<i2").reshape(2, 3).T,
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.savez_compressed(tmp_path / "b.npz", **arrays)
+    tensors = {
+        key: torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+        for key, value in arrays.items()
+    }
+    for name in ("a.npz", "b.npz"):
+        assert str(ckptkit.digest(tmp_path / name)) == str(ckptkit.digest(tensors))
+
+
+def test_names_are_no_part_of_a_digest_and_values_dtypes_and_shapes_are() -> None:
+    """Tied and equal tensors have equal digests. Names and shapes have one digest whatever the values are."""
+    one = torch.ones(2, 3)
+    found = ckptkit.digest({
+        "a": one, "tied": one, "equal": one.clone(), "shape": one.T.contiguous(), "dtype": one.double(),
+        "value": one.clone().fill_(1.5), "zero": torch.zeros(1), "minus zero": -torch.zeros(1),
+    })  # fmt: skip
+    digests = of_tensors(found)
+    assert digests["a"] == digests["tied"] == digests["equal"]
+    assert len(set(digests.values())) == 6
+    other = ckptkit.digest({key: torch.zeros(tensor.info.shape) for key, tensor in found.tensors.items()})
+    assert other.names_and_shapes == found.names_and_shapes
+    assert other.contents != found.contents
+    renamed = ckptkit.digest({"a": one}, ["a=b"])
+    assert (list(renamed.tensors), renamed.tensors["b"].digest) == (["b"], found.tensors["a"].digest)
+
+
+class InMemory:
+    """Bytes that can be read only in order, in chunks of an odd length."""
+
+    def __init__(self, data: bytes, stated: int | None = None) -> None:
+        self.data = data
+        self.nbytes = len(data) if stated is None else stated
+
+    def chunks(self) -> Iterator[bytes]:
+        yield from (self.data[at : at + 1_000_003] for at in range(0, len(self.data), 1_000_003))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_neither_threads_nor_chunks_change_a_digest(threads: int) -> None:
+    """Long and short tensors, more of each than there are threads."""
+    rng = np.random.default_rng(0)
+    sizes = [5_000_000, 4_194_304, 2_097_153, 2_097_152, *range(30), 9_000_000]
+    tensors: list[tuple[TensorInfo, Payload]] = []
+    expected = {}
+    for size in sizes:
+        data = rng.bytes(size)
+        tensors.append((TensorInfo(str(size), "U8", (size,)), InMemory(data)))
+        expected[str(size)] = hashlib.sha256(f'["U8",[{size}]]\n'.encode() + data).hexdigest()
+    with Workers(threads) as workers:
+        steps = list(hash_tensors(tensors, "sha256", workers))
+    assert {one.key: one.hex for hashed, _ in steps for one in hashed} == expected
+    assert sum(nbytes for _, nbytes in steps) == sum(sizes)
+
+
+@pytest.mark.parametrize("size", [9, 9_000_000])
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_another_number_of_bytes_is_an_error(size: int, wrong: int) -> None:
+    """No thread waits for ever, and the error is raised."""
+    tensors: list[tuple[TensorInfo, Payload]] = [
+        (TensorInfo(str(at), "U8", (size,)), InMemory(bytes(size), size + wrong * (at == 1))) for at in range(3)
+    ]
+    with Workers(3) as workers, pytest.raises(FormatError, match="bytes are stored of a tensor"):
+        list(hash_tensors(tensors, "sha256", workers))
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    """Also in the middle of a long tensor that several tasks read."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3_000_000), "b": torch.ones(2_000_000)}, path)
+    with ckptkit.open_checkpoint(path) as checkpoint:
+        with path.open("r+b") as file:
+            file.truncate(9_000_000)
+        with pytest.raises(ChangedError):
+            ckptkit.digest(checkpoint)
+
+
+def test_a_caller_may_stop_between_steps(tmp_path: Path) -> None:
+    """Tasks that wait for the tasks before them end too."""
+    save_file({str(at): torch.ones(3_000_000) for at in range(2)}, tmp_path / "a.safetensors")
+    with ckptkit.open_checkpoint(tmp_path / "a.safetensors") as checkpoint, Workers(4) as workers:
+        steps = hash_tensors([(info, checkpoint.payload(key)) for key, info in checkpoint.items()], "sha256", workers)
+        next(steps)
+        next(steps)
+        steps.close()  # type: ignore[attr-defined]
+        assert workers.stopped
+
+
+def test_a_tensor_without_bytes_is_refused_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"s": torch.eye(2).to_sparse(), "a": torch.ones(2)}, path)
+    with pytest.raises(PlanError, match="'s' has no digest: it is a sparse tensor") as caught:
+        ckptkit.digest(path)
+    assert "skip_unread=True" in str(ckptkit.errors.hint_for_python(caught.value.hint or ""))
+    found = ckptkit.digest(path, skip_unread=True)
+    assert (list(found.tensors), dict(found.skipped)) == (["a"], {"s": "it is a sparse tensor"})
+    assert str(found) == str(ckptkit.digest({"a": torch.ones(2)}))
+    ran = run_ckpt(capsys, "digest", path, "--skip-unread")
+    assert (ran.code, ran.err) == (0, "1 tensor left out: 's': it is a sparse tensor\n")
+
+
+def test_progress_has_every_byte_once() -> None:
+    counts: list[int] = []
+    ckptkit.digest({"a": torch.ones(3_000_000), "b": torch.ones(2)}, progress=counts.append)
+    assert sum(counts) == 12_000_008
+
+
+def test_the_missing_package_of_xxh3_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "xxhash", None)
+    with pytest.raises(ArgumentError, match="xxh3 needs xxhash") as caught:
+        ckptkit.digest(TEN, algorithm="xxh3")
+    assert "[fast]" in (caught.value.hint or "")
+
+
+CHECK = """"a": FAILED
+"b": OK
+"c": MISSING, and "moved" has its contents
+"gone": MISSING
+"moved": NEW
+"new": NEW
+contents: FAILED
+names and shapes: FAILED
+
+1 OK, 1 FAILED, 2 missing, 2 new of 4 recorded
+"""
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_checkpoint_is_checked_against_recorded_digests(
+    ends: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As sha256sum -c: a line for each key, and with -q only those that are not OK. The first checkpoint is gone."""
+    before = {"a": torch.zeros(2), "b": torch.ones(2), "c": torch.ones(3), "gone": torch.ones(4)}
+    after = {"a": torch.ones(2), "b": torch.ones(2), "moved": torch.ones(3), "new": torch.ones(5)}
+    torch.save(before, tmp_path / "a.pt")
+    assert run_ckpt(capsys, "digest", tmp_path / "a.pt", "-o", tmp_path / "a.pt.digest").code == 0
+    recorded = (tmp_path / "a.pt.digest").read_bytes()
+    assert recorded.decode() == f"{ckptkit.digest(before)}\n"
+    (tmp_path / "a.pt.digest").write_bytes(recorded.rstrip().replace(b"\n", ends.encode()))  # nor a newline at the end
+    whole = run_ckpt(capsys, "digest", "--check", tmp_path / "a.pt.digest")
+    assert (whole.code, whole.out.splitlines()[0], whole.err) == (0, '"a": OK', "")
+    quiet = run_ckpt(capsys, "digest", "--check", tmp_path / "a.pt.digest", "-q")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    save_file(after, tmp_path / "b.safetensors")
+    ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest")
+    assert (ran.code, ran.out, ran.err) == (1, CHECK, "")
+    ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest", "-q")
+    assert (ran.code, ran.out, ran.err) == (1, CHECK.replace('"b": OK\n', ""), "")
+    found = ckptkit.check_digests(tmp_path / "a.pt.digest", after)
+    assert found.to_dict() | {"checkpoint": 0} == ckptkit.check_digests(ckptkit.digest(before), after).to_dict() | {
+        "checkpoint": 0
+    }
+    assert (found.ok, found.different, dict(found.moved)) == (False, ("a",), {"c": "moved"})
+
+
+def test_a_file_of_xxh3_digests_is_checked_with_xxh3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "d").write_text(run_ckpt(capsys, "digest", TEN, "--algorithm", "xxh3").out, encoding="ascii")
+    assert (tmp_path / "d").read_text(encoding="ascii").startswith("xxh3:")
+    assert run_ckpt(capsys, "digest", "--check", tmp_path / "d", TEN).code == 0
+
+
+def test_check_without_a_path_needs_a_file_that_is_named_after_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d.digest").write_text("", encoding="ascii")
+    ran = run_ckpt(capsys, "digest", "--check", tmp_path / "d.digest")
+    assert (ran.code, ran.out) == (2, "")
+    assert "without its last suffix is not a path that exists.\nhint: see ckpt digest --help\n" in ran.err
+    assert run_ckpt(capsys, "digest").code == 2
+
+
+def test_a_file_is_written_whole_and_replaced_only_with_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "a.digest"
+    assert run_ckpt(capsys, "digest", TEN, "-o", place, "-q") == Ran(0, "", "")
+    ran = run_ckpt(capsys, "digest", TEN, "-o", place, "--algorithm", "xxh3")
+    assert (ran.code, "--force" in ran.err, place.read_text(encoding="ascii")[:7]) == (2, True, "sha256:")
+    assert run_ckpt(capsys, "digest", TEN, "-o", place, "--algorithm", "xxh3", "--force").code == 0
+    assert place.read_text(encoding="ascii")[:5] == "xxh3:"
+
+
+HEX = "0" * 64
+GOOD = f'sha256:{HEX}  "a"\n'
+ENDING = f"sha256:{HEX}  contents\nsha256:{HEX}  names and shapes\n"
+MALFORMED: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "has no line for 'contents' and 'names and shapes'"),
+    "no fingerprints": (GOOD, "has no line for 'contents' and 'names and shapes', so lines may be lost"),
+    "cut in a line": (GOOD[:-3], "has a key that is not a valid JSON string"),
+    "bad hex": (f'sha256:{"g" * 64}  "a"\n', "line 1 does not have 64 hexadecimal digits"),
+    "short hex": ('sha256:00  "a"\n', "line 1 does not have 64 hexadecimal digits"),
+    "hex of another length": (f'xxh3:{HEX}  "a"\n', "line 1 does not have 32 hexadecimal digits"),
+    "other digits": (f'sha256:{"٣" * 64}  "a"\n', "line 1 does not have the form"),
+    "unknown algorithm": (f'md5:{HEX}  "a"\n', "line 1 has the algorithm 'md5'"),
+    "two algorithms": (f'{GOOD}xxh3:{HEX[:32]}  "b"\n', "line 2 is xxh3, and the lines before it are sha256"),
+    "a key twice": (GOOD * 2, "line 2 has 'a' a second time"),
+    "a key twice in other letters": (f'{GOOD}sha256:{HEX}  "\\u0061"\n', "line 2 has 'a' a second time"),
+    "contents twice": (GOOD + ENDING + ENDING, "line 4 has 'contents' a second time"),
+    "not a string": (f"sha256:{HEX}  3\n", "line 1 has '3' where a key in double quotes must be"),
+    "not JSON": (f'sha256:{HEX}  "\\q"\n', "not a valid JSON string"),
+    "two values": (f'sha256:{HEX}  "a" "b"\n', "not a valid JSON string"),
+    "escapes of a terminal": (f'sha256:{HEX}  "\x1b[2J"\n', "\\x1b[2J"),
+    "one space": (f'sha256:{HEX} "a"\n', "line 1 does not have the form ALGORITHM:HEX  KEY"),
+    "an empty line": (f"{GOOD}\n{ENDING}", "line 2 does not have the form"),
+    "a file of sha256sum": (f"{HEX}  a.pt\n", "line 1 does not have the form"),
+    "a huge line": ("x" * 9_000_000, "more characters>..."),
+    "nested deeply": (f"sha256:{HEX}  {'[' * 100_000}\n", "where a key in double quotes must be"),
+    "not the contents": (GOOD + ENDING, "'contents' does not agree with the lines of the tensors"),
+    "not UTF-8": (b"\xff\xfe", "not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_digest_file_that_is_not_valid_is_one_error_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, message = MALFORMED[name]
+    path = tmp_path / "d"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    ran = run_ckpt(capsys, "digest", "--check", path, TEN)
+    first, *hints = ran.err.splitlines()
+    assert (ran.code, ran.out) == (2, "")
+    assert first.startswith(f"ckpt: {path}: ")
+    assert message in first
+    assert first.isprintable()
+    assert len(first) < 1500
+    assert len(hints) <= 1
+    assert all(hint.startswith("hint: ") for hint in hints)
+    with pytest.raises(CkptkitError) as caught:
+        ckptkit.check_digests(path, TEN)
+    assert isinstance(caught.value, FormatError)
