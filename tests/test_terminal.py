@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
 import unicodedata
+from pathlib import Path
 
+import click
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ckptkit.core.text import printable
-from ckptkit.render.page import Line, Table, as_text, as_tsv
+from ckptkit.render.page import Line, Table, as_text, as_tsv, join_rows, name_beside
 from ckptkit.render.page.display import shortened
 from ckptkit.render.page.width import fitted
+from tests.helpers_cli import ROOT, run_ckpt
 
 SEGMENT = st.sampled_from(["encoder", "layers", "0", "11", "{0..11}", "self_attn", "q_proj", "weight", "権重", "é"])
 NAME = st.lists(SEGMENT, min_size=1, max_size=9).map(".".join) | st.text(max_size=30)
@@ -40,6 +53,7 @@ def columns_of(text: str) -> int:
     return len(text) + wide - marks
 
 
+@settings(max_examples=50)
 @given(tables(), st.integers(16, 120))
 def test_no_row_of_a_table_is_wider_than_the_terminal(table: Table, width: int) -> None:
     """A row has one line, and a note says that something was left out exactly where that is so."""
@@ -53,6 +67,7 @@ def test_no_row_of_a_table_is_wider_than_the_terminal(table: Table, width: int) 
         assert "--wide" not in " ".join(lines)
 
 
+@settings(max_examples=50)
 @given(tables())
 def test_tab_separated_values_are_what_csv_reads(table: Table) -> None:
     """The rows of the first table come back whole, whatever their cells have; nothing else of the page is printed."""
@@ -71,3 +86,93 @@ def test_names_stay_different(size: int) -> None:
     assert shortened(["encoder.layers.{0..11}.blocks.self_attn.weight ×12"], 36) == [
         "encoder.layers…self_attn.weight ×12"
     ]
+
+
+def test_rows_are_joined_with_the_other_name_beside_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a renaming keeps the indices, the rows of a dry run and of a diff are one; others stay apart."""
+    old = {f"net.h.{i}.w": torch.zeros(2) for i in (0, 1, 2, 5)}
+    save_file(old, tmp_path / "old.safetensors")
+    save_file({key.replace("net.h", "layers"): value for key, value in old.items()}, tmp_path / "new.safetensors")
+    rename = ["--rename", "net.h.*=layers.*"]
+    ran = run_ckpt(capsys, "remap", tmp_path / "old.safetensors", "-o", tmp_path / "o.pt", *rename, "-n")
+    assert re.search(r"layers\.\{0\.\.2,5\}\.w ×4 .* source: net\.h\.\{0\.\.2,5\}\.w  ", ran.out)
+    ran = run_ckpt(capsys, "diff", tmp_path / "new.safetensors", tmp_path / "old.safetensors", "-a", *rename)
+    assert re.search(r"= +layers\.\{0\.\.2,5\}\.w ×4 .* as net\.h\.\{0\.\.2,5\}\.w$", ran.out, re.MULTILINE)
+    ran = run_ckpt(
+        capsys, "diff", tmp_path / "new.safetensors", tmp_path / "old.safetensors", "-a", "--expand", *rename
+    )
+    assert re.search(r"= +layers\.5\.w .* as net\.h\.5\.w$", ran.out, re.MULTILINE)
+    other = name_beside("a.0.w", "b.1.w")
+    assert join_rows([("a.0.w", (other,)), ("a.1.w", (other,))]) == [("a.{0,1}.w ×2", "b.1.w")]
+
+
+def in_terminal(width: int, *arguments: object) -> list[str]:
+    """Return what ``ckpt`` prints on a terminal of that width, line by line."""
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (40, width))
+    environment = {**os.environ, "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "ckptkit", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=end, stderr=subprocess.PIPE, env=environment, cwd=ROOT) as process:
+        os.close(end)
+        printed = b""
+        with contextlib.suppress(OSError):  # Linux reports the end of the program as an error
+            while some := os.read(terminal, 1 << 16):
+                printed += some
+        os.close(terminal)
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    return click.unstyle(printed.decode()).splitlines()
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file with the names of a BERT of twelve layers."""
+    path = tmp_path_factory.mktemp("terminal") / "bert.safetensors"
+    parts = ["attention.self.query", "attention.self.key", "attention.output.dense", "attention.output.LayerNorm"]
+    names = [f"bert.encoder.layer.{layer}.{part}" for layer in range(12) for part in [*parts, "intermediate.dense"]]
+    names += ["bert.embeddings.word_embeddings", "cls.predictions.transform.dense"]
+    save_file({f"{name}.weight": torch.ones(8, 8) for name in names}, path)
+    return path
+
+
+RENAME = ["--rename", "bert.encoder.layer.*=transformer.blocks.*"]
+
+
+@pytest.mark.parametrize(
+    ("width", "arguments", "rows"),
+    [
+        (80, ["show", "FILE", "--expand"], 62),
+        (60, ["diff", "FILE", "FILE", "-a", "--expand", *RENAME], 122),
+        (40, ["remap", "FILE", "-o", "out.safetensors", "-n", *RENAME], 7),
+    ],
+    ids=["show", "diff", "remap"],
+)
+def test_commands_fit_into_a_terminal(width: int, arguments: list[str], rows: int, transformer: Path) -> None:
+    """No line of a report is wider than the terminal, and every tensor or group of tensors has a row of its own."""
+    lines = in_terminal(width, *(transformer if argument == "FILE" else argument for argument in arguments))
+    assert max(map(columns_of, lines)) <= max(width, len(str(transformer)) + len("expected  :"))
+    named = [line for line in lines if re.search(r"weight|…", line)]
+    assert len(set(named)) == len(named) == rows
+
+
+def test_pipes_and_wide_show_everything(transformer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe, also where COLUMNS is set, and with --wide in a terminal, every name is whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "40")
+        piped = run_ckpt(capsys, "show", transformer).out
+    assert "bert.encoder.layer.{0..11}.attention.output.LayerNorm.weight ×12" in piped
+    assert in_terminal(40, "show", transformer, "--wide") == piped.splitlines()
+    assert run_ckpt(capsys, "show", transformer, "--format", "plain").out == piped
+
+
+def test_formats_exclude_each_other(transformer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A short form may repeat --format, and must not contradict it; a report without a table has no tsv."""
+    assert run_ckpt(capsys, "show", transformer, "--format", "json", "--json").code == 0
+    assert run_ckpt(capsys, "show", transformer, "--format", "tsv", "--wide").err.startswith(
+        "ckpt: --format tsv and --wide exclude each other\n"
+    )
+    assert run_ckpt(capsys, "show", transformer, "--tree", "--format", "tsv").code == 2
+    ran = run_ckpt(capsys, "convert", transformer, "-o", transformer.parent / "o.pt", "-n", "--report", "tsv")
+    rows = list(csv.DictReader(ran.out.splitlines(), dialect="excel-tab"))
+    with safe_open(transformer, "pt") as file:
+        assert {row["key"] for row in rows} == set(file.keys())

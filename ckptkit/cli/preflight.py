@@ -11,7 +11,14 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options, requirement_options
+from ckptkit.cli.common.options import (
+    PATH_TYPE,
+    expand_option,
+    ignore_option,
+    quiet_option,
+    report_options,
+    requirement_options,
+)
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import model_option
@@ -49,6 +56,7 @@ __all__ = ["preflight"]
 @click.option("--shapes-only", is_flag=True, help="Build the model on the meta device, and check no values.")
 @rule_options(beside="init", or_beside="resume")
 @ignore_option
+@expand_option
 @report_options
 @quiet_option
 @click.pass_context
@@ -68,6 +76,7 @@ def preflight(
     shapes_only: bool,
     rules: Rules,
     ignore: tuple[str, ...],
+    expand: bool,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -131,7 +140,7 @@ def preflight(
                 dry_step=loss,
                 ignore=ignore,
             )
-    echo_result(report_format, report)
+    echo_result(report_format, report, expand=expand)
     context.exit(exit_code(report))
 
 

@@ -74,7 +74,8 @@ def align_page(result: Alignment, *, expand: bool = False) -> Page:
     ]
     if result.suggestions:
         headers = ("rule", "operation", "tensors", "confidence", "because")
-        page.append(Table(headers, tuple(map(_rule_row, result.suggestions)), frozenset({"tensors", "confidence"})))
+        rows = tuple(map(_rule_row, result.suggestions))
+        page.append(Table(headers, rows, frozenset({"tensors", "confidence"}), gives_way=("operation", "confidence")))
     if result.ambiguous:
         page.append(Table(("ambiguous", "could be", "because"), tuple(map(_ambiguity_row, result.ambiguous))))
     page += _unexplained(result, expand=expand)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable
-from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, table_rows
+from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, name_beside, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["answers_first", "diff_document", "diff_page"]
@@ -17,9 +16,6 @@ _BY_OWN_CODE = ", by the model's own code"
 _AS = "  as "
 _FEW_ROWS = 10  # below an answer that explains all of them
 _NEARLY_ALL = 0.9
-_MARK = "\0"  # printable text has none
-_INDEX = re.compile(r"(?<![^.])[0-9]+(?![^.])")
-_INDICES = re.compile(r"(?<![^.])(?:[0-9]+|\{[0-9.,]+\})(?![^. ])")
 
 
 def diff_document(result: StateDictDiff) -> dict[str, object]:
@@ -188,8 +184,7 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
     reported = ("-", "no tensor", "") if result.undecided else ("~", "", "load_state_dict reports it")
     rows += [(key, reported) for key in result.reported]
-    joined = table_rows(rows if expand else map(_with_marks, rows), expand=expand)
-    named = [(mark, key, *(_with_indices(cell, key) for cell in rest)) for key, mark, *rest in joined]
+    named = [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
     width = max((len(cells[-1].partition(_AS)[0]) for cells in named if _AS in cells[-1]), default=0)
     return [(*cells[:-1], _with_name_at(width, cells[-1])) for cells in named]
 
@@ -198,23 +193,6 @@ def _with_name_at(width: int, cell: str) -> str:
     """Return the cell with its found name behind ``width`` columns, so that such names stand below each other."""
     before, sign, name = cell.partition(_AS)
     return f"{before:<{width}}{sign}{name}" if sign else cell
-
-
-def _with_marks(row: Row) -> Row:
-    """Return the row with a mark for each index of its found name, if the key has the same: such rows are joined."""
-    key, cells = row
-    before, sign, name = cells[-1].partition(_AS)
-    name, comma, after = name.partition(",")
-    indices = _INDEX.findall(name)
-    if not sign or not indices or indices != _INDEX.findall(key) or _MARK in cells[-1]:
-        return row
-    return key, (*cells[:-1], f"{before}{sign}{_INDEX.sub(_MARK, name)}{comma}{after}")
-
-
-def _with_indices(cell: str, key: str) -> str:
-    """Return the cell with the indices of a joined key, such as ``{0..3}``, for its marks."""
-    indices = iter(_INDICES.findall(key))
-    return "".join(next(indices) if char == _MARK else char for char in cell) if _MARK in cell else cell
 
 
 def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
@@ -227,7 +205,7 @@ def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
 
 
 def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
-    renamed = "" if pair.found.key == pair.key else f"{_AS}{printable(pair.found.key)}"
+    renamed = "" if pair.found.key == pair.key else f"{_AS}{name_beside(pair.key, pair.found.key)}"
     return (pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
 
 

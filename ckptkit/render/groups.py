@@ -29,6 +29,7 @@ __all__ = [
 
 _RIGHT = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
 _ALWAYS = frozenset({"group", "rule", "parameters", "elements", "share", "lr", "weight_decay", "examples"})
+_GIVES_WAY = ("examples", "layers", "share", "rule", "modifiers", "elements", "optimizer", "other options")
 _EXAMPLES = 2
 _LONGEST_RULE = 48  # a longer rule is cut on the page; the JSON document has all of it
 
@@ -54,7 +55,7 @@ def groups_page(plan: ParamGroupsPlan) -> Page:
         Line(("optional group " if rule.optional else "group ", Code(quoted(rule.name)), " owns nothing"))
         for rule in plan.idle
     )
-    return [Table(headers, tuple(rows), _RIGHT), *([] if rates is None else [rates]), *lines]
+    return [Table(headers, tuple(rows), _RIGHT, gives_way=_GIVES_WAY), *([] if rates is None else [rates]), *lines]
 
 
 def groups_rows(plan: ParamGroupsPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -269,7 +270,9 @@ def lock_page(lock: ParamGroupsLock) -> Page:
     trained = sum(len(group.parameters) for group in lock.groups)
     count = f"{plural(trained, 'parameter')} in {plural(len(lock.groups), 'group')}, {len(lock.outside)} in none"
     return [
-        Table(("index", "parameter", "dtype", "shape", "group"), tuple(rows), frozenset({"index"})),
+        Table(
+            ("index", "parameter", "dtype", "shape", "group"), tuple(rows), frozenset({"index"}), gives_way=("dtype",)
+        ),
         Line((count,)),
         Line((f"fingerprint sha256:{lock.fingerprint}",)),
     ]

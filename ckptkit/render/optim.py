@@ -20,7 +20,7 @@ from ckptkit.optimizer_state.model import (
     tensors_in,
 )
 from ckptkit.render.findings import findings_document, findings_page
-from ckptkit.render.page import Block, Code, Line, Page, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Line, Page, Table, as_code, name_beside, table_rows
 from ckptkit.render.summary import json_number
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def state_page(state: OptimizerState, *, changes: bool = False, expand: bool = F
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     names = dict.fromkeys([*state.names, *state.state])
     rows = [(name, _cells(state.state.get(name, {}), group.get(name), is_open=not unread)) for name in names]
-    parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(table_rows(rows, expand=expand)))
+    headers = ("parameter", "shape", "slots", "step", "group")
+    parameters = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("slots", "step"))
     page: list[Block] = [_title(state), parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
     page += [Line((line,)) for line in unread]
     return [*page, *findings_page(report)] if report.findings else page
@@ -88,7 +89,8 @@ def _groups_table(state: OptimizerState) -> Table:
                 ", ".join(f"{printable(key)}={_value_text(value)}" for key, value in others.items()),
             )
         )
-    return Table(("group", "parameters", *_OPTIONS, "other options"), tuple(rows), frozenset({"parameters", *_OPTIONS}))
+    headers = ("group", "parameters", *_OPTIONS, "other options")
+    return Table(headers, tuple(rows), frozenset({"parameters", *_OPTIONS}), gives_way=("other options",))
 
 
 def _changes(state: OptimizerState, *, expand: bool) -> list[Block]:
@@ -98,14 +100,15 @@ def _changes(state: OptimizerState, *, expand: bool) -> list[Block]:
         (change.name, (_origin(change), change.operation, change.reason, group.get(change.name, "")))
         for change in state.changes
     ]
-    table = Table(("parameter", "from", "what", "because", "group"), tuple(table_rows(rows, expand=expand)))
+    headers = ("parameter", "from", "what", "because", "group")
+    table = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("group", "because"))
     return [table, Line((_totals(state),)), *_remarks(state)]
 
 
 def _origin(change: Change) -> str:
     first, others = (change.sources or ("",))[0], len(change.sources) - 1
     more = f" and {others} more" if others > 0 else ""
-    return ("" if first == change.name else printable(first)) + more
+    return ("" if first == change.name else name_beside(change.name, first)) + more
 
 
 def _totals(state: OptimizerState) -> str:

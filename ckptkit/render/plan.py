@@ -11,7 +11,7 @@ from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small
 from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.errors import COMMAND
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
 from ckptkit.render.summary import names_in_short
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def plan_page(plan: Plan, *, expand: bool = False) -> Page:
 
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:
     rows = [(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
-    tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
+    headers = ("key", "tensor", "from", "operation", "rule")
+    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("rule", "operation"))
     return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
 
@@ -207,7 +208,7 @@ def _origin(step: Step) -> str:
     source, others = step.sources[0], len(step.sources) - 1
     if source.key == step.out.key and (not others or _roles(step) != source.role):
         return _roles(step)
-    return f"{_roles(step)}: {printable(source.key)}" + (f" and {others} more" if others else "")
+    return f"{_roles(step)}: {name_beside(step.out.key, source.key)}" + (f" and {others} more" if others else "")
 
 
 def _roles(step: Step) -> str:

@@ -8,7 +8,7 @@ from ckptkit.core.text import human_bytes, option_text, percent, plural, printab
 from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
-from ckptkit.render.page import Block, Code, Line, Message, Page, Table
+from ckptkit.render.page import Block, Code, Line, Message, Page, Table, table_rows
 from ckptkit.render.summary import coverage_documents, json_number, share_cell
 
 __all__ = ["preflight_document", "preflight_page"]
@@ -17,11 +17,14 @@ _RIGHT = frozenset({"tensors", "elements", "parameters", "share", "lr", "weight_
 _MOST_KEPT = 24  # rows of tensors that stay at init; the JSON document has all of them
 
 
-def preflight_page(report: Preflight) -> Page:
-    """Return a table per section of the report, then what was not measured, the findings, and the verdict."""
+def preflight_page(report: Preflight, *, expand: bool = False) -> Page:
+    """Return a table per section of the report, then what was not measured, the findings, and the verdict.
+
+    Tensors that stay at init are joined by layers, and only the first are listed, unless ``expand``.
+    """
     page: list[Block] = []
     if report.init is not None:
-        page += _init_blocks(report.init)
+        page += _init_blocks(report.init, expand=expand)
     page += _training_table(report)
     page += _groups_table(report)
     if report.memory is not None:
@@ -40,7 +43,7 @@ def preflight_page(report: Preflight) -> Page:
     return page
 
 
-def _init_blocks(init: Init) -> Iterator[Block]:
+def _init_blocks(init: Init, *, expand: bool) -> Iterator[Block]:
     rows = tuple(
         (
             printable(module.module),
@@ -60,11 +63,11 @@ def _init_blocks(init: Init) -> Iterator[Block]:
     counts = f"{_some_of(init.loaded, init.tensors)} tensors, {percent(init.coverage)} of {init.elements:,} elements"
     yield Line((f"init fills {counts}{in_model}",))
     if init.kept:
-        kept = init.kept[:_MOST_KEPT]
-        kept_rows = tuple((printable(tensor.key), tensor.why, tensor.looks or "not measured") for tensor in kept)
-        yield Table(("stays at init", "because", "looks"), kept_rows)
-        if len(init.kept) > _MOST_KEPT:
-            yield Line((f"and {len(init.kept) - _MOST_KEPT:,} more",))
+        kept = table_rows([(one.key, (one.why, one.looks or "not measured")) for one in init.kept], expand=expand)
+        most = len(kept) if expand else _MOST_KEPT
+        yield Table(("stays at init", "because", "looks"), tuple(kept[:most]))
+        if len(kept) > most:
+            yield Line((f"and {plural(len(kept) - most, 'more row')}; --expand lists all",))
 
 
 def _training_table(report: Preflight) -> Iterator[Block]:

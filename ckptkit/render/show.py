@@ -10,7 +10,7 @@ from ckptkit.core.result.summary import CheckpointSummary, totals
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
 from ckptkit.quantized import quantized_weights
-from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
+from ckptkit.render.page import Block, Line, Listing, Page, Table, name_beside, table_rows
 from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document
 
 __all__ = ["show_document", "show_page"]
@@ -74,17 +74,22 @@ def show_page(
         if cells is None:
             dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
             cells = known[look] = (dtype, str(list(info.shape)), human_bytes(info.nbytes))
-        rows.append((key, (*cells, _ties(shared.get(key, ()))) if has_ties else cells))
+        rows.append((key, (*cells, _ties(key, shared.get(key, ()))) if has_ties else cells))
     headers = ("key", "dtype", "shape", "bytes", *(["shares memory with"] if has_ties else []))
     table = tuple(table_rows(rows, expand=expand))
-    tensors = Table(headers, table, frozenset({"bytes"})) if rows else Listing(("no tensors",))
+    tensors = (
+        Table(headers, table, frozenset({"bytes"}), ("shares memory with", "bytes"))
+        if rows
+        else Listing(("no tensors",))
+    )
     title = Line(describe(CheckpointSummary.of(checkpoint, infos.values())))
     quantized = quantized_lines(quantized_weights(checkpoint), infos)
     return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
 
 
-def _ties(others: Sequence[str]) -> str:
-    return ", ".join(map(printable, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+def _ties(key: str, others: Sequence[str]) -> str:
+    first = ", ".join(name_beside(key, name) for name in others[:3])
+    return first + (f" and {len(others) - 3} more" if len(others) > 3 else "")
 
 
 def _tree_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
@@ -128,7 +133,7 @@ def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
                 tensors, elements, nbytes = totals(group)
                 rows.append((printable(name), f"{tensors:,}", f"{elements:,}", human_bytes(nbytes)))
             numbers = ("tensors", "elements", "bytes")
-            tables.append(Table((f"by {title}", *numbers), tuple(rows), frozenset(numbers)))
+            tables.append(Table((f"by {title}", *numbers), tuple(rows), frozenset(numbers), gives_way=("elements",)))
     return tables
 
 

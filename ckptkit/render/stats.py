@@ -87,6 +87,7 @@ def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool
     return [*page, *([Line((_summary(total),))] if measured else [Listing(("no numbers",))])]
 
 
+_GIVES_WAY: Final = ("l1", "subnormal", "l2", "numbers", "tensors", "dtype", "magnitudes", "zeros", "mean", "std")
 _MEASURES: Final = ("mean", "std", "min", "max", "l1", "l2")
 _FORMAT: Final = "\n".join(["%.4g"] * len(_MEASURES))  # one string, since each call to format a number takes its time
 
@@ -143,7 +144,8 @@ def _table(
         rows.append((name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
     first_headers = ("key", "dtype") if view.depth is None else ("module", "tensors")
     headers = (*first_headers, "numbers", *_MEASURES, *(column.header for column in columns), "magnitudes")
-    return Table(headers, tuple(table_rows(rows, expand=expand)), frozenset(headers[2:-1]) | {"tensors"})
+    right = frozenset(headers[2:-1]) | {"tensors"}
+    return Table(headers, tuple(table_rows(rows, expand=expand)), right, gives_way=_GIVES_WAY)
 
 
 class _Axis(NamedTuple):

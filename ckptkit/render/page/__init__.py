@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, pairwise
+from itertools import chain, cycle, groupby, pairwise
 from operator import itemgetter
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ __all__ = [
     "as_text",
     "as_tsv",
     "join_rows",
+    "name_beside",
     "table_rows",
 ]
 
@@ -228,7 +229,33 @@ Row = tuple[str, tuple[str, ...]]  # a row of a table: a key, and the other cell
 
 def table_rows(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
     """Return printable cells: one row per key if ``expand``, else with similar keys joined as by ``join_rows``."""
-    return [(printable(key), *cells) for key, cells in rows] if expand else join_rows(rows)
+    if not expand:
+        return join_rows(rows)
+    return [(printable(key), *_with_indices(cells, _INDEX.findall(key))) for key, cells in rows]
+
+
+def name_beside(key: str, name: str) -> str:
+    """Return another name for a cell of the row of ``key``, in printable form.
+
+    Where it has the same indices as the key, its rows are joined as the keys are: ``h.{0..11}.w`` beside
+    ``layers.{0..11}.w ×12``. The cell is for ``table_rows`` or ``join_rows`` only.
+    """
+    indices = _INDEX.findall(name)
+    is_short = max(len(key), len(name)) <= _LONGEST_KEY and len(indices) <= _MOST_INDICES and "{" not in name
+    if not indices or not is_short or indices != _INDEX.findall(key):
+        return printable(name)
+    return _INDEX.sub(_MARK, printable(name))
+
+
+def _with_indices(cells: tuple[str, ...], indices: Sequence[str]) -> tuple[str, ...]:
+    """Return the cells with the indices of the key in place of the marks of ``name_beside``."""
+    if not any(_MARK in cell for cell in cells):
+        return cells
+    filled = []
+    for cell in cells:
+        first, *texts = cell.split(_MARK)
+        filled.append(first + "".join(f"{index}{text}" for index, text in zip(cycle(indices), texts, strict=False)))
+    return tuple(filled)
 
 
 # An index as torch writes it, as a whole segment of a key; "0012" and "1_000" are names.
@@ -236,6 +263,7 @@ _INDEX = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,17})(?![^.])")
 # The outline of a key has one sign for all letters, and one for all digits but 0. Keys with the same outline have their
 # indices at the same places.
 _OUTLINE = bytes(char if char in b".0" else ord("1") if char in b"123456789" else ord("a") for char in range(256))
+_MARK = "\0"  # of an index; printable text has none
 _MOST_INDICES = 16  # no model nests deeper, and the work grows with the square of the number
 _LONGEST_KEY = 400  # longer keys are not joined; they are shortened when printed
 _LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # the end of a key that looks like the count of joined keys
@@ -269,9 +297,11 @@ def join_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     joined: list[tuple[str, ...]] = []
     for key, ((shape, cells), found) in zip(first_keys, groups.items(), strict=True):
         if len(found) == 1 and " " not in key:  # as below, in a tenth of the time
-            joined.append((printable(key), *cells))
+            joined.append((printable(key), *_with_indices(cells, found[0])))
         else:
-            joined += [(_joined_key(shape, sets), *cells) for sets in _products(found)]
+            joined += [
+                (_joined_key(shape, sets), *_with_indices(cells, [*map(_ranges, sets)])) for sets in _products(found)
+            ]
     return joined
 
 

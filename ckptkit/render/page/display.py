@@ -132,17 +132,17 @@ def _told_apart(texts: Sequence[str], size: int) -> dict[str, str]:
     end = shared_start(min(ends), max(ends))
     forms = [{text: _around(text, start, len(text) - end, size) for text in texts}]
     forms += [{text: _without_middle(text, size, share) for text in texts} for share in _TAIL_SHARES]
+    forms.append({text: _without_middle(text[start : len(text) - end], size) for text in texts})
     return max(forms, key=lambda form: len(set(form.values())))
 
 
 def _around(text: str, start: int, end: int, size: int) -> str:
     """Return a text with what is between two places, and as much of both ends as there is room for."""
     kept = text[start:end]
-    room = size - 2 - display_width(kept)
-    if room < 0:
-        return _without_middle(kept, size)
     rest, count = _without_count(text[end:])
-    room = max(room - display_width(count), 0)
+    room = size - 2 - display_width(kept) - display_width(count)
+    if room < 0:
+        return f"{_CUT}{_without_middle(kept + rest, size - 1 - display_width(count))}{count}"
     most = room - room // 3
     after = (rest if display_width(rest) <= room else _end_between_segments(rest, most, room)) + count
     before = start_of(text[:start], room + display_width(count) - display_width(after))

@@ -11,7 +11,7 @@ __all__ = ["for_encoding", "sparkline"]
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _ZERO: Final = "·"
-_ASCII: Final = str.maketrans(_ZERO + _BARS, ".12345678")
+_ASCII: Final = str.maketrans(f"{_ZERO}{_BARS}…", ".12345678~")
 
 
 def sparkline(numbers: Sequence[float]) -> str:
@@ -25,7 +25,10 @@ def sparkline(numbers: Sequence[float]) -> str:
 
 
 def for_encoding(line: str, encoding: str | None) -> str:
-    """Return the line with bars of ASCII, ``.`` and ``1`` to ``8``, where ``encoding`` has no characters for bars."""
+    """Return the line with bars of ASCII, ``.`` and ``1`` to ``8``, where ``encoding`` has no characters for bars.
+
+    The sign of a shortened name is ``~`` there.
+    """
     return line if line.isascii() or _has_bars(encoding or "utf-8") else line.translate(_ASCII)
 
 

@@ -20,9 +20,9 @@ __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
 _INDENT = 2
-# A column is left out before the cells of the others become shorter than this.
-_SHORTEST_NAME = 24
-_SHORTEST = 14
+_COMFORTABLE = (24, 20)  # columns that give way are left out before the name, and other cells, become shorter
+_LEAST = (16, 8)  # columns that do not give way are left out before they become shorter
+_SMALL_LETTER = re.compile(r"[a-z]")
 
 
 def _unnamed(pattern: re.Pattern[str]) -> str:
@@ -42,15 +42,17 @@ def fitted(page: Page, width: int | None) -> Page:
         return page
     blocks: list[Block] = []
     hidden, cut, last = 0, False, 0
+    gone: set[str] = set()  # columns of the last table; a line that explains one of them is left out too
     for block in page:
         if isinstance(block, Table):
             table = _fit_table(block, width)
             blocks.append(table)
+            gone = set(block.headers) - set(table.headers) - {""} if len(table.headers) < len(block.headers) else set()
             if table is not block:
                 hidden += len(block.headers) - len(table.headers)
                 cut = cut or not _has_whole_cells(table, block)
                 last = len(blocks)
-        else:
+        elif not (isinstance(block, Line) and block.parts and block.parts[0].partition(":")[0] in gone):
             blocks += _fit(block, width)
     if last:
         what = [f"{plural(hidden, 'column')} hidden"] * bool(hidden) + ["cells shortened"] * cut
@@ -104,31 +106,27 @@ def _fit_table(table: Table, width: int) -> Table:
     if not natural or sum(natural) + _GAP * (len(natural) - 1) <= width:
         return table
     named = next((at for at, header in enumerate(table.headers) if header), 0)
-    leaving = _leaving(table, named)
+    first = dict.fromkeys(table.headers.index(header) for header in table.gives_way if header in table.headers)
+    others = [at for at in reversed(range(named + 1, len(natural))) if at not in first]
+    steps = [(at, _COMFORTABLE) for at in first] + [(at, _LEAST) for at in others]
     shown = list(range(len(natural)))
-    while True:
-        least = [_least(table, at, natural[at], is_name=at == named) for at in shown]
+    for leaving, sizes in [*((at, sizes) for at, sizes in steps if at != named), (None, _LEAST)]:
+        least = [_least(table, at, natural[at], sizes[at != named]) for at in shown]
         room = width - _GAP * (len(shown) - 1)
-        if sum(least) <= room or not leaving:
+        if sum(least) <= room:
             fit = _narrowed(table, shown, _sizes([natural[at] for at in shown], least, room))
-            if not leaving or len(set(fit.rows)) == len({tuple(row[at] for at in shown) for row in table.rows}):
+            if leaving is None or len(set(fit.rows)) == len({tuple(row[at] for at in shown) for row in table.rows}):
                 return fit
-        shown.remove(leaving.pop(0))
+        if leaving is not None:
+            shown.remove(leaving)
+    return _narrowed(table, shown, _sizes([natural[at] for at in shown], [0] * len(shown), room))
 
 
-def _leaving(table: Table, named: int) -> list[int]:
-    """Return the places of the columns that may be left out, the least important first."""
-    first = (table.headers.index(header) for header in table.gives_way if header in table.headers)
-    others = reversed(range(named + 1, len(table.headers)))
-    return [at for at in dict.fromkeys([*first, *others]) if at != named]
-
-
-def _least(table: Table, at: int, natural: int, *, is_name: bool) -> int:
-    """Return the width below which a column is not narrowed while others can be left out; a number is never cut."""
-    if table.headers[at] in table.right:
+def _least(table: Table, at: int, natural: int, size: int) -> int:
+    """Return the width below which a column is not narrowed; numbers, dtypes, shapes and bars are never cut."""
+    if table.headers[at] in table.right or not any(_SMALL_LETTER.search(row[at]) for row in table.rows):
         return natural
-    header = display_width(table.headers[at]) + BESIDE_HEADER
-    return min(natural, max(header, _SHORTEST_NAME if is_name else _SHORTEST))
+    return min(natural, max(display_width(table.headers[at]) + BESIDE_HEADER, size))
 
 
 def _sizes(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
