@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, TypeGuard
 
 from ckptkit.core.checkpoint import Payload
+from ckptkit.core.frozen import slot_setters
 from ckptkit.core.text import quoted
 from ckptkit.errors import ChangedError, FormatError, PathError
 
@@ -187,7 +188,7 @@ class Region(Payload, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Extent:
     """A range of bytes in a file, which the kernel can copy."""
 
@@ -195,6 +196,13 @@ class Extent:
     offset: int
     nbytes: int
     crc: int | None = None  # CRC-32 of the whole range, if the container records it
+
+    def __init__(self, file: LocalFile, offset: int, nbytes: int, crc: int | None = None) -> None:
+        """Set all fields through their slots: a large checkpoint has one range for each tensor."""
+        _set_file(self, file)
+        _set_offset(self, offset)
+        _set_nbytes(self, nbytes)
+        _set_crc(self, crc)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in one reused buffer."""
@@ -212,6 +220,9 @@ class Extent:
         """Return the ``nbytes`` bytes of the range from its byte ``start``."""
         is_whole = start == 0 and nbytes == self.nbytes
         return self if is_whole else Extent(self.file, self.offset + start, nbytes)
+
+
+_set_file, _set_offset, _set_nbytes, _set_crc = slot_setters(Extent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
 
 
 _ALIGNMENT = 8
+_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +99,19 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     refuse_unstorable(order)
     if not _aligned(order):
         order.sort(key=lambda info: -DTYPES[info.dtype].bits)
-    header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
+    looks: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # the text of dtype and shape, and the bytes
+    entries = [f'"{METADATA}":{_COMPACT.encode(dict(metadata))}'] if metadata else []
     offset = 0
     for info in order:
-        end = offset + info.nbytes
-        header[info.key] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (offset, end)}
+        look = looks.get((info.dtype, info.shape))
+        if look is None:
+            form = _COMPACT.encode({"dtype": info.dtype, "shape": info.shape})
+            look = looks[info.dtype, info.shape] = form[:-1], info.nbytes
+        end = offset + look[1]
+        entries.append(f'{_COMPACT.encode(info.key)}:{look[0]},"data_offsets":[{offset},{end}]}}')
         offset = end
     try:
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text = f"{{{','.join(entries)}}}".encode()
     except UnicodeEncodeError as error:
         character = error.object[error.start]
         name = next((info.key for info in order if character in info.key), character)
@@ -185,6 +191,8 @@ def _reader_refusal(dtype: str, is_odd: bool) -> str:
 
 
 def _aligned(infos: Sequence[TensorInfo]) -> bool:
+    if len({info.dtype for info in infos}) <= 1:
+        return True
     offset = 0
     for info in infos:
         if offset * 8 % max(DTYPES[info.dtype].bits, 8):

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 from ckptkit.core.checkpoint import TensorInfo
@@ -82,15 +83,15 @@ def _read_plain(data: bytes, nbytes: int) -> SafetensorsHeader | None:
     looks = _parse_looks(set(look_texts))
     if looks is None:
         return None
-    kinds = [looks[look] for look in look_texts]
-    begins, ends = list(map(int, begin_texts)), list(map(int, end_texts))
-    reached = list(accumulate((size for _, _, size in kinds), initial=0))
-    if reached[:-1] != begins or reached[1:] != ends or reached[-1] != nbytes:
+    kinds = list(map(looks.__getitem__, look_texts))
+    ends = list(map(int, end_texts))
+    follow_one_another = begin_texts[0] == "0" and begin_texts[1:] == end_texts[:-1]
+    if not follow_one_another or ends != list(accumulate(map(itemgetter(2), kinds))) or ends[-1] != nbytes:
         return None
     infos = {key: TensorInfo(key, code, shape) for key, (code, shape, _) in zip(keys, kinds, strict=True)}
     if len(infos) != len(keys) or METADATA in infos:
         return None
-    return SafetensorsHeader(infos, dict(zip(keys, begins, strict=True)), metadata, [])
+    return SafetensorsHeader(infos, dict(zip(keys, [0, *ends[:-1]], strict=True)), metadata, [])
 
 
 def _parse_looks(texts: set[str]) -> dict[str, tuple[str, tuple[int, ...], int]] | None:

@@ -46,7 +46,11 @@ class PlanInputs:
 
     def payload(self, info: TensorInfo) -> Payload:
         """Return the bytes of a tensor of the output."""
-        return self.producer.payload(self.steps[info.key])
+        step = self.steps[info.key]
+        if step.recipe is not None or step.is_cast:
+            return self.producer.payload(step)
+        source = step.sources[0]  # of a copy, which was checked when the inputs were opened
+        return self.roles[source.role].payload(source.key)
 
     def span(self, info: TensorInfo) -> Payload | None:
         """Return the stored bytes from the first to the last element of a tensor of the output."""

@@ -23,7 +23,7 @@ from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,
     float_dtype,
-    make_step,
+    make_steps,
     moved_modules,
     refuse_suspicious,
     refuse_unread,
@@ -103,7 +103,7 @@ def _plan(
         for key, derivation in outputs.items():
             surplus += [] if key in outs else dropped_sources("source", key, derivation, _NOT_WANTED)
     refuse_unread((old for key in outs for old in outputs[key].sources), checkpoint)
-    steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
+    steps = make_steps(outs, outputs, "source", checkpoint)
     if not steps:
         raise PlanError(f"the output would have none of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]

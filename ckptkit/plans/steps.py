@@ -30,6 +30,7 @@ __all__ = [
     "dropped_sources",
     "float_dtype",
     "make_step",
+    "make_steps",
     "moved_modules",
     "refuse_ambiguous",
     "refuse_suspicious",
@@ -68,8 +69,42 @@ def make_step(out: TensorInfo, derivation: Derivation, role: str, checkpoint: Ch
     return complete_step(step, {role: checkpoint})
 
 
+def make_steps(
+    outs: Mapping[str, TensorInfo], outputs: Mapping[str, Derivation], role: str, checkpoint: Checkpoint
+) -> list[Step]:
+    """Return the step of each tensor in ``outs``, as ``make_step`` does; ``outputs`` has the derivations."""
+    infos = _infos_of_copies(checkpoint)
+    steps: list[Step] = []
+    for key, out in outs.items():
+        derivation = outputs[key]
+        found = infos.get(derivation.sources[0])
+        if derivation.recipe is None and not derivation.equals and _is_unchanged(found, out):
+            steps.append(Step(out, (Source(role, derivation.sources[0]),), rule=derivation.rule))
+        else:
+            steps.append(make_step(out, derivation, role, checkpoint))
+    return steps
+
+
+def _infos_of_copies(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Return the tensors that can be copied under their keys without a further check; no tensors in case of doubt."""
+    return {} if checkpoint.ambiguous else dict(checkpoint.items())
+
+
+def _is_unchanged(found: TensorInfo | None, out: TensorInfo) -> bool:
+    """Return whether a plain copy of ``found`` is ``out``, as for nearly every step of a large plan."""
+    return (
+        found is not None
+        and found.kind == out.kind == "dense"
+        and found.dtype == out.dtype
+        and found.shape == out.shape
+        and found.view == out.view
+    )
+
+
 def refuse_unread(keys: Iterable[str], checkpoint: Checkpoint) -> None:
     """Raise ``PlanError`` with every tensor that is listed without its values, and therefore cannot be copied."""
+    if all(info.kind == "dense" for info in checkpoint.values()):
+        return
     unread = [info for key in keys if (info := checkpoint[key]).kind != "dense"]
     if not unread:
         return
@@ -138,8 +173,9 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     """
     out, sources = step.out, step.sources
     first = _find(sources[0], roles)
-    is_plain = step.recipe is None and not step.equals and not roles[sources[0].role].ambiguous
-    if is_plain and (first.dtype, first.shape, first.kind) == (out.dtype, out.shape, "dense"):
+    is_plain = step.recipe is None and not step.equals and first.kind == "dense"
+    is_plain = is_plain and first.dtype == out.dtype and first.shape == out.shape
+    if is_plain and not roles[sources[0].role].ambiguous:
         return first  # most steps are such copies, and are described before and while the output is written
     infos = [_find(source, roles) for source in sources]
     for source in sources:
@@ -178,11 +214,17 @@ def check_steps(steps: Iterable[Step], roles: Mapping[str, Checkpoint]) -> list[
     """
     keys: set[str] = set()
     checked: list[Step] = []
+    infos = {role: _infos_of_copies(checkpoint) for role, checkpoint in roles.items()}
     for step in steps:
         key = step.out.key
         if key in keys:
             raise PlanError(f"the plan writes two tensors with the same key, {quoted(key)}")
         keys.add(key)
+        source = step.sources[0]
+        is_copy = step.is_copy and step.operation == "copy" and not step.equals and source.role in infos
+        if is_copy and _is_unchanged(infos[source.role].get(source.key), step.out):
+            checked.append(step)
+            continue
         try:
             found = describe_step(step, roles)
         except RuleError as error:

@@ -221,7 +221,7 @@ def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
 
 
 def _summary(plan: Plan) -> str:
-    by_source = Counter(map(_roles, plan.steps))
+    by_source = Counter(step.sources[0].role if len(step.sources) == 1 else _roles(step) for step in plan.steps)
     parts = ", ".join(f"{count:,} from {role}" for role, count in by_source.items())
     return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{plan.left_out}"
 

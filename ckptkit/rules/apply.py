@@ -200,39 +200,41 @@ class _Pass:
         hits = [0] * len(rules)
         table = _pattern_table(rules)
         for name, derivation in state.items():
-            claim = _Claim(name, derivation, None)
             if keep and not matches_any(keep, name):
-                self.leave_out(claim, "matches no --keep")
+                self.leave_out(_Claim(name, derivation, None), "matches no --keep")
                 continue
             found = _first_match(table, name)
             if found is None:
-                self.claim(name, claim)
+                self.claim(name, _Claim(name, derivation, None))
                 continue
             rule_number, pattern_number, match = found
             hits[rule_number] += 1
-            self.apply_rule(rule_number, pattern_number, match, claim)
+            self.apply_rule(rule_number, pattern_number, match, name, derivation)
         for (rule_number, names), members in self.groups.items():
             self.apply_operations(rule_number, names, members)
         _refuse_unused(self.stage, state, hits, self.notes, allow_unused=allow_unused)
         return {name: claim.derivation for name, claim in self.claims.items()}
 
-    def apply_rule(self, rule_number: int, pattern_number: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
+    def apply_rule(
+        self, rule_number: int, pattern_number: int, match: re.Match[str] | KeyMatch, name: str, derivation: Derivation
+    ) -> None:
         rule = self.stage.rules[rule_number]
         if rule.drops:
-            self.leave_out(claim, self.text_of(rule_number))
+            self.leave_out(_Claim(name, derivation, rule), self.text_of(rule_number))
             return
-        names = tuple(template.expand(match) for template in rule.templates[pattern_number])
-        if "" in names and claim.name:  # a checkpoint that is one bare tensor has the key ''
-            raise RuleError(f"{rule} leaves {quoted(claim.label)} without a name")
+        names = tuple([template.expand(match) for template in rule.templates[pattern_number]])
+        if "" in names and name:  # a checkpoint that is one bare tensor has the key ''
+            raise RuleError(f"{rule} leaves {quoted(_Claim(name, derivation, rule).label)} without a name")
         if not rule.operations:
-            for name in names:
-                self.claim(name, _Claim(claim.name, with_rule(claim.derivation, self.text_of(rule_number)), rule))
+            claim = _Claim(name, with_rule(derivation, self.text_of(rule_number)), rule)
+            for new in names:
+                self.claim(new, claim)
             return
         members = self.groups.setdefault((rule_number, names), [])
         if not members:  # the outputs are placed where the first input was
-            for name in names:
-                self.claim(name, _Claim(claim.name, claim.derivation, rule))
-        members.append(_Member(pattern_number, _indices(rule, pattern_number, match), claim.name, claim.derivation))
+            for new in names:
+                self.claim(new, _Claim(name, derivation, rule))
+        members.append(_Member(pattern_number, _indices(rule, pattern_number, match), name, derivation))
 
     def text_of(self, rule_number: int) -> str:
         """Return the text of a rule, which is made once for all its keys."""

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from ckptkit.core.checkpoint import Configuration, TensorInfo
+from ckptkit.core.frozen import slot_setters
 from ckptkit.core.patterns import Pattern, Template
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import RuleError
@@ -126,7 +127,7 @@ class Rules:
 RulesLike: TypeAlias = Rules | Iterable[str] | Mapping[str, object] | str | os.PathLike[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Derivation:
     """How one key of the output is made: its source keys, the recipe (None: renamed only) and the rules.
 
@@ -138,12 +139,24 @@ class Derivation:
     rule: str = ""
     equals: tuple[str, ...] = ()
 
+    def __init__(
+        self, sources: tuple[str, ...], recipe: Recipe | None = None, rule: str = "", equals: tuple[str, ...] = ()
+    ) -> None:
+        """Set all fields through their slots."""
+        _set_sources(self, sources)
+        _set_recipe(self, recipe)
+        _set_rule(self, rule)
+        _set_equals(self, equals)
+
     def describe(self, key: str, infos: Mapping[str, TensorInfo]) -> TensorInfo:
         """Return the description of the new tensor, under the keys of its sources; ``key`` is its new key.
 
         Raises ``RuleError`` where an operation does not accept the sources.
         """
         return describe_output(key, [infos[name] for name in self.sources], self.recipe, self.rule)
+
+
+_set_sources, _set_recipe, _set_rule, _set_equals = slot_setters(Derivation)
 
 
 def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None, rule: str) -> TensorInfo:
@@ -174,7 +187,7 @@ class KeyMap:
     ``renamed`` maps each old key to its first new key. ``copied_or_computed`` holds all other new keys: further copies,
     and outputs of operations. ``order`` then lists all new keys; without such keys it is None. ``rule_of`` maps an old
     key to its rules, and ``dropped`` maps an old key to the reason for dropping it. ``equals`` maps an old key to the
-    dropped keys that must have the same bytes.
+    dropped keys that must have the same bytes. ``made`` has the derivation of each new key, if they were made before.
     """
 
     renamed: Mapping[str, str]
@@ -184,6 +197,7 @@ class KeyMap:
     equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     order: Sequence[str] | None = None
+    made: Mapping[str, Derivation] | None = field(default=None, repr=False, compare=False)
 
     @property
     def has_numbers_only(self) -> bool:
@@ -198,6 +212,8 @@ class KeyMap:
 
     def outputs(self) -> Mapping[str, Derivation]:
         """Return the derivation of each new key, in the order of the new keys."""
+        if self.made is not None:
+            return self.made
         plain = {
             new: Derivation((old,), None, self.rule_of.get(old, ""), self.equals.get(old, ()))
             for old, new in self.renamed.items()
@@ -226,23 +242,20 @@ class KeyMap:
         """Return the ``KeyMap`` of new keys with these derivations."""
         renamed: dict[str, str] = {}
         copied_or_computed: dict[str, Derivation] = {}
+        rule_of: dict[str, str] = {}
+        equals: dict[str, tuple[str, ...]] = {}
         for new, derivation in state.items():
-            if derivation.recipe is None and derivation.sources[0] not in renamed:
-                renamed[derivation.sources[0]] = new
-            else:
+            old = derivation.sources[0]
+            if derivation.recipe is not None or old in renamed:
                 copied_or_computed[new] = derivation
-        plain = {
-            derivation.sources[0]: derivation for new, derivation in state.items() if new not in copied_or_computed
-        }
-        return cls(
-            renamed,
-            copied_or_computed,
-            {old: derivation.rule for old, derivation in plain.items() if derivation.rule},
-            dropped,
-            {old: derivation.equals for old, derivation in plain.items() if derivation.equals},
-            tuple(notes),
-            tuple(state) if copied_or_computed else None,
-        )
+                continue
+            renamed[old] = new
+            if derivation.rule:
+                rule_of[old] = derivation.rule
+            if derivation.equals:
+                equals[old] = derivation.equals
+        order = tuple(state) if copied_or_computed else None
+        return cls(renamed, copied_or_computed, rule_of, dropped, equals, tuple(notes), order, state)
 
 
 def with_rule(derivation: Derivation, rule: str) -> Derivation:

@@ -424,10 +424,11 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         return f"<Checkpoint {self.path!r}: {self.format}, {len(self)} tensors>"
 
     def _info(self, key: str) -> TensorInfo:
-        require_type(key, str, "key", "a str")
-        if key not in self._infos:
+        info = self._infos.get(key) if type(key) is str else None
+        if info is None:
+            require_type(key, str, "key", "a str")
             raise UnknownKeyError(key, self._infos)
-        return self._infos[key]
+        return info
 
     def payload(self, key: str) -> Payload:
         """Return the bytes of one tensor, not read yet.

@@ -126,7 +126,7 @@ class UnknownKeyError(KeyError):
 def under_key(info: TensorInfo, key: str, dtype: str = "") -> TensorInfo:
     """Return the description of the same tensor under another key, and with another dtype if one is given."""
     dtype = dtype or info.dtype
-    if (key, dtype) == (info.key, info.dtype):
+    if key == info.key and dtype == info.dtype:
         return info
     # dataclasses.replace takes three times as long, and the plan of a large model does this for each tensor.
     return TensorInfo(key, dtype, info.shape, info.view, info.kind, info.stored_bytes)

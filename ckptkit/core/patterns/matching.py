@@ -12,11 +12,12 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Final
 
+from ckptkit.core.frozen import slot_setters
 from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
 
@@ -35,10 +36,11 @@ _MOST_STEPS = 4_000_000  # of a regex, counted before it runs
 _MOST_VALUES = 50_000  # of captures that are repeated in a pattern, tried on one key
 _MOST_COMPARED = 8_000_000  # texts that are counted to find these values
 _SECONDS = 0.5  # of processor time for one key and one regex
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 _SEGMENT, _DIGITS = re.compile("[^.]+"), re.compile("[0-9]+")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class KeyMatch:
     """A match of a pattern with stars and captures; it has the interface of a regex match.
 
@@ -47,11 +49,20 @@ class KeyMatch:
 
     string: str
     stars: tuple[str, ...]
-    captures: Mapping[str, str] = field(default_factory=dict)
+    captures: Mapping[str, str]
+
+    def __init__(self, string: str, stars: tuple[str, ...], captures: Mapping[str, str] = _NOTHING) -> None:
+        """Set all fields through their slots: every key of a large checkpoint that is renamed has a match."""
+        _set_string(self, string)
+        _set_stars(self, stars)
+        _set_captures(self, captures)
 
     def __getitem__(self, name: str) -> str:
         """Return the text of a capture, or of a star by the name of its group; ``_0`` is the first star."""
         return self.stars[int(name[1:])] if name.startswith("_") else self.captures[name]
+
+
+_set_string, _set_stars, _set_captures = slot_setters(KeyMatch)
 
 
 @dataclass(frozen=True, slots=True)

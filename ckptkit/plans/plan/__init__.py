@@ -164,11 +164,13 @@ class Plan(Result):
 def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
     """Return each group of output keys that share memory in the input, but would not in a safetensors file."""
     by_role: dict[str, list[TensorInfo]] = {}
-    by_source: dict[Source, list[str]] = {}
+    by_source: dict[tuple[str, str], list[str]] = {}
     for step in plan.steps:
-        by_role.setdefault(step.sources[0].role, []).append(step.out)
+        source = step.sources[0]
+        if step.out.view is not None:
+            by_role.setdefault(source.role, []).append(step.out)
         if step.recipe is None:
-            by_source.setdefault(step.sources[0], []).append(step.out.key)
+            by_source.setdefault((source.role, source.key), []).append(step.out.key)
     groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping_tensors(infos)]
     known = {key for group in groups for key in group}
     return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]

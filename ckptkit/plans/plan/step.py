@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.arguments import refuse, require_type
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.frozen import slot_setters
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import ArgumentError
 
@@ -16,21 +17,26 @@ if TYPE_CHECKING:
 __all__ = ["Dropped", "Source", "Step"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Source:
     """One tensor of an input: the role of the input (``base``, ``donor``, ``source``) and the tensor's key in it."""
 
     role: str
     key: str
 
-    def __post_init__(self) -> None:
-        """Refuse a role or a key that is not a str."""
-        if (type(self.role), type(self.key)) != (str, str):
-            for name in ("role", "key"):
-                require_type(getattr(self, name), str, f"the {name} of a source", "a str")
+    def __init__(self, role: str, key: str) -> None:
+        """Set the fields; refuse a role or a key that is not a str."""
+        if type(role) is not str or type(key) is not str:
+            for name, value in (("role", role), ("key", key)):
+                require_type(value, str, f"the {name} of a source", "a str")
+        _set_role(self, role)
+        _set_key(self, key)
 
 
-@dataclass(frozen=True, slots=True)
+_set_role, _set_key = slot_setters(Source)
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Step:
     """One tensor of the output, with its sources, the operations on them and the rule that asked for it.
 
@@ -48,8 +54,32 @@ class Step:
     is_cast: bool = False  # whether the last operation is a cast
     tied_to: str | None = None  # a plan file does not record it
 
-    def __post_init__(self) -> None:
-        """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
+    def __init__(  # noqa: PLR0917 - the fields of the dataclass, in its order
+        self,
+        out: TensorInfo,
+        sources: tuple[Source, ...],
+        operation: str = "copy",
+        rule: str = "",
+        recipe: Recipe | None = None,
+        equals: tuple[Source, ...] = (),
+        is_cast: bool = False,
+        tied_to: str | None = None,
+    ) -> None:
+        """Set all fields through their slots; refuse one of a wrong type, which ``dataclasses.replace`` could set."""
+        _set_out(self, out)
+        _set_sources(self, sources)
+        _set_operation(self, operation)
+        _set_rule(self, rule)
+        _set_recipe(self, recipe)
+        _set_equals(self, equals)
+        _set_is_cast(self, is_cast)
+        _set_tied_to(self, tied_to)
+        is_plain = recipe is None and equals == () and type(out) is TensorInfo and type(out.key) is str
+        is_plain = is_plain and type(sources) is tuple and len(sources) == 1 and type(sources[0]) is Source
+        if not is_plain or type(operation) is not str or type(rule) is not str:
+            self._refuse_wrong_fields()
+
+    def _refuse_wrong_fields(self) -> None:
         self._refuse_wrong_types()
         count = len(self.sources)
         if not count or (count > 1 if self.recipe is None else self.recipe.end > count):
@@ -73,6 +103,11 @@ class Step:
     def is_copy(self) -> bool:
         """Whether the tensor has the bytes of its source."""
         return self.recipe is None and not self.is_cast
+
+
+_set_out, _set_sources, _set_operation, _set_rule, _set_recipe, _set_equals, _set_is_cast, _set_tied_to = slot_setters(
+    Step
+)
 
 
 @dataclass(frozen=True, slots=True)

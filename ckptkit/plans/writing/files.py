@@ -145,7 +145,7 @@ def _write_and_read_back(
     # A file that does not read back as planned never gets the name of the output.
     try:
         with open_inside(file.temporary, Selection(inner)) as written:
-            as_planned, found = has_tensors(written, infos), dict(written)
+            as_planned, found = has_tensors(written, infos), dict(written.items())
     except CkptkitError as error:
         raise OutputError(
             f"could not be read back, so the new file was deleted: {error.reason}", path=file.target
@@ -157,9 +157,13 @@ def _write_and_read_back(
 
 def has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
     """Return whether a checkpoint has exactly these tensors, all of them in files with these names."""
-    found = {key: (info.dtype, info.shape) for key, info in written.items()}
+    wanted = {info.key: info for info in infos}
+    found = zip(map(wanted.get, written), written.values(), strict=True)
+    are_as_wanted = len(wanted) == len(written) and all(
+        info is not None and info.dtype == there.dtype and info.shape == there.shape for info, there in found
+    )
     files = {os.path.basename(file) for file in written.files}
-    return found == {info.key: (info.dtype, info.shape) for info in infos} and (names is None or files <= set(names))
+    return are_as_wanted and (names is None or files <= set(names))
 
 
 def write_small(path: str, data: bytes) -> None:
