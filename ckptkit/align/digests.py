@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ckptkit.comparison.roles import split_leaf
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, part_of
 from ckptkit.core.progress import Progress
+from ckptkit.digests import digests_by_key
+from ckptkit.digests.hashing import hash_payloads
 
 __all__ = ["Digests", "Places", "read_digests"]
 
 _MAX_SEGMENTS = 64  # a hostile key can have a million
+_BEGIN = 1 << 16  # bytes of a tensor that show one repeated value; a multiple of the size of every dtype
 
 
 @dataclass(frozen=True)
 class Digests:
     """A digest of every tensor that was read, by key, for both sides; empty if nothing was read.
 
-    ``constant`` holds the digests of tensors that begin with one repeated value, such as zeros.
+    ``constant`` has the digests of tensors that begin with one repeated value, such as zeros.
     """
 
-    expected: Mapping[str, Hashable] = field(default_factory=dict)
-    found: Mapping[str, Hashable] = field(default_factory=dict)
-    constant: frozenset[Hashable] = frozenset()
+    expected: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, str] = field(default_factory=dict)
+    constant: Container[str] = frozenset()
     sides: tuple[Checkpoint, Checkpoint] | None = None
 
     @cached_property
-    def _sets(self) -> tuple[frozenset[Hashable], frozenset[Hashable]]:
+    def _sets(self) -> tuple[frozenset[str], frozenset[str]]:
         return frozenset(self.expected.values()), frozenset(self.found.values())
 
     def are_equal(self, expected: str, found: str) -> bool | None:
@@ -68,7 +70,7 @@ class Digests:
             if len({(info.dtype, info.kind) for side in infos for info in side}) > 1 or infos[0][0].kind != "dense":
                 return None
             self._joined[expected, found] = sizes[0] == sizes[1] and (
-                _digest_of_parts(self.sides[0], expected) == _digest_of_parts(self.sides[1], found)
+                hash_payloads(map(self.sides[0].payload, expected)) == hash_payloads(map(self.sides[1].payload, found))
             )
         return self._joined[expected, found]
 
@@ -188,56 +190,46 @@ def _ends(key: str) -> Iterator[int]:
             return
 
 
-def _keys_by_digest(digests: Mapping[str, Hashable]) -> dict[Hashable, list[str]]:
-    keys: dict[Hashable, list[str]] = defaultdict(list)
+def _keys_by_digest(digests: Mapping[str, str]) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = defaultdict(list)
     for key, digest in digests.items():
         keys[digest].append(key)
     return keys
 
 
 def read_digests(expected: Checkpoint, found: Checkpoint, progress: Progress | None = None) -> Digests:
-    """Return the digests of the tensors with a dtype and shape that both sides have; tensors are read in chunks.
+    """Return the digests of the tensors with a dtype and shape that both sides have; tensors are read in pieces.
 
     Raises ``FormatError`` if bytes cannot be read, and ``PlanError`` if a side has no bytes.
     """
-    kinds = [{_dtype_and_shape(info) for info in side.values() if info.kind == "dense"} for side in (expected, found)]
+    dense = [[info for info in side.values() if info.kind == "dense" and info.elements] for side in (expected, found)]
+    kinds = [{(info.dtype, info.shape) for info in infos} for infos in dense]
     shared = kinds[0] & kinds[1]
-    report = progress or (lambda _: None)
-    constant: set[Hashable] = set()
-    digests = [_read_side(side, shared, report, constant) for side in (expected, found)]
-    return Digests(digests[0], digests[1], frozenset(constant), (expected, found))
+    digests = [
+        digests_by_key(side, [info.key for info in infos if (info.dtype, info.shape) in shared], progress=progress)
+        for side, infos in zip((expected, found), dense, strict=True)
+    ]
+    places = {digest: (found, key) for key, digest in digests[1].items()}
+    places |= {digest: (expected, key) for key, digest in digests[0].items()}
+    return Digests(digests[0], digests[1], _Constant(places), (expected, found))
 
 
-def _dtype_and_shape(info: TensorInfo) -> Hashable:
-    return info.dtype, info.shape
+class _Constant(Container[str]):
+    """The digests of tensors that begin with one repeated value, such as zeros; a tensor is read at its question."""
 
+    def __init__(self, places: Mapping[str, tuple[Checkpoint, str]]) -> None:
+        """Take a tensor that has each digest."""
+        self._places = places
+        self._known: dict[str, bool] = {}
 
-def _read_side(
-    side: Checkpoint, kinds: set[Hashable], progress: Progress, constant: set[Hashable]
-) -> dict[str, Hashable]:
-    digests: dict[str, Hashable] = {}
-    for key, info in side.items():
-        if info.kind != "dense" or _dtype_and_shape(info) not in kinds or not info.elements:
-            continue
-        digest, is_constant = hashlib.sha256(), True
-        for number, chunk in enumerate(side.payload(key).chunks()):
-            digest.update(chunk)
-            progress(len(chunk))
-            if not number:
-                is_constant = _repeats(bytes(chunk), max(info.nbytes // info.elements, 1))
-        digests[key] = (_dtype_and_shape(info), digest.digest())
-        if is_constant:
-            constant.add(digests[key])
-    return digests
-
-
-def _repeats(data: bytes, size: int) -> bool:
-    return data[:size] == data[-size:] and data == data[:size] * (len(data) // size)
-
-
-def _digest_of_parts(side: Checkpoint, keys: Iterable[str]) -> bytes:
-    digest = hashlib.sha256()
-    for key in keys:
-        for chunk in side.payload(key).chunks():
-            digest.update(chunk)
-    return digest.digest()
+    def __contains__(self, digest: object) -> bool:
+        if not isinstance(digest, str) or digest not in self._places:
+            return False
+        if digest not in self._known:
+            side, key = self._places[digest]
+            info = side[key]
+            begin = part_of(side.payload(key), 0, min(info.nbytes, _BEGIN))
+            data = b"".join(map(bytes, begin.chunks()))
+            size = max(info.nbytes // info.elements, 1)
+            self._known[digest] = data[:size] == data[-size:] and data == data[:size] * (len(data) // size)
+        return self._known[digest]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
@@ -10,6 +9,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of, shape_or_none
 from ckptkit.core.torch_types import Module, Tensor
+from ckptkit.digests.hashing import hash_payloads
 from ckptkit.loading.regions import held_memory
 
 __all__ = ["Digests", "Watch", "named_tensors"]
@@ -96,10 +96,8 @@ class Digests(Watch):
         tensor = held_memory(self.tensors[name])
         if tensor is None:
             return None
-        digest = hashlib.sha256()
-        for chunk in TensorPayload(tensor, tensor.numel() * tensor.element_size()).chunks():
-            digest.update(chunk)
-        return tensor.dtype, tensor.shape, digest.digest()
+        payload = TensorPayload(tensor, tensor.numel() * tensor.element_size())
+        return tensor.dtype, tensor.shape, hash_payloads([payload])
 
 
 def _ties(infos: Checkpoint) -> set[frozenset[str]]:
