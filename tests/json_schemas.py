@@ -62,6 +62,10 @@ def _number(about: str) -> Schema:
     return _ref("number", about)
 
 
+def _tolerance(about: str) -> Schema:
+    return {"description": about, "anyOf": [{"type": ["number", "null"], "minimum": 0}, {"const": "inf"}]}
+
+
 def _ref(name: str, about: str) -> Schema:
     return {"description": about, "$ref": f"#/$defs/{name}"}
 
@@ -137,6 +141,34 @@ _TIES = _texts("The other names of the same tied parameter.")
 _MODIFIERS = _texts("The names of the modifiers of the spec that change its options.")
 _LAYER = _count_or_null("Its layer, counted from 0 at the input, where a modifier numbers layers; else null.")
 
+_VALUES = {
+    "compared": _count("The number of compared tensors; tied tensors count once."),
+    "equal": _count("The number of them with equal bits."),
+    "different": _list("The tensors that differ, beyond the tolerances if any; worst first.", "value_difference"),
+    "within": _list("The tensors whose bits differ within the tolerances.", "value_difference"),
+    "skipped": _list(
+        "Tensors that were not compared.",
+        _object("A tensor.", {"key": _KEY, "reason": _text("Why it was not compared.")}),
+    ),
+    "as_stored": _texts("Parts of quantised weights, of which codes were compared, not numbers."),
+    "rtol": _tolerance("The relative tolerance; null without tolerances."),
+    "atol": _tolerance("The absolute tolerance; null without tolerances."),
+}
+_GATES = {
+    "gates": _list(
+        "The gates, in the order of the options; the broken ones are in unmet too.",
+        _object(
+            "A gate.",
+            {
+                "gate": _one_of("The gate.", "expect_frozen", "expect_changed", "max_rel_l2"),
+                "value": {"description": "The pattern, or the limit.", "type": ["string", "number"]},
+                "tensors": _count("The number of tensors that it is about."),
+                "holds": _flag("Whether it holds."),
+            },
+        ),
+    ),
+}
+
 _DEFINITIONS: dict[str, Schema] = {
     "dtype": {
         "description": "A dtype by its code in safetensors.",
@@ -163,9 +195,47 @@ _DEFINITIONS: dict[str, Schema] = {
     "unmet": _object(
         "A requirement that is not met.",
         {
-            "requirement": _one_of("The requirement.", "require", "min_coverage"),
+            "requirement": _one_of(
+                "The requirement.", "require", "min_coverage", "expect_frozen", "expect_changed", "max_rel_l2"
+            ),
             "message": _text("What is not met, in one sentence."),
-            "keys": _texts("The keys that would not be filled."),
+            "keys": _texts("The keys that would not be filled, or whose values break the gate."),
+        },
+    ),
+    "side_counts": _object(
+        "The number of elements on each side.",
+        {"expected": _count("On the expected side."), "found": _count("On the found side.")},
+    ),
+    "values": _object("The values of the tensors that both sides have with one shape.", {**_VALUES, **_GATES}),
+    "value_difference": _object(
+        "How the values of one tensor differ, after found is cast to the dtype of expected. NaN and Inf are strings.",
+        {
+            "key": _KEY,
+            "found_key": _text("The key in the found checkpoint, before rules."),
+            "names": _texts("All expected keys that share the tensor: tied tensors are compared once."),
+            "max_abs": _number("The largest absolute difference; null where only bytes can be compared."),
+            "mean_abs": _number("The mean absolute difference of the elements that are finite on both sides, or null."),
+            "rel_l2": _number(
+                "|found - expected| / |expected| of these elements: Inf if expected is all zero, or null."
+            ),
+            "cosine": _number("The cosine of the angle between both tensors, or null if one is all zero."),
+            "changed": _share_or_null("The share of the elements whose bits differ."),
+            "changed_elements": _count_or_null("The number of elements whose bits differ."),
+            "beyond": _count_or_null("The number of elements beyond the tolerances; null without tolerances."),
+            "nonfinite": _count("The number of elements that differ and are NaN or infinite on one side."),
+            "max_ulp": _count_or_null("The largest difference in units in the last place; null for integers."),
+            "nan": _ref("side_counts", "The elements that are NaN."),
+            "inf": _ref("side_counts", "The elements that are infinite."),
+            "place": {
+                "description": "The index of the element with the largest difference, or null.",
+                "type": ["array", "null"],
+                "items": {"type": "integer", "minimum": 0},
+            },
+            "values": {
+                "description": "The expected and the found value of this element as text, or null.",
+                "type": ["array", "null"],
+                "items": {"type": "string"},
+            },
         },
     ),
     "quantized": _object(
@@ -523,8 +593,8 @@ SCHEMAS: dict[str, Schema] = dict(
                     ),
                 ),
                 "values": {
-                    "description": "That no value of the two files was read; null where a side is not a file.",
-                    "enum": ["not read", None],
+                    "description": "The comparison of values; null where they were not compared.",
+                    "anyOf": [_ref("values", "The comparison of values."), {"type": "null"}],
                 },
                 "unmet": _list("The requirements that are not met; the exit code is then 1.", "unmet"),
                 "hints": _list(
@@ -547,6 +617,7 @@ SCHEMAS: dict[str, Schema] = dict(
                         "dtype_mismatched": _count("The length of dtype_mismatched."),
                         "quantized": _count("The length of quantized."),
                         "computed": _count("The length of computed."),
+                        "same_ranges": _count("Matched tensors whose bytes are one range of one file on both sides."),
                         "coverage": _share("The share of expected elements that would be loaded."),
                         "loads_strict": _flag("Whether load_state_dict(strict=True) accepts the checkpoint."),
                         "loads": _flag("Whether load_state_dict(strict=False) accepts the checkpoint."),
@@ -554,6 +625,12 @@ SCHEMAS: dict[str, Schema] = dict(
                     },
                 ),
             },
+        ),
+        _schema(
+            "values",
+            "compare_values(...).to_dict()",
+            "The values that differ between two checkpoints. ckpt diff --values --json has them in its document.",
+            _VALUES,
         ),
         _edit("merge", "A merge, or with --dry-run its plan. Also the to_dict() of its Plan and its Written."),
         _edit("remap", "A remap, or with --dry-run its plan. Also the to_dict() of its Plan and its Written."),

@@ -224,6 +224,7 @@ def test_light_commands_import_no_heavy_library(tmp_path: Path) -> None:
 NUMPY_COMMANDS = {
     "check": "main(['check', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
     "stats": "main(['stats', 'fixtures/lenet_10class.pth'])",
+    "diff": "main(['diff', 'fixtures/lenet_10class.pth', 'fixtures/lenet_ddp.pt', '--strip', 'auto', '--values'])",
 }
 
 

@@ -352,7 +352,7 @@ def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
         "summary": {
             "matched": "int", "missing": "int", "unexpected": "int", "shape_mismatched": "int",
             "dtype_mismatched": "int", "quantized": "int", "computed": "int", "coverage": "float",
-            "loads_strict": "bool", "loads": "bool", "different": "bool",
+            "same_ranges": "int", "loads_strict": "bool", "loads": "bool", "different": "bool",
         },
     }  # fmt: skip
     assert document["summary"]["coverage"] == pytest.approx(61156 / 61496)

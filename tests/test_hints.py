@@ -22,7 +22,7 @@ from tests.helpers_hint_situations import SITUATIONS, TEN, Situation, save
 from tests.helpers_hint_sources import PLACES, SOURCES, covers, read_source
 from tests.helpers_hints import FOREIGN, all_options, commands_in, problems_of_hint
 
-_LONG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+_LONG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=[situation.id for situation in SITUATIONS])
@@ -77,6 +77,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/adapters/fold.py: with a second ckpt merge": "a note: which weights they are, only the user knows",
     "plans/adapters/ties.py: which --carry writes": "a note; tests/test_plan_lora_ties.py runs it with --carry",
     "plans/adapters/ties.py: leave it out: --drop": "followed by tests/test_plan_lora_ties.py",
+    "render/diff.py: --values compares them": "followed by tests/test_diff_values.py",
     "align/ways_out.py: --digests decides": "followed by tests/test_align_claims.py",
     "formats/writing/reflink.py: --reflink auto": "needs a file system without reflinks: tests/test_reflink.py",
     "render/align.py: this preset fills all of them: --rules": "followed by tests/test_align.py",

@@ -108,6 +108,11 @@ class Case(NamedTuple):
 CASES: dict[str, Case] = {
     "StateDictDiff": Case(lambda _: ckptkit.diff(MODEL, DDP, [RENAME]), f"diff {MODEL} {DDP} --rename {RENAME}"),
     "StateDictDiff of other files": Case(lambda _: ckptkit.diff(TIED, DDP), f"diff {TIED} {DDP}"),
+    "StateDictDiff with values": Case(
+        lambda _: ckptkit.diff(PTH, DDP, [RENAME], values=True, expect_changed="fc3.*"),
+        f"diff {PTH} {DDP} --rename {RENAME} --values --expect-changed fc3.*",
+    ),
+    "ValueDiff": Case(lambda _: ckptkit.compare_values(PTH, DDP, [RENAME])),
     "StateDictStats": Case(lambda _: ckptkit.stats(PTH), f"stats {PTH}"),
     "Digests": Case(lambda _: ckptkit.digest(PTH), f"digest {PTH}"),
     "DigestCheck": Case(check_of_digests, f"digest {DDP} --check OUT/d.digest"),
@@ -188,7 +193,8 @@ def test_print_and_to_dict_are_what_the_command_prints(
         ran = run_ckpt(capsys, *arguments)
         print(result)  # noqa: T201 - this is what is tested
         err = "".join(ran.err.splitlines(keepends=True)[_notes(ran.err) :])
-        printed = re.sub("^hint: .*", lambda line: hint_for_python(line[0]), ran.out, flags=re.MULTILINE)
+        speaking = "^(?:hint|values were not compared|gate broken|gate holds): .*"
+        printed = re.sub(speaking, lambda line: hint_for_python(line[0]), ran.out, flags=re.MULTILINE)
         shown = printed + _hints_for_python(ran.err) if case.prints == "out" else err
         assert capsys.readouterr().out == shown
     document = json.loads(run_ckpt(capsys, *arguments, "--json").out)

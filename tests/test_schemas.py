@@ -39,6 +39,9 @@ COMMANDS = f"""
 1 diff {TEN} {DDP} --require fc3.* --min-coverage 95%
 1 diff OUT/plain.safetensors OUT/quantised.safetensors
 1 diff OUT/plain.safetensors OUT/odd.safetensors
+1 diff OUT/plain.safetensors OUT/odd.safetensors --atol 1e-3 --expect-changed * --expect-frozen * --max-rel-l2 1
+1 diff OUT/plain.safetensors OUT/quantised.safetensors --values
+1 diff OUT/odd.safetensors OUT/plain.safetensors --values
 1 diff py:tests.helpers_own_loading:joining_and_refusing OUT/parts.safetensors
 0 merge {MODEL} {DDP} --rename module.*=* --on-mismatch skip -o OUT/merged.safetensors --plan OUT/merge.json
 0 merge {TEN} {DDP} --rename module.*=* -o OUT/none.pt --dry-run
@@ -205,6 +208,10 @@ def documents(out: Path) -> list[Any]:
 def live_documents() -> Iterator[Any]:
     """Yield the documents of the results that no command prints."""
     model = build()
+    left = {"a": torch.ones(2), "b": torch.ones(2), "sparse": torch.ones(2).to_sparse()}
+    right = {**left, "a": torch.ones(2) + 1e-6, "b": torch.zeros(2)}
+    yield ckptkit.compare_values(left, right, atol=1e-5).to_dict()
+    yield ckptkit.diff(left, right, atol=1e-5, max_rel_l2=1).to_dict()
     yield ckptkit.load_into(model, DDP, ["module.*=*"], on_mismatch="skip").to_dict()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.completing import complete_keys
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options, requirement_options
-from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
 from ckptkit.core.config_files import default_error_path
@@ -16,14 +17,27 @@ from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
 
+_SIZE = click.FloatRange(min=0)
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
-@click.command(cls=Command, first=("--rename", "--strip", "--rules"))
+@click.command(cls=Command, first=("--values", "--rename", "--rules"))
 @path_argument("expected")
 @path_argument("found")
 @rule_options(beside="found", or_beside="expected")
 @requirement_options
+@click.option("--values", is_flag=True, help="Compare the values too: read both sides once.")
+@click.option("--rtol", type=_SIZE, metavar="X", help="Compare values, and allow differences relative to EXPECTED.")
+@click.option("--atol", type=_SIZE, metavar="X", help="Compare values, and allow absolute differences.")
+@click.option(
+    "--expect-frozen", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    help="Gate: the values of these keys are equal. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--expect-changed", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    help="Gate: the values of each of these keys differ. Repeatable.",
+)  # fmt: skip
+@click.option("--max-rel-l2", type=_SIZE, metavar="X", help="Gate: no tensor changes by more, relative to its norm.")
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
 @report_options
@@ -37,6 +51,12 @@ def diff(
     rules: Rules,
     require: tuple[str, ...],
     min_coverage: float,
+    values: bool,
+    rtol: float | None,
+    atol: float | None,
+    expect_frozen: tuple[str, ...],
+    expect_changed: tuple[str, ...],
+    max_rel_l2: float | None,
     everything: bool,
     expand: bool,
     report_format: ReportFormat,
@@ -45,16 +65,27 @@ def diff(
     """Compare the tensors that a model expects with those that a checkpoint has.
 
     EXPECTED is the model or a checkpoint of it, FOUND the checkpoint to load. The rules rename and filter the keys of
-    FOUND first. No tensor is read. Exit code 0 if nothing differs and every requirement is met, else 1.
+    FOUND first. No tensor is read without --values, or an option that needs values. Exit code 0 if nothing differs and
+    every requirement is met, else 1. With a gate on values, differences do not count: 0 if all gates hold, else 1.
 
     \b
     ckpt diff py:mynet:build pretrained.pth
     ckpt diff base.safetensors run.ckpt --strip auto
     ckpt diff base.safetensors run.ckpt --rename 'h.*=layers.*'
+    ckpt diff base.safetensors tuned.safetensors --values
+    ckpt diff base.safetensors tuned.safetensors --expect-frozen 'backbone.*'
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
-            result = compare(left, right, rules, require=require, min_coverage=min_coverage)
+            has_gates = bool(expect_frozen or expect_changed) or max_rel_l2 is not None
+            reads = values or has_gates or rtol is not None or atol is not None
+            size = sum(info.nbytes for info in left.values() if info.kind == "dense") if reads else 0
+            with progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
+                result = compare(
+                    left, right, rules, require=require, min_coverage=min_coverage, values=values, rtol=rtol,
+                    atol=atol, expect_frozen=expect_frozen, expect_changed=expect_changed, max_rel_l2=max_rel_l2,
+                    progress=progress,
+                )  # fmt: skip
         is_answered = answers_first(result, expand=expand, everything=everything)
         echo_result(
             report_format,
@@ -71,4 +102,5 @@ def diff(
                 print_message("ckpt: --expand lists every key")
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
                 print_message(message)
-    context.exit(1 if result.different or result.unmet else 0)
+    # With gates on values, the exit code is that of what was required.
+    context.exit(1 if result.unmet or (result.different and not result.gates) else 0)

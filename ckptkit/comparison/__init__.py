@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
+from ckptkit.comparison.gates import Gate, Gates, judge, parse_gates
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.comparison.own_code.by_model import Answer, Place, ask_model, is_inside
@@ -17,10 +18,14 @@ from ckptkit.comparison.own_code.rehearsal import Given, Outside
 from ckptkit.comparison.parts import PartedTensor, align_command, find_parted, fold_command, parted_hint
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.comparison.renamed import count_common_shapes, count_replaced_prefixes, least_of_many
+from ckptkit.comparison.same_ranges import keys_with_same_range, share_a_file
+from ckptkit.comparison.values import ValueDiff, compare_named
+from ckptkit.core.arguments import require_flags, require_number, require_progress
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, Unmet, find_unmet, parse_requirements
 from ckptkit.core.patterns import literal, parse_rename
+from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import shell_word
@@ -135,6 +140,10 @@ class StateDictDiff(Result):
             and ``loads_strict``, and ``load_state_dict`` can decide otherwise.
         expected_checkpoint: Path, format and size of the expected side.
         found_checkpoint: Path, format and size of the found side.
+        same_ranges: Matched keys whose bytes on both sides are known to be one range of one file, so that their values
+            are equal: of a file and itself, or of two directories with links to the same shards.
+        values: How the values of the matched tensors differ; None where they were not compared.
+        gates: The gates on values, each with its judgement; ``unmet`` has the broken ones too.
 
     Example:
         >>> result = ckptkit.diff("py:fixtures.lenet:build", "fixtures/lenet_10class.pth")
@@ -172,13 +181,17 @@ class StateDictDiff(Result):
     undecided: str = ""
     expected_checkpoint: CheckpointSummary = NO_CHECKPOINT
     found_checkpoint: CheckpointSummary = NO_CHECKPOINT
+    same_ranges: frozenset[str] = frozenset()
+    values: ValueDiff | None = None
+    gates: tuple[Gate, ...] = ()
 
     @property
     def in_short(self) -> str:
         """The most important numbers, on one line."""
+        values = f", {self.values.in_short}" if self.values is not None else ""
         return (
             f"{len(self.matched)} matched, {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
-            f"{len(self.shape_mismatched)} shape-mismatched, {len(self.dtype_mismatched)} dtype-mismatched"
+            f"{len(self.shape_mismatched)} shape-mismatched, {len(self.dtype_mismatched)} dtype-mismatched{values}"
         )
 
     @property
@@ -197,22 +210,20 @@ class StateDictDiff(Result):
 
     @property
     def different(self) -> bool:
-        """Whether the two sides differ in any key, shape or dtype."""
+        """Whether the two sides differ in any key, shape or dtype, or in a value where values were compared.
+
+        With tolerances, values differ where ``torch.allclose`` would be false.
+        """
         return bool(
             self.missing or self.unexpected or self.shape_mismatched or self.dtype_mismatched
             or self.quantized or self.uncopyable or self.blocked or self.foreign or self.extra_state
-            or self.reported or self.refusals
+            or self.reported or self.refusals or (self.values is not None and not self.values.all_equal)
         )  # fmt: skip
 
     @property
     def coverage(self) -> float:
         """The share of the expected elements that would get a value, between 0 and 1; 1 if nothing is expected."""
         return measure_coverage(self.expected, loaded_keys(self)).share
-
-    @property
-    def has_unread_values(self) -> bool:
-        """Whether both sides are files, whose values were not read."""
-        return self.expected_checkpoint.is_stored and self.found_checkpoint.is_stored
 
     @cached_property
     def parted(self) -> tuple[PartedTensor, ...]:
@@ -242,8 +253,18 @@ def diff(
     *,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
+    values: bool = False,
+    rtol: float | None = None,
+    atol: float | None = None,
+    expect_frozen: str | Sequence[str] = (),
+    expect_changed: str | Sequence[str] = (),
+    max_rel_l2: float | None = None,
+    progress: Progress | None = None,
 ) -> StateDictDiff:
-    """Return the differences between two state_dicts that ``load_state_dict`` would report.
+    """Return the differences between two state_dicts that ``load_state_dict`` would report, and those of their values.
+
+    Values are compared with ``values``, and with any of the arguments that need them: ``rtol``, ``atol`` and the gates
+    ``expect_frozen``, ``expect_changed`` and ``max_rel_l2``. Without tolerances, equal values have equal bits.
 
     Args:
         expected: The model: a Module, a path, a Checkpoint, or a mapping of tensors or of ``TensorInfo``. What is
@@ -253,27 +274,76 @@ def diff(
         require: A pattern or a list of patterns: every matching key of ``expected`` must get a value. ``unmet`` of the
             result has the patterns of which not all would.
         min_coverage: The least share of the expected elements that must get a value, between 0 and 1, as in ``unmet``.
+        values: Whether to read and compare the values of all matched tensors. ``values`` of the result has the
+            differences.
+        rtol: The tolerance relative to the expected value, as in ``torch.allclose``; 0 where only ``atol`` is given.
+        atol: The absolute tolerance, as in ``torch.allclose``; 0 where only ``rtol`` is given.
+        expect_frozen: A pattern or a list of patterns: the values of every matching tensor must be equal. A matching
+            tensor without a partner of the same shape breaks the gate. ``gates`` of the result has all judgements,
+            ``unmet`` the broken gates.
+        expect_changed: As ``expect_frozen``, for tensors whose values must differ.
+        max_rel_l2: The largest relative L2 change that a tensor of both sides may have.
+        progress: Called with the number of bytes of each step while values are compared.
 
     Raises:
-        ArgumentError: ``min_coverage`` is not a share.
+        ArgumentError: ``min_coverage`` is not a share, or a tolerance or ``max_rel_l2`` is negative.
         PathError: A path cannot be read.
         FormatError: A file is not a valid checkpoint.
-        ModelError: One side is not a state_dict.
-        RuleError: A rule matches nothing, or gives two keys the same name.
+        ModelError: One side is not a state_dict, or has no values to compare.
+        RuleError: A rule or a pattern matches nothing, or a rule gives two keys the same name.
 
     Example:
         >>> diff("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", ["module.*=*"]).missing
         ()
+        >>> diff("fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors", values=True).values.equal
+        10
     """
     requirements = parse_requirements(require, min_coverage)
+    gates = parse_gates(expect_frozen, expect_changed, max_rel_l2)
+    require_flags(values=values)
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if tolerance is not None:
+            require_number(tolerance, name, "a number of at least 0, such as 1e-5", at_least=0)
+    require_progress(progress)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
         key_map = apply_rules(rules_for(rules, found_side, expected_side), found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
-        if not requirements:
+        unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint") if requirements else []
+        if share_a_file(expected_side, found_side):  # few pairs do
+            sources = _unchanged_sources(result, key_map)
+            result = replace(result, same_ranges=keys_with_same_range(expected_side, found_side, sources))
+        if unmet:
+            result = replace(result, unmet=tuple(unmet))
+        if not (values or gates or rtol is not None or atol is not None):
             return result
-        return replace(
-            result, unmet=tuple(find_unmet_in(result, requirements, of="the model", source="the checkpoint"))
-        )
+        names = {pair.key: result.moved.get(pair.key, pair.key) for pair in result.matched}
+        compared = compare_named(expected_side, found_side, key_map, names, rtol=rtol, atol=atol, progress=progress)
+    return _with_values(result, gates, compared)
+
+
+def _unchanged_sources(result: StateDictDiff, key_map: KeyMap) -> dict[str, str]:
+    """Return each matched key with the key of its tensor in the found file, where the rules compute nothing."""
+    computed = key_map.copied_or_computed
+    return {pair.key: pair.found.key for pair in result.matched if result.moved.get(pair.key, pair.key) not in computed}
+
+
+def _with_values(result: StateDictDiff, gates: Gates, values: ValueDiff) -> StateDictDiff:
+    """Return the result with the compared values, and with the judgement of each gate."""
+    if not gates:
+        return replace(result, values=values)
+    unexpected = (result.names.get(info.key, info.key) for info in result.unexpected)
+    keys = dict.fromkeys((*result.expected, *unexpected))
+    why = {
+        **dict.fromkeys(result.expected, "missing in FOUND"),
+        **dict.fromkeys(result.computed, "made by the model's own code"),
+        **_reasons(result),
+    }
+    matched = {pair.key for pair in result.matched}
+    reasons = {key: why.get(key, "missing in EXPECTED") for key in keys if key not in matched}
+    reasons |= {one.key: f"not compared: {one.reason}" for one in values.skipped}
+    judged = judge(gates, values, keys, reasons)
+    broken = (gate.broken for gate in judged if gate.broken)
+    return replace(result, values=values, gates=tuple(judged), unmet=(*result.unmet, *broken))
 
 
 def loaded_keys(result: StateDictDiff, refused: AbstractSet[str] = frozenset()) -> frozenset[str]:
@@ -301,7 +371,13 @@ def find_unmet_in(
     source: str,
 ) -> list[Unmet]:
     """Return the requirements that a load of what ``result`` compares would not meet, as ``find_unmet`` does."""
-    reasons = {
+    reasons = _reasons(result)
+    return find_unmet(requirements, result.expected, loaded_keys(result, refused), reasons, of=of, source=source)
+
+
+def _reasons(result: StateDictDiff) -> dict[str, str]:
+    """Return why keys are not loaded, although the checkpoint has a value for them."""
+    return {
         **dict.fromkeys(result.blocked, "not a tensor"),
         **{pair.key: f"torch does not copy {pair.found}" for pair in result.uncopyable},
         **{
@@ -310,7 +386,6 @@ def find_unmet_in(
         },
         **{part: weight.remark for weight in result.quantized for part in (weight.key, *weight.parts)},
     }
-    return find_unmet(requirements, result.expected, loaded_keys(result, refused), reasons, of=of, source=source)
 
 
 def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:

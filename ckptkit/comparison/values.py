@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
@@ -13,6 +13,8 @@ from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.files import Extent, is_same_range
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
+from ckptkit.core.result import Result
+from ckptkit.core.text import plural
 from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.quantized import quantized_weights
 from ckptkit.rules.model import KeyMap
@@ -98,8 +100,8 @@ class ValueDifference:
         return self.expected.key
 
 
-@dataclass(frozen=True, slots=True)
-class ValueDiff:
+@dataclass(frozen=True, slots=True, repr=False)
+class ValueDiff(Result):
     """The values that differ between two checkpoints, among the keys that both have with one shape.
 
     Attributes:
@@ -122,6 +124,8 @@ class ValueDiff:
         (10, 10, True)
     """
 
+    _truth: ClassVar[str] = "ask for .all_equal or .different"
+
     compared: int
     equal: int
     different: tuple[ValueDifference, ...] = ()
@@ -131,6 +135,15 @@ class ValueDiff:
     keys: tuple[str, ...] = ()
     rtol: float | None = None
     atol: float | None = None
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        count = len(self.different)
+        beyond = "" if self.rtol is None else " beyond the tolerances"
+        skipped = f", {len(self.skipped)} not compared" if self.skipped else ""
+        verb = "differs" if count == 1 else "differ"
+        return f"{count} of {plural(self.compared, 'tensor')} {verb} in values{beyond}{skipped}"
 
     @property
     def all_equal(self) -> bool:

@@ -9,6 +9,7 @@ from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, name_beside, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
+from ckptkit.render.values import values_in_diff, values_page
 
 __all__ = ["answers_first", "diff_document", "diff_page"]
 
@@ -45,7 +46,7 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
             {"key": key.key, "scheme": key.weight.scheme, "side": key.side, "parts": list(key.weight.parts)}
             for key in result.quantized
         ],
-        "values": "not read" if result.has_unread_values else None,
+        "values": None if result.values is None else values_in_diff(result.values, result.gates),
         "unmet": [
             {"requirement": unmet.requirement, "message": unmet.message, "keys": list(unmet.keys)}
             for unmet in result.unmet
@@ -59,6 +60,7 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
             "dtype_mismatched": len(result.dtype_mismatched),
             "quantized": len(result.quantized),
             "computed": len(result.computed),
+            "same_ranges": len(result.same_ranges),
             "coverage": result.coverage,
             "loads_strict": result.loads_strict,
             "loads": result.loads,
@@ -112,17 +114,20 @@ def diff_page(
         *([f"{len(result.quantized):,} quantised differently"] if result.quantized else []),
     ]
     elements = plural(measure_coverage(result.expected, frozenset()).elements, "element")
-    unread = "; values were not read" if result.has_unread_values else ""
+    unmet = [unmet for unmet in result.unmet if all(unmet is not gate.broken for gate in result.gates)]
     shown = _few_of(rows) if is_short else rows
     table = [Table(("", "key", "expected", "found"), tuple(shown))] if rows else []
     more = [Line((f"and {plural(len(rows) - len(shown), 'more row')}",))] if len(shown) < len(rows) else []
     return [
         Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
         Line(("found     ", *describe(result.found_checkpoint, "found"))),
+        *_gate_lines(result),
+        *([] if result.values is None else values_page(result.values, expand=expand or everything)),
         *(() if is_short else table),
         Line((", ".join(counts),)),
-        Line((f"coverage {percent(result.coverage)} of {elements}{unread}",)),
-        *(Line(("not met: ", Message(unmet.message))) for unmet in result.unmet),
+        Line((f"coverage {percent(result.coverage)} of {elements}",)),
+        *([_unread_line(result)] if result.values is None and result.matched else []),
+        *(Line(("not met: ", Message(one.message))) for one in unmet),
         Line((_verdict(result),)),
         *(
             [Line((f"names decided: the model's own code for loading was not tried, because {result.undecided}",))]
@@ -152,6 +157,24 @@ def _few_of(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     others = [row for row in rows if row[0] != "-"]
     half = _FEW_ROWS // 2
     return [*missing[: max(half, _FEW_ROWS - len(others))], *others[: max(half, _FEW_ROWS - len(missing))]]
+
+
+def _unread_line(result: StateDictDiff) -> Line:
+    """Return that no value was compared, and what is known of the values without reading them."""
+    if not result.same_ranges:
+        return Line(("values were not compared: ", Hint("--values compares them")))
+    count = plural(len(result.same_ranges), "tensor")
+    return Line((f"values were not compared; the bytes of {count} are the same file range",))
+
+
+def _gate_lines(result: StateDictDiff) -> list[Line]:
+    """Return a line for each gate, the broken ones first."""
+    broken = [Line(("gate broken: ", Message(gate.broken.message))) for gate in result.gates if gate.broken]
+    return broken + [
+        Line(("gate holds: ", Message(f"{gate.option}, {plural(gate.tensors, 'tensor')}")))
+        for gate in result.gates
+        if not gate.broken
+    ]
 
 
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:

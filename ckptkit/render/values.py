@@ -1,19 +1,227 @@
-"""The values that differ between two checkpoints, as a page."""
+"""The values that differ between two checkpoints, as a page and as a JSON document."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
-from ckptkit.comparison.values import ValueDifference
+from ckptkit.comparison.gates import Gate
+from ckptkit.comparison.values import SideCounts, ValueDiff, ValueDifference
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import plural, printable, short_number
-from ckptkit.render.page import Line, Page, Table
-from ckptkit.render.summary import describe
+from ckptkit.core.text import listed, percent, plural, printable, quoted, short_number
+from ckptkit.render.page import Code, Line, Listing, Page, Table
+from ckptkit.render.page.sparkline import sparkline
+from ckptkit.render.summary import describe, json_number
 
-__all__ = ["value_page"]
+__all__ = ["value_page", "values_document", "values_in_diff", "values_page"]
 
 _SHOWN = 10
+_FEW_LAYERS = 3  # with fewer, the table says it all
+_MOST_STACKS = 6  # of layers that a page shows
+_MOST_BARS = 48  # so that a line with a long name fits into 80 columns
+_MANY_ULPS = 1_000_000  # 0.0 and 1.0 of F32 are a thousand times as far apart
+_LEAST = 5e-324  # a change without a size
+_LAYER = re.compile(r"(?:^|\.)([0-9]{1,6})(?=\.|$)")
+
+
+def values_page(result: ValueDiff, *, expand: bool = False) -> Page:
+    """Return the page of ``compare_values``: the answer, the ten worst tensors or all, and the change by layer."""
+    shown = result.different if expand else result.different[:_SHOWN]
+    more = len(result.different) - len(shown)
+    layers = _layer_lines(result)
+    return [
+        *_answer(result),
+        *_remarks(result),
+        _table(shown),
+        *([Line((f"and {plural(more, 'more tensor')}",))] if more else []),
+        *([Listing(layers)] if layers else []),
+    ]
+
+
+def values_document(result: ValueDiff) -> dict[str, object]:
+    """Return the document of ``compare_values``."""
+    return {"schema": "ckptkit.values/1", **_values(result)}
+
+
+def values_in_diff(values: ValueDiff, gates: Iterable[Gate]) -> dict[str, object]:
+    """Return what the document of ``ckpt diff --values`` has as ``"values"``."""
+    judged = [
+        {"gate": gate.name, "value": gate.value, "tensors": gate.tensors, "holds": gate.broken is None}
+        for gate in gates
+    ]
+    return {**_values(values), "gates": judged}
+
+
+def _values(values: ValueDiff) -> dict[str, object]:
+    return {
+        "compared": values.compared,
+        "equal": values.equal,
+        "different": [_difference_document(one) for one in values.different],
+        "within": [_difference_document(one) for one in values.within],
+        "skipped": [{"key": one.key, "reason": one.reason} for one in values.skipped],
+        "as_stored": list(values.as_stored),
+        "rtol": json_number(values.rtol),
+        "atol": json_number(values.atol),
+    }
+
+
+def _difference_document(one: ValueDifference) -> dict[str, object]:
+    return {
+        "key": one.key,
+        "found_key": one.found.key,
+        "names": list(one.names),
+        "max_abs": json_number(one.max_abs),
+        "mean_abs": json_number(one.mean_abs),
+        "rel_l2": json_number(one.rel_l2),
+        "cosine": json_number(one.cosine),
+        "changed": one.changed,
+        "changed_elements": one.changed_elements,
+        "beyond": one.beyond,
+        "nonfinite": one.nonfinite,
+        "max_ulp": one.max_ulp,
+        "nan": _side_counts(one.nan),
+        "inf": _side_counts(one.inf),
+        "place": None if one.place is None else list(one.place),
+        "values": None if one.place is None else list(one.values),
+    }
+
+
+def _side_counts(counts: SideCounts) -> dict[str, int]:
+    return {"expected": counts.expected, "found": counts.found}
+
+
+def _answer(values: ValueDiff) -> list[Line]:
+    if not values.compared:
+        return [Line(("values: no tensor could be compared",))]
+    tolerances = f"rtol {short_number(values.rtol)}, atol {short_number(values.atol)}"
+    if not values.different:
+        tensors = f"{'all ' * (values.compared > 1)}{plural(values.compared, 'tensor')}"
+        verb, also = ("is", "agrees") if values.compared == 1 else ("are", "agree")
+        if not values.within:
+            return [Line((f"values: {tensors} {verb} equal",))]
+        return [Line((f"values: {tensors} {also} within {tolerances}; the bits of {len(values.within):,} differ",))]
+    count = len(values.different)
+    beyond = "" if values.rtol is None else f" beyond {tolerances}"
+    differ = f"values: {count:,} of {plural(values.compared, 'tensor')} {'differs' if count == 1 else 'differ'}{beyond}"
+    return [Line((differ,)), *_how_much(values.different)]
+
+
+def _how_much(different: Sequence[ValueDifference]) -> list[Line]:
+    """Return the second line of the answer: NaN and Inf, else the largest change of a tensor that was not all zero."""
+    if nonfinite := sum(one.nonfinite > 0 for one in different):
+        verb = "differs" if nonfinite == 1 else "differ"
+        return [Line((f"{plural(nonfinite, 'tensor')} {verb} in NaN or Inf",), indented=True)]
+    changed = [one for one in different if one.rel_l2]
+    from_zero = sum(one.rel_l2 == math.inf for one in changed)
+    zero = f"{plural(from_zero, 'tensor')} {'was' if from_zero == 1 else 'were'} all zero" if from_zero else ""
+    if len(changed) == from_zero:
+        return [Line((zero,), indented=True)] if zero else []
+    worst = changed[from_zero]  # the worst are first
+    others = "; of the others, the largest" if from_zero else "the largest"
+    largest = f"{others} relative change is {_number(worst.rel_l2)}, in "
+    return [Line((zero + largest, Code(quoted(worst.key))), indented=True)]
+
+
+def _remarks(values: ValueDiff) -> list[Line]:
+    """Return what the numbers do not cover."""
+    lines = []
+    if values.skipped:
+        reasons = [f"{quoted(one.key)} ({one.reason})" for one in values.skipped]
+        count = (
+            f"{plural(len(values.skipped), 'tensor')} {'was' if len(values.skipped) == 1 else 'were'} not compared: "
+        )
+        lines.append(Line((count, Code(listed(reasons, 3, show=str)))))
+    if values.as_stored:
+        parts = plural(len(values.as_stored), "part")
+        lines.append(Line((f"{parts} of quantised weights were compared as stored, as codes and scales",)))
+    return lines
+
+
+_HEADERS = ("key", "rel L2", "max abs", "changed", "cosine", "max ulp", "mean abs")
+_GIVES_WAY = ("mean abs", "max ulp", "cosine", "max abs")
+_BEYOND, _NAN, _INF = "beyond", "NaN", "Inf"
+
+
+def _table(differences: Sequence[ValueDifference]) -> Table:
+    """Return a row for each tensor; columns of NaN, Inf and tolerances only where one of the tensors needs them."""
+    has_nan, has_inf = (any(any(_pair(one, name)) for one in differences) for name in ("nan", "inf"))
+    has_beyond = any(one.beyond is not None for one in differences)
+    extra = [name for name, needed in ((_BEYOND, has_beyond), (_NAN, has_nan), (_INF, has_inf)) if needed]
+    headers = (_HEADERS[0], *extra, *_HEADERS[1:])
+    return Table(headers, tuple(_cells(one, extra) for one in differences), frozenset(headers[1:]), _GIVES_WAY)
+
+
+def _cells(one: ValueDifference, extra: Sequence[str]) -> tuple[str, ...]:
+    others = {
+        _BEYOND: "" if one.beyond is None else f"{one.beyond:,}",
+        _NAN: _from_to(one.nan),
+        _INF: _from_to(one.inf),
+    }
+    return (
+        printable(one.key) if len(one.names) == 1 else f"{printable(one.key)} (tied)",
+        *(others[name] for name in extra),
+        _number(one.rel_l2),
+        _number(one.max_abs),
+        "the bytes" if one.changed is None else percent(one.changed),
+        "" if one.cosine is None else f"{one.cosine:.6f}",
+        "" if one.max_ulp is None else f"{one.max_ulp:,}" if one.max_ulp < _MANY_ULPS else "> 1e6",
+        _number(one.mean_abs),
+    )
+
+
+def _pair(one: ValueDifference, name: str) -> tuple[int, int]:
+    counts: SideCounts = getattr(one, name)
+    return counts.expected, counts.found
+
+
+def _from_to(counts: SideCounts) -> str:
+    return f"{counts.expected:,} -> {counts.found:,}" if counts.expected or counts.found else ""
+
+
+def _number(value: float | None) -> str:
+    return short_number(value, 3)
+
+
+def _layer_lines(values: ValueDiff) -> tuple[str, ...]:
+    """Return a line of bars for each stack of layers: for every layer, the largest ``rel_l2`` of its tensors."""
+    sizes = {name: _size(one) for one in (*values.within, *values.different) for name in one.names}
+    stacks: dict[str, dict[int, float]] = defaultdict(dict)
+    for key in values.keys:
+        match = _LAYER.search(key)
+        if match is not None:
+            layers = stacks[key[: match.start()]]
+            number = int(match[1])
+            layers[number] = max(layers.get(number, 0.0), sizes.get(key, 0.0))
+    long = {name: layers for name, layers in stacks.items() if len(layers) >= _FEW_LAYERS and any(layers.values())}
+    if not long:
+        return ()
+    shown = sorted(long, key=lambda name: -len(long[name]))[:_MOST_STACKS]
+    names = [f"{name}.".lstrip(".") + f"{{{min(long[name])}..{max(long[name])}}}" for name in map(str, shown)]
+    width = max(map(len, map(printable, names)))
+    return (
+        "change by layer: the largest relative L2 of its tensors",
+        *(f"  {printable(name):<{width}}  {_bars(long[stack])}" for name, stack in zip(names, shown, strict=True)),
+    )
+
+
+def _size(one: ValueDifference) -> float:
+    """Return the height of a bar; that of a tensor which was all zero is the least, since its change is infinite."""
+    if one.nonfinite or one.rel_l2 is None:
+        return math.inf
+    return _LEAST if one.rel_l2 in (0, math.inf) else one.rel_l2
+
+
+def _bars(layers: Mapping[int, float]) -> str:
+    """Return the bars of a stack in the order of its layers, and the largest change; many layers share bars."""
+    numbers = [layers[number] for number in sorted(layers)]
+    each = math.ceil(len(numbers) / _MOST_BARS)
+    bars = sparkline([max(numbers[at : at + each]) for at in range(0, len(numbers), each)])
+    worst = max(layers, key=lambda number: (layers[number], -number))
+    most = layers[worst]
+    return f"{bars}  up to {_number(most)} in layer {worst}" if most > _LEAST else bars
 
 
 def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, found: Checkpoint) -> Page:

@@ -1,0 +1,276 @@
+"""``ckpt diff --values``: exit codes, gates, the page and the document; the numbers are those of torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ckptkit
+from ckptkit.errors import ArgumentError, ModelError, RuleError
+from tests.helpers_cli import ROOT, run_ckpt
+
+State = dict[str, Tensor]
+
+
+def base() -> State:
+    """Return a backbone of four layers and a head."""
+    torch.manual_seed(0)
+    state = {f"backbone.{i}.{name}": torch.randn(4, 3) for i in range(4) for name in ("weight", "scale")}
+    return {**state, "head.weight": torch.randn(2, 3), "head.bias": torch.randn(2)}
+
+
+def tuned() -> State:
+    """Return the state after a training that froze the backbone."""
+    state = base()
+    return {**state, "head.weight": state["head.weight"] * 1.5, "head.bias": state["head.bias"] + 0.25}
+
+
+def changed(**tensors: Tensor) -> State:
+    """Return the trained state with other tensors; ``__`` is a dot."""
+    return {**tuned(), **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+
+
+Saved = Callable[[str, Mapping[str, Tensor]], Path]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """Return a function that saves a state, in the format that the suffix names."""
+
+    def save(name: str, state: Mapping[str, Tensor]) -> Path:
+        path = tmp_path / name
+        if path.suffix == ".pt":
+            torch.save(dict(state), path)
+        else:
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+        return path
+
+    return save
+
+
+FROZEN = ("--expect-frozen", "backbone.*")
+HEAD = ("--expect-changed", "head.*")
+NAN = torch.tensor([math.nan, 1.0])
+CASES: dict[str, tuple[State, tuple[str, ...], int]] = {
+    "no values asked": (tuned(), (), 0),
+    "equal": (base(), ("--values",), 0),
+    "different": (tuned(), ("--values",), 1),
+    "within a tolerance": (tuned(), ("--rtol", "0.6", "--atol", "0.25"), 0),
+    "beyond a tolerance": (tuned(), ("--atol", "0.1"), 1),
+    "zero of the other sign": (
+        changed(head__bias=torch.tensor([-0.0, 1.0])) | {"head.weight": base()["head.weight"]}, ("--values",), 1
+    ),
+    "another dtype of equal values": ({**base(), "head.bias": base()["head.bias"].double()}, ("--values",), 1),
+    "both gates hold": (tuned(), (*FROZEN, *HEAD), 0),
+    "a frozen tensor changed": (changed(backbone__2__scale=torch.zeros(4, 3)), (*FROZEN, *HEAD), 1),
+    "a frozen tensor changed in one bit of another dtype": (
+        changed(backbone__2__scale=base()["backbone.2.scale"].bfloat16()), FROZEN, 1
+    ),
+    "a frozen tensor in another dtype": (
+        changed(backbone__2__scale=base()["backbone.2.scale"].double()), (*FROZEN, *HEAD), 0
+    ),
+    "a head that did not train": (changed(head__bias=base()["head.bias"]), HEAD, 1),
+    "a frozen tensor is missing": ({k: v for k, v in tuned().items() if k != "backbone.1.scale"}, FROZEN, 1),
+    "a frozen tensor is new": ({**tuned(), "backbone.9.scale": torch.ones(1)}, FROZEN, 1),
+    "a changed tensor has another shape": (changed(head__bias=torch.ones(3)), HEAD, 1),
+    "other keys do not count beside a gate": ({**tuned(), "extra": torch.ones(1)}, FROZEN, 0),
+    "all changes are small": (tuned(), ("--max-rel-l2", "0.6"), 0),
+    "a change is large": (tuned(), ("--max-rel-l2", "0.4"), 1),
+    "a new NaN has no size": (changed(head__bias=NAN), ("--max-rel-l2", "1e9"), 1),
+    "no tensor to measure": ({"other": torch.ones(1)}, ("--max-rel-l2", "1"), 1),
+    "a gate and a requirement that is not met": (
+        {**tuned(), "head.bias": torch.ones(3)}, (*FROZEN, "--require", "head.*"), 1
+    ),
+    "a gate and a requirement that is met": ({**tuned(), "extra": torch.ones(3)}, (*FROZEN, "--require", "head.*"), 0),
+    "within the tolerance is frozen": (
+        changed(backbone__2__scale=base()["backbone.2.scale"] + 1e-6), (*FROZEN, "--atol", "1e-5"), 0
+    ),
+    "within the tolerance is not changed": (
+        changed(head__bias=base()["head.bias"] + 1e-6), (*HEAD, "--atol", "1e-5"), 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "options", "code"), CASES.values(), ids=CASES.keys())
+def test_exit_codes(
+    found: State, options: tuple[str, ...], code: int, saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 where bits or, with tolerances, values differ; with a gate it is 1 only where something required is not so."""
+    paths = saved("a.safetensors", base()), saved("b.safetensors", found)
+    ran = run_ckpt(capsys, "diff", *paths, *options)
+    assert ran.code == code, ran
+    assert run_ckpt(capsys, "diff", *paths, *options, "--json").code == code
+
+
+def test_broken_gates_name_the_tensors(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page begins with the gates, the document has all of them, and ``unmet`` has the broken ones."""
+    found = changed(backbone__2__scale=torch.zeros(4, 3), head__bias=base()["head.bias"])
+    found["backbone.1.weight"] = torch.ones(3, 4)
+    del found["backbone.0.weight"]
+    paths = saved("a.safetensors", base()), saved("b.pt", found)
+    gates = ("--expect-frozen", "backbone.*", "--expect-changed", "head.*", "--expect-changed", "*.2.scale")
+    lines = run_ckpt(capsys, "diff", *paths, *gates).out.splitlines()
+    broken = (
+        "'backbone.0.weight' (missing in FOUND), 'backbone.1.weight' (its shape is [3, 4], not [4, 3]), "
+        "'backbone.2.scale' (relative L2 1)"
+    )
+    assert lines[2:5] == [
+        f"gate broken: --expect-frozen 'backbone.*': 3 of 8 tensors are not frozen, {broken}",
+        "gate broken: --expect-changed 'head.*': 1 of 2 tensors is not changed, 'head.bias' (its values are equal)",
+        "gate holds: --expect-changed '*.2.scale', 1 tensor",
+    ]
+    document = json.loads(run_ckpt(capsys, "diff", *paths, *gates, "--json").out)
+    assert [(gate["gate"], gate["value"], gate["tensors"], gate["holds"]) for gate in document["values"]["gates"]] == [
+        ("expect_frozen", "backbone.*", 8, False),
+        ("expect_changed", "head.*", 2, False),
+        ("expect_changed", "*.2.scale", 1, True),
+    ]
+    result = ckptkit.diff(*paths, expect_frozen="backbone.*", expect_changed=["head.*", "*.2.scale"])
+    assert [(one.requirement, one.keys) for one in result.unmet] == [
+        ("expect_frozen", ("backbone.0.weight", "backbone.1.weight", "backbone.2.scale")),
+        ("expect_changed", ("head.bias",)),
+    ]
+    assert [one["keys"] for one in document["unmet"]] == [list(one.keys) for one in result.unmet]
+    assert "gate broken: expect_frozen='backbone.*': 3 of 8 tensors are not frozen" in str(result)
+
+
+@pytest.mark.parametrize("option", ["--expect-frozen", "--expect-changed"])
+def test_a_gate_that_matches_nothing_is_refused(option: str, saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typo must not look like a gate that holds; the nearest name is said."""
+    paths = saved("a.safetensors", base()), saved("b.safetensors", tuned())
+    ran = run_ckpt(capsys, "diff", *paths, option, "bakcbone.*")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"{option} 'bakcbone.*' matches none of 10 keys" in ran.err
+    assert "hint: did you mean 'backbone.*'?" in ran.err
+
+
+def test_the_worst_tensors_are_first_and_ten(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """The document has all tensors that differ, the page ten, and with ``--expand`` or ``-a`` all."""
+    torch.manual_seed(0)
+    state = {f"layer.{i}.weight": torch.randn(8) for i in range(14)}
+    found = {key: tensor * (1 + 0.001 * (i + 1)) for i, (key, tensor) in enumerate(state.items())}
+    found["layer.5.weight"] = state["layer.5.weight"]
+    found["layer.3.weight"] = state["layer.3.weight"].clone().index_fill_(0, torch.tensor(1), math.inf)
+    paths = saved("a.safetensors", state), saved("b.safetensors", found)
+    out = run_ckpt(capsys, "diff", *paths, "--values").out
+    lines = out.splitlines()
+    rows = [line.split()[0] for line in lines if line.startswith("layer.")]
+    assert rows == ["layer.3.weight", *(f"layer.{i}.weight" for i in range(13, 4, -1) if i != 5), "layer.4.weight"]
+    assert lines[2:4] == ["values: 13 of 14 tensors differ", "  1 tensor differs in NaN or Inf"]
+    assert "and 3 more tensors" in lines
+    for option in ("--expand", "-a"):
+        everything = run_ckpt(capsys, "diff", *paths, "--values", option).out
+        assert sum(line.startswith("layer.") for line in everything.splitlines()) == 13
+    document = json.loads(run_ckpt(capsys, "diff", *paths, "--values", "--json").out)["values"]
+    assert (document["compared"], document["equal"], len(document["different"])) == (14, 1, 13)
+    assert document["different"][0]["inf"] == {"expected": 0, "found": 1}
+    assert document["different"][0]["max_abs"] == "inf"
+    worst = document["different"][1]
+    delta = (found["layer.13.weight"] - state["layer.13.weight"]).double()
+    assert worst["rel_l2"] == pytest.approx(float(delta.norm() / state["layer.13.weight"].double().norm()))
+
+
+def test_change_by_layer_has_a_bar_for_each_layer(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each bar is the largest relative change in a layer; a layer without any change is a dot."""
+    found = {**base(), "backbone.1.scale": base()["backbone.1.scale"] * 1.009}
+    found["backbone.3.weight"] = base()["backbone.3.weight"] * 1.04
+    paths = saved("a.safetensors", base()), saved("b.safetensors", found)
+    out = run_ckpt(capsys, "diff", *paths, "--values").out
+    assert "\n  backbone.{0..3}  ·▂·█  up to 0.04 in layer 3\n" in out
+
+
+def test_same_file_ranges_are_counted_without_reading(
+    tmp_path: Path, saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A link to a file, and a directory that shares a shard, have the same bytes; of a copy nothing is known."""
+    one = saved("a.safetensors", base())
+    os.link(one, tmp_path / "link.safetensors")
+    copy = saved("copy.safetensors", base())
+    line = "values were not compared; the bytes of 10 tensors are the same file range"
+    assert line in run_ckpt(capsys, "diff", one, one).out.splitlines()
+    assert line in run_ckpt(capsys, "diff", one, tmp_path / "link.safetensors").out.splitlines()
+    assert ckptkit.diff(one, one).same_ranges == base().keys()
+    assert "values were not compared: --values compares them" in run_ckpt(capsys, "diff", one, copy).out.splitlines()
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    for file in (ROOT / "fixtures" / "encoder_sharded").iterdir():
+        (folder / file.name).symlink_to(file)
+    shards = ckptkit.diff(ROOT / "fixtures" / "encoder_sharded", folder)
+    assert shards.same_ranges == {pair.key for pair in shards.matched}
+    renamed = ckptkit.diff(one, one, ["head.weight=head.weight"])
+    assert renamed.to_dict()["summary"]["same_ranges"] == 10
+
+
+def test_without_values_no_value_is_claimed(saved: Saved) -> None:
+    """Files with other values are not said to be equal; a live model is compared only on request too."""
+    paths = saved("a.safetensors", base()), saved("b.safetensors", tuned())
+    result = ckptkit.diff(*paths)
+    assert (result.values, result.different, result.to_dict()["values"]) == (None, False, None)
+    assert str(result).count("values were not compared: values=True compares them") == 1
+    assert "equal" not in str(result)
+
+
+def test_values_in_python(saved: Saved) -> None:
+    """Page, one line, HTML and document agree; a live model and a dict are compared as files are."""
+    model = nn.Linear(3, 2)
+    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    assert ckptkit.diff(model, state, values=True).different is False
+    state["bias"] += 1
+    result = ckptkit.diff(model, saved("c.pt", state), values=True)
+    assert result.values is not None
+    assert (result.values.compared, result.values.equal, result.values.different[0].key) == (2, 1, "bias")
+    assert result.different
+    assert repr(result).endswith("0 dtype-mismatched, 1 of 2 tensors differs in values>")
+    assert "values: 1 of 2 tensors differs" in str(result)
+    assert "values: 1 of 2 tensors differs" in result._repr_html_()
+    assert [one["key"] for one in result.to_dict()["values"]["different"]] == ["bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"values": "yes"}, ArgumentError),
+        ({"rtol": -1}, ArgumentError),
+        ({"atol": "0.1"}, ArgumentError),
+        ({"expect_frozen": 3}, ArgumentError),
+        ({"max_rel_l2": -0.5}, ArgumentError),
+        ({"max_rel_l2": math.nan}, ArgumentError),
+        ({"expect_changed": "absent.*"}, RuleError),
+        ({"expect_frozen": "re:("}, RuleError),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exception]) -> None:
+    """A wrong tolerance, limit or pattern is an error, not a gate that holds."""
+    model = nn.Linear(3, 2)
+    with pytest.raises(error):
+        ckptkit.diff(model, model, **arguments)
+
+
+def test_a_model_without_values_is_refused() -> None:
+    """Nothing is said of values that do not exist."""
+    with pytest.raises(ModelError, match="has no values"):
+        ckptkit.diff(nn.Linear(3, 2, device="meta"), nn.Linear(3, 2), values=True)
+
+
+def test_values_through_rules_and_of_a_live_model(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names are those of the model, and ``found_key`` that of the file."""
+    found = {f"module.{key}": tensor for key, tensor in tuned().items()}
+    paths = saved("a.safetensors", base()), saved("b.pt", found)
+    ran = run_ckpt(capsys, "diff", *paths, "--strip", "auto", "--values", "--json")
+    different = json.loads(ran.out)["values"]["different"]
+    assert {(one["key"], one["found_key"]) for one in different} == {
+        ("head.weight", "module.head.weight"),
+        ("head.bias", "module.head.bias"),
+    }
+    live = run_ckpt(capsys, "diff", "py:fixtures.lenet:build(num_classes=10)", "fixtures/lenet_10class.pth", "--values")
+    assert (live.code, "values: 10 of 10 tensors differ" in live.out) == (1, True)
