@@ -36,7 +36,9 @@ PAGES = {
 }
 _BLOCK = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
 _CAPTION = re.compile(r"^:caption:[ ]*(?P<name>[\w./-]+)\n", re.MULTILINE)
-_RECORDS = re.compile(r"[\d.]+ kB in \d+ records read, \d+ compared with a checksum")
+_RECORDS = re.compile(
+    r"[\d.]+ kB (?:in \d+ records read, \d+ compared with a checksum|read, \d+ of \d+ checksums compared)"
+)
 _RECORDS_ON_PAGES = 6
 _NEEDS = re.compile(r"<!-- needs: (?P<names>[\w, -]+) -->")
 

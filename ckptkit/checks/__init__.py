@@ -89,10 +89,10 @@ def run_checks(
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(opened(checkpoint, "checkpoint", warn=False))
         expected = None if like is None else stack.enter_context(opened(like, "expected"))
-        findings = _check(
+        findings, proved = _check(
             found, rules_for(rules, found, expected), expected, fast=fast, values=values, progress=progress
         )
-        return _report(findings, entries, found)
+        return replace(_report(findings, entries, found), proved=proved)
 
 
 def _check(
@@ -103,7 +103,8 @@ def _check(
     fast: bool,
     values: bool,
     progress: Progress | None,
-) -> list[Finding]:
+) -> tuple[list[Finding], str]:
+    """Return the findings, and what was read, for a report without findings."""
     key_map = apply_rules(rules, checkpoint, expected)
     read = key_map.sources()
     chosen = dict.fromkeys(key for key in checkpoint if key in read)
@@ -121,7 +122,7 @@ def _check(
     if fast:
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
         message += loading_summary(checkpoint)
-        return [*findings, codes.NOT_SCANNED.finding("", message)]
+        return [*findings, codes.NOT_SCANNED.finding("", message)], "headers only, no tensor was read"
     with Workers() as workers, pause_gc():
         scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen, workers)
         if values:
@@ -149,7 +150,7 @@ def _check(
 
                 with restored_random_state(seed=NEW_MODEL_SEED):  # it has the same values in every run
                     findings += check_expected_values(result, expected, scan.values, quantized)
-    return [*findings, codes.NOT_SCANNED.finding("", scan.summary())]
+    return [*findings, codes.NOT_SCANNED.finding("", scan.summary())], scan.in_short()
 
 
 def _report(findings: Sequence[Finding], ignore: Sequence[IgnoreEntry], checkpoint: Checkpoint) -> CheckReport:

@@ -181,6 +181,14 @@ class Scan:
         message = f"{self.checkpoint.format}: no checksum is recorded for {count}: damage is not detected there"
         return NO_CHECKSUM.finding("", message)
 
+    def in_short(self) -> str:
+        """Return what was read, compared and checked, in a few words."""
+        values = "no values checked" if self.values is None else self.values.summary()
+        if not self.checkpoint.files:
+            return f"held in memory, {values}"
+        checksums = f"{self.compared:,} of {plural(self.records, 'checksum')} compared"
+        return f"{human_bytes(self.nbytes)} read, {checksums if self.compared else 'no checksum recorded'}, {values}"
+
     def summary(self) -> str:
         """Return a sentence about the bytes that were read, and about everything that was not read."""
         values = VALUES_UNCHECKED if self.values is None else self.values.summary()
