@@ -38,7 +38,7 @@ _SUMMARIES = {
     "show": "List the tensors, other entries and warnings of a checkpoint.",
     "check": "Read every stored byte, and report what is damaged or unusual.",
     "stats": "Show mean, extremes, norms, zeros and NaN of each tensor.",
-    "digest": "Hash each tensor, and check a checkpoint against recorded hashes.",
+    "digest": "Hash each tensor, and check against recorded hashes.",
     "diff": "Compare what a model expects with what a checkpoint has.",
     "align": "Find the rules that rename one checkpoint to match another.",
     "remap": "Rename, keep, drop and cast tensors, and write the result.",
