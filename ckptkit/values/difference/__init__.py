@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from ckptkit.core.torch_bridge import same_memory
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.difference.numbers import has_numbers, has_steps, measure, measure_runs
-from ckptkit.values.difference.part import Part, Tolerance, together
-from ckptkit.values.difference.reading import Pair, Piece, Task, expected_pieces, read_side, tasks
+from ckptkit.values.difference.numbers import BLOCK, has_numbers, has_steps, measure, measure_equal, measure_runs
+from ckptkit.values.difference.part import UNCHANGED, Part, Tolerance, together
+from ckptkit.values.difference.reading import Pair, Piece, Task, expected_pieces, read_block, read_side, tasks
 from ckptkit.values.difference.text import text_of
-from ckptkit.values.workers import Workers
+from ckptkit.values.workers import Workers, pieces
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,40 +83,48 @@ def differences(
 
 def _compare(task: Task, workers: Workers, tolerance: Tolerance | None) -> list[Part | BytesDiffer | None]:
     """Return the differences of each piece."""
-    pieces = task.pieces
-    sides = _read(pieces, 0, workers), _read(pieces, 1, workers)
-    if len(pieces) == 1:
-        return [_compare_one(pieces[0].pair, sides, workers, tolerance)]
-    return _compare_many(pieces, sides, workers, tolerance)
+    if task.is_long:
+        return [_compare_piece(piece, workers, tolerance) for piece in task.pieces]
+    sides = _read(task.pieces, 0, workers), _read(task.pieces, 1, workers)
+    return _compare_many(task.pieces, sides, workers, tolerance)
 
 
-def _compare_one(
-    pair: Pair, sides: tuple[memoryview, memoryview], workers: Workers, tolerance: Tolerance | None
-) -> Part | BytesDiffer | None:
-    expected, found = sides
-    is_cast = pair.code != pair.found_code
-    if is_cast:
-        found = cast_bytes(found, pair.found_code, pair.code, workers, "found as expected")
-    if _are_equal(expected, found):
+def _compare_piece(piece: Piece, workers: Workers, tolerance: Tolerance | None) -> Part | BytesDiffer | None:
+    """Compare a piece of a long pair, block by block: what was read is still in the cache for the arithmetic."""
+    code, found_code = piece.pair.code, piece.pair.found_code
+    parts: list[tuple[int, Part]] = []
+    equal: list[tuple[int, int]] = []
+    best = UNCHANGED
+    for start, stop in pieces(piece.stop - piece.start, BLOCK):
+        expected, found = (read_block(piece, side, start, stop, workers) for side in (0, 1))
+        if code != found_code:
+            found = cast_bytes(found, found_code, code, workers, "found as expected")
+        if _are_equal(expected, found):
+            equal.append((start, stop))
+            continue
+        if not has_numbers(code):
+            return _BYTES_DIFFER
+        part = measure((expected, found), code, workers, tolerance, best, is_cast=code != found_code)
+        best = max(best, part.largest)
+        parts.append((start, part))
+    if not any(part.changed for _, part in parts):
         return None
-    if not has_numbers(pair.code):
-        return _BYTES_DIFFER
-    part = measure((expected, found), pair.code, workers, tolerance, is_cast=is_cast)
-    return part if part.changed else None
+    parts += [(start, _measure_equal(piece, start, stop, workers)) for start, stop in equal]
+    return together(parts)
 
 
 def _compare_many(
-    pieces: list[Piece], sides: tuple[memoryview, memoryview], workers: Workers, tolerance: Tolerance | None
+    short: list[Piece], sides: tuple[memoryview, memoryview], workers: Workers, tolerance: Tolerance | None
 ) -> list[Part | BytesDiffer | None]:
     """Compare short pairs: those of one dtype together, since a call of numpy for each would cost more."""
     import numpy as np
 
-    result: list[Part | BytesDiffer | None] = [None] * len(pieces)
-    if all(piece.pair.code == piece.pair.found_code for piece in pieces) and _are_equal(*sides):
+    result: list[Part | BytesDiffer | None] = [None] * len(short)
+    if all(piece.pair.code == piece.pair.found_code for piece in short) and _are_equal(*sides):
         return result
     groups: dict[tuple[str, str], list[tuple[int, memoryview, memoryview]]] = {}
     first = second = 0
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(short):
         end, other_end = first + piece.nbytes[0], second + piece.nbytes[1]
         codes = piece.pair.code, piece.pair.found_code
         expected, found = sides[0][first:end], sides[1][second:other_end]
@@ -128,7 +136,7 @@ def _compare_many(
         first, second = end, other_end
     for (code, found_code), items in groups.items():
         joined = [memoryview(b"".join(sides)) for sides in ([item[1] for item in items], [item[2] for item in items])]
-        counts = [pieces[number].pair.elements for number, _, _ in items]
+        counts = [short[number].pair.elements for number, _, _ in items]
         starts = np.cumsum([0, *counts[:-1]])
         is_cast = code != found_code
         if is_cast:
@@ -148,15 +156,17 @@ def _are_equal(expected: memoryview, found: memoryview) -> bool:
 
 def _measure_expected(piece: Piece, workers: Workers) -> tuple[int, Part]:
     """Return the numbers of a piece whose bytes are equal, for the norm of its tensor."""
-    data = _read([piece], 0, workers)
-    return piece.start, measure((data, data), piece.pair.code, workers)
+    blocks = pieces(piece.stop - piece.start, BLOCK)
+    return piece.start, together([(start, _measure_equal(piece, start, stop, workers)) for start, stop in blocks])
 
 
-def _read(pieces: list[Piece], side: int, workers: Workers) -> memoryview:
+def _measure_equal(piece: Piece, start: int, stop: int, workers: Workers) -> Part:
+    return measure_equal(read_block(piece, 0, start, stop, workers), piece.pair.code, workers)
+
+
+def _read(short: list[Piece], side: int, workers: Workers) -> memoryview:
     """Return the bytes of one side of all pieces, in a buffer of this thread."""
-    if len(pieces) == 1 and isinstance(data := pieces[0].sides[side], bytearray):
-        return memoryview(data)
     name = ("expected bytes", "found bytes")[side]
-    buffer: npt.NDArray[np.uint8] = workers.buffer(name, "u1", sum(piece.nbytes[side] for piece in pieces))
-    read_side(pieces, side, buffer.data)
+    buffer: npt.NDArray[np.uint8] = workers.buffer(name, "u1", sum(piece.nbytes[side] for piece in short))
+    read_side(short, side, buffer.data)
     return buffer.data

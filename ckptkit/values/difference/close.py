@@ -55,7 +55,8 @@ def _values(bits: Array, real: str, workers: Workers) -> Array:
     if real in ("F32", "F64"):
         return bits.view(f"f{bits.itemsize}")
     if real == "F4":
-        return float4_values()[bits].astype(np.float32)
+        numbers: Array = float4_values()[bits >> 4].astype(np.float32)
+        return numbers
     return np.array(np.frombuffer(cast_bytes(bits.view(np.uint8).data, real, "F32", workers, "close"), np.float32))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ckptkit.core.dtypes import DTYPES
@@ -10,7 +11,8 @@ from ckptkit.values.arrays import array_of, bits_dtype, float4_values, real_code
 from ckptkit.values.byte_codes import BYTE_CODES
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.difference.close import is_close
-from ckptkit.values.difference.part import UNCHANGED, Part, Sums, Tolerance, together
+from ckptkit.values.difference.floats import has_floats, measure_equal_floats, measure_floats
+from ckptkit.values.difference.part import UNCHANGED, Part, Sums, Tolerance
 from ckptkit.values.extremes import INTEGERS
 from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.workers import Workers
@@ -18,11 +20,11 @@ from ckptkit.values.workers import Workers
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["BLOCK", "has_numbers", "has_steps", "measure", "measure_runs"]
+__all__ = ["BLOCK", "has_numbers", "has_steps", "measure", "measure_equal", "measure_runs"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
-BLOCK = 1 << 16  # elements; a copy of them in float64 stays in the cache
-_SIGNS = {"F4": 8, **{code: layout.sign for code, layout in FLOAT_FORMATS.items()}}
+BLOCK = 1 << 18  # elements; a copy of them in float32 stays in the cache
+_SIGNS = {"F4": 128, **{code: layout.sign for code, layout in FLOAT_FORMATS.items()}}
 
 
 class Numbers(NamedTuple):
@@ -54,20 +56,38 @@ def measure(
     sides: tuple[memoryview, memoryview],
     code: str,
     workers: Workers,
-    tolerance: Tolerance | None = None,
+    tolerance: Tolerance | None,
+    best: float,
     *,
     is_cast: bool = False,
 ) -> Part:
-    """Return the differences of many elements of dtype ``code``, block by block.
+    """Return the differences of a block of elements of dtype ``code``.
 
-    After a cast, two NaNs are equal with any bits.
+    ``largest`` of the part may be ``UNCHANGED`` if it is not above ``best``. After a cast, two NaNs are equal with any
+    bits.
     """
-    bits = DTYPES[code].bits
-    size, parts = BLOCK * bits // 8, []
-    for start in range(0, len(sides[0]), size):
-        block = sides[0][start : start + size], sides[1][start : start + size]
-        parts.append((start * 8 // bits, measure_runs(block, code, workers, (0,), tolerance, is_cast=is_cast)[0]))
-    return together(parts)
+    import numpy as np
+
+    part = None
+    with np.errstate(all="ignore"):
+        if has_floats(code):
+            bits = _bits(sides[0], code), _bits(sides[1], code)
+            part = measure_floats(bits, code, workers, best)
+            if part is not None and part.changed and tolerance is not None:
+                close = is_close(bits, bits[0], code, tolerance, workers)
+                part = replace(part, beyond=int(np.count_nonzero(~close & (bits[0] != bits[1]))))
+    return part or measure_runs(sides, code, workers, (0,), tolerance, is_cast=is_cast)[0]
+
+
+def measure_equal(data: memoryview, code: str, workers: Workers) -> Part:
+    """Return the part of a block with the bytes ``data`` on both sides."""
+    import numpy as np
+
+    part = None
+    with np.errstate(all="ignore"):
+        if has_floats(code):
+            part = measure_equal_floats(_bits(data, code), code, workers)
+    return part or measure_runs((data, data), code, workers, (0,))[0]
 
 
 def measure_runs(
@@ -199,11 +219,11 @@ def _of_elements(marks: Any, parts: int) -> Array:
 
 
 def _bits(data: memoryview, real: str) -> Array:
-    """Return the bits of each number; those of F4 are two to a byte, the lower half first."""
+    """Return the bits of each number; those of F4, of which the lower half of a byte is first, in the upper half."""
     import numpy as np
 
     bits: Array = np.frombuffer(data, bits_dtype(real))
-    return np.stack((bits & 15, bits >> 4), 1).reshape(-1) if real == "F4" else bits
+    return np.stack((bits << 4, bits & 0xF0), 1).reshape(-1) if real == "F4" else bits
 
 
 def _wide(data: memoryview, bits: Array, real: str, workers: Workers, side: str) -> Array:
@@ -212,7 +232,8 @@ def _wide(data: memoryview, bits: Array, real: str, workers: Workers, side: str)
     if real == "F64":
         return bits.view(np.float64)
     if real == "F4":
-        return float4_values()[bits]
+        numbers: Array = float4_values()[bits >> 4]
+        return numbers
     return np.frombuffer(cast_bytes(data, real, "F64", workers, side), np.float64)
 
 
@@ -248,6 +269,8 @@ def _steps(numbers: Numbers, real: str, parts: int) -> Array | None:
         one, other = expected & size, found & size
         same = (expected ^ found) & sign == 0
         steps = np.where(same, np.maximum(one, other) - np.minimum(one, other), one + other)
+    if real == "F4":
+        steps >>= 4
     if parts == 2:
         steps = steps.reshape(-1, 2).max(1)
     return steps if numbers.finite is None else np.where(numbers.finite, steps, 0)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, PayloadReader, is_seekable
 from ckptkit.values.difference.numbers import BLOCK, has_numbers
+from ckptkit.values.workers import Workers
 
-__all__ = ["Pair", "Piece", "Task", "expected_pieces", "read_side", "tasks"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Pair", "Piece", "Task", "expected_pieces", "read_block", "read_side", "tasks"]
 
 _PIECE: Final = 1 << 21  # bytes of a side; what a thread reads stays in its cache
 _SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
@@ -49,6 +54,7 @@ class Task:
 
     pieces: list[Piece] = field(default_factory=list)
     nbytes: int = 0
+    is_long: bool = False
 
 
 def tasks(pairs: Iterable[Pair]) -> Iterator[Task]:
@@ -58,7 +64,7 @@ def tasks(pairs: Iterable[Pair]) -> Iterator[Task]:
         count = max(pair.expected.nbytes, pair.found.nbytes)
         if count >= _SMALL:
             for piece in _pieces(pair):
-                yield Task([piece], sum(piece.nbytes))
+                yield Task([piece], sum(piece.nbytes), is_long=True)
             continue
         if task.pieces and (task.nbytes + 2 * count > 2 * _PIECE or len(task.pieces) >= _MAX_TOGETHER):
             yield task
@@ -75,6 +81,18 @@ def expected_pieces(pair: Pair, starts: Iterable[int]) -> Iterator[Piece]:
     """Yield the pieces of a long pair that begin at ``starts``; only their expected side can be read."""
     wanted = frozenset(starts)
     return (piece for piece in _pieces(pair, only_expected=True) if piece.start in wanted)
+
+
+def read_block(piece: Piece, side: int, start: int, stop: int, workers: Workers) -> memoryview:
+    """Return the bytes of some elements of a piece of a long pair, counted from its first, on one side."""
+    count = piece.stop - piece.start
+    first, end = piece.nbytes[side] * start // count, piece.nbytes[side] * stop // count
+    source = piece.sides[side]
+    if isinstance(source, bytearray):
+        return memoryview(source)[first:end]
+    buffer: npt.NDArray[np.uint8] = workers.buffer(("expected bytes", "found bytes")[side], "u1", end - first)
+    read_into(part_of(source, first, end - first), buffer.data)
+    return buffer.data
 
 
 def read_side(pieces: Sequence[Piece], side: int, buffer: memoryview) -> None:

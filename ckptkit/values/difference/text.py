@@ -8,9 +8,9 @@ __all__ = ["text_of"]
 
 
 def text_of(data: bytes, code: str) -> str:
-    """Return the element of dtype ``code`` with these bytes, as text; an element of F4 is the lower half of a byte."""
+    """Return the element of dtype ``code`` with these bytes, as text; an element of F4 is the upper half of a byte."""
     if code == "F4":
-        return str(float(float4_values()[data[0]]))
+        return str(float(float4_values()[data[0] >> 4]))
     real = real_code(code)
     parts = [str(number) for number in array_of(data, real)]
     if len(parts) == 1:
