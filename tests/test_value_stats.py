@@ -19,8 +19,9 @@ from ckptkit import stats
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.torch_bridge import as_checkpoint, torch_dtype
+from ckptkit.statistics.columns import StatsTable
 from ckptkit.statistics.state_dict_stats import measure_values
-from ckptkit.statistics.value_stats import ValueStats, merge_stats
+from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.values.extremes import Extremes, extremes_of
 from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.kernels import why_unsupported
@@ -135,7 +136,7 @@ def test_the_extremes_of_every_number(code: str, order: str) -> None:
     numbers = patterns.to(torch.uint8 if count == 256 else torch.int16).view(dtype)
     starts = [0, *(start for start in accumulate(n % 97 + 1 for n in range(300)) if start < count)]
     with Workers(1) as workers:
-        found = extremes_of(bits(numbers), code, workers, starts)
+        found = extremes_of(bits(numbers), code, workers, starts).rows()
     smallest = torch.finfo(dtype).smallest_normal
     for one, start, end in zip(found, starts, [*starts[1:], count], strict=True):
         run = numbers[start:end].double()
@@ -284,5 +285,24 @@ def test_a_constant_has_no_deviation() -> None:
 def test_merged_stats_equal_those_of_one_tensor(parts: list[list[float]]) -> None:
     """Merged statistics of several tensors equal the statistics of one tensor with all their numbers."""
     tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
-    found = merge_stats(stats_of(described(tensor), bits(tensor)) for tensor in tensors)
+    found = StatsTable.of({str(at): stats_of(described(x), bits(x)) for at, x in enumerate(tensors)}).merged()
     check(found, [value for part in parts for value in part], "F64")
+
+
+def test_columns_keep_every_number() -> None:
+    """Statistics in columns are those that were put in, also where numbers are beyond float64, or none is finite."""
+    named = {
+        "large": stats_of(described(x := torch.tensor([2**63 - 1, -(2**63), 2**53 + 1])), bits(x)),
+        "floats": stats_of(described(x := torch.tensor([1.5, -0.0, math.inf, 1e-45])), bits(x)),
+        "nothing finite": stats_of(described(x := torch.tensor([math.nan, -math.inf])), bits(x)),
+        "bytes": stats_of(described(x := torch.tensor([3, 0, 255], dtype=torch.uint8)), bits(x)),
+        "empty": stats_of(described(x := torch.zeros(0)), bits(x)),
+    }
+    table = StatsTable.of(named)
+    assert table == named
+    assert list(map(type, vars(table["large"]).values())) == list(map(type, vars(named["large"]).values()))
+    backwards = table.take(table.rows_of(reversed(named)))
+    assert list(backwards.items()) == list(reversed(named.items()))
+    assert backwards.merged() == table.merged()
+    assert table.merged().max == 2**63 - 1
+    assert type(table.merged().min) is int

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from operator import attrgetter
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
+from ckptkit.statistics.columns import Columns, StatsTable
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.extremes import ExtremeColumns
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array: TypeAlias = npt.NDArray[Any]
 
 __all__ = ["SORT_KEYS", "StatsView", "stats_document", "stats_page"]
 
+_HEIGHT = 8  # of the highest bar of a row
 _BINS = 16
 _ROOT = "(root)"  # printed for the model itself, whose name is empty
 _COVERED = 0.99  # share of the numbers that the bars must cover; bars become wider until they do
 
 
-def _magnitude(value: float | None) -> float:
-    return -1.0 if value is None else abs(value)
+def _magnitude(table: StatsTable, values: Array) -> Array:
+    import numpy as np
+
+    return np.where(table.columns.moments.finite > 0, np.abs(values), -1.0)
 
 
-SORT_KEYS: Final[Mapping[str, Callable[[ValueStats], float]]] = MappingProxyType(
+SORT_KEYS: Final[Mapping[str, Callable[[StatsTable], Array]]] = MappingProxyType(
     {
-        "numbers": lambda numbers: numbers.count,
-        "mean": lambda numbers: _magnitude(numbers.mean),
-        "std": lambda numbers: _magnitude(numbers.std),
-        "l1": lambda numbers: _magnitude(numbers.l1),
-        "l2": lambda numbers: _magnitude(numbers.l2),
-        "abs-max": lambda numbers: _magnitude(numbers.abs_max),
-        "zeros": lambda numbers: numbers.zero_share,
-        "nan": lambda numbers: numbers.nan,
-        "inf": lambda numbers: numbers.posinf + numbers.neginf,
+        "numbers": lambda table: table.columns.extremes.numbers,
+        "mean": lambda table: _magnitude(table, table.columns.moments.mean),
+        "std": lambda table: _magnitude(table, table.std),
+        "l1": lambda table: _magnitude(table, table.columns.moments.l1),
+        "l2": lambda table: _magnitude(table, table.l2),
+        "abs-max": lambda table: _magnitude(table, table.abs_max),
+        "zeros": lambda table: table.zero_share,
+        "nan": lambda table: table.columns.extremes.nan,
+        "inf": lambda table: table.columns.extremes.posinf + table.columns.extremes.neginf,
     }
 )
 
@@ -48,13 +61,14 @@ class StatsView(NamedTuple):
     sort: str | None = None
     top: int | None = None
 
-    def chosen(self, named: Mapping[str, ValueStats]) -> dict[str, ValueStats]:
+    def chosen(self, named: StatsTable) -> StatsTable:
         """Return the statistics to list, in their order; equal ones keep the order of the file."""
-        items = list(named.items())
-        if self.sort is not None:
-            size = SORT_KEYS[self.sort]
-            items.sort(key=lambda item: -size(item[1]))
-        return dict(items[: self.top])
+        import numpy as np
+
+        if self.sort is None and (self.top is None or self.top >= len(named)):
+            return named
+        rows = np.arange(len(named)) if self.sort is None else np.argsort(-SORT_KEYS[self.sort](named), kind="stable")
+        return named.take(rows[: self.top])
 
 
 _WHOLE = StatsView()
@@ -62,49 +76,57 @@ _WHOLE = StatsView()
 
 def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool = False) -> Page:
     """Return the page of ``ckpt stats``: a row per tensor or module, then unmeasured tensors, then the total."""
-    measured = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
+    tensors = result.tensors
+    measured = tensors.measured()
     total = result.total
-    named = measured if view.depth is None else result.modules(view.depth)
+    named = measured if view.depth is None else StatsTable.of(result.modules(view.depth))
     listed = view.chosen(named)
-    keys = {tensor.info.key for tensor in result.tensors.values()}
-    page: list[Block] = [Line(describe(result.checkpoint)), *quantized_lines(result.quantized, keys)]
+    page: list[Block] = [Line(describe(result.checkpoint)), *quantized_lines(result.quantized, _keys(result))]
     if listed:
         axis = _Axis.of(total)
         page += [_table(result, listed, view, axis, expand=expand), *([Line((str(axis),))] if axis else [])]
     if len(listed) < len(named):
         noun = "tensor" if view.depth is None else "module"
         page.append(Line((f"{len(listed):,} of {plural(len(named), noun)} listed",)))
-    unmeasured = [
-        (key, (tensor.info.dtype, str(list(tensor.info.shape)), tensor.why))
-        for key, tensor in result.tensors.items()
-        if tensor.numbers is None
-    ]
+    unmeasured = [(key, (info.dtype, str(list(info.shape)), why)) for key, info, why in _unmeasured(result)]
     if unmeasured:
         page.append(Table(("not measured", "dtype", "shape", "because"), tuple(table_rows(unmeasured, expand=expand))))
-    tied = sum(bool(tensor.same_as) for tensor in result.tensors.values())
-    if tied:
-        page.append(Line((f"{plural(tied, 'key')} of tied tensors, counted once in the total",)))
+    if tensors.same_as:
+        page.append(Line((f"{plural(len(tensors.same_as), 'key')} of tied tensors, counted once in the total",)))
     return [*page, *([Line((_summary(total),))] if measured else [Listing(("no numbers",))])]
+
+
+def _keys(result: StateDictStats) -> set[str]:
+    return {info.key for info in result.tensors.infos.values()} if result.quantized else set()
+
+
+def _unmeasured(result: StateDictStats) -> list[tuple[str, TensorInfo, str]]:
+    """Return the name and the description of each tensor without numbers, and the reason."""
+    tensors = result.tensors
+    if not tensors.why:
+        return []
+    return [(key, tensor.info, tensor.why) for key, tensor in tensors.items() if tensor.numbers is None]
 
 
 _GIVES_WAY: Final = ("l1", "subnormal", "l2", "numbers", "tensors", "dtype", "magnitudes", "zeros", "mean", "std")
 _MEASURES: Final = ("mean", "std", "min", "max", "l1", "l2")
-_FORMAT: Final = "\n".join(["%.4g"] * len(_MEASURES))  # one string, since each call to format a number takes its time
+_FORMAT: Final = "%.4g\n" * len(_MEASURES)  # one string for many rows: each call that formats takes its time
+_AT_ONCE: Final = 1 << 12  # rows
 
 
 class _Column(NamedTuple):
-    """A column that is shown if it has text in some row, for a count that is a field of the statistics."""
+    """A column that is shown if it has text in some row, for a count that is a column of the statistics."""
 
     header: str
     field: str
     is_share: bool = False
 
-    def cell(self, numbers: ValueStats) -> str:
-        """Return the text of one row."""
-        count: int = getattr(numbers, self.field)
+    def cells(self, extremes: ExtremeColumns) -> list[str]:
+        """Return the text of each row."""
+        counts: list[int] = getattr(extremes, self.field).tolist()
         if self.is_share:
-            return _share(count, numbers.count)
-        return f"{count:,}" if count else ""
+            return [_share(part, whole) for part, whole in zip(counts, extremes.numbers.tolist(), strict=True)]
+        return [f"{count:,}" if count else "" for count in counts]
 
 
 _COLUMNS: Final = (
@@ -116,32 +138,45 @@ _COLUMNS: Final = (
 )
 
 
-def _measures(numbers: ValueStats) -> Sequence[str]:
-    """Return the cells of mean, deviation, extremes and norms."""
-    if not numbers.finite:
-        return [""] * len(_MEASURES)
-    values = (numbers.mean, numbers.std, numbers.min, numbers.max, numbers.l1, numbers.l2)
-    texts = (_FORMAT % values).split("\n")  # as short_number writes them, if there is no exponent
-    return [
-        short_number(value, 4) if "e" in text or "0.000" in text else text
-        for text, value in zip(texts, values, strict=True)
-    ]
+def _measures(listed: StatsTable) -> list[list[str]]:
+    """Return the cells of mean, deviation, extremes and norms: a list for each of them."""
+    import numpy as np
+
+    extremes, moments = listed.columns[:2]
+    numbers = np.stack([moments.mean, listed.std, extremes.low, extremes.high, moments.l1, listed.l2], axis=1)
+    cells: list[str] = []
+    for start in range(0, len(numbers), _AT_ONCE):
+        values = numbers[start : start + _AT_ONCE].ravel().tolist()
+        texts = (_FORMAT * (len(values) // len(_MEASURES)) % tuple(values)).split("\n")[:-1]
+        cells += [  # as short_number writes them, if there is no exponent
+            short_number(value, 4) if "e" in text or "0.000" in text else text
+            for text, value in zip(texts, values, strict=True)
+        ]
+    for row in (moments.finite == 0).nonzero()[0].tolist():
+        cells[row * len(_MEASURES) : (row + 1) * len(_MEASURES)] = [""] * len(_MEASURES)
+    return [cells[at :: len(_MEASURES)] for at in range(len(_MEASURES))]
 
 
-def _table(
-    result: StateDictStats, listed: Mapping[str, ValueStats], view: StatsView, axis: _Axis | None, *, expand: bool
-) -> Table:
-    columns = [column for column in _COLUMNS if any(map(attrgetter(column.field), listed.values()))]
-    members: dict[str, int] = {}
-    if view.depth is not None:
-        for key in result.tensors:
-            module = module_name(key, view.depth)
-            members[module] = members.get(module, 0) + 1
-    rows = []
-    for name, numbers in listed.items():
-        first = result.tensors[name].info.dtype if view.depth is None else f"{members[name]:,}"
-        cells = (first, f"{numbers.count:,}", *_measures(numbers), *[column.cell(numbers) for column in columns])
-        rows.append((name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
+def _table(result: StateDictStats, listed: StatsTable, view: StatsView, axis: _Axis | None, *, expand: bool) -> Table:
+    extremes = listed.columns.extremes
+    columns = [column for column in _COLUMNS if getattr(extremes, column.field).any()]
+    if view.depth is None:
+        infos = result.tensors.infos
+        first = [infos[name].dtype for name in listed]
+    else:
+        members = Counter(module_name(key, view.depth) for key in result.tensors)
+        first = [f"{members[name]:,}" for name in listed]
+    counts = extremes.numbers.tolist()
+    texts = {count: f"{count:,}" for count in set(counts)}
+    cells = zip(
+        first,
+        [texts[count] for count in counts],
+        *_measures(listed),
+        *[column.cells(extremes) for column in columns],
+        axis.bars(listed.columns) if axis else [""] * len(listed),
+        strict=True,
+    )
+    rows = zip([name or _ROOT for name in listed], cells, strict=True)
     first_headers = ("key", "dtype") if view.depth is None else ("module", "tensors")
     headers = (*first_headers, "numbers", *_MEASURES, *(column.header for column in columns), "magnitudes")
     right = frozenset(headers[2:-1]) | {"tensors"}
@@ -169,9 +204,22 @@ class _Axis(NamedTuple):
             width *= 2
         return cls(top, width)
 
-    def bars(self, numbers: ValueStats) -> str:
-        """Return the histogram of one row; the highest bar of each row is full."""
-        return _bars(self.top, self.width, tuple(numbers.histogram.items()))
+    def bars(self, columns: Columns) -> list[str]:
+        """Return the histogram of each row; the highest bar of each row is full."""
+        import numpy as np
+
+        bars: list[str] = []
+        for start in range(0, len(columns.bounds) - 1, _AT_ONCE):
+            bounds = columns.bounds[start : start + _AT_ONCE + 1]
+            bins = slice(int(bounds[0]), int(bounds[-1]))
+            row_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+            bar_of = np.maximum(_BINS - 1 - (self.top - 1 - columns.exponents[bins]) // self.width, 0)
+            heights = np.zeros((len(bounds) - 1, _BINS), np.int64)
+            np.add.at(heights, (row_of, bar_of), columns.times[bins])
+            highest = np.maximum(heights.max(axis=1, keepdims=True), 1)
+            steps = np.ceil(heights * _HEIGHT / highest).astype(np.uint8).tobytes()
+            bars += [_bars(steps[at : at + _BINS]) for at in range(0, len(steps), _BINS)]
+        return bars
 
     def __str__(self) -> str:
         """Return the legend of the histograms."""
@@ -182,12 +230,9 @@ class _Axis(NamedTuple):
         )
 
 
-@lru_cache(maxsize=1 << 14)  # the histograms of many small tensors are equal
-def _bars(top: int, width: int, histogram: tuple[tuple[int, int], ...]) -> str:
-    heights = [0] * _BINS
-    for exponent, times in histogram:
-        heights[max(_BINS - 1 - (top - 1 - exponent) // width, 0)] += times
-    return sparkline(heights)
+@lru_cache(maxsize=1 << 14)  # the histograms of many small tensors are alike
+def _bars(steps: bytes) -> str:
+    return sparkline(steps)
 
 
 def _number(value: float | None) -> str:
@@ -211,9 +256,13 @@ def _summary(total: ValueStats) -> str:
 
 def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[str, object]:
     """Return the document of ``ckpt stats --json``: NaN and Inf are strings, a histogram is a list of pairs."""
-    measured = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
-    keys = view.chosen(measured) if view.depth is None else measured
-    modules = {} if view.depth is None else view.chosen(result.modules(view.depth))
+    tensors = result.tensors
+    infos, same_as = tensors.infos, tensors.same_as
+    measured = tensors.measured()
+    listed = view.chosen(measured) if view.depth is None else measured
+    modules = StatsTable([], Columns.of([]))
+    if view.depth is not None:
+        modules = view.chosen(StatsTable.of(result.modules(view.depth)))
     return {
         "schema": "ckptkit.stats/1",
         "path": result.checkpoint.path,
@@ -221,37 +270,53 @@ def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[
         "tensors": [
             {
                 "key": key,
-                "dtype": result.tensors[key].info.dtype,
-                "shape": list(result.tensors[key].info.shape),
-                "same_as": result.tensors[key].same_as or None,
-                **_numbers_document(numbers),
+                "dtype": infos[key].dtype,
+                "shape": list(infos[key].shape),
+                "same_as": same_as.get(key),
+                **numbers,
             }
-            for key, numbers in keys.items()
+            for key, numbers in zip(listed, _documents(listed), strict=True)
         ],
-        "modules": [{"module": module, **_numbers_document(numbers)} for module, numbers in modules.items()],
+        "modules": [
+            {"module": module, **numbers} for module, numbers in zip(modules, _documents(modules), strict=True)
+        ],
         "not_judged": [
-            {"key": key, "dtype": tensor.info.dtype, "shape": list(tensor.info.shape), "reason": tensor.why}
-            for key, tensor in result.tensors.items()
-            if tensor.numbers is None
+            {"key": key, "dtype": info.dtype, "shape": list(info.shape), "reason": why}
+            for key, info, why in _unmeasured(result)
         ],
-        "quantized": quantized_document(result.quantized, {tensor.info.key for tensor in result.tensors.values()}),
-        "total": _numbers_document(result.total),
+        "quantized": quantized_document(result.quantized, _keys(result)),
+        "total": next(_documents(StatsTable.of({"": result.total}))),
         "summary": totals_document(result.checkpoint),
     }
 
 
-def _numbers_document(numbers: ValueStats) -> dict[str, object]:
-    return {
-        "numbers": numbers.count,
-        "nan": numbers.nan,
-        "posinf": numbers.posinf,
-        "neginf": numbers.neginf,
-        "zeros": numbers.zeros,
-        "zero_share": numbers.zero_share,
-        "subnormal": numbers.subnormal,
-        **{
-            name: json_number(getattr(numbers, name))
-            for name in ("min", "max", "mean", "std", "l1", "l2", "abs_max", "constant")
-        },
-        "histogram": [list(pair) for pair in numbers.histogram.items()],
-    }
+_COUNTS: Final = ("numbers", "nan", "posinf", "neginf", "zeros", "zero_share", "subnormal")
+_FINITE: Final = ("min", "max", "mean", "std", "l1", "l2", "abs_max", "constant")
+
+
+def _documents(table: StatsTable) -> Iterator[dict[str, object]]:
+    """Yield the numbers of each row as a document."""
+    columns = table.columns
+    extremes, moments = columns[:2]
+    counts = (*extremes[:5], table.zero_share, extremes.subnormal)
+    measures = (extremes.low, extremes.high, moments.mean, table.std, moments.l1, table.l2)
+    bins = list(map(list, zip(columns.exponents.tolist(), columns.times.tolist(), strict=True)))
+    bounds = columns.bounds.tolist()
+    rows = zip(
+        zip(*(column.tolist() for column in counts), strict=True),
+        zip(*(column.tolist() for column in measures), strict=True),
+        moments.finite.tolist(),
+        pairwise(bounds),
+        strict=True,
+    )
+    for row, (numbers, found, finite, (first, last)) in enumerate(rows):
+        values: Sequence[float | str | None] = [None] * len(_FINITE)
+        if finite:
+            low, high = columns.whole.get(row) or found[:2]
+            is_constant = low == high and finite == numbers[0]
+            measured = [low, high, *found[2:], max(abs(low), abs(high)), low if is_constant else None]
+            values = measured if math.isfinite(sum(found)) else list(map(json_number, measured))
+        document: dict[str, object] = dict(zip(_COUNTS, numbers, strict=True))
+        document.update(zip(_FINITE, values, strict=True))
+        document["histogram"] = bins[first:last]
+        yield document

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.core.arguments import require_number, require_progress
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.files import place_of
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.files import Extent, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -17,9 +17,11 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
-from ckptkit.statistics.kernel import StatsKernel, StatsPart
-from ckptkit.statistics.value_stats import ValueStats, merge_stats
-from ckptkit.values.kernels import Tally, computed, why_unsupported
+from ckptkit.statistics.columns import Columns, StatsTable
+from ckptkit.statistics.kernel import SHORT, StatsKernel, StatsPart
+from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.values.arrays import real_code
+from ckptkit.values.kernels import Tally, computed, computed_together, why_unsupported, width_of
 from ckptkit.values.reading import Source, Span
 from ckptkit.values.workers import Workers
 
@@ -43,6 +45,49 @@ class TensorStats:
     same_as: str = ""
 
 
+class MeasuredTensors(Mapping[str, TensorStats]):
+    """The statistics of tensors by name, each made when it is asked for.
+
+    Attributes:
+        infos: The description of each tensor.
+        numbers: The statistics of each measured tensor; those of tied tensors are under the first name.
+        why: The reason why a tensor has no statistics.
+        same_as: The first name of a tensor that has several.
+    """
+
+    __slots__ = ("infos", "numbers", "same_as", "why")
+
+    def __init__(
+        self, infos: Mapping[str, TensorInfo], numbers: StatsTable, why: Mapping[str, str], same_as: Mapping[str, str]
+    ) -> None:
+        """Set the attributes."""
+        self.infos = infos
+        self.numbers = numbers
+        self.why = why
+        self.same_as = same_as
+
+    def __getitem__(self, name: str) -> TensorStats:
+        """Return the statistics of one tensor."""
+        info, same = self.infos[name], self.same_as.get(name, "")
+        return TensorStats(info, self.numbers.get(same or name), self.why.get(same or name, ""), same)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in order."""
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self.infos)
+
+    def measured(self) -> StatsTable:
+        """Return the numbers of every measured tensor, in order."""
+        if not self.same_as:
+            return self.numbers
+        names = [name for name in self if self.same_as.get(name, name) in self.numbers]
+        rows = self.numbers.rows_of(self.same_as.get(name, name) for name in names)
+        return StatsTable(names, self.numbers.columns.take(rows))
+
+
 @dataclass(frozen=True, repr=False)
 class StateDictStats(Result):
     """The statistics of each tensor, by key and in the order of the checkpoint. Tied tensors have equal statistics.
@@ -56,20 +101,19 @@ class StateDictStats(Result):
         (5.0, 0.5)
     """
 
-    tensors: Mapping[str, TensorStats]
+    tensors: MeasuredTensors
     quantized: Quantized = field(default_factory=Quantized)
     checkpoint: CheckpointSummary = NO_CHECKPOINT
 
     @property
     def in_short(self) -> str:
         """The most important numbers, on one line."""
-        measured = sum(tensor.numbers is not None for tensor in self.tensors.values())
-        return f"{measured} of {len(self.tensors)} tensors measured"
+        return f"{len(self.tensors.measured())} of {len(self.tensors)} tensors measured"
 
     @property
     def total(self) -> ValueStats:
         """The statistics of all values together; tied tensors count once."""
-        return self._merge(self.tensors)
+        return self.tensors.numbers.merged()
 
     def modules(self, depth: int) -> dict[str, ValueStats]:
         """Return the statistics of each module, by the first ``depth`` parts of its name; tied tensors count once.
@@ -81,15 +125,12 @@ class StateDictStats(Result):
             850
         """
         require_number(depth, "depth", "an int of at least 0", at_least=0, whole=True)
-        keys_by_module: dict[str, list[str]] = {}
-        for key, tensor in self.tensors.items():
-            if tensor.numbers is not None:
-                keys_by_module.setdefault(module_name(key, depth), []).append(key)
-        return {module: self._merge(keys) for module, keys in keys_by_module.items()}
-
-    def _merge(self, keys: Iterable[str]) -> ValueStats:
-        once = {self.tensors[key].same_as or key: self.tensors[key].numbers for key in keys}
-        return merge_stats(numbers for numbers in once.values() if numbers is not None)
+        once = self.tensors.numbers
+        keys_by_module: dict[str, dict[str, None]] = {}
+        for key in self.tensors.measured():
+            first = self.tensors.same_as.get(key, key)
+            keys_by_module.setdefault(module_name(key, depth), {})[first] = None
+        return {module: once.take(once.rows_of(keys)).merged() for module, keys in keys_by_module.items()}
 
 
 def module_name(key: str, depth: int) -> str:
@@ -140,41 +181,53 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
     with Workers() as workers, pause_gc():
         numbers = measure_values(found, measured, workers, progress or (lambda _: None))
-    tensors: dict[str, TensorStats] = {}
-    for key, name in renamed.items():
-        first = first_of_tie.get(key)
-        if first is None:
-            tensors[name] = TensorStats(found[key], numbers.get(key), reasons[key])
-        else:
-            same = renamed[first]
-            tensors[name] = TensorStats(found[key], tensors[same].numbers, tensors[same].why, same)
+    tensors = MeasuredTensors(
+        {name: found[key] for key, name in renamed.items()},
+        StatsTable([renamed[key] for key in numbers], numbers.columns),
+        {renamed[key]: why for key, why in reasons.items() if why},
+        {renamed[key]: renamed[first] for key, first in first_of_tie.items()},
+    )
     found.check_unchanged()
-    summary = CheckpointSummary.of(found, (tensor.info for tensor in tensors.values()))
+    summary = CheckpointSummary.of(found, map(found.__getitem__, renamed))
     return StateDictStats(tensors, quantized, summary)
 
 
-def measure_values(
-    checkpoint: Checkpoint, keys: Iterable[str], workers: Workers, progress: Progress
-) -> dict[str, ValueStats]:
+def measure_values(checkpoint: Checkpoint, keys: Iterable[str], workers: Workers, progress: Progress) -> StatsTable:
     """Return the statistics of tensors; they do not depend on how the bytes are read, nor on the number of threads."""
     kernel = StatsKernel()
+    keys = list(keys)
+    short: list[tuple[str, Extent, str]] = []
+    others: list[tuple[str, Payload]] = []
+    for key in keys:
+        payload, code = checkpoint.payload(key), real_code(checkpoint[key].dtype)
+        if isinstance(payload, Extent) and 0 < payload.nbytes <= SHORT * width_of(code):
+            short.append((key, payload, code))
+        else:
+            others.append((key, payload))
+    names: list[str] = []
+    columns: list[Columns] = []
+    if short:
+        short_keys, extents, codes = zip(*short, strict=True)
+        for places, found, nbytes in computed_together(extents, codes, kernel, workers):
+            names += [short_keys[at] for at in places]
+            columns.append(found)
+            progress(nbytes)
     numbers: dict[str, ValueStats] = {}
 
     def sources() -> Iterator[Source[Tally[StatsPart]]]:
-        for key, payload in sorted(
-            ((key, checkpoint.payload(key)) for key in keys), key=lambda item: place_of(item[1])
-        ):
+        for key, payload in sorted(others, key=lambda item: place_of(item[1])):
             tally: Tally[StatsPart] = Tally(checkpoint[key])
             if tally.bytes_left:
                 yield Source(payload, (Span(tally, 0, tally.bytes_left, tally.width),))
             else:
                 numbers[key] = kernel.together([], tally.code)
 
-    for tally, found, nbytes in computed(sources(), kernel, workers):
-        if found is not None:
-            numbers[tally.keys[0]] = found
+    for tally, result, nbytes in computed(sources(), kernel, workers):
+        if result is not None:
+            numbers[tally.keys[0]] = result
         progress(nbytes)
-    return numbers
+    table = StatsTable([*names, *numbers], Columns.joined([*columns, Columns.of(list(numbers.values()))]))
+    return table if table.names == keys else table.take(table.rows_of(keys))
 
 
 def _why_not_numbers(key: str, quantized: Quantized) -> str:

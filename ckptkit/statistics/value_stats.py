@@ -1,15 +1,15 @@
-"""Statistics of many numbers: counts, moments, norms and a histogram; statistics of several tensors can be merged."""
+"""Statistics of many numbers: counts, moments, norms and a histogram."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptkit.values.extremes import Extremes, merge_extremes
-from ckptkit.values.moments import NO_MOMENTS, Moments, merge_moments
+from ckptkit.values.extremes import Extremes
+from ckptkit.values.moments import NO_MOMENTS, Moments
 
-__all__ = ["ValueStats", "counts_and_extremes", "merge_stats"]
+__all__ = ["ValueStats", "counts_and_extremes"]
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,6 @@ class ValueStats(Extremes):
         finite, mean, squares, _ = self.moments
         # Both terms are at least 0, so that no digits cancel.
         return math.sqrt(squares + finite * mean * mean) if finite else None
-
-
-def merge_stats(parts: Iterable[ValueStats]) -> ValueStats:
-    """Return the statistics of several tensors together, as if they were one tensor."""
-    parts = list(parts)
-    bins: dict[int, int] = {}
-    for part in parts:  # Counter.update takes ten times as long for the few bins of a small tensor
-        for exponent, times in part.histogram.items():
-            bins[exponent] = bins.get(exponent, 0) + times
-    moments = merge_moments([part.moments for part in parts])
-    return ValueStats(*counts_and_extremes(merge_extremes(parts)), moments, dict(sorted(bins.items())))
 
 
 def counts_and_extremes(found: Extremes) -> tuple[int, int, int, int, int, int, float | None, float | None]:

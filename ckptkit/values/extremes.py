@@ -6,9 +6,10 @@ every IEEE dtype, and show NaN and infinities. So nothing is converted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.values.arrays import array_of, bits_of
 from ckptkit.values.float_formats import FLOAT_FORMATS, FloatFormat
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["INTEGERS", "Extremes", "extremes_of", "merge_extremes"]
+__all__ = ["INTEGERS", "ExtremeColumns", "Extremes", "extremes_of", "lengths_of", "merge_extremes"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,38 @@ def merge_extremes(parts: Iterable[Extremes]) -> Extremes:
 INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
+class ExtremeColumns(NamedTuple):
+    """The counts and extremes of many runs of numbers: arrays with a number for each run.
+
+    ``numbers`` counts all of them. ``low`` and ``high`` are float64, with NaN for a run without finite numbers, or have
+    the integer dtype of the runs.
+    """
+
+    numbers: _Array
+    nan: _Array
+    posinf: _Array
+    neginf: _Array
+    zeros: _Array
+    subnormal: _Array
+    low: _Array
+    high: _Array
+
+    @property
+    def finite(self) -> _Array:
+        """How many numbers of each run are neither NaN nor infinite."""
+        found: _Array = self.numbers - self.nan - self.posinf - self.neginf
+        return found
+
+    def rows(self) -> list[Extremes]:
+        """Return the counts and extremes of each run."""
+        return [
+            Extremes(count, nan, posinf, neginf, zeros, subnormal, *((low, high) if low == low else (None, None)))  # noqa: PLR0124 - NaN differs from itself
+            for count, nan, posinf, neginf, zeros, subnormal, low, high in zip(
+                *(column.tolist() for column in self), strict=True
+            )
+        ]
+
+
 def extremes_of(
     data: bytes | bytearray | memoryview,
     code: str,
@@ -95,7 +128,7 @@ def extremes_of(
     starts: Sequence[int] = (0,),
     *,
     has_small: bool = True,
-) -> list[Extremes]:
+) -> ExtremeColumns:
     """Return the counts and extremes of each run of numbers in ``data``.
 
     A run begins at each number of ``starts``, and ends where the next begins; none is empty. ``code`` is one of
@@ -106,18 +139,19 @@ def extremes_of(
     return _of_floats(bits_of(data, code), code, workers, starts, has_small=has_small)
 
 
-def _of_integers(numbers: _Array, starts: Sequence[int], *, is_bool: bool) -> list[Extremes]:
+def _of_integers(numbers: _Array, starts: Sequence[int], *, is_bool: bool) -> ExtremeColumns:
     import numpy as np
 
     if is_bool:  # torch takes every byte but 0 for True
         numbers = (numbers != 0).view(np.uint8)
-    low, high = np.minimum.reduceat(numbers, starts).tolist(), np.maximum.reduceat(numbers, starts).tolist()
-    counts = _lengths(len(numbers), starts)
-    zeros = _count(numbers == 0, starts) if any(a <= 0 <= b for a, b in zip(low, high, strict=True)) else [0] * len(low)
-    return [Extremes(n, 0, 0, 0, z, 0, a, b) for n, z, a, b in zip(counts, zeros, low, high, strict=True)]
+    low, high = np.minimum.reduceat(numbers, starts), np.maximum.reduceat(numbers, starts)
+    counts = lengths_of(len(numbers), starts)
+    nothing = np.zeros_like(counts)
+    zeros = _count(numbers == 0, starts) if ((low <= 0) & (high >= 0)).any() else nothing
+    return ExtremeColumns(counts, nothing, nothing, nothing, zeros, nothing, low, high)
 
 
-def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int], *, has_small: bool) -> list[Extremes]:
+def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int], *, has_small: bool) -> ExtremeColumns:
     import numpy as np
 
     layout = FLOAT_FORMATS[code]
@@ -125,47 +159,49 @@ def _of_floats(bits: _Array, code: str, workers: Workers, starts: Sequence[int],
     signed = bits.view(f"i{bits.itemsize}")
     top = np.maximum.reduceat(signed, starts)  # negative if all numbers have the sign bit
     bottom = np.maximum.reduceat(bits, starts)  # below ``sign`` if no number has the sign bit
-    low, high, has_nan = bottom, top.view(bits.dtype), False
-    counts = _lengths(len(bits), starts)
-    zeros = subnormal = [0] * len(starts)
+    low, high = bottom, top.view(bits.dtype)
+    is_special = (top > layout.largest) | (bottom > sign + layout.largest)
+    counts = lengths_of(len(bits), starts)
+    zeros = subnormal = nothing = np.zeros_like(counts)
     if has_small or (top < 0).any() or (bottom < sign).any():
         # Of the numbers of each sign, those with the smallest magnitudes; those of the other sign if there are none.
         least = np.minimum.reduceat(bits, starts)
         most = np.minimum.reduceat(signed, starts).view(bits.dtype)
         low, high = np.where(bottom < sign, least, bottom), np.where(top < 0, least, high)
-        has_nan = not layout.has_negative_zero and bool((most == sign).any())
+        if not layout.has_negative_zero:
+            is_special |= most == sign
         if (np.minimum(least & (sign - 1), most & (sign - 1)) >> layout.mantissa == 0).any():
             zeros, subnormal = _count_small(bits, layout, workers, starts)
-    if has_nan or (top > layout.largest).any() or (bottom > sign + layout.largest).any():
-        return [
-            _of_run(bits[start : start + count], code, zero, small)
-            for start, count, zero, small in zip(starts, counts, zeros, subnormal, strict=True)
-        ]
-    return [
-        Extremes(count, 0, 0, 0, zero, small, smallest, largest)
-        for count, zero, small, smallest, largest in zip(
-            counts, zeros, subnormal, _floats(low, code), _floats(high, code), strict=True
-        )
-    ]
+    has_special = bool(is_special.any())
+    if has_special:
+        low, high = np.where(is_special, 0, low).astype(bits.dtype), np.where(is_special, 0, high).astype(bits.dtype)
+    found = ExtremeColumns(counts, nothing, nothing, nothing, zeros, subnormal, _floats(low, code), _floats(high, code))
+    if not has_special:
+        return found
+    found = found._replace(nan=nothing.copy(), posinf=nothing.copy(), neginf=nothing.copy())
+    ends = [*starts[1:], len(bits)]
+    for run in is_special.nonzero()[0].tolist():
+        nan, posinf, neginf, smallest, largest = _of_run(bits[starts[run] : ends[run]], code)
+        found.nan[run], found.posinf[run], found.neginf[run] = nan, posinf, neginf
+        found.low[run], found.high[run] = smallest, largest
+    return found
 
 
-def _count_small(
-    bits: _Array, layout: FloatFormat, workers: Workers, starts: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def _count_small(bits: _Array, layout: FloatFormat, workers: Workers, starts: Sequence[int]) -> tuple[_Array, _Array]:
     """Return how many numbers of each run are zeros, and how many are subnormal."""
     import numpy as np
 
-    nothing = [0] * len(starts)
+    nothing = np.zeros(len(starts), np.int64)
     twice = np.add(bits, bits, out=workers.buffer("twice", bits.dtype, len(bits)))  # without the sign
     sizes = twice if layout.has_negative_zero else bits
-    zeros = [len(bits) - int(np.count_nonzero(sizes))] if len(starts) == 1 else _count(sizes == 0, starts)
+    zeros = np.array([len(bits) - np.count_nonzero(sizes)]) if len(starts) == 1 else _count(sizes == 0, starts)
     below = np.subtract(twice, bits.dtype.type(2), out=twice)  # the largest of all integers for a zero
     end = (2 << layout.mantissa) - 2
     return zeros, _count(below < end, starts) if below.min() < end else nothing
 
 
-def _of_run(bits: _Array, code: str, zeros: int, subnormal: int) -> Extremes:
-    """Return the extremes of one run, which may have NaN and infinities."""
+def _of_run(bits: _Array, code: str) -> tuple[int, int, int, float, float]:
+    """Return the numbers of NaN and of infinities of a run, and its extremes; these are NaN without finite numbers."""
     import numpy as np
 
     layout = FLOAT_FORMATS[code]
@@ -178,34 +214,37 @@ def _of_run(bits: _Array, code: str, zeros: int, subnormal: int) -> Extremes:
     if layout.has_infinity:
         posinf = int(np.count_nonzero(bits == layout.nan_above))
         neginf = int(np.count_nonzero(bits == sign + layout.nan_above))
+    if nan + posinf + neginf == len(bits):
+        return nan, posinf, neginf, math.nan, math.nan
     is_finite = ~is_nan & (magnitude <= layout.largest)
     # The bits in the order of the numbers: those of negative numbers run backwards.
     ordered = np.where(is_negative, ~bits, bits | bits.dtype.type(sign))
-    low = high = None
-    if nan + posinf + neginf < len(bits):
-        ends = np.array([
-            ordered.min(where=is_finite, initial=np.iinfo(bits.dtype).max),
-            ordered.max(where=is_finite, initial=0),
-        ], bits.dtype)  # fmt: skip
-        low, high = _floats(np.where(ends >= sign, ends ^ bits.dtype.type(sign), ~ends), code)
-    return Extremes(len(bits), nan, posinf, neginf, zeros, subnormal, low, high)
+    ends = np.array([
+        ordered.min(where=is_finite, initial=np.iinfo(bits.dtype).max),
+        ordered.max(where=is_finite, initial=0),
+    ], bits.dtype)  # fmt: skip
+    low, high = _floats(np.where(ends >= sign, ends ^ bits.dtype.type(sign), ~ends), code).tolist()
+    return nan, posinf, neginf, low, high
 
 
-def _floats(bits: _Array, code: str) -> list[float]:
+def _floats(bits: _Array, code: str) -> _Array:
     """Return the numbers with these bits; a zero has no sign."""
-    numbers: list[float] = (array_of(bits.data, code).astype("f8") + 0.0).tolist()
+    numbers: _Array = array_of(bits.data, code).astype("f8") + 0.0
     return numbers
 
 
-def _lengths(count: int, starts: Sequence[int]) -> list[int]:
-    return [stop - start for start, stop in zip(starts, [*starts[1:], count], strict=True)]
+def lengths_of(count: int, starts: Sequence[int]) -> _Array:
+    """Return the number of numbers in each run."""
+    import numpy as np
+
+    return np.diff(np.array([*starts, count]))
 
 
-def _count(mask: _Array, starts: Sequence[int]) -> list[int]:
+def _count(mask: _Array, starts: Sequence[int]) -> _Array:
     """Return how many of the truth values of each run are true."""
     import numpy as np
 
     if len(starts) == 1:
-        return [int(np.count_nonzero(mask))]
-    counts: list[int] = np.add.reduceat(mask, starts, dtype=np.int64).tolist()
+        return np.array([np.count_nonzero(mask)])
+    counts: _Array = np.add.reduceat(mask, starts, dtype=np.int64)
     return counts

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files import Extent, place_of
 from ckptkit.values.arrays import array_of, real_code
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
 from ckptkit.values.exponents import count_bytes, present
 from ckptkit.values.extremes import INTEGERS, Extremes, extremes_of, merge_extremes
 from ckptkit.values.float_formats import FLOAT_FORMATS
-from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
+from ckptkit.values.reading import Read, Source, Span, neighbours, read_bytes, reads
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
+    "ColumnsKernel",
     "ExtremesKernel",
     "Kernel",
     "MagnitudesKernel",
     "Tally",
     "computed",
+    "computed_together",
     "parts_of",
     "why_unsupported",
+    "width_of",
 ]
 
 _WIDTHS: Final = {code: dtype.part_bytes for code, dtype in DTYPES.items()}
@@ -49,13 +53,21 @@ class Kernel(Protocol[_Part, _Result_co]):
         ...
 
 
+class ColumnsKernel(Protocol[_Result_co]):
+    """Arithmetic over the numbers of many short tensors, with one result for all of them."""
+
+    def columns(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> _Result_co:
+        """Return what was computed of each whole tensor; a tensor begins at each of ``starts``."""
+        ...
+
+
 class ExtremesKernel:
     """Counts and extremes, which need no conversion of numbers."""
 
     def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[Extremes]:
         """Return the counts and extremes of each run."""
         if code in FLOAT_FORMATS or code in INTEGERS:
-            return extremes_of(data, code, workers, starts)
+            return extremes_of(data, code, workers, starts).rows()
         import numpy as np
 
         numbers: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
@@ -132,6 +144,11 @@ def why_unsupported(info: TensorInfo) -> str:
     return "" if real_code(info.dtype) in _SUPPORTED else f"ckptkit has no arithmetic for {info.dtype}"
 
 
+def width_of(code: str) -> int:
+    """Return the bytes of one number of a dtype that is not complex; of F4, of two numbers."""
+    return _WIDTHS[code]
+
+
 def parts_of(
     read: Read[Tally[_Part]], data: memoryview, kernel: Kernel[_Part, object], workers: Workers
 ) -> list[_Part]:
@@ -177,3 +194,34 @@ def computed(
         for (tally, start, stop, _), part in zip(spans, parts, strict=True):
             is_last = tally.add(part, stop - start)
             yield tally, kernel.together(tally.parts, tally.code) if is_last else None, stop - start
+
+
+def computed_together(
+    extents: Sequence[Extent], codes: Sequence[str], kernel: ColumnsKernel[_Result_co], workers: Workers
+) -> Iterator[tuple[list[int], _Result_co, int]]:
+    """Yield the results of short tensors: their positions, a result with a row for each, and the number of their bytes.
+
+    ``codes`` are the dtypes of the numbers in ``extents``; none is empty. Neighbours in a file are read together, and
+    those of one dtype are computed together. Raises what reading raises.
+    """
+    order = sorted(range(len(extents)), key=lambda at: place_of(extents[at]))
+    ordered = [extents[at] for at in order]
+
+    def work(bounds: tuple[int, int]) -> list[tuple[list[int], _Result_co, int]]:
+        first, last = ordered[bounds[0]], ordered[bounds[1] - 1]
+        data = workers.read("bytes", Extent(first.file, first.offset, last.offset + last.nbytes - first.offset))
+        by_code: dict[str, list[int]] = {}
+        for at in range(*bounds):
+            by_code.setdefault(codes[order[at]], []).append(at)
+        found = []
+        for code, places in by_code.items():
+            begins = [ordered[at].offset - first.offset for at in places]
+            ranges = [(begin, begin + ordered[at].nbytes) for begin, at in zip(begins, places, strict=True)]
+            ends = list(accumulate(end - begin for begin, end in ranges))
+            starts = [0, *(end // _WIDTHS[code] for end in ends[:-1])]
+            result = kernel.columns(_joined(data, ranges), code, workers, starts)
+            found.append(([order[at] for at in places], result, ends[-1]))
+        return found
+
+    for found in workers.each(work, neighbours(ordered)):
+        yield from found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ckptkit.values.extremes import Extremes
+from ckptkit.values.extremes import ExtremeColumns
 from ckptkit.values.workers import Workers, pieces
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["NO_MOMENTS", "Moments", "exact_sum", "merge_moments", "moments_of", "moments_of_runs"]
+__all__ = ["NO_MOMENTS", "MomentColumns", "Moments", "exact_sum", "merge_moments", "moments_of", "moments_of_runs"]
 
 # The sum of squared distances from the mean is the sum of squares minus count * mean ** 2. If at least this share
 # remains, the subtraction loses at most 5 of 53 bits, and no second pass over the distances is needed.
@@ -35,12 +35,11 @@ class Moments(NamedTuple):
 NO_MOMENTS: Final = Moments(0, 0.0, 0.0, 0.0)
 
 
-def moments_of(numbers: _Array, extremes: Extremes, workers: Workers) -> Moments:
-    """Return the moments of the finite numbers among ``numbers``, whose extremes are known."""
+def moments_of(numbers: _Array, finite: int, low: float, high: float, workers: Workers) -> Moments:
+    """Return the moments of the ``finite`` numbers among ``numbers``, which are between ``low`` and ``high``."""
     import numpy as np
 
-    finite, low, high = extremes.finite, extremes.min, extremes.max
-    if low is None or high is None:
+    if not finite:
         return NO_MOMENTS
     if low == high:
         return Moments(finite, float(low), 0.0, abs(float(low)) * finite)
@@ -73,36 +72,52 @@ def moments_of(numbers: _Array, extremes: Extremes, workers: Workers) -> Moments
     return Moments(finite, mean, squares, abs(total) if has_one_sign else exact_sum(magnitudes))
 
 
+class MomentColumns(NamedTuple):
+    """The moments of many runs of numbers: arrays with a number for each run."""
+
+    finite: _Array
+    mean: _Array
+    squares: _Array
+    l1: _Array
+
+    def rows(self) -> list[Moments]:
+        """Return the moments of each run."""
+        return list(map(Moments, *(column.tolist() for column in self)))
+
+
 def moments_of_runs(
-    numbers: _Array, extremes: Sequence[Extremes], starts: Sequence[int], run_of: _Array, workers: Workers
-) -> list[Moments]:
+    numbers: _Array, extremes: ExtremeColumns, starts: Sequence[int], run_of: _Array, workers: Workers
+) -> MomentColumns:
     """Return the moments of each of many short runs; ``run_of`` has the position of the run of each number.
 
     They differ from those of ``moments_of`` in the last digits: the distances from the mean are always summed.
     """
     import numpy as np
 
-    finite = np.array([found.finite for found in extremes])
+    finite = extremes.finite
     is_special = None
     with np.errstate(all="ignore"):
         wide = numbers.astype(np.float64)
         if int(finite.sum()) < len(numbers):
             is_special = ~np.isfinite(wide)
             wide[is_special] = 0.0
-        means = np.add.reduceat(wide, starts) / np.maximum(finite, 1)
-        apart = wide - means[run_of]
+        mean = np.add.reduceat(wide, starts) / np.maximum(finite, 1)
+        apart = wide - mean[run_of]
         if is_special is not None:
             apart[is_special] = 0.0
-        squares = np.add.reduceat(apart * apart, starts).tolist()
-        norms = np.add.reduceat(np.abs(wide), starts).tolist()
-    found = []
+        squares = np.add.reduceat(apart * apart, starts)
+        l1 = np.add.reduceat(np.abs(wide), starts)
+        is_constant = extremes.low == extremes.high
+        if is_constant.any():
+            low = extremes.low.astype(np.float64)
+            mean, squares = np.where(is_constant, low, mean), np.where(is_constant, 0.0, squares)
+            l1 = np.where(is_constant, np.abs(low) * finite, l1)
     ends = [*starts[1:], len(numbers)]
-    for run, (one, mean) in enumerate(zip(extremes, means.tolist(), strict=True)):
-        if one.min == one.max or not math.isfinite(mean):
-            found.append(moments_of(numbers[starts[run] : ends[run]], one, workers))
-        else:
-            found.append(Moments(one.finite, mean, squares[run], norms[run]))
-    return found
+    for run in (~np.isfinite(mean)).nonzero()[0].tolist():
+        bounds = float(extremes.low[run]), float(extremes.high[run])
+        found = moments_of(numbers[starts[run] : ends[run]], int(finite[run]), *bounds, workers)
+        mean[run], squares[run], l1[run] = found[1:]
+    return MomentColumns(finite, mean, squares, l1)
 
 
 def _wide(numbers: _Array, workers: Workers, *, has_special: bool) -> _Array:

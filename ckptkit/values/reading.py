@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ from ckptkit.core.files import Extent, is_seekable
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.workers import Workers
 
-__all__ = ["READ_BYTES", "Read", "Source", "Span", "read_bytes", "reads"]
+__all__ = ["READ_BYTES", "Read", "Source", "Span", "neighbours", "read_bytes", "reads"]
 
 READ_BYTES: Final = 1 << 21  # what a thread reads at once stays in its cache
 _SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
@@ -76,7 +76,7 @@ def reads(sources: Iterable[Source[_Item]]) -> Iterator[Read[_Item]]:
     """
     small: list[Source[_Item]] = []
     for source in sources:
-        if small and not _are_neighbours(small, source):
+        if small and not _are_neighbours(small[0].payload, small[-1].payload, source.payload, len(small)):
             yield _together(small)
             small = []
         if isinstance(source.payload, Extent) and source.payload.nbytes < _SMALL:
@@ -90,17 +90,30 @@ def reads(sources: Iterable[Source[_Item]]) -> Iterator[Read[_Item]]:
         yield _together(small)
 
 
-def _are_neighbours(small: list[Source[_Item]], source: Source[_Item]) -> bool:
-    first, last, payload = small[0].payload, small[-1].payload, source.payload
+def neighbours(extents: Sequence[Extent]) -> Iterator[tuple[int, int]]:
+    """Yield the first position and the end of each run of extents that are read together.
+
+    The extents are in the order of their files, and short.
+    """
+    first = 0
+    for at in range(1, len(extents)):
+        if not _are_neighbours(extents[first], extents[at - 1], extents[at], at - first):
+            yield first, at
+            first = at
+    if extents:
+        yield first, len(extents)
+
+
+def _are_neighbours(first: Payload, last: Payload, payload: Payload, count: int) -> bool:
+    """Return whether a payload is read together with ``count`` others, from ``first`` to ``last``."""
     if not isinstance(payload, Extent) or not isinstance(first, Extent) or not isinstance(last, Extent):
         return False
-    gap = payload.offset - last.offset - last.nbytes
     return (
         payload.nbytes < _SMALL
         and payload.file is first.file
-        and 0 <= gap <= _MAX_GAP
+        and 0 <= payload.offset - last.offset - last.nbytes <= _MAX_GAP
         and payload.offset + payload.nbytes - first.offset <= READ_BYTES
-        and len(small) < _MAX_TOGETHER
+        and count < _MAX_TOGETHER
     )
 
 
