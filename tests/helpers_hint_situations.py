@@ -76,12 +76,12 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 # Keys, shapes and dtypes that do not agree.
 
 
-@situation("comparison/__init__.py: keys match after --rename")
+@situation("comparison/hints.py: keys match after --rename")
 def _prefixed(_folder: Path) -> list[str]:
     return ["diff", TEN, DDP]
 
 
-@situation("comparison/__init__.py: keys match after --rename", "comparison/__init__.py: --rename")
+@situation("comparison/hints.py: keys match after --rename", "comparison/hints.py: --rename")
 def _twins(folder: Path) -> list[str]:
     part = {"a.w": randn(2), "b.w": randn(3)}
     both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in part.items()}
@@ -164,13 +164,13 @@ def _layers(name: str) -> State:
     return {f"{name.format(at)}.{leaf}": randn(4, at + 1, seed=at) for at in range(3) for leaf in "wb"}
 
 
-@situation("comparison/__init__.py: keys match after --rename")
+@situation("comparison/hints.py: keys match after --rename")
 def _other_prefix(folder: Path) -> list[str]:
     base, found = ({**_layers(name), "norm": randn(4)} for name in ("blocks.{}", "layers.{}"))
     return ["diff", *save(folder, base=base, found=found)]
 
 
-@situation("comparison/__init__.py: keys match after --rename")
+@situation("comparison/hints.py: keys match after --rename")
 def _other_prefix_in_merge(folder: Path) -> list[str]:
     return ["merge", *_other_prefix(folder)[1:], "-o", str(folder / "out.pt")]
 

@@ -331,4 +331,4 @@ def test_a_model_and_a_mapping_in_memory_are_named_once() -> None:
     assert page[0].startswith("expected  live model, 2 tensors")
     assert page[1].startswith("found     state_dict, 2 tensors")
     assert len({line.index("  as m.") for line in page if "  as m." in line}) == 1
-    assert str(run_checks({"w": torch.ones(2)})).startswith("checkpoint: state_dict, 1 tensor")
+    assert str(run_checks({"w": torch.ones(2)})).startswith("checkpoint: no findings; held in memory")

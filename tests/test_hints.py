@@ -88,7 +88,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "rules/apply.py: ckpt remap PATH -o OUT --rules FILE": "only stats() and digest() take rules with operations",
     "optimizer_state/loading/refusals.py: drop its state first: ckpt optim prune": "only load_optimizer_state says it",
     "plans/overlays/refusals.py: if these tensors are not needed, leave them out": "only load_into says it",
-    "comparison/__init__.py: --rules transformers:auto": _ORACLES,
+    "comparison/hints.py: --rules transformers:auto": _ORACLES,
     "plans/overlays/requirements.py: --rules transformers:auto": _ORACLES,
     "rules/transformers/__init__.py: name the model type, such as": _ORACLES,
     "rules/transformers/skeleton.py: --rules transformers:auto takes": _ORACLES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckptkit.comparison import count_prefixes
+from ckptkit.comparison.hints import count_prefixes
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops.operation import Shape
 

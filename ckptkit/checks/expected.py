@@ -10,7 +10,8 @@ from ckptkit.checks import codes
 from ckptkit.checks.at_init import Untrained, find_untrained
 from ckptkit.checks.value_reader import ValueReader
 from ckptkit.checks.values import have_equal_bytes
-from ckptkit.comparison import KeyPair, StateDictDiff, joined_hint
+from ckptkit.comparison import KeyPair, StateDictDiff
+from ckptkit.comparison.hints import joined_hint
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import pattern_for

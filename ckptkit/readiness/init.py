@@ -9,7 +9,8 @@ from functools import cached_property
 
 from ckptkit.checks.at_init import module_of
 from ckptkit.checks.fresh import Judgement, judge_values
-from ckptkit.comparison import StateDictDiff, find_unmet_in, joined_hint, loaded_keys
+from ckptkit.comparison import StateDictDiff, find_unmet_in, loaded_keys
+from ckptkit.comparison.hints import joined_hint
 from ckptkit.core.arguments import require_strings
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import coverage_by_module, group_by_module, measure_coverage

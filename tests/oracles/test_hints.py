@@ -38,7 +38,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 HINTS: dict[str, tuple[list[str], str]] = {
-    "a diff": (["diff", _BUILD, "saved"], "comparison/__init__.py: --rules transformers:auto"),
+    "a diff": (["diff", _BUILD, "saved"], "comparison/hints.py: --rules transformers:auto"),
     "a merge": (
         ["merge", _BUILD, "saved", "-o", "out.safetensors"],
         "plans/overlays/requirements.py: --rules transformers:auto",

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-from ckptkit.comparison import Hint, KeyPair, StateDictDiff, diff_checkpoints, joined_hint
+from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
+from ckptkit.comparison.hints import Hint, joined_hint
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptkit.comparison import KeyPair, StateDictDiff, joined_hint
+from ckptkit.comparison import KeyPair, StateDictDiff
+from ckptkit.comparison.hints import joined_hint
 from ckptkit.core.checkpoint import Checkpoint, Entry
 from ckptkit.core.patterns import drop_options, pattern_for
 from ckptkit.core.text import listed, quoted

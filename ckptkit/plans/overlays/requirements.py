@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ckptkit.comparison import joined_hint
+from ckptkit.comparison.hints import joined_hint
 from ckptkit.comparison.library import library_hint
 from ckptkit.comparison.parts import align_command, find_parted
 from ckptkit.core.checkpoint import Checkpoint
