@@ -510,6 +510,7 @@ SCHEMAS: dict[str, Schema] = dict(
                             "elements": _count("The number of elements."),
                             "bytes": _count("The number of bytes."),
                             "shared_with": _texts("The keys that share its memory, at most 64."),
+                            "digest": _text_or_null("With --digests, ALGORITHM:HEX of the tensor if it was read."),
                         },
                     ),
                 ),

@@ -333,7 +333,7 @@ def test_show_document(capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert document["tensors"][0] == {
         "key": "embed.weight", "dtype": "F32", "shape": [32, 16], "elements": 512, "bytes": 2048,
-        "shared_with": ["head.weight"],
+        "shared_with": ["head.weight"], "digest": None,
     }  # fmt: skip
     assert document["summary"] == {"tensors": 62, "elements": 13504, "bytes": 54016}
 

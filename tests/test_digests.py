@@ -228,6 +228,22 @@ def test_a_tensor_without_bytes_is_refused_or_left_out(tmp_path: Path, capsys: p
     assert (ran.code, ran.err) == (0, "1 tensor left out: 's': it is a sparse tensor\n")
 
 
+@pytest.mark.parametrize("options", [[], ["--tree"]])
+def test_show_has_the_same_digests(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page has the first digits, and does not say that only headers were read; a tensor without bytes has none."""
+    path = tmp_path / "a.pt"
+    torch.save({"s": torch.eye(2).to_sparse(), "a": torch.ones(2), "b": torch.ones(2)}, path)
+    digest = ckptkit.digest({"a": torch.ones(2)}).tensors["a"].digest
+    out = run_ckpt(capsys, "show", path, "--digests", *options).out
+    assert out.count(digest[7:23]) == 2
+    assert digest[7:24] not in out
+    assert "headers only" not in out
+    document = json.loads(run_ckpt(capsys, "show", path, "--digests", "--json").out)
+    assert {one["key"]: one["digest"] for one in document["tensors"]} == {"a": digest, "b": digest, "s": None}
+    chosen = json.loads(run_ckpt(capsys, "show", path, "--digests", "--json", "--keep", "b").out)
+    assert [one["digest"] for one in chosen["tensors"]] == [digest]
+
+
 def test_progress_has_every_byte_once() -> None:
     counts: list[int] = []
     ckptkit.digest({"a": torch.ones(3_000_000), "b": torch.ones(2)}, progress=counts.append)

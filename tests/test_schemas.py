@@ -31,7 +31,8 @@ INF, NAN = float("inf"), float("nan")
 # For each line, the exit code and the arguments; OUT is the folder of ``out``.
 COMMANDS = f"""
 0 show {TIED}
-0 show {DDP}
+0 show {DDP} --digests
+0 show OUT/sparse.pt --digests
 0 show OUT/odd.safetensors
 0 show OUT/quantised.safetensors
 0 show OUT/alike.pt

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_result
+from ckptkit.cli.common.printing import ReportFormat, echo_result, progress_bar
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path
 
 __all__ = ["show"]
 
 
-@click.command(cls=Command, first=("--tree", "--keep", "--drop"))
+@click.command(cls=Command, first=("--tree", "--digests", "--keep", "--drop"))
 @path_argument("path")
 @filter_options
 @click.option("--tree", is_flag=True, help="Print modules as a tree, with the size of each.")
+@click.option("--digests", is_flag=True, help="Read all tensors, and print a hash of each, as ckpt digest does.")
 @expand_option
 @report_options
 @quiet_option
@@ -27,13 +30,14 @@ def show(
     keep: tuple[str, ...],
     drop: tuple[str, ...],
     tree: bool,
+    digests: bool,
     expand: bool,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
     """Show the content of a checkpoint: tensors, other entries, metadata and warnings.
 
-    Reads headers only. Does not import or run any code that the file names.
+    Reads headers only, but for --digests. Does not import or run any code that the file names.
 
     \b
     ckpt show model.safetensors
@@ -41,7 +45,9 @@ def show(
     ckpt show run.ckpt::optimizer --json
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,), default_error_path(path):
-        chosen = {"infos": _chosen(checkpoint, keep, drop)} if keep or drop else {}
+        chosen: dict[str, object] = {"infos": _chosen(checkpoint, keep, drop)} if keep or drop else {}
+        if digests:
+            chosen["digests"] = _digests(checkpoint, _chosen(checkpoint, keep, drop), quiet=quiet)
         echo_result(report_format, checkpoint, chosen=chosen, tree=tree, expand=expand)
 
 
@@ -50,3 +56,14 @@ def _chosen(checkpoint: Checkpoint, keep: tuple[str, ...], drop: tuple[str, ...]
     from ckptkit.rules.parse import parse_rules
 
     return {key: checkpoint[key] for key in apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed}
+
+
+def _digests(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, quiet: bool) -> Mapping[str, str]:
+    """Return the digest of each tensor whose bytes can be read."""
+    from ckptkit.digests import digests_by_key
+
+    dense = {key: info.nbytes for key, info in infos.items() if info.kind == "dense"}
+    with progress_bar(sum(dense.values()), "reading", hidden=quiet) as progress:
+        found = digests_by_key(checkpoint, dense, progress=progress)
+    checkpoint.check_unchanged()
+    return found

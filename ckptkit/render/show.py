@@ -17,10 +17,16 @@ __all__ = ["show_document", "show_page"]
 
 _LONGEST_VALUE = 80
 _MOST_PARTS = 40
+_DIGITS = 16  # of a digest that a page has
 _DEEPEST = 64  # a name can be all dots; segments below this depth are printed on one line
 
 
-def show_document(checkpoint: Checkpoint, *, infos: Mapping[str, TensorInfo] | None = None) -> dict[str, object]:
+def show_document(
+    checkpoint: Checkpoint,
+    *,
+    infos: Mapping[str, TensorInfo] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> dict[str, object]:
     """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint, by default all."""
     infos = checkpoint if infos is None else infos
     shared = shared_keys(checkpoint)
@@ -36,6 +42,7 @@ def show_document(checkpoint: Checkpoint, *, infos: Mapping[str, TensorInfo] | N
                 "elements": info.elements,
                 "bytes": info.nbytes,
                 "shared_with": list(shared.get(info.key, ())),
+                "digest": (digests or {}).get(info.key),
             }
             for info in infos.values()
         ],
@@ -54,16 +61,18 @@ def show_page(
     checkpoint: Checkpoint,
     *,
     infos: Mapping[str, TensorInfo] | None = None,
+    digests: Mapping[str, str] | None = None,
     tree: bool = False,
     expand: bool = False,
 ) -> Page:
     """Return the page of ``ckpt show``: the chosen tensors, the totals, then all other entries of the file.
 
-    Without ``infos``, all tensors are listed. With ``tree``, they are listed as a tree of modules.
+    Without ``infos``, all tensors are listed. With ``tree``, they are listed as a tree of modules. With ``digests`` by
+    key, each tensor has the first digits of its digest.
     """
     infos = checkpoint if infos is None else infos
     if tree:
-        return _tree_page(checkpoint, infos)
+        return _tree_page(checkpoint, infos, digests)
     shared = shared_keys(checkpoint)
     has_ties = not shared.keys().isdisjoint(infos)
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # most tensors look like many others
@@ -74,8 +83,11 @@ def show_page(
         if cells is None:
             dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
             cells = known[look] = (dtype, str(list(info.shape)), human_bytes(info.nbytes))
+        if digests is not None:
+            cells = (*cells, _digest(digests, key))
         rows.append((key, (*cells, _ties(key, shared.get(key, ()))) if has_ties else cells))
-    headers = ("key", "dtype", "shape", "bytes", *(["shares memory with"] if has_ties else []))
+    more = [*(["sha256"] if digests is not None else []), *(["shares memory with"] if has_ties else [])]
+    headers = ("key", "dtype", "shape", "bytes", *more)
     table = tuple(table_rows(rows, expand=expand))
     tensors = (
         Table(headers, table, frozenset({"bytes"}), ("shares memory with", "bytes"))
@@ -84,7 +96,11 @@ def show_page(
     )
     title = Line(describe(CheckpointSummary.of(checkpoint, infos.values())))
     quantized = quantized_lines(quantized_weights(checkpoint), infos)
-    return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
+    return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint, digests)]
+
+
+def _digest(digests: Mapping[str, str], key: str) -> str:
+    return digests.get(key, "").partition(":")[2][:_DIGITS]
 
 
 def _ties(key: str, others: Sequence[str]) -> str:
@@ -92,7 +108,9 @@ def _ties(key: str, others: Sequence[str]) -> str:
     return first + (f" and {len(others) - 3} more" if len(others) > 3 else "")
 
 
-def _tree_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
+def _tree_page(
+    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], digests: Mapping[str, str] | None = None
+) -> Page:
     """Return the modules as their names nest them, each with its size."""
     below: dict[tuple[str, ...], list[TensorInfo]] = {}
     for info in infos.values():
@@ -109,12 +127,13 @@ def _tree_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
                 tensors, elements, nbytes = totals(below[path[:depth]])
                 what = f"{plural(tensors, 'tensor')}, {plural(elements, 'element')}, {human_bytes(nbytes)}"
                 lines.append(f"{'  ' * (depth - 1)}{printable(path[depth - 1])}  ({what})")
-        lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}")
+        digest = f"  {_digest(digests, info.key)}" if digests else ""
+        lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}{digest}")
     return [
         Line(describe(CheckpointSummary.of(checkpoint, infos.values()))),
         *quantized_lines(quantized_weights(checkpoint), infos),
         Listing(tuple(lines or ["no tensors"])),
-        *_other_entries(checkpoint),
+        *_other_entries(checkpoint, digests),
     ]
 
 
@@ -137,7 +156,7 @@ def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
     return tables
 
 
-def _other_entries(checkpoint: Checkpoint) -> list[Block]:
+def _other_entries(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> list[Block]:
     inside, beside = _sorted_entries(checkpoint)
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("also holds", "type", "value"): list(map(_entry_row, inside)),
@@ -146,7 +165,8 @@ def _other_entries(checkpoint: Checkpoint) -> list[Block]:
         ("code references, not run",): [(printable(name),) for name in checkpoint.references],
     }
     blocks: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
-    return [*blocks, Line(("headers only: no tensor value was read",))] if checkpoint.files else blocks
+    only_headers = checkpoint.files and digests is None
+    return [*blocks, Line(("headers only: no tensor value was read",))] if only_headers else blocks
 
 
 def _sorted_entries(checkpoint: Checkpoint) -> tuple[list[Entry], list[Entry]]:

@@ -16,6 +16,7 @@ NOT_YET = "Not built yet"
 NO_FLUSH = "does not flush to the disk"
 NO_RULE = "names no rule that would match the keys; exit code 0"
 NO_VALUE = "looks at no value"
+ONE_HASH = "hashes the file as one, names and format too"
 NO_LOSSES = "does not count what the cast loses"
 FIRST_50 = "prints the first 50 tensors"
 FEWER_SUMS = "no histogram and no L1 norm"
@@ -325,6 +326,23 @@ ROWS = (
         ckpt(f"stats {A}"),
         (sft(f"stat {A}", None, FEWER_SUMS),),
         seconds=1.5,
+        megabytes=400,
+    ),
+    Row(
+        VALUES,
+        "digest",
+        (LARGE,),
+        ckpt(f"digest {LARGE}"),
+        (Rival("sha256sum", shell(f"sha256sum {LARGE}"), 1.0, ONE_HASH),),
+        megabytes=50,
+    ),
+    Row(
+        VALUES,
+        "digest of tensors of 16 bytes",
+        (A,),
+        ckpt(f"digest {A}"),
+        (Rival("hashlib over safetensors", script(f"hash_tensors {A}"), 1.0, "knows no shape and no dtype"),),
+        seconds=3.0,
         megabytes=400,
     ),
     _load("F32", "load126.safetensors", "512 float32"),

@@ -85,6 +85,17 @@ def torch_cast(name: str, output: str) -> None:
     _flush(output)
 
 
+def hash_tensors(name: str) -> None:
+    """Hash each tensor of a safetensors file with hashlib, in one thread."""
+    import hashlib
+
+    from safetensors import safe_open
+
+    with safe_open(name, "np") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            print(hashlib.sha256(file.get_tensor(key)).hexdigest(), key)
+
+
 def torch_stats(name: str) -> None:
     """Print mean, deviation, extremes and norm of each tensor, in float64."""
     for key, value in _tensors(name):
