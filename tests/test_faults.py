@@ -5,20 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import itertools
-import json
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ from safetensors.torch import save_file
 from ckptkit import Output, Plan, choose_output, execute, open_checkpoint, plan_remap
 from ckptkit.core.files import LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.errors import CkptkitError, OutputError, PlanError
+from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats import open_optimizer
 from ckptkit.formats.writing import copying
 from ckptkit.formats.writing.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
@@ -39,25 +37,21 @@ from ckptkit.plans.execute import check_output
 from ckptkit.plans.saved import plan_from_json, plan_to_json
 from ckptkit.values import cast_payload
 from tests.helpers_cli import run_ckpt
-from tests.helpers_outputs import names_in, same_state, sha256, tensor_of
+from tests.helpers_faults import (
+    NEW,
+    OLD,
+    Case,
+    Faults,
+    content,
+    expected,
+    fail_each_call,
+    kill_at_each_call,
+    outcome,
+    saved,
+    write,
+)
+from tests.helpers_outputs import names_in, same_state, tensor_of
 from tests.hostile.contract import paused
-
-ROOT = Path(__file__).parent.parent
-CALLS = ("open", "pwrite", "copy_file_range", "posix_fallocate", "fsync", "replace", "rename", "mkdir",
-         "chmod", "link", "symlink", "ftruncate", "close", "pread", "preadv")  # fmt: skip
-CHANGING = tuple(name for name in CALLS if name not in ("pread", "preadv", "open", "close"))  # what is on the disk
-NEW = {"a.weight": tensor_of("F32", (40, 3)), "a.bias": tensor_of("F32", (40,), 1), "b": tensor_of("BF16", (50,), 2)}
-OLD = {"old": tensor_of("F64", (70,), 3), "older": tensor_of("U8", (30,), 4)}
-
-
-class Case(NamedTuple):
-    """An input, an output, the largest shard where it is a directory, and the dtype of its tensors if they are cast."""
-
-    name: str
-    out: str
-    shards: int | None = None
-    dtype: str | None = None
-
 
 CASES = [
     Case("in.safetensors", "out.safetensors"),
@@ -69,20 +63,6 @@ CASES = [
 CASTS = [case for case in CASES if case.dtype]
 NAMES = ["-".join(str(part) for part in case if part) for case in CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=NAMES)
-TEMPORARY = re.compile(r"out.*\.ckptkit-\d+-[0-9a-f]{8}\.tmp")
-
-
-def saved(path: Path, state: dict[str, torch.Tensor]) -> Path:
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        run = {"model": state, "optimizer": {"state": list(state.values())}, "epoch": 3}
-        torch.save(run if path.stem == "run" else state, path)
-    return path
-
-
-def write(state: Any, out: Path, shards: int | None, dtype: str | None = None) -> None:
-    execute(plan_remap(state, dtype=dtype), state, choose_output(out, max_shard_size=shards, force=True))
 
 
 @pytest.fixture(autouse=True)
@@ -91,85 +71,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cast_payload, "PIECE", 60)
 
 
-def outcome(act: Callable[[], object]) -> CkptkitError | None:
-    """Return the CkptkitError of a call, or None where it succeeded; other errors are raised."""
-    try:
-        act()
-    except CkptkitError as refusal:
-        return refusal
-    return None
-
-
-def content(path: Path) -> dict[str, str] | None:
-    """Return the digest of each file at a path, or None where the path does not exist."""
-    if path.is_dir():
-        return {name: sha256(path / name) for name in names_in(path)}
-    return {path.name: sha256(path)} if path.exists() else None
-
-
-class Faults:
-    """Counts system calls by name and makes chosen calls fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...] = CALLS) -> None:
-        self.monkeypatch = monkeypatch
-        self.calls = calls
-        self.count = 0
-        self.lock = threading.Lock()
-
-    def arm(self, nth: int, error: int) -> None:
-        """Make only the ``nth`` call from now on fail."""
-        self.count = 0
-        for name in self.calls:
-            self.monkeypatch.setattr(os, name, self._wrapped(name, nth, error))
-
-    def _wrapped(self, name: str, nth: int, error: int) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            # shutil.rmtree cleans up through the others
-            if "dir_fd" not in options and not (name == "close" and os.path.isdir(f"/proc/self/fd/{args[0]}")):
-                with self.lock:
-                    self.count += 1
-                    is_nth = self.count == nth
-                if is_nth:
-                    raise OSError(error, os.strerror(error))
-            return real(*args, **options)
-
-        return call
-
-    def disarm(self) -> None:
-        self.monkeypatch.undo()
-
-
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     return Faults(monkeypatch)
-
-
-def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
-    """Return the old and the new content of the output, written without failures."""
-    _, out, shards, dtype = case
-    place = tmp_path / "made"
-    place.mkdir()
-    write(OLD, place / out, shards)
-    old = content(place / out)
-    if shards:
-        (place / out / "config.json").write_text("{}")
-        old = content(place / out)
-    with open_checkpoint(source) as checkpoint:
-        write(checkpoint, place / out, shards, dtype)
-    return old, content(place / out)
-
-
-def outputs_before(tmp_path: Path, case: Case, *, present: bool = True) -> Path:
-    """Return a directory with the old output, to copy for each run."""
-    before = tmp_path / "before"
-    before.mkdir()
-    if present:
-        write(OLD, before / case.out, case.shards)
-        if case.shards:
-            (before / case.out / "config.json").write_text("{}")
-    return before
 
 
 FAILURES = [
@@ -182,32 +86,7 @@ FAILURES = [
 @pytest.mark.parametrize(("case", "error", "present"), FAILURES)
 def test_any_system_call_may_fail(case: Case, error: int, present: bool, tmp_path: Path, faults: Faults) -> None:
     """The n-th call fails, for n = 1 until all succeed: each time one error, and exactly the old or new output."""
-    name, out, shards, dtype = case
-    source = saved(tmp_path / name, NEW)
-    old, new = expected(tmp_path, source, case)
-    digest, place, before = sha256(source), tmp_path / "place", outputs_before(tmp_path, case, present=present)
-    for nth in itertools.count(1):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(before, place)
-        with open_checkpoint(source) as checkpoint:
-            plan = plan_remap(checkpoint, dtype=dtype)
-            output = choose_output(place / out, max_shard_size=shards, force=True)
-            faults.arm(nth, error)
-            refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
-            faults.disarm()
-        found = content(place / out)
-        wanted_new = new if present or not shards else {key: new[key] for key in new if key != "config.json"}
-        assert found in ((old if present else None), wanted_new), nth
-        assert names_in(place) == ([out] if found else []), nth
-        assert sha256(source) == digest
-        if refusal is not None:
-            assert isinstance(refusal, OutputError) or refusal.path == str(source)
-            assert ".ckptkit-" not in str(refusal)
-        if faults.count < nth:
-            assert refusal is None
-            assert found == wanted_new
-            assert nth > 8
-            return
+    fail_each_call(case, saved(tmp_path / case.name, NEW), tmp_path, faults, error, present=present)
 
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -292,12 +171,13 @@ def test_an_input_that_the_disk_cannot_read_is_named(tmp_path: Path, monkeypatch
     assert names_in(tmp_path) == [source.name]
 
 
-def test_a_signal_may_come_while_the_disk_writes(tmp_path: Path) -> None:
-    """The disk writes early, and to the end: both belong to a file without the name of the output."""
+@pytest.mark.parametrize(("call", "options"), [("fsync", []), ("pwrite", ["--dtype", "bf16"])], ids=["disk", "threads"])
+def test_a_signal_may_come_while_bytes_are_written(call: str, options: list[str], tmp_path: Path) -> None:
+    """The disk writes early, and to the end; threads cast and write. All belong to a file without the final name."""
     source, out = tmp_path / "in.safetensors", tmp_path / "out.pt"
     save_file({"w": torch.zeros(12_000_000)}, source)
     out.write_bytes(b"old")
-    with paused("fsync", "convert", source, "-o", out, "--force") as process:
+    with paused(call, "convert", source, "-o", out, "--force", *options) as process:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
         process.communicate()
@@ -412,65 +292,10 @@ def test_system_calls_may_do_less_than_asked(
     assert content(tmp_path / "place" / out) == new
 
 
-KILLED = """
-import json, os, shutil, signal, sys
-from ckptkit import *
-from ckptkit.values import cast_payload
-source, old, place, out, shards, dtype, calls = json.loads(sys.argv[1])
-execute_now = execute  # imported before the fork, as is all that it needs
-cast_payload.PIECE = 60
-results = []
-for nth in range(1, 1000):
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(old, place)
-    child = os.fork()
-    if child == 0:
-        with open_checkpoint(source) as checkpoint:
-            plan = plan_remap(checkpoint, dtype=dtype)
-            count = 0
-            def wrapped(real):
-                def call(*args, **options):
-                    global count
-                    count += 1
-                    if count == nth:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return real(*args, **options)
-                return call
-            for name in calls:
-                setattr(os, name, wrapped(getattr(os, name)))
-            execute(plan, checkpoint, choose_output(os.path.join(place, out), max_shard_size=shards, force=True))
-            os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    shutil.copytree(place, f"{place}.{nth}")
-    results.append(status)
-    if status != -9:
-        break
-print(json.dumps(results))
-"""
-
-
 @pytest.mark.parametrize("case", CASES[2:], ids=NAMES[2:])
 def test_a_process_may_be_killed_at_any_system_call(case: Case, tmp_path: Path) -> None:
     """SIGKILL before each change of the disk leaves the old or new output; a temporary file has ckptkit in its name."""
-    name, out, shards, dtype = case
-    source = saved(tmp_path / name, NEW)
-    old, new = expected(tmp_path, source, case)
-    digest, place = sha256(source), tmp_path / "place"
-    task = json.dumps([str(source), str(outputs_before(tmp_path, case)), str(place), out, shards, dtype, CHANGING])
-    done = subprocess.run([sys.executable, "-c", KILLED, task], cwd=ROOT, check=True, capture_output=True, text=True)
-    statuses = json.loads(done.stdout)
-    assert set(statuses[:-1]) == {-9}
-    assert statuses[-1] == 0
-    assert len(statuses) > 8
-    outcomes = []
-    for nth in range(1, len(statuses) + 1):
-        after = tmp_path / f"place.{nth}"
-        outcomes.append(content(after / out))
-        assert outcomes[-1] in (old, new), nth
-        assert all(TEMPORARY.fullmatch(litter) for litter in names_in(after) if litter != out)
-    assert outcomes[0] == old
-    assert outcomes[-1] == new
-    assert sha256(source) == digest
+    kill_at_each_call(case, saved(tmp_path / case.name, NEW), tmp_path)
 
 
 @each_case
@@ -608,24 +433,29 @@ def test_the_newer_output_of_another_program_is_kept(
     assert names_in(tmp_path) == [name for name in names if ".ckptkit-" not in name]
 
 
-def test_of_two_writers_to_one_directory_the_second_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_of_two_writers_to_one_output_the_second_is_refused(case: Case, tmp_path: Path) -> None:
     """Both have ``force``. The writer that ends last did not see the other output, and says so."""
-    source, out = saved(tmp_path / "in.safetensors", NEW), tmp_path / "out"
-    write(OLD, out, 300)
+    source, out = saved(tmp_path / case.name, NEW), tmp_path / case.out
+    write(OLD, out, case.shards)
     first: list[Any] = []
 
     def other_writer(_: int) -> None:
         if not first:
-            write({"other": torch.ones(100)}, out, 300)
+            write({"other": torch.ones(100)}, out, case.shards)
             first.append(content(out))
 
     with open_checkpoint(source) as checkpoint:
-        output = choose_output(out, max_shard_size=300, force=True)
-        refusal = outcome(lambda: execute(plan_remap(checkpoint), checkpoint, output, progress=other_writer))
+        plan, output = (
+            plan_remap(checkpoint, dtype=case.dtype),
+            choose_output(out, max_shard_size=case.shards, force=True),
+        )
+        refusal = outcome(lambda: execute(plan, checkpoint, output, progress=other_writer))
     assert refusal is not None
-    assert refusal.reason == "another program changed this directory during this run; it was not replaced"
+    kind = "directory" if case.shards else "file"
+    assert refusal.reason == f"another program changed this {kind} during this run; it was not replaced"
     assert content(out) == first[0]
-    assert names_in(tmp_path) == ["in.safetensors", "out"]
+    assert names_in(tmp_path) == sorted([case.name, case.out])
 
 
 def test_a_log_that_grows_in_the_directory_is_kept(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptkit import choose_output, convert, execute, merge, open_checkpoint, plan_remap
-from ckptkit.errors import OutputError
+from ckptkit.errors import ChangedError, OutputError
 from ckptkit.formats.writing import reflink
 from tests.helpers_cli import run_ckpt
+from tests.helpers_faults import Faults, outcome
 from tests.helpers_outputs import names_in
 
 BLOCK = 4096
@@ -107,6 +110,61 @@ def test_a_trial_may_fail(nth: int, tmp_path: Path, clones: Clones) -> None:
     written = convert(saved(tmp_path / "in.pt"), tmp_path / "out.pt", verify=True)
     assert same(loaded(tmp_path / "out.pt"))
     assert (written.shared == 0) == (nth == 1)
+
+
+@pytest.mark.parametrize("name", ["in.safetensors", "in.pt"])
+def test_any_system_call_may_fail_while_blocks_are_shared(name: str, tmp_path: Path, clones: Clones) -> None:
+    """The n-th call fails, for n = 1 until all succeed: the output is the old or the new one, and nothing is left."""
+    source, out = saved(tmp_path / name), tmp_path / f"out{Path(name).suffix}"
+    for nth in itertools.count(1):
+        out.write_bytes(b"old")
+        clones.calls = 0
+        reflink._blocks.clear()  # each run tries whether blocks can be shared
+        with open_checkpoint(source) as checkpoint, pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch)
+            plan, output = plan_remap(checkpoint), choose_output(out, force=True)
+            faults.arm(nth, errno.EIO)
+            refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
+        # The directory could not be flushed after the output had its name: then the output is whole.
+        assert (refusal is not None and out.read_bytes() == b"old") or same(loaded(out)), nth
+        assert names_in(tmp_path) == sorted([name, out.name])
+        if faults.count < nth:
+            assert refusal is None
+            assert clones.calls > 1  # after the trial
+            assert nth > 20
+            return
+
+
+def renamed_over(path: Path) -> None:
+    save_file({"newer": torch.ones(4)}, path.with_name("newer"))
+    path.with_name("newer").replace(path)
+
+
+def rewritten(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(200_000))
+    os.utime(path, ns=(1, 1))  # as if the clock had gone on since the file was written
+
+
+@pytest.mark.parametrize("change", [renamed_over, rewritten, lambda path: os.truncate(path, 300_000)])
+def test_an_input_may_change_while_blocks_are_shared(
+    change: Callable[[Path], None], tmp_path: Path, clones: Clones
+) -> None:
+    """An input that is renamed over, written in place or cut is refused: a mix of both never gets the name."""
+    source, out = saved(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    out.write_bytes(b"old")
+    seen: list[bytes] = []
+
+    def progress(_: int) -> None:
+        if not seen:
+            change(source)
+            seen.append(source.read_bytes())
+
+    with open_checkpoint(source) as checkpoint, pytest.raises(ChangedError):
+        execute(plan_remap(checkpoint), checkpoint, choose_output(out, force=True), progress=progress)
+    assert clones.shared
+    assert (source.read_bytes(), out.read_bytes()) == (seen[0], b"old")
+    assert names_in(tmp_path) == ["in.safetensors", "out.safetensors"]
 
 
 def test_never_copies(tmp_path: Path, clones: Clones, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptkit import convert, execute, open_checkpoint, plan_remap
+from ckptkit import choose_output, convert, execute, open_checkpoint, plan_remap
+from ckptkit.errors import OutputError
+from tests.helpers_faults import Case, Faults, fail_each_call, kill_at_each_call, outcome, saved
+from tests.helpers_outputs import names_in, sha256
 
 MAKE = {"xfs": ("mkfs.xfs", "-q", "-m", "reflink=1"), "btrfs": ("mkfs.btrfs", "-q")}
 
@@ -30,7 +34,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-o", "loop", image, place], check=False, capture_output=True).returncode:
         pytest.skip("a file cannot be mounted here")
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "--lazy", place], check=True)  # a call of close() that failed leaves a file open
 
 
 def used(place: Path) -> int:
@@ -64,3 +68,43 @@ def test_never_takes_space(mounted: Path) -> None:
     before = used(mounted)
     convert(mounted / "in.safetensors", mounted / "out.safetensors", reflink="never")
     assert used(mounted) - before > 19_000_000
+
+
+FEW = {"a": torch.arange(30_000.0), "b": torch.arange(50_001.0), "small": torch.ones(3)}
+CASES = [
+    Case("in.safetensors", "out.safetensors"),
+    Case("run.pt", "out.pt"),
+    Case("in.pt", "out.safetensors", dtype="F64"),
+    Case("in.safetensors", "out", 130_000),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.out + str(case.dtype or "") for case in CASES])
+def test_any_system_call_may_fail(case: Case, mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th call fails, also the one that shares blocks: the output is the old or the new one."""
+    fail_each_call(case, saved(mounted / case.name, FEW), mounted, Faults(monkeypatch))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3]], ids=["file", "training checkpoint", "shards"])
+def test_a_process_may_be_killed_at_any_system_call(case: Case, mounted: Path) -> None:
+    kill_at_each_call(case, saved(mounted / case.name, FEW), mounted)
+
+
+@pytest.mark.parametrize("mounted", ["xfs"], indirect=True)  # Btrfs needs space for the tables of its own
+def test_shared_blocks_fit_on_a_full_disk_and_new_bytes_do_not(mounted: Path) -> None:
+    """A renamed copy of 60 MB fits on a disk with less space free. A cast does not, and the old output stays."""
+    save_file({"w": torch.randn(15_000_000)}, mounted / "in.safetensors")
+    with (mounted / "other").open("wb") as file, contextlib.suppress(OSError):
+        while (disk := os.statvfs(mounted)).f_bavail * disk.f_frsize > 40 << 20:
+            os.pwrite(file.fileno(), bytes(4 << 20), os.fstat(file.fileno()).st_size)
+            os.fsync(file.fileno())
+    written = convert(mounted / "in.safetensors", mounted / "copy.safetensors", reflink="always", verify=True)
+    assert written.shared > 59_000_000
+    before = sha256(mounted / "copy.safetensors")
+    with open_checkpoint(mounted / "in.safetensors") as checkpoint:
+        output = choose_output(mounted / "copy.safetensors", force=True)
+        refusal = outcome(lambda: execute(plan_remap(checkpoint, dtype="F64"), checkpoint, output))
+    assert isinstance(refusal, OutputError)
+    assert refusal.reason.startswith("not enough disk space: 120.0 MB needed, ")
+    assert sha256(mounted / "copy.safetensors") == before
+    assert names_in(mounted) == ["copy.safetensors", "in.safetensors", "other"]
