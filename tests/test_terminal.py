@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tabulate import tabulate
 
 from ckptkit.core.text import printable
-from ckptkit.render.page import Line, Table, as_text, as_tsv, join_rows, name_beside
+from ckptkit.render.page import Line, Table, as_markdown, as_text, as_tsv, join_rows, name_beside
 from ckptkit.render.page.display import shortened
 from ckptkit.render.page.width import fitted
 from tests.helpers_cli import ROOT, run_ckpt
@@ -65,6 +67,20 @@ def test_no_row_of_a_table_is_wider_than_the_terminal(table: Table, width: int) 
         assert lines[1 + len(table.rows)] == ""
     else:
         assert "--wide" not in " ".join(lines)
+
+
+@settings(max_examples=50)
+@given(tables())
+def test_tables_look_as_tabulate_lays_them_out(table: Table) -> None:
+    """Where each character takes one column, text has the table that tabulate calls plain; all Markdown is as wide."""
+    ascii_only = [tuple(re.sub(r"[^ -~]+", "", cell) for cell in row) for row in table.rows]
+    rows = tuple(tuple(cell.strip() for cell in row) for row in ascii_only)
+    align = ["right" if header in table.right else "left" for header in table.headers]
+    expected = tabulate(rows, table.headers, tablefmt="plain", disable_numparse=True, colalign=align) if rows else ""
+    table = replace(table, rows=rows)
+    assert list(as_text([table])) == [line.rstrip() for line in expected.split("\n")] * bool(rows)
+    lines = list(as_markdown([table]))
+    assert len({len(line) for line in lines}) <= 1
 
 
 @settings(max_examples=50)

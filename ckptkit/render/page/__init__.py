@@ -106,7 +106,7 @@ def as_text(page: Page) -> Iterator[str]:
         elif isinstance(block, Listing):
             yield from block.lines
         else:
-            yield from _table_lines(block.rows, block, "plain")
+            yield from _table_lines(block.rows, block)
 
 
 def as_tsv(page: Page) -> Iterator[str]:
@@ -158,48 +158,53 @@ def _markdown(blocks: Sequence[Block]) -> Iterable[str]:
     if isinstance(first, Table):
         numeric = [header in first.right for header in first.headers]
         rows = [[_cell(cell, number=number) for cell, number in zip(row, numeric, strict=True)] for row in first.rows]
-        return _table_lines(rows, first, "pipe")
+        return _table_lines(rows, first, github=True)
     lines = [block for block in blocks if isinstance(block, Line) and "".join(block.parts)]
     bullet = "- " if len(lines) > 1 else ""
     return ["  " * line.indented + bullet + "".join(map(_span, line.parts)) for line in lines]
 
 
-BESIDE_HEADER: Final = 2  # tabulate makes no column narrower than its header and two spaces
+BESIDE_HEADER: Final = 2  # as tabulate does, no column is narrower than its header and two spaces
 
 
-def _table_lines(rows: Sequence[Sequence[str]], table: Table, style: str) -> list[str]:
-    """Return the lines of a table that has rows.
+def _table_lines(rows: Sequence[Sequence[str]], table: Table, *, github: bool = False) -> list[str]:
+    """Return the lines of a table that has rows; one format string lays out all rows, which is fast."""
+    columns = [*zip(*rows, strict=True)]
+    lengths = [len if all(map(str.isascii, column)) else display_width for column in columns]
+    widths = [
+        max(display_width(header) + BESIDE_HEADER, *map(length, column))
+        for header, length, column in zip(table.headers, lengths, columns, strict=True)
+    ]
+    sides = [">" if header in table.right else "<" for header in table.headers]
+    before, between, after, below_headers = _github_frame(widths, sides) if github else ("", "  ", "", [])
+    sized = before + between.join(f"{{:{side}{size}}}" for side, size in zip(sides, widths, strict=True)) + after
 
-    tabulate lays out one row that is as wide as the widest cells, and all rows follow it, in a tenth of the time.
+    def laid_out(row: Sequence[str]) -> str:
+        gaps = (" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
+        cells = (gap + cell if side == ">" else cell + gap for cell, gap, side in zip(row, gaps, sides, strict=True))
+        return f"{before}{between.join(cells)}{after}".rstrip()
+
+    top = [laid_out(table.headers), *below_headers]
+    if display_width in lengths:
+        return [*top, *(sized.format(*row).rstrip() if "".join(row).isascii() else laid_out(row) for row in rows)]
+    layout = sized.format
+    return [*top, *[layout(*row).rstrip() for row in rows]]
+
+
+def _github_frame(widths: Sequence[int], sides: Sequence[str]) -> tuple[str, str, str, list[str]]:
+    """Return what tabulate puts before, between and after the cells of a table for GitHub, and below the headers.
+
+    It lays out one row as wide as the widest cells. Text has no frame, so the start of a command need not import it.
     """
     from tabulate import tabulate
 
-    columns = [*zip(*rows, strict=True)]
-    widths = [
-        max(
-            display_width(header) + BESIDE_HEADER, *map(len if all(map(str.isascii, column)) else display_width, column)
-        )
-        for header, column in zip(table.headers, columns, strict=True)
-    ]
-    sides = ["right" if header in table.right else "left" for header in table.headers]
-    marks = [chr(ord("a") + number) * width for number, width in enumerate(widths)]
-    names = [mark[BESIDE_HEADER:].upper() for mark in marks]
-    text = tabulate([marks], names, tablefmt=style, disable_numparse=True, colalign=sides)
-    layout, sized = text.split("\n")[-1].rstrip(), text.split("\n")[-1].rstrip()
-    for mark, width, side in zip(marks, widths, sides, strict=True):
-        sized = sized.replace(mark, f"{{:{'>' if side == 'right' else '<'}{width}}}")
-        layout = layout.replace(mark, "{}")
-
-    def laid_out(row: Sequence[str]) -> str:
-        if all(map(str.isascii, row)):
-            return sized.format(*row).rstrip()
-        gaps = (" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
-        cells = (
-            gap + cell if side == "right" else cell + gap for cell, gap, side in zip(row, gaps, sides, strict=True)
-        )
-        return layout.format(*cells).rstrip()
-
-    return [laid_out(table.headers), *map(str.rstrip, text.split("\n")[1:-1]), *map(laid_out, rows)]
+    marks = ["x" * width for width in widths]
+    align = ["right" if side == ">" else "left" for side in sides]
+    names = [mark[BESIDE_HEADER:] for mark in marks]
+    text = tabulate([marks], names, tablefmt="pipe", disable_numparse=True, colalign=align)
+    *above, row = text.split("\n")
+    before, *between, after = re.split("x+", row)
+    return before, between[0] if between else "", after, above[1:]
 
 
 def _cell(cell: str, *, number: bool) -> str:
@@ -231,7 +236,10 @@ def table_rows(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
     """Return printable cells: one row per key if ``expand``, else with similar keys joined as by ``join_rows``."""
     if not expand:
         return join_rows(rows)
-    return [(printable(key), *_with_indices(cells, _INDEX.findall(key))) for key, cells in rows]
+    return [
+        (printable(key), *(_with_indices(cells, _INDEX.findall(key)) if _MARK in "".join(cells) else cells))
+        for key, cells in rows
+    ]
 
 
 def name_beside(key: str, name: str) -> str:
@@ -249,7 +257,7 @@ def name_beside(key: str, name: str) -> str:
 
 def _with_indices(cells: tuple[str, ...], indices: Sequence[str]) -> tuple[str, ...]:
     """Return the cells with the indices of the key in place of the marks of ``name_beside``."""
-    if not any(_MARK in cell for cell in cells):
+    if _MARK not in "".join(cells):
         return cells
     filled = []
     for cell in cells:
@@ -299,9 +307,9 @@ def join_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         if len(found) == 1 and " " not in key:  # as below, in a tenth of the time
             joined.append((printable(key), *_with_indices(cells, found[0])))
         else:
-            joined += [
-                (_joined_key(shape, sets), *_with_indices(cells, [*map(_ranges, sets)])) for sets in _products(found)
-            ]
+            for sets in _products(found):
+                ranges = [*map(_ranges, sets)]
+                joined.append((_joined_key(shape, sets, ranges), *_with_indices(cells, ranges)))
     return joined
 
 
@@ -340,14 +348,14 @@ def _products(members: Sequence[tuple[str, ...]]) -> list[_IndexSets]:
     return sorted(products)
 
 
-def _joined_key(shape: _KeyShape, sets: _IndexSets) -> str:
+def _joined_key(shape: _KeyShape, sets: _IndexSets, ranges: Sequence[str]) -> str:
     count = math.prod(map(len, sets))
     first, *texts = map(_printable_text, shape)
     if count == 1:
         key = first + "".join(f"{index}{text}" for (index,), text in zip(sets, texts, strict=True))
         return _LIKE_A_COUNT.sub(r" \\xd7", key) if " ×" in key else key
     first, *texts = (text.replace("{", "\\x7b").replace("}", "\\x7d") for text in (first, *texts))
-    key = first + "".join(f"{_ranges(indices)}{text}" for indices, text in zip(sets, texts, strict=True))
+    key = first + "".join(f"{indices}{text}" for indices, text in zip(ranges, texts, strict=True))
     return f"{key} ×{count}"
 
 

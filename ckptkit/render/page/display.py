@@ -11,6 +11,7 @@ from ckptkit.core.text import shared_start
 
 __all__ = ["display_width", "shortened", "start_of"]
 
+_NOT_ASCII = re.compile("[^\\x00-\\x7f]")
 _CUT = "…"
 _LEAST_WORD = 12  # a name in a sentence is shortened to this before the end of the sentence is left out
 _COUNT = re.compile(r" ×[0-9,]+$")  # how many keys a joined row stands for
@@ -20,7 +21,7 @@ _TAIL_SHARES = (1 / 2, 1 / 4, 9 / 10, 1 / 10)  # other places of the cut, where 
 
 def display_width(text: str) -> int:
     """Return the number of columns that a terminal needs for a text: 2 for a wide character, 0 for an accent."""
-    return len(text) if text.isascii() else sum(map(_char_width, text))
+    return len(text) if text.isascii() else len(text) + sum(_char_width(char) - 1 for char in _NOT_ASCII.findall(text))
 
 
 def _char_width(char: str) -> int:
