@@ -277,13 +277,12 @@ class _Comparison:
             return ValueDifference(expected, found, names)
 
         total, elements = part.total, expected.elements
-        norms = math.sqrt(total.expected), math.sqrt(total.found)
         rel_l2 = cosine = None
         if part.finite:
-            distance = math.sqrt(total.squares)
-            rel_l2 = distance / norms[0] if norms[0] else math.inf if distance else 0.0
-        if norms[0] and norms[1]:
-            cosine = max(-1.0, min(total.product / (norms[0] * norms[1]), 1.0))
+            is_beyond = total.distance == math.inf or (total.distance > 0 and not total.expected)
+            rel_l2 = math.inf if is_beyond else total.distance / (total.expected or 1.0)
+        if total.expected and total.found:
+            cosine = max(-1.0, min(total.cosine, 1.0))
         return ValueDifference(
             expected, found, names, part.changed / elements, part.changed,
             None if tolerance is None else part.beyond, part.nonfinite, part.largest,

@@ -19,13 +19,14 @@ from ckptkit.values.workers import Workers
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["has_floats", "measure_equal_floats", "measure_floats"]
+__all__ = ["LEAST_SQUARE", "MOST_SQUARE", "has_floats", "measure_equal_floats", "measure_floats", "scaled_sums"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 _ROW: Final = 1 << 12  # numbers; BLAS shares longer products among threads of its own, whose number changes the result
-# Sums of squares in float32 are exact enough between these: no square of a block has overflown, and those that have
-# underflown do not count.
-_LEAST, _MOST = 1e-25, 1e30
+# By the bytes of a number, the sums of squares that are exact enough: smaller ones may lack squares that have
+# underflown.
+LEAST_SQUARE, MOST_SQUARE = 1e-280, 1e300
+_LIMITS: Final = {4: (1e-25, 1e30), 8: (LEAST_SQUARE, MOST_SQUARE)}
 _NEAR: Final = 2.0**-20  # of float32 differences that are as near to the largest, any can be the largest
 _MANY: Final = 8  # single elements of a block are gathered if they are fewer than one in so many
 
@@ -46,9 +47,11 @@ def measure_floats(bits: tuple[Array, Array], real: str, workers: Workers, best:
     if not math.isfinite(top):
         return None
     sums = _sums(expected, found, distance)
-    if expected.itemsize < 8 and not all(_LEAST <= square <= _MOST for square in sums[1:4]):
-        wide = _widened(expected, workers, "wide e"), _widened(found, workers, "wide f")
-        sums = _sums(*wide, _distance(*wide, workers))
+    if sums is None and expected.itemsize < 8:
+        expected, found = _widened(expected, workers, "wide e"), _widened(found, workers, "wide f")
+        distance = _distance(expected, found, workers)
+        sums = _sums(expected, found, distance)
+    sums = sums or scaled_sums(expected, found, distance)
     changed, ulp = _steps(bits, workers)
     largest, place = UNCHANGED, 0
     if changed and top * (1 + _NEAR) > best:
@@ -64,9 +67,28 @@ def measure_equal_floats(bits: Array, real: str, workers: Workers) -> Part | Non
     """Return the part of a block with these bits on both sides, or None if it needs another way."""
     values = _values(bits, real, workers, "e")
     square = _dot(values, values)
-    if not math.isfinite(square) or (values.itemsize < 8 and not _LEAST <= square <= _MOST):
+    if not _is_exact(square, values.itemsize):
         return None
-    return Part(0, 0, len(values), 0, UNCHANGED, 0, (b"", b""), 0, (0, 0), (0, 0), (Sums(0.0, 0.0, *[square] * 3),))
+    sums = Sums(0.0, 0.0, math.sqrt(square), math.sqrt(square), 1.0)
+    return Part(0, 0, len(values), 0, UNCHANGED, 0, (b"", b""), 0, (0, 0), (0, 0), (sums,))
+
+
+def scaled_sums(expected: Array, found: Array, distance: Array) -> Sums:
+    """Return the sums of finite float64 numbers, whose squares may be beyond float64."""
+    import numpy as np
+
+    def scaled(numbers: Array) -> tuple[Array, int]:
+        exponent = math.frexp(float(np.abs(numbers).max()))[1]
+        return np.ldexp(numbers, -exponent), exponent
+
+    def norm(numbers: Array) -> tuple[Array, float, float]:
+        small, exponent = scaled(numbers)
+        root = math.sqrt(_dot(small, small))
+        return small, root, float(np.ldexp(root, exponent))
+
+    one, other = norm(expected), norm(found)
+    cosine = _dot(one[0], other[0]) / (one[1] * other[1]) if one[1] and other[1] else 0.0
+    return Sums(_dot(distance, None), norm(distance)[2], one[2], other[2], cosine)
 
 
 def _values(bits: Array, real: str, workers: Workers, name: str) -> Array:
@@ -108,14 +130,19 @@ def _distance(expected: Array, found: Array, workers: Workers) -> Array:
     return distance
 
 
-def _sums(expected: Array, found: Array, distance: Array) -> Sums:
-    return Sums(
-        _dot(distance, None),
-        _dot(distance, distance),
-        _dot(expected, expected),
-        _dot(found, found),
-        _dot(expected, found),
-    )
+def _sums(expected: Array, found: Array, distance: Array) -> Sums | None:
+    """Return the sums, or None where squares are too large or too small for the dtype of the numbers."""
+    squares = _dot(distance, distance), _dot(expected, expected), _dot(found, found)
+    if not all(_is_exact(square, distance.itemsize) for square in squares):
+        return None
+    far, one, other = (math.sqrt(square) for square in squares)
+    return Sums(_dot(distance, None), far, one, other, _dot(expected, found) / (one * other))
+
+
+def _is_exact(square: float, width: int) -> bool:
+    """Return whether no square in a sum has overflown, and those that have underflown do not count."""
+    least, most = _LIMITS[width]
+    return least <= square <= most
 
 
 def _dot(one: Array, other: Array | None) -> float:

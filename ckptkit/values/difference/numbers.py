@@ -11,7 +11,14 @@ from ckptkit.values.arrays import array_of, bits_dtype, float4_values, real_code
 from ckptkit.values.byte_codes import BYTE_CODES
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.difference.close import is_close
-from ckptkit.values.difference.floats import has_floats, measure_equal_floats, measure_floats
+from ckptkit.values.difference.floats import (
+    LEAST_SQUARE,
+    MOST_SQUARE,
+    has_floats,
+    measure_equal_floats,
+    measure_floats,
+    scaled_sums,
+)
 from ckptkit.values.difference.part import UNCHANGED, Part, Sums, Tolerance
 from ckptkit.values.extremes import INTEGERS
 from ckptkit.values.float_formats import FLOAT_FORMATS
@@ -126,11 +133,6 @@ def _measure(
         nonfinite = _nonfinite(numbers.finite, numbers.nan, differ)
         score = np.where(nonfinite, np.inf, distance)
     steps = _steps(numbers, real, parts)
-    squares = (distance.astype(np.float64) if apart.dtype.kind == "u" else apart) ** 2
-    columns = [
-        np.add.reduceat(values, starts * (len(values) // len(distance)))
-        for values in (distance.astype(np.float64, copy=False), squares, expected**2, found**2, expected * found)
-    ]
     beyond = np.zeros(len(starts), np.int64)
     if tolerance is not None:
         close = is_close(numbers.bits, distance, code, tolerance, workers)
@@ -149,15 +151,35 @@ def _measure(
     rows = zip(
         changed.tolist(), beyond.tolist(), finite, wrong, largest.tolist(), (places - starts).tolist(),
         [_bytes(numbers.bits, place, width) for place in places.tolist()], _most(steps, starts), nan, inf,
-        zip(*(column.tolist() for column in columns), strict=True), strict=True,
+        _run_sums((expected, found), distance.astype(np.float64, copy=False), starts), strict=True,
     )  # fmt: skip
     return [
-        Part(
-            differs, outside, both, other, most if differs else UNCHANGED, place, values, ulp, nans, infs,
-            (Sums(*sums),),
-        )
+        Part(differs, outside, both, other, most if differs else UNCHANGED, place, values, ulp, nans, infs, (sums,))
         for differs, outside, both, other, most, place, values, ulp, nans, infs, sums in rows
-    ]  # fmt: skip
+    ]
+
+
+def _run_sums(sides: tuple[Array, Array], distance: Array, starts: Array) -> list[Sums]:
+    """Return the sums of each run; ``distance`` has one number for each element, the sides have one or two."""
+    import numpy as np
+
+    expected, found = sides
+    firsts = starts * (len(expected) // len(distance))
+    squares = np.stack([
+        np.add.reduceat(distance * distance, starts),
+        np.add.reduceat(expected * expected, firsts),
+        np.add.reduceat(found * found, firsts),
+    ])  # fmt: skip
+    norms = np.sqrt(squares)
+    product, both = np.add.reduceat(expected * found, firsts), norms[1] * norms[2]
+    cosine = np.divide(product, both, out=np.zeros(len(starts)), where=both > 0)
+    rows = zip(np.add.reduceat(distance, starts).tolist(), *norms.tolist(), cosine.tolist(), strict=True)
+    sums = [Sums(*row) for row in rows]
+    for run in np.flatnonzero(~((squares >= LEAST_SQUARE) & (squares <= MOST_SQUARE)).all(0)).tolist():
+        runs = [np.append(begins, len(side))[run : run + 2] for begins, side in ((firsts, found), (starts, distance))]
+        (first, last), (start, stop) = (run.tolist() for run in runs)
+        sums[run] = scaled_sums(expected[first:last], found[first:last], distance[start:stop])
+    return sums
 
 
 def _counts(marks: Array, starts: Array) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,13 +22,17 @@ class Tolerance(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the elements that are finite on both sides."""
+    """Sums over the elements that are finite on both sides, in forms that do not overflow.
 
-    magnitudes: float  # of the differences
-    squares: float  # of the differences
-    expected: float  # squares
-    found: float  # squares
-    product: float  # expected times found
+    ``magnitudes`` is the sum of the absolute differences. ``distance`` is the Euclidean norm of the differences,
+    ``expected`` and ``found`` are those of the sides. ``cosine`` is of the angle between them, 0 if a norm is 0.
+    """
+
+    magnitudes: float
+    distance: float
+    expected: float
+    found: float
+    cosine: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,13 @@ class Part:
 
     @property
     def total(self) -> Sums:
-        """The sums over all elements, each with one rounding."""
-        return Sums(*map(exact_sum, zip(*self.sums, strict=True)))
+        """The sums over all elements; the order of the blocks does not change them."""
+        magnitudes, *norms, _ = zip(*self.sums, strict=True)
+        distance, expected, found = (math.hypot(*sorted(norm)) for norm in norms)
+        cosine = 0.0
+        if expected and found:
+            cosine = exact_sum(one.cosine * (one.expected / expected) * (one.found / found) for one in self.sums)
+        return Sums(exact_sum(magnitudes), distance, expected, found, cosine)
 
 
 def together(parts: Sequence[tuple[int, Part]]) -> Part:
