@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import pty
 import re
@@ -188,6 +189,12 @@ def test_formats_exclude_each_other(transformer: Path, capsys: pytest.CaptureFix
         "ckpt: --format tsv and --wide exclude each other\n"
     )
     assert run_ckpt(capsys, "show", transformer, "--tree", "--format", "tsv").code == 2
+    assert run_ckpt(capsys, "diff", transformer, transformer, "--format", "tsv").out == "\tkey\texpected\tfound\n"
+    ran = run_ckpt(capsys, "check", transformer, "--format", "tsv")
+    codes = [row["code"] for row in csv.DictReader(ran.out.splitlines(), dialect="excel-tab")]
+    assert codes == [
+        one["code"] for one in json.loads(run_ckpt(capsys, "check", transformer, "--json").out)["findings"]
+    ]
     ran = run_ckpt(capsys, "convert", transformer, "-o", transformer.parent / "o.pt", "-n", "--report", "tsv")
     rows = list(csv.DictReader(ran.out.splitlines(), dialect="excel-tab"))
     with safe_open(transformer, "pt") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ckptkit.checks.codes import NOT_SCANNED
 from ckptkit.checks.report import CheckReport, CheckReports, merge_reports
 from ckptkit.formats.codes import NO_CHECKSUM
-from ckptkit.render.findings import finding_lines, findings_document
+from ckptkit.render.findings import finding_lines, findings_document, findings_table
 from ckptkit.render.page import Line, Page, as_code
 from ckptkit.render.summary import describe
 
@@ -36,8 +36,9 @@ def checks_page(merged: CheckReports) -> Page:
             gap = [Line(())] if lines and lines[-1].parts else []
             lines += [*gap, Line(title), *finding_lines(report.findings), Line(())]
     if all(map(_is_clean, merged.reports)):
-        return lines
-    return [*lines, *([Line(())] if lines[-1].parts else []), Line((merged.counts,))]
+        return [*lines, findings_table(merged.findings)]
+    gap = [Line(())] if lines[-1].parts else []
+    return [*lines, *gap, Line((merged.counts,)), findings_table(merged.findings)]
 
 
 def _is_clean(report: CheckReport) -> bool:

@@ -116,14 +116,14 @@ def diff_page(
     elements = plural(measure_coverage(result.expected, frozenset()).elements, "element")
     unmet = [unmet for unmet in result.unmet if all(unmet is not gate.broken for gate in result.gates)]
     shown = _few_of(rows) if is_short else rows
-    table = [Table(("", "key", "expected", "found"), tuple(shown))] if rows else []
+    table = Table(("", "key", "expected", "found"), tuple(shown))
     more = [Line((f"and {plural(len(rows) - len(shown), 'more row')}",))] if len(shown) < len(rows) else []
     return [
         Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
         Line(("found     ", *describe(result.found_checkpoint, "found"))),
         *_gate_lines(result),
         *([] if result.values is None else values_page(result.values, expand=expand or everything)),
-        *(() if is_short else table),
+        *(() if is_short else [table]),
         Line((", ".join(counts),)),
         Line((f"coverage {percent(result.coverage)} of {elements}",)),
         *([_unread_line(result)] if result.values is None and result.matched else []),
@@ -135,7 +135,7 @@ def diff_page(
             else []
         ),
         *(Line(("hint: ", Hint(hint.message))) for hint in (result.hints if with_hints else ())),
-        *((*table, *more) if is_short else ()),
+        *([table, *more] if is_short else ()),
     ]
 
 

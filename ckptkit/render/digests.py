@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from ckptkit.core.text import printable
 from ckptkit.digests.check import DigestCheck
 from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests
-from ckptkit.render.page import Line, Listing, Page
+from ckptkit.render.page import Line, Listing, Page, Table
 from ckptkit.render.summary import checkpoint_document, tensor_document
 
 __all__ = ["check_document", "check_page", "digests_document", "digests_page"]
@@ -15,7 +16,10 @@ __all__ = ["check_document", "check_page", "digests_document", "digests_page"]
 
 def digests_page(result: Digests) -> Page:
     """Return the page of ``ckpt digest``: the lines of the digest file."""
-    return [Listing(tuple(result.lines))]
+    rows = (
+        (one.digest, one.info.dtype, str(list(one.info.shape)), printable(key)) for key, one in result.tensors.items()
+    )
+    return [Listing(tuple(result.lines)), Table(("digest", "dtype", "shape", "key"), tuple(rows), only_tsv=True)]
 
 
 def digests_document(result: Digests) -> dict[str, object]:

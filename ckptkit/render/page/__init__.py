@@ -70,13 +70,20 @@ class Table:
     """Rows of printable cells below headers; the columns named in ``right`` are aligned to the right.
 
     ``gives_way`` names the columns that a narrow terminal leaves out first, the least important first. After them go
-    the others from the right, and never the first that has a name. A page shows no table without rows.
+    the others from the right, and never the first that has a name. A page shows no table without rows, and none that
+    is ``only_tsv``, which has for scripts what the lines of the page say to people.
     """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[str] = frozenset()
     gives_way: tuple[str, ...] = ()
+    only_tsv: bool = False
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether people see the table."""
+        return bool(self.rows) and not self.only_tsv
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ def as_code(name: str) -> Code:
 
 def as_text(page: Page) -> Iterator[str]:
     """Yield the lines of a page for a terminal, with an empty line before and after each table and listing."""
-    page = _with_content(page)
+    page = _shown(page)
     for number, block in enumerate(page):
         if number and not (isinstance(block, Line) and isinstance(page[number - 1], Line)):
             yield ""
@@ -129,14 +136,14 @@ def as_tsv(page: Page) -> Iterator[str]:
         line.truncate()
 
 
-def _with_content(page: Page) -> list[Block]:
-    return [block for block in page if not isinstance(block, Table) or block.rows]
+def _shown(page: Page) -> list[Block]:
+    return [block for block in page if not isinstance(block, Table) or block.is_shown]
 
 
 def as_markdown(page: Page) -> Iterator[str]:
     """Yield the lines of a page in GitHub's Markdown."""
     is_first = True
-    for kind, blocks in groupby(_with_content(page), type):
+    for kind, blocks in groupby(_shown(page), type):
         for part in [list(blocks)] if kind is Line else [[block] for block in blocks]:
             if not is_first:
                 yield ""

@@ -19,7 +19,7 @@ _STYLE = (
 
 
 def as_html(page: Page) -> str:
-    """Return a page as one HTML element; tables without rows are left out, and names are escaped."""
+    """Return a page as one HTML element; tables without rows are left out and names are escaped."""
     blocks: list[str] = []
     for kind, group in groupby(page, type):
         if kind is Line:
@@ -48,7 +48,7 @@ def _line(line: Line) -> str:
 def _block(block: object) -> str:
     if isinstance(block, Listing):
         return f"<pre>{html.escape(chr(10).join(block.lines))}</pre>"
-    return _table(block) if isinstance(block, Table) and block.rows else ""
+    return _table(block) if isinstance(block, Table) and block.is_shown else ""
 
 
 def _table(table: Table) -> str:

@@ -44,7 +44,7 @@ def fitted(page: Page, width: int | None) -> Page:
     hidden, cut, last = 0, False, 0
     gone: set[str] = set()  # columns of the last table; a line that explains one of them is left out too
     for block in page:
-        if isinstance(block, Table):
+        if isinstance(block, Table) and block.is_shown:
             table = _fit_table(block, width)
             blocks.append(table)
             gone = set(block.headers) - set(table.headers) - {""} if len(table.headers) < len(block.headers) else set()
@@ -101,9 +101,9 @@ def _fit_table(table: Table, width: int) -> Table:
     """Return the table itself if it fits, else one with the widest columns that fit."""
     natural = [
         max(display_width(header) + BESIDE_HEADER, *map(display_width, column))
-        for header, column in zip(table.headers, zip(*table.rows, strict=True), strict=bool(table.rows))
+        for header, column in zip(table.headers, zip(*table.rows, strict=True), strict=True)
     ]
-    if not natural or sum(natural) + _GAP * (len(natural) - 1) <= width:
+    if sum(natural) + _GAP * (len(natural) - 1) <= width:
         return table
     named = next((at for at, header in enumerate(table.headers) if header), 0)
     first = dict.fromkeys(table.headers.index(header) for header in table.gives_way if header in table.headers)
