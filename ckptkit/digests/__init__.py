@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 
 from ckptkit.core.arguments import require_choice, require_flags, require_progress
-from ckptkit.core.checkpoint import Checkpoint, under_key
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.digests.hashing import ALGORITHMS, hash_function, hash_tensors
 from ckptkit.digests.model import Digests, TensorDigest
@@ -18,6 +19,8 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.values.workers import Workers
+
+_ALWAYS_READ, _MOST_REPEATED = 1 << 30, 1100  # bytes; and for each stored byte, which deflate makes 1032 of at most
 
 __all__ = ["Digests", "TensorDigest", "digest", "digests_by_key"]
 
@@ -89,6 +92,7 @@ def digests_by_key(
 ) -> Mapping[str, str]:
     """Return the digest of the tensor at each key; tied tensors are read once. Raises what reading raises."""
     infos = [checkpoint[key] for key in keys]
+    _refuse_endless(checkpoint, infos)
     first_of_tie = {key: group[0] for group in tied_keys(infos) for key in group[1:]}
     found: dict[str, str] = {}
     tensors = ((info, checkpoint.payload(info.key)) for info in infos if info.key not in first_of_tie)
@@ -98,3 +102,11 @@ def digests_by_key(
             if progress is not None and nbytes:
                 progress(nbytes)
     return {info.key: found[first_of_tie.get(info.key, info.key)] for info in infos}
+
+
+def _refuse_endless(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> None:
+    """Raise ``PlanError`` where views repeat the stored bytes so often that reading them would not end."""
+    stored = sum(os.path.getsize(file) for file in checkpoint.files if os.path.isfile(file))
+    nbytes = sum(info.nbytes for info in infos)
+    if checkpoint.files and nbytes > _ALWAYS_READ + _MOST_REPEATED * stored:
+        raise PlanError(f"{human_bytes(nbytes)} would be read: views repeat the {human_bytes(stored)} of the files")

@@ -27,6 +27,7 @@ __all__ = [
     "hash_payloads",
     "hash_tensors",
     "header_of",
+    "shape_text",
 ]
 
 HEX_DIGITS: Final = {"sha256": 64, "xxh3": 32}
@@ -83,7 +84,13 @@ def hash_function(algorithm: str) -> Callable[[bytes], Hash]:
 @lru_cache(maxsize=4096)
 def header_of(dtype: str, shape: tuple[int, ...]) -> bytes:
     """Return what is hashed before the bytes of a tensor: a line of JSON with its dtype and its shape."""
-    return json.dumps([dtype, list(shape)], separators=(",", ":")).encode() + b"\n"
+    return f"[{json.dumps(dtype)},{shape_text(shape)}]\n".encode()
+
+
+@lru_cache(maxsize=4096)
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape as JSON without spaces."""
+    return json.dumps(shape, separators=(",", ":"))
 
 
 def hash_payloads(payloads: Iterable[Payload]) -> bytes:

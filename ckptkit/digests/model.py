@@ -12,7 +12,7 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import plural
-from ckptkit.digests.hashing import hash_function
+from ckptkit.digests.hashing import hash_function, shape_text
 
 __all__ = ["CONTENTS", "NAMES_AND_SHAPES", "Digests", "TensorDigest", "contents_digest", "digest_line"]
 
@@ -73,7 +73,7 @@ class Digests(Result):
         """Return the digests of tensors, with their fingerprints."""
         by_key = {tensor.info.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.info.key)}
         contents = contents_digest({key: tensor.digest for key, tensor in by_key.items()}, algorithm)
-        shapes = (f"{json.dumps([key, list(one.info.shape)], separators=(',', ':'))}\n" for key, one in by_key.items())
+        shapes = (f"[{json.dumps(key)},{shape_text(one.info.shape)}]\n" for key, one in by_key.items())
         return cls(by_key, contents, _digest(shapes, algorithm), algorithm, skipped, checkpoint)
 
     @property
