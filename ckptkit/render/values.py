@@ -21,7 +21,9 @@ __all__ = ["value_page", "values_document", "values_in_diff", "values_page"]
 _SHOWN = 10
 _FEW_LAYERS = 3  # with fewer, the table says it all
 _MOST_STACKS = 6  # of layers that a page shows
-_MOST_BARS = 48  # so that a line with a long name fits into 80 columns
+_LINE = 80  # columns
+_BESIDE_BARS = 32  # columns for spaces, and for the largest change
+_LEAST_BARS = 16
 _MANY_ULPS = 1_000_000  # 0.0 and 1.0 of F32 are a thousand times as far apart
 _LEAST = 5e-324  # a change without a size
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,6})(?=\.|$)")
@@ -201,9 +203,13 @@ def _layer_lines(values: ValueDiff) -> tuple[str, ...]:
     shown = sorted(long, key=lambda name: -len(long[name]))[:_MOST_STACKS]
     names = [f"{name}.".lstrip(".") + f"{{{min(long[name])}..{max(long[name])}}}" for name in map(str, shown)]
     width = max(map(len, map(printable, names)))
+    most = max(_LINE - width - _BESIDE_BARS, _LEAST_BARS)
     return (
         "change by layer: the largest relative L2 of its tensors",
-        *(f"  {printable(name):<{width}}  {_bars(long[stack])}" for name, stack in zip(names, shown, strict=True)),
+        *(
+            f"  {printable(name):<{width}}  {_bars(long[stack], most)}"
+            for name, stack in zip(names, shown, strict=True)
+        ),
     )
 
 
@@ -214,14 +220,14 @@ def _size(one: ValueDifference) -> float:
     return _LEAST if one.rel_l2 in (0, math.inf) else one.rel_l2
 
 
-def _bars(layers: Mapping[int, float]) -> str:
-    """Return the bars of a stack in the order of its layers, and the largest change; many layers share bars."""
+def _bars(layers: Mapping[int, float], most: int) -> str:
+    """Return at most ``most`` bars for the layers of a stack in order, and its largest change; layers may share one."""
     numbers = [layers[number] for number in sorted(layers)]
-    each = math.ceil(len(numbers) / _MOST_BARS)
+    each = math.ceil(len(numbers) / most)
     bars = sparkline([max(numbers[at : at + each]) for at in range(0, len(numbers), each)])
     worst = max(layers, key=lambda number: (layers[number], -number))
-    most = layers[worst]
-    return f"{bars}  up to {_number(most)} in layer {worst}" if most > _LEAST else bars
+    largest = layers[worst]
+    return f"{bars}  up to {_number(largest)} in layer {worst}" if largest > _LEAST else bars
 
 
 def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, found: Checkpoint) -> Page:
