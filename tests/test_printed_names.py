@@ -371,4 +371,4 @@ def test_notebooks_show_names_as_text(name: str, tmp_path: Path) -> None:
         _assert_harmless(made.replace("\n", ""))
         shown = "".join(found.cells)
         in_table = printable(name).replace(" ×", " \\xd7")  # what looks like a count of joined keys
-        assert any(text in shown for text in (printable(name), in_table, quoted(name), "not-scanned"))
+        assert any(text in shown for text in (printable(name), in_table, quoted(name), "no findings"))
