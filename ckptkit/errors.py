@@ -78,9 +78,15 @@ _FLAGS: Final = frozenset(
     )
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
-_REPEATED: Final = (*RULE_OPTIONS, "elementwise", "ignore", "reset")
+_REPEATED: Final = (*RULE_OPTIONS, "drop-metadata", "elementwise", "ignore", "reset")
 _NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
-_BY_PATTERN: Final = ("as-layer", "on-mismatch", "on-missing", "on-unexpected")  # a mapping of patterns in Python
+_BY_PATTERN: Final = (
+    "as-layer",
+    "metadata",
+    "on-mismatch",
+    "on-missing",
+    "on-unexpected",
+)  # a mapping of patterns in Python
 _OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
 _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
 _PLANS: Final = {  # what a dry run makes

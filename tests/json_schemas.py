@@ -473,6 +473,7 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
             ),
         ),
         "kept": _texts("The entries outside of the weights that are copied unchanged."),
+        "metadata": _table("The metadata of the output.", {"type": "string"}),
         "summary": _object(
             "Totals of the output.",
             {

@@ -365,7 +365,7 @@ def test_plan_document(command: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     sources = [DDP, DDP] if command == "merge" else [DDP]
     asked: tuple[str | Path, ...] = (command, *sources, "-o", tmp_path / "o.pt", "--json", "--dry-run")
     document = json.loads(run_ckpt(capsys, *asked, "--only-tensors").out)
-    assert list(document) == ["schema", "plan", "dropped", "kept", "summary", "output"]
+    assert list(document) == ["schema", "plan", "dropped", "kept", "metadata", "summary", "output"]
     assert document["schema"] == f"ckptkit.{command}/1"
     assert list(document["plan"][0]) == ["key", "dtype", "shape", "sources", "operation", "rule"]
     assert list(document["plan"][0]["sources"][0]) == ["role", "key"]

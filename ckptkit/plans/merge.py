@@ -15,6 +15,7 @@ from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.metadata import follow_metadata
+from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.overlays.choices import Policies, Sides, parse_policies
 from ckptkit.plans.overlays.overlay import Overlay, OwnLoading, make_overlay
 from ckptkit.plans.overlays.requirements import refuse_missing, refuse_parted, refuse_unmet
@@ -51,6 +52,8 @@ def plan_merge(
     skip_unread: bool = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
 ) -> Plan:
     """Return the plan of an overlay: the keys of ``base``, with the donors' values where key and shape agree.
 
@@ -74,6 +77,8 @@ def plan_merge(
 
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
+
+    The output has the metadata of ``base``; ``metadata`` and ``drop_metadata`` change it as in ``plan_remap``.
 
     ``require`` is a pattern or a list of patterns: every matching key of the base must get its values from a donor.
     ``min_coverage`` is the least share of the base's elements that must get them, between 0 and 1. ``coverage`` of the
@@ -112,7 +117,7 @@ def plan_merge(
         sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
         rules = rules_for(rules, sources[roles[0]], opened_base)
         plan, _ = _plan(opened_base, sources, rules, policies, requirements, skip_unread=skip_unread)
-        return plan
+        return edit_metadata(plan, metadata, drop_metadata)
 
 
 def plan_loading(

@@ -20,6 +20,7 @@ from ckptkit.plans.adapters.layers import AsLayer
 from ckptkit.plans.adapters.reading import LoraConfigLike
 from ckptkit.plans.execute import execute
 from ckptkit.plans.inputs import roles_of
+from ckptkit.plans.metadata.edits import refuse_without_metadata
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
 from ckptkit.plans.writing.written import Written
@@ -40,6 +41,8 @@ def convert(
     keep_unknown: bool = False,
     reflink: Reflink = "auto",
     skip_unread: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
     carry: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
@@ -47,15 +50,16 @@ def convert(
 ) -> Written:
     """Write a checkpoint in another format, in shards or with another dtype, as ``ckpt convert`` does.
 
-    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype`` and ``skip_unread`` are as in
-    ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``, ``only_tensors``, ``keep_unknown`` and
-    ``reflink`` as in ``choose_output``; ``carry``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
+    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``skip_unread``, ``metadata`` and
+    ``drop_metadata`` are as in ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``, ``only_tensors``,
+    ``keep_unknown`` and ``reflink`` as in ``choose_output``; ``carry``, ``verify``, ``allow_overflow`` and ``progress``
+    as in ``execute``.
 
     Raises:
         PathError: The source cannot be read.
         FormatError: The source is not a valid checkpoint.
         PlanError: A tensor cannot be copied or cast, or the format cannot hold it.
-        OutputError: The output exists (without ``force``), or cannot be written.
+        OutputError: The output exists (without ``force``), cannot be written, or has no place for ``metadata``.
 
     Example:
         >>> import ckptkit, os, tempfile
@@ -72,8 +76,16 @@ def convert(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
+    refuse_without_metadata(output, metadata, drop_metadata)
     with _opened({"source": source}) as sources, default_error_path(_path(source)):
-        plan = replace(plan_remap(sources["source"], dtype=dtype, skip_unread=skip_unread), command="convert")
+        plan = plan_remap(
+            sources["source"],
+            dtype=dtype,
+            skip_unread=skip_unread,
+            metadata=metadata,
+            drop_metadata=drop_metadata,
+        )
+        plan = replace(plan, command="convert")
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
         )
@@ -97,6 +109,8 @@ def merge(
     keep_unknown: bool = False,
     reflink: Reflink = "auto",
     skip_unread: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
     carry: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
@@ -105,9 +119,9 @@ def merge(
     """Write ``base`` with the values of the donors where key and shape agree, as ``ckpt merge`` does.
 
     ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``skip_unread``,
-    ``require``, ``min_coverage`` and the policies ``on_...`` are as in ``plan_merge``; the other arguments are as in
-    ``convert``. ``coverage`` of the result is the share of the base's elements that got values from a donor, and
-    ``from_base`` names the keys that have the values of the base.
+    ``require``, ``min_coverage``, ``metadata``, ``drop_metadata`` and the policies are as in ``plan_merge``; the other
+    arguments are as in ``convert``. ``coverage`` of the result is the share of the base's elements that got values from
+    a donor, and ``from_base`` names the keys that have the values of the base.
 
     Raises:
         PathError: An input cannot be read.
@@ -115,7 +129,7 @@ def merge(
         RuleError: A rule or a pattern is not valid, or matches nothing.
         PlanError: Nothing fits, ``require`` or ``min_coverage`` is not met, a policy says ``error``, or a tensor cannot
             be copied, cast or held by the format.
-        OutputError: The output exists (without ``force``), or cannot be written.
+        OutputError: The output exists (without ``force``), cannot be written, or has no place for ``metadata``.
 
     Example:
         >>> import ckptkit, os, tempfile
@@ -133,6 +147,7 @@ def merge(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
+    refuse_without_metadata(output, metadata, drop_metadata)
     given = [donors] if isinstance(donors, str) or not isinstance(donors, Sequence) else donors
     with _opened(roles_of(base, given)) as sources:
         opened_base, *opened_donors = sources.values()
@@ -140,7 +155,7 @@ def merge(
             plan = plan_merge(
                 opened_base, opened_donors, rules,
                 on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch, skip_unread=skip_unread,
-                require=require, min_coverage=min_coverage,
+                require=require, min_coverage=min_coverage, metadata=metadata, drop_metadata=drop_metadata,
             )  # fmt: skip
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress

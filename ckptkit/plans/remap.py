@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.core.arguments import require_flags
@@ -16,6 +16,7 @@ from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.metadata import follow_metadata
+from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.metadata.moves import Rename, renamed_alike
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
@@ -46,6 +47,8 @@ def plan_remap(
     dtype: str | DType | None = None,
     like: CheckpointLike | None = None,
     skip_unread: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
 ) -> Plan:
     """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
 
@@ -59,6 +62,10 @@ def plan_remap(
 
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
+
+    The metadata of ``source`` is kept, and what it says about tensors follows their new names. ``drop_metadata`` is a
+    pattern or several: items whose names match are left out. ``metadata`` has further items. Only a safetensors output
+    holds metadata.
 
     The parts of a quantised weight can only be copied, and only together.
 
@@ -78,7 +85,8 @@ def plan_remap(
         to_dtype = None if dtype is None else float_dtype(dtype)
         chosen = rules_for(rules, checkpoint, expected)
         with pause_gc():
-            return _plan(checkpoint, chosen, expected, to_dtype, skip_unread=skip_unread)
+            plan = _plan(checkpoint, chosen, expected, to_dtype, skip_unread=skip_unread)
+        return edit_metadata(plan, metadata, drop_metadata)
 
 
 def _plan(

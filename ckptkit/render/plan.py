@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.errors import COMMAND
+from ckptkit.formats.safetensors_header import METADATA
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
-from ckptkit.render.summary import names_in_short
+from ckptkit.render.summary import names_in_short, value_cell
 
 if TYPE_CHECKING:
     from ckptkit.plans.writing.written import Written
@@ -39,6 +40,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
         ],
         "dropped": [{"role": drop.role, "key": drop.key, "reason": drop.reason} for drop in plan.dropped],
         "kept": list(plan.kept),
+        "metadata": dict(_metadata(plan)),
         "summary": {
             "tensors": len(plan.steps),
             "elements": plan.elements,
@@ -90,8 +92,16 @@ def _cast_document(loss: CastLoss) -> dict[str, object]:
 
 def plan_page(plan: Plan, *, expand: bool = False) -> Page:
     """Return the page of a dry run: every tensor of the output with its source, then what is left out."""
+    metadata = [(printable(name), value_cell(text)) for name, text in _metadata(plan).items() if name != "format"]
     about = [*_kept(plan), *_unread(plan), f"{_summary(plan)}; nothing was written", *_coverage(plan, expand=expand)]
-    return [*_tables(plan, expand=expand), *(Line((sentence,)) for sentence in about)]
+    table = [Table(("metadata", "value"), tuple(metadata))] if metadata else []
+    return [*_tables(plan, expand=expand), *table, *(Line((sentence,)) for sentence in about)]
+
+
+def _metadata(plan: Plan) -> Mapping[str, str]:
+    """Return the metadata that the output will have: a format that cannot hold it is known by what is left out."""
+    is_lost = any(drop.is_entry and drop.key == METADATA and drop.role == "output" for drop in plan.dropped)
+    return {} if is_lost else plan.metadata
 
 
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:

@@ -11,11 +11,10 @@ from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
 from ckptkit.quantized import quantized_weights
 from ckptkit.render.page import Block, Line, Listing, Page, Table, name_beside, table_rows
-from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document
+from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document, value_cell
 
 __all__ = ["show_document", "show_page"]
 
-_LONGEST_VALUE = 80
 _MOST_PARTS = 40
 _DIGITS = 16  # of a digest that a page has
 _DEEPEST = 64  # a name can be all dots; segments below this depth are printed on one line
@@ -161,7 +160,7 @@ def _other_entries(checkpoint: Checkpoint, digests: Mapping[str, str] | None) ->
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("also holds", "type", "value"): list(map(_entry_row, inside)),
         (f"beside {printable(checkpoint.envelope)}", "type", "value"): list(map(_entry_row, beside)),
-        ("metadata", "value"): [(printable(key), _cut(printable(text))) for key, text in checkpoint.metadata.items()],
+        ("metadata", "value"): [(printable(key), value_cell(text)) for key, text in checkpoint.metadata.items()],
         ("code references, not run",): [(printable(name),) for name in checkpoint.references],
     }
     blocks: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
@@ -182,9 +181,5 @@ def _entry_row(entry: Entry) -> tuple[str, ...]:
 
 def _value(entry: Entry) -> str:
     if isinstance(entry.value, str):
-        return _cut(printable(entry.value))
-    return _cut(printable(json.dumps(entry.value, ensure_ascii=False)))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+        return value_cell(entry.value)
+    return value_cell(json.dumps(entry.value, ensure_ascii=False))

@@ -16,8 +16,10 @@ from ckptkit.render.page import Code, Line, as_code, table_rows
 __all__ = [
     "checkpoint_document", "coverage_documents", "describe", "json_number", "names_in_short", "quantized_document",
     "quantized_lines", "share_cell", "tensor_document", "totals_document",
+    "value_cell",
 ]  # fmt: skip
 
+_LONGEST_VALUE = 80
 _MOST_NAMES = 16  # that a sentence lists; the JSON document has all
 
 
@@ -99,3 +101,9 @@ def json_number(value: float | None) -> float | str | None:
 def share_cell(part: int, whole: int) -> str:
     """Return ``part`` of ``whole`` as a percentage for a table; empty if ``whole`` is 0."""
     return percent(part / whole) if whole else ""
+
+
+def value_cell(text: str) -> str:
+    """Return a value for a table: printable, and cut after 80 characters."""
+    shown = printable(text)
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[: _LONGEST_VALUE - 1]}…"

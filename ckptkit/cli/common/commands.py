@@ -19,6 +19,7 @@ _SECTIONS: Final = {
     "Rules for keys": ("--rename", "--keep", "--drop", "--strip", "--rules", "--set", "--allow-unused"),
     "Output": (
         "--output", "--format", "--max-shard-size", "--force", "--carry", "--only-tensors", "--keep-unknown",
+        "--metadata", "--drop-metadata",
         "--reflink", "--allow-overflow", "--verify", "--dry-run", "--plan", "--expand", "--report", "--json",
         "--markdown", "--wide", "--quiet",
     ),
@@ -26,11 +27,11 @@ _SECTIONS: Final = {
 
 # The options that --help leaves out first where a command has too many.
 _RARE: Final = (
-    "--keep-unknown", "--reflink", "--only-tensors", "--allow-overflow", "--skip-unread", "--elementwise",
-    "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set", "--plan", "--quiet", "--scale",
-    "--rank", "--invert", "--apply", "--names", "--form", "--on-missing", "--on-unexpected", "--format", "--verify",
-    "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore", "--carry", "--strip", "--weight",
-    "--min-coverage", "--require",
+    "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--allow-overflow",
+    "--skip-unread", "--elementwise", "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
+    "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
+    "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
+    "--carry", "--strip", "--weight", "--min-coverage", "--require",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import click
@@ -20,6 +21,7 @@ from ckptkit.cli.common.options import (
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
+from ckptkit.core.text import quoted
 from ckptkit.formats.writing.atomic import prepare_side_file, present_state, small_file
 from ckptkit.formats.writing.reflink import REFLINKS, Reflink
 from ckptkit.plans.adapters.adapter_formats import adapter_path
@@ -50,6 +52,8 @@ class OutputOptions:
     verify: bool = False
     allow_overflow: bool = False
     carry: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    drop_metadata: tuple[str, ...] = ()
 
 
 def output_options(command: CommandFunction) -> CommandFunction:
@@ -64,8 +68,9 @@ def plan_output_options(command: CommandFunction) -> CommandFunction:
     """Add the options of a command that writes what a plan says, and pass them to the command as ``options``."""
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
-        _only_tensors_option, _keep_unknown_option, _carry_option, _reflink_option, _allow_overflow_option,
-        _dry_run_option, _plan_option, _verify_option, expand_option, output_report_options, quiet_option,
+        _only_tensors_option, _keep_unknown_option, _metadata_option, _drop_metadata_option, _carry_option,
+        _reflink_option, _allow_overflow_option, _dry_run_option, _plan_option, _verify_option, expand_option,
+        output_report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -88,6 +93,8 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         allow_overflow: bool = False,
         carry: bool = False,
         reflink: Reflink = "auto",
+        metadata: Mapping[str, str] = MappingProxyType({}),
+        drop_metadata: tuple[str, ...] = (),
         **others: object,
     ) -> object:
         chosen = choose_output(
@@ -100,7 +107,19 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             reflink=reflink,
         )
         chosen = replace(chosen, before=present_state(chosen.path))
-        options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify, allow_overflow, carry)
+        options = OutputOptions(
+            chosen,
+            dry_run,
+            report_format,
+            quiet,
+            expand,
+            plan_file,
+            verify,
+            allow_overflow,
+            carry,
+            metadata,
+            drop_metadata,
+        )
         return command(*args, options=options, **others)
 
     return with_options
@@ -122,6 +141,29 @@ _only_tensors_option = click.option(
 _keep_unknown_option = click.option(
     "--keep-unknown", is_flag=True,
     help="Copy code references that torch.load(weights_only=True) refuses. They are never run.",
+)  # fmt: skip
+
+
+def _parse_metadata(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """Return the items that are written as ``NAME=TEXT``."""
+    items: dict[str, str] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise click.BadParameter(f"{quoted(text)} is not of the form NAME=TEXT.", context, option)
+        if name in items:
+            raise click.BadParameter(f"{quoted(name)} is given twice.", context, option)
+        items[name] = value
+    return items
+
+
+_metadata_option = click.option(
+    "--metadata", multiple=True, metavar="NAME=TEXT", callback=_parse_metadata,
+    help="Write this item into the metadata of a safetensors output. Repeatable.",
+)  # fmt: skip
+_drop_metadata_option = click.option(
+    "--drop-metadata", multiple=True, metavar="PATTERN",
+    help="Leave out the items of the input's metadata whose names match. Repeatable.",
 )  # fmt: skip
 _carry_option = click.option(
     "--carry", is_flag=True,
@@ -154,6 +196,11 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
     from ckptkit.render.page import as_text
     from ckptkit.render.results import page_of
 
+    if options.metadata or options.drop_metadata:
+        from ckptkit.plans.metadata.edits import edit_metadata, refuse_without_metadata
+
+        refuse_without_metadata(options.output, options.metadata, options.drop_metadata)
+        plan = edit_metadata(plan, options.metadata, options.drop_metadata)
     plan = check_output(plan, options.output, sources, carry=options.carry)
     written = None
     with _plan_file(plan, sources, options):
