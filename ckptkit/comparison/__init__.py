@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -372,12 +373,14 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     computed: dict[str, tuple[str, ...]] = {}
     without: dict[str, str] = {}  # the keys that no tensor is loaded for, and why
     names_decide = answer.rehearsal is None
-    for key, info in expected_infos.items():
+    undecided = expected_infos
+    if names_decide and not expected_states and not_tensors.keys().isdisjoint(expected_infos):
+        # Where all names differ, the steps below would take most of the time.
+        missing = [info for key, info in expected_infos.items() if key not in by_new_name]
+        without = dict.fromkeys((info.key for info in missing), "missing")
+        undecided = {key: info for key, info in expected_infos.items() if key in by_new_name} if missing else undecided
+    for key, info in undecided.items():
         given_info = by_new_name.get(key)
-        if given_info is None and names_decide and key not in not_tensors and _EXTRA_STATE not in key:
-            missing.append(info)  # where all names differ, the steps below would take most of the time
-            without[key] = "missing"
-            continue
         is_direct = given_info is not None and key in answer.direct and given_info.shape == info.shape
         if given_info is None or (not is_direct and answer.decides(key)):
             place = _place(info, answer, by_new_name, not_tensors)
@@ -409,12 +412,16 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         same = (there.dtype, there.kind) == (given.dtype, given.kind) and there.dtype != "F4"
         if (not same and not _is_copyable(pair)) or answer.refuses_shape(key):  # code of the model made another shape
             uncopyable.append(pair)
-    unexpected = {
-        new: info
-        for new, info in by_new_name.items()
-        if (new not in expected_infos if names_decide else _is_unexpected(new, answer, expected_infos))
-        and (_EXTRA_STATE not in new or _extra_state_key(new, found) not in expected_states)
-    }
+    if names_decide:
+        unexpected = {new: info for new, info in by_new_name.items() if new not in expected_infos}
+    else:
+        unexpected = {new: by_new_name[new] for new in by_new_name if _is_unexpected(new, answer, expected_infos)}
+    if expected_states:
+        unexpected = {
+            new: info
+            for new, info in unexpected.items()
+            if _EXTRA_STATE not in new or _extra_state_key(new, found) not in expected_states
+        }
     own_values = _values_of_own_code(expected, answer)
     foreign = [
         key
@@ -424,10 +431,11 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         and _extra_state_key(key, found) is None
         and key not in own_values
     ]
-    listed = {info.key for info in missing} | unexpected.keys()
+    one_sided = expected_states ^ found_states
+    listed = {info.key for info in missing} | unexpected.keys() if one_sided else set()
     one_sided_states = [
         key
-        for key in sorted((expected_states ^ found_states) - listed)
+        for key in sorted(one_sided - listed)
         if not answer.decides(key) or key in answer.missing or key in answer.unexpected
     ]
     by_name = missing if names_decide else [info for info in missing if not answer.decides(info.key)]
@@ -451,7 +459,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         notes=key_map.notes,
         unseen=frozenset(
             info.key
-            for new, info in unexpected.items()
+            for new, info in (unexpected.items() if absent_modules or not names_decide else ())
             if new.startswith(absent_modules) or (not names_decide and answer.ignores(new))
         ),
         quantized=quantized,
@@ -549,7 +557,9 @@ def _keys_without_tensor(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -
 
 def _extra_state_keys(side: Checkpoint, tensors: Iterable[str]) -> set[str]:
     """Return the keys of extra state on one side."""
-    candidates = [key for key in (*(entry.path for entry in side.entries), *tensors) if _EXTRA_STATE in key]
+    names = [*(entry.path for entry in side.entries), *tensors]
+    # Most state_dicts have no extra state, and one search tells so.
+    candidates = [key for key in names if _EXTRA_STATE in key] if _EXTRA_STATE in "\n".join(names) else []
     keys = (_extra_state_key(key, side) for key in candidates)
     return {key for key in keys if key is not None}
 
@@ -591,5 +601,5 @@ def _filled_counters(
 
 def _versions_for(found: Checkpoint, key_map: KeyMap) -> Mapping[str, int]:
     """Return the versions of modules that torch would see: none where keys were renamed."""
-    is_renamed = bool(key_map.copied_or_computed) or any(old != new for old, new in key_map.renamed.items())
+    is_renamed = bool(key_map.copied_or_computed) or any(map(operator.ne, key_map.renamed, key_map.renamed.values()))
     return {} if is_renamed else found.versions

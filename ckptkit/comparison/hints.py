@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def _align_hints(result: Differences) -> list[Hint]:
 
 
 def _is_renamed(result: Differences) -> bool:
-    return any(old != new for old, new in result.names.items())
+    return any(map(operator.ne, result.names, result.names.values()))
 
 
 def _open_shapes(result: Differences) -> tuple[Shapes, Shapes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import compress, product
 
 from ckptkit.core.patterns import literal
 
@@ -49,25 +49,28 @@ def count_replaced_prefixes(expected: Shapes, found: Shapes) -> Counter[tuple[st
         for prefix, tail in _cuts(key):
             prefixes.setdefault((tail, shape), []).append(prefix)
     owners: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for key, shape in expected.items():
-        for prefix, tail in _cuts(key):
-            if (tail, shape) in prefixes:
-                owners[tail, shape].append(prefix)
+    keys, tails, shapes = list(expected), list(expected), list(expected.values())
+    for _ in range(_MOST_SEGMENTS):  # the keys of a large model are cut together, one segment more each time
+        tails = [tail.partition(".")[2] for tail in tails]
+        endings = list(zip(tails, shapes, strict=True))
+        for key, ending in compress(zip(keys, endings, strict=True), map(prefixes.__contains__, endings)):
+            owners[ending].append(key[: len(key) - len(ending[0])])
+            if len(owners[ending]) > _MOST_OWNERS:
+                del prefixes[ending], owners[ending]
     counts = Counter[tuple[str, str]]()
     for ending, wanted in owners.items():
-        if len(wanted) <= _MOST_OWNERS:
-            pairs = product(prefixes[ending], wanted)
-            counts.update(pair for pair in pairs if not _end_alike(*pair))
+        pairs = product(prefixes[ending], wanted)
+        counts.update(pair for pair in pairs if not _end_alike(*pair))
     plain = {name for pair in counts for name in pair if literal(name) == name and "=" not in name}
     return Counter({pair: count for pair, count in counts.items() if plain.issuperset(pair)})
 
 
 def _cuts(key: str) -> Iterator[tuple[str, str]]:
-    """Yield the beginnings of a key that end with a dot, each with the rest of the key."""
+    """Yield the beginnings of a key that end with a dot, each with the rest of the key, which is not empty."""
     at = 0
     for _ in range(_MOST_SEGMENTS):
         at = key.find(".", at) + 1
-        if not at:
+        if not 0 < at < len(key):
             return
         yield key[:at], key[at:]
 

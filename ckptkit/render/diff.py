@@ -221,7 +221,9 @@ def _with_name_at(width: int, cell: str) -> str:
 def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
     """Return the keys where ``load_state_dict`` would copy codes as numbers, or numbers as codes."""
     parts = dict.fromkeys(name for key in result.quantized for name in key.parts)
-    found = {new: result.found[old] for old, new in result.names.items()} if parts else {}
+    if not parts:
+        return []
+    found = {new: result.found[old] for old, new in result.names.items()}
     others = {pair.key for pair in (*result.matched, *result.shape_mismatched)}
     both = (key for key in parts if key in result.expected and key in found and key not in others)
     return [KeyPair(result.expected[key], found[key]) for key in both]

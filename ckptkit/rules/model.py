@@ -227,7 +227,7 @@ class KeyMap:
 
         Raises ``RuleError`` where an operation does not accept its tensors.
         """
-        plain = {new: infos[old] for old, new in self.renamed.items()}
+        plain = dict(zip(self.renamed.values(), map(infos.__getitem__, self.renamed), strict=True))
         if self.order is None:
             return plain
         copied_or_computed = {

@@ -104,6 +104,21 @@ def test_the_steps_of_a_batch_count() -> None:
     assert interpreter.steps >= 70_000
 
 
+@pytest.mark.parametrize(("longest", "is_read"), [(31, True), (32, False)])
+def test_short_strings_of_a_mapping_count_as_half_an_object(
+    monkeypatch: pytest.MonkeyPatch, longest: int, is_read: bool
+) -> None:
+    """A mapping of a million names to texts, such as a vocabulary, is read and edited: here with a tenth of the limit."""
+    monkeypatch.setattr("ckptkit.formats.pickle.machine._MOST_OBJECTS", 160_000)
+    texts = {f"{number:0{longest}}": f"{-number:0{longest}}" for number in range(100_000)}
+    data = pickle.dumps(texts, protocol=2)
+    if is_read:
+        assert made(data) == texts
+        return
+    with pytest.raises(FormatError, match="more than 160,000 objects"):
+        made(data)
+
+
 def test_damaged_batches_are_read_as_pickle_reads_them() -> None:
     """A changed byte gives the value that pickle makes, or an error."""
     data = pickle.dumps({"a": [1, 300, 70_000, 0.5, None, "x"] * 9, "b": {f"k{n}": n for n in range(40)}}, protocol=2)

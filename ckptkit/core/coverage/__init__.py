@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -30,12 +32,18 @@ class Coverage:
 
 def measure_coverage(infos: Mapping[str, TensorInfo], filled: AbstractSet[str]) -> Coverage:
     """Return which of the tensors ``infos`` are ``filled``, and how many elements they have."""
+    found = tuple(key for key in infos if key in filled) if filled else ()
     return Coverage(
-        tuple(key for key in infos if key in filled),
-        tuple(key for key in infos if key not in filled),
-        sum(info.elements for key, info in infos.items() if key in filled),
-        sum(info.elements for info in infos.values()),
+        found,
+        tuple(key for key in infos if key not in filled) if found else tuple(infos),
+        _elements(map(infos.__getitem__, found)),
+        _elements(infos.values()),
     )
+
+
+def _elements(infos: Iterable[TensorInfo]) -> int:
+    """Return the number of elements of all tensors, of which a large model has few shapes."""
+    return sum(math.prod(shape) * times for shape, times in Counter(info.shape for info in infos).items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Self
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
@@ -17,6 +20,7 @@ __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
 _PLAIN_WORD = re.compile(PLAIN_WORD, re.ASCII)  # a shell takes it as it is, and a hint shows where it ends
 _IN_MEMORY = frozenset({"", "live model", "state_dict", "description"})
 _LIVE_PATH = "py:"
+_SIZE = attrgetter("dtype", "shape", "stored_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,10 @@ NO_CHECKPOINT = CheckpointSummary()
 def totals(infos: Iterable[TensorInfo]) -> tuple[int, int, int]:
     """Return the number of tensors, of their elements, and of their bytes."""
     tensors = elements = nbytes = 0
-    for info in infos:
-        count = info.elements
-        tensors += 1
-        elements += count
-        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored_bytes
+    # A large model has few dtypes and shapes.
+    for (dtype, shape, stored_bytes), times in Counter(map(_SIZE, infos)).items():
+        count = math.prod(shape)
+        tensors += times
+        elements += count * times
+        nbytes += times * ((count * DTYPES[dtype].bits + 7) // 8 if dtype in DTYPES else stored_bytes)
     return tensors, elements, nbytes

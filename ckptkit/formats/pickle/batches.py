@@ -15,6 +15,7 @@ APPENDS: Final = 0x65
 _TEXT: Final = 0x58
 _FEWEST = 32  # items; fewer are read as fast one by one
 _LONGEST_TEXT = 63  # bytes
+_LONGEST_SMALL = 5 + 31  # bytes of the opcode of a string that takes no more memory than two numbers
 _WINDOW = 1 << 20  # bytes of a pickle that are looked at for one batch, so that it never builds too much
 _TEXTS = b"|".join(re.escape(struct.pack("<I", size)) + b".{%d}" % size for size in range(_LONGEST_TEXT + 1))
 _LONGS = b"|".join(re.escape(bytes([size])) + b".{%d}" % size for size in range(9))
@@ -40,11 +41,11 @@ _CONSTANTS: Final = {b"N": None, b"\x88": True, b"\x89": False}
 class Batch:
     """The items of one batch, each as its opcode, the PUTs behind them, and the opcode that takes them.
 
-    ``puts`` has an entry for each item, or none at all where the batch has no PUT. ``numbers`` is the number of items
-    that are not strings.
+    ``puts`` has an entry for each item, or none at all where the batch has no PUT. ``small`` is the number of items
+    that take at most 80 bytes of memory: numbers, and strings of up to 31 bytes.
     """
 
-    __slots__ = ("end", "items", "numbers", "opcode", "puts")
+    __slots__ = ("end", "items", "opcode", "puts", "small")
 
     def __init__(self, data: bytes, start: int, end: int, *, only_numbers: bool) -> None:
         """Take the range of a pickle from the first item to the opcode behind the last one."""
@@ -53,12 +54,12 @@ class Batch:
         self.puts: list[bytes] = []
         if only_numbers:
             self.items = items_in(data, start, end - 1)
-            self.numbers = len(self.items)
+            self.small = len(self.items)
             return
         found = _ITEMS.findall(data, start, end - 1)
         self.items = [item for item, _ in found]
         puts = [put for _, put in found]
-        self.numbers = len(self.items) - bytes(map(_KIND, self.items)).count(_TEXT)
+        self.small = sum(size <= _LONGEST_SMALL for size in map(len, self.items))
         if any(puts):
             self.puts = puts
 

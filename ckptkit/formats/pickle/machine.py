@@ -42,8 +42,8 @@ _FEWEST_KEPT = 1 << 16  # shorter byte strings are read
 # what is then allowed.
 _MOST_OPCODES, _OPCODES_PER_STORAGE = 8_000_000, 14
 _MOST_OBJECTS, _OBJECTS_PER_STORAGE = 1_600_000, 7
-# Numbers of batches that count as half an object, since they take less memory than others. More can count so while the
-# machine holds their list: numbers that are gone leave their memory to larger objects.
+# Numbers and short strings of batches that count as half an object, since they take less memory than others. More can
+# count so while the machine holds their list: numbers that are gone leave their memory to larger objects.
 _MOST_HALVES = 1_000_000
 _MOST_STORAGES = 130_000  # that are counted for it
 # The bytes of a long pickle are in memory too, and leave room for fewer objects.
@@ -123,7 +123,7 @@ class PickleMachine:
         self.memo = Memo()
         self.items_left = _MOST_ITEMS
         self.storages = 0
-        self.batched_numbers = 0
+        self.batched_items = 0
         self._held: list[list[object]] = []
         self._held_numbers = 0
         self.tuple_keys = 0
@@ -171,7 +171,7 @@ class PickleMachine:
         self._unchecked = 0
         steps, objects = self.steps, sys.getallocatedblocks() - self._blocks_before
         storages = min(self.storages, _MOST_STORAGES)
-        halves = min(self.batched_numbers, _MOST_HALVES) + self._held_numbers
+        halves = min(self.batched_items, _MOST_HALVES) + self._held_numbers
         most = _MOST_OBJECTS - max(self.end - _LONG_PICKLE, 0) // _BYTES_PER_OBJECT
         if objects - halves // 2 > most + _OBJECTS_PER_STORAGE * storages:
             raise FormatError(_TOO_MUCH.format(max(most, 0), "objects"), hint=_WAY_OUT)
@@ -325,7 +325,7 @@ def _mark(machine: PickleMachine) -> None:
     if isinstance(stack[-1], list) and are_new_numbers(values):
         machine.hold(stack[-1], len(values))
     else:
-        machine.batched_numbers += batch.numbers
+        machine.batched_items += batch.small
     if batch.puts and not memo.others and batch.has_counted_puts(len(memo.counted)):
         memo.counted += itertools.compress(values, batch.puts)
     elif batch.puts:
