@@ -106,16 +106,16 @@ def test_the_steps_of_a_batch_count() -> None:
 
 @pytest.mark.parametrize(("longest", "is_read"), [(31, True), (32, False)])
 def test_short_strings_of_a_mapping_count_as_half_an_object(
-    monkeypatch: pytest.MonkeyPatch, longest: int, is_read: bool
+    monkeypatch: pytest.MonkeyPatch, longest: int, *, is_read: bool
 ) -> None:
-    """A mapping of a million names to texts, such as a vocabulary, is read and edited: here with a tenth of the limit."""
-    monkeypatch.setattr("ckptkit.formats.pickle.machine._MOST_OBJECTS", 160_000)
-    texts = {f"{number:0{longest}}": f"{-number:0{longest}}" for number in range(100_000)}
+    """A mapping of a million names to texts, such as a vocabulary, is read and edited: here with fewer."""
+    monkeypatch.setattr("ckptkit.formats.pickle.machine._MOST_OBJECTS", 80_000)
+    texts = {f"{number:0{longest}}": f"{-number:0{longest}}" for number in range(70_000)}
     data = pickle.dumps(texts, protocol=2)
     if is_read:
         assert made(data) == texts
         return
-    with pytest.raises(FormatError, match="more than 160,000 objects"):
+    with pytest.raises(FormatError, match="more than 80,000 objects"):
         made(data)
 
 
