@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -140,6 +141,22 @@ def test_the_byte_order_of_numpy_does_not_change_a_digest(tmp_path: Path) -> Non
     }
     for name in ("a.npz", "b.npz"):
         assert str(ckptkit.digest(tmp_path / name)) == str(ckptkit.digest(tensors))
+
+
+def test_blocks_of_gguf_are_hashed_as_they_are_stored(tmp_path: Path) -> None:
+    """The library of GGUF writes and reads the blocks; the dtype is the name that it gives to them."""
+    blocks = np.arange(32 * 68, dtype=np.uint8).reshape(32, 68)
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    writer.add_tensor("blocks", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("plain", np.ones((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    digests = of_tensors(ckptkit.digest(tmp_path / "a.gguf"))
+    stored = next(tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors if tensor.name == "blocks")
+    assert digests["blocks"] == hashlib.sha256(b'["Q8_0",[32,64]]\n' + stored.data.tobytes()).hexdigest()
+    assert digests["plain"] == of_tensors(ckptkit.digest({"a": torch.ones(2, 3)}))["a"]
 
 
 def test_names_are_no_part_of_a_digest_and_values_dtypes_and_shapes_are() -> None:

@@ -19,7 +19,7 @@ from ckptkit.cli.common.options import (
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.digests import Digests
+from ckptkit.digests import Digests, has_digest
 from ckptkit.digests import digest as digest_of
 from ckptkit.digests.check import DigestCheck, check_digests
 from ckptkit.digests.hashing import ALGORITHMS
@@ -71,7 +71,7 @@ def digest(
     path = _beside(recorded) if path is None else path
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         target = None if output is None else prepare_side_file(output, checkpoint.files, force=force)
-        size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
+        size = sum(info.nbytes for info in checkpoint.values() if has_digest(info))
         rules = parse_rules(keep=keep, drop=drop)
         result: Digests | DigestCheck
         with progress_bar(size, "reading", hidden=quiet) as progress:

@@ -60,9 +60,9 @@ def _chosen(checkpoint: Checkpoint, keep: tuple[str, ...], drop: tuple[str, ...]
 
 def _digests(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, quiet: bool) -> Mapping[str, str]:
     """Return the digest of each tensor whose bytes can be read."""
-    from ckptkit.digests import digests_by_key
+    from ckptkit.digests import digests_by_key, has_digest
 
-    dense = {key: info.nbytes for key, info in infos.items() if info.kind == "dense"}
+    dense = {key: info.nbytes for key, info in infos.items() if has_digest(info)}
     with progress_bar(sum(dense.values()), "reading", hidden=quiet) as progress:
         found = digests_by_key(checkpoint, dense, progress=progress)
     checkpoint.check_unchanged()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ckptkit.core.arguments import require_choice, require_flags, require_progress
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, under_key
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
@@ -22,7 +22,7 @@ from ckptkit.values.workers import Workers
 
 _ALWAYS_READ, _MOST_REPEATED = 1 << 30, 1100  # bytes; and for each stored byte, which deflate makes 1032 of at most
 
-__all__ = ["Digests", "TensorDigest", "digest", "digests_by_key"]
+__all__ = ["Digests", "TensorDigest", "digest", "digests_by_key", "has_digest"]
 
 
 def digest(
@@ -36,8 +36,8 @@ def digest(
     """Return a digest of each tensor, which depends on its dtype, its shape and its bytes, and on nothing else.
 
     The same tensors have the same digests in every format, in one file or many, under any name and in any order. The
-    bytes are those of a contiguous tensor: row-major and little-endian. Quantised weights of a file are digested as
-    stored. Each byte is read once, in bounded memory, and both fingerprints cover exactly the tensors that are listed.
+    bytes are those of a contiguous tensor: row-major and little-endian. Blocks of GGUF are hashed as they are stored.
+    Each byte is read once, in bounded memory. Both fingerprints cover exactly the tensors that are listed.
 
     Args:
         checkpoint: A path, a Checkpoint, a Module or a mapping of tensors. What is opened here is closed at the end.
@@ -73,7 +73,7 @@ def _digest(
     found: Checkpoint, rules: Rules, algorithm: str, progress: Progress | None, *, skip_unread: bool
 ) -> Digests:
     renamed = renamed_keys(rules, found)
-    skipped = {key: f"it is a {found[key].kind} tensor" for key in renamed if found[key].kind != "dense"}
+    skipped = {key: f"it is a {found[key].kind} tensor" for key in renamed if not has_digest(found[key])}
     if skipped and not skip_unread:
         key, reason = next(iter(skipped.items()))
         more = f", and {plural(len(skipped) - 1, 'more tensor')} cannot either" if len(skipped) > 1 else ""
@@ -87,6 +87,11 @@ def _digest(
     return Digests.of(tensors, algorithm, {renamed[key]: reason for key, reason in skipped.items()}, summary)
 
 
+def has_digest(info: TensorInfo) -> bool:
+    """Return whether a tensor has bytes that can be hashed: those of its elements, or blocks such as those of GGUF."""
+    return info.kind == "dense" or (info.kind == "quantized" and info.stored_bytes > 0)
+
+
 def digests_by_key(
     checkpoint: Checkpoint, keys: Iterable[str], algorithm: str = "sha256", progress: Progress | None = None
 ) -> Mapping[str, str]:
@@ -95,13 +100,24 @@ def digests_by_key(
     _refuse_endless(checkpoint, infos)
     first_of_tie = {key: group[0] for group in tied_keys(infos) for key in group[1:]}
     found: dict[str, str] = {}
-    tensors = ((info, checkpoint.payload(info.key)) for info in infos if info.key not in first_of_tie)
+    tensors = _payloads(checkpoint, [info for info in infos if info.key not in first_of_tie])
     with Workers() as workers, pause_gc():
         for hashed, nbytes in hash_tensors(tensors, algorithm, workers):
             found |= {key: f"{algorithm}:{digits}" for key, digits in hashed}
             if progress is not None and nbytes:
                 progress(nbytes)
     return {info.key: found[first_of_tie.get(info.key, info.key)] for info in infos}
+
+
+def _payloads(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, Payload]]:
+    blocks: dict[str, Payload] | None = None  # the bytes of tensors that are listed and not read, as they are stored
+    for info in infos:
+        if info.kind == "dense":
+            yield info, checkpoint.payload(info.key)
+            continue
+        if blocks is None:
+            blocks = {key: record.payload for record in checkpoint.records() for key in record.keys}
+        yield info, blocks[info.key]
 
 
 def _refuse_endless(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> None:
