@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from ckptkit.comparison.made import MadeTensors
@@ -68,7 +68,7 @@ class ValueDifference:
         nan: The elements that are NaN on each side.
         inf: The elements that are infinite on each side.
         place: The index of the element with the largest difference, the first of several.
-        values: The expected and the found value of that element, as text.
+        bits: The bytes of that element on both sides.
 
     Example:
         >>> result = ckptkit.compare_values({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([0.0, 1.5])})
@@ -92,12 +92,24 @@ class ValueDifference:
     nan: SideCounts = SideCounts()
     inf: SideCounts = SideCounts()
     place: tuple[int, ...] | None = None
-    values: tuple[str, str] = ("", "")
+    bits: tuple[bytes, bytes] = field(default=(b"", b""), repr=False)
 
     @property
     def key(self) -> str:
         """The expected key."""
         return self.expected.key
+
+    @property
+    def values(self) -> tuple[str, str]:
+        """The expected and the found value of the element with the largest difference, as text; or empty texts."""
+        if self.place is None:
+            return "", ""
+        from ckptkit.values.difference import text_of
+
+        return text_of(self.bits[0], self.expected.dtype), text_of(self.bits[1], self.expected.dtype)
+
+
+_NO_COUNTS = SideCounts()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -211,6 +223,7 @@ class _Comparison:
         for side in (self._expected, self._found):
             side.check_unchanged()
         merged = self._merge_ties(found)
+        del found, pairs
         all_of = [self._difference(keys, part, tolerance) for keys, part in merged if part is not None]
         within = [one for one in all_of if one.beyond == 0]
         return ValueDiff(
@@ -232,8 +245,9 @@ class _Comparison:
         number_of: dict[object, int] = {}
         for key, name in self._names.items():
             expected, found = self._expected[key], self._made.describe(name)
-            reason = _why_skipped(expected, found)
-            if reason:
+            code = expected.dtype
+            is_plain = code == found.dtype and expected.shape == found.shape and expected.kind == found.kind == "dense"
+            if not is_plain and (reason := _why_skipped(expected, found)):
                 self._skipped.append(SkippedValue(key, reason))
                 continue
             tie = (_identity(expected), self._identity_of(name)) if expected.view is not None else key
@@ -243,11 +257,12 @@ class _Comparison:
                 continue
             self._keys.append([key])
             payloads = self._expected.payload(key), self._made.payload(name)
-            if not expected.nbytes or (expected.dtype == found.dtype and is_same_range(*payloads)):
+            if not payloads[0].nbytes or (code == found.dtype and is_same_range(*payloads)):
                 self._equal.append(number)
-                continue
-            elements = expected.elements if has_numbers(expected.dtype) else expected.nbytes
-            yield Pair(number, *payloads, expected.dtype, found.dtype, elements)
+            elif has_numbers(code) and (code != "F4" or expected.elements % 2 == 0):
+                yield Pair(number, *payloads, code, found.dtype, expected.elements)
+            else:
+                yield Pair(number, *payloads, "", "", payloads[0].nbytes)
 
     def _identity_of(self, name: str) -> object:
         origin = self._made.origin(name)
@@ -271,25 +286,21 @@ class _Comparison:
     def _difference(self, keys: list[str], part: Part | BytesDiffer, tolerance: Tolerance | None) -> ValueDifference:
         names = tuple(key for key in self._names if key in keys) if len(keys) > 1 else tuple(keys)
         expected, found = self._expected[names[0]], self._made.describe(self._names[names[0]])
-        from ckptkit.values.difference import BytesDiffer, has_steps, text_of
-
-        if isinstance(part, BytesDiffer):
+        if not isinstance(part, tuple):
             return ValueDifference(expected, found, names)
-
-        total, elements = part.total, expected.elements
+        total = part.total
         rel_l2 = cosine = None
         if part.finite:
             is_beyond = total.distance == math.inf or (total.distance > 0 and not total.expected)
             rel_l2 = math.inf if is_beyond else total.distance / (total.expected or 1.0)
         if total.expected and total.found:
             cosine = max(-1.0, min(total.cosine, 1.0))
+        nan, inf = (SideCounts(*counts) if any(counts) else _NO_COUNTS for counts in (part.nan, part.inf))
         return ValueDifference(
-            expected, found, names, part.changed / elements, part.changed,
+            expected, found, names, part.changed / expected.elements, part.changed,
             None if tolerance is None else part.beyond, part.nonfinite, part.largest,
-            total.magnitudes / part.finite if part.finite else None, rel_l2, cosine,
-            part.ulp if has_steps(expected.dtype) else None,
-            SideCounts(*part.nan), SideCounts(*part.inf), _index(part.place, expected.shape),
-            (text_of(part.values[0], expected.dtype), text_of(part.values[1], expected.dtype)),
+            total.magnitudes / part.finite if part.finite else None, rel_l2, cosine, part.ulp, nan, inf,
+            _index(part.place, expected.shape), part.values,
         )  # fmt: skip
 
     def _coded_keys(self) -> Iterator[str]:

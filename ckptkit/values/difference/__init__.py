@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ckptkit.core.torch_bridge import same_memory
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.difference.numbers import BLOCK, has_numbers, has_steps, measure, measure_equal, measure_runs
+from ckptkit.values.difference.numbers import BLOCK, has_numbers, measure, measure_equal, measure_runs
 from ckptkit.values.difference.part import UNCHANGED, Part, Tolerance, together
 from ckptkit.values.difference.reading import Pair, Piece, Task, expected_pieces, read_block, read_side, tasks
 from ckptkit.values.difference.text import text_of
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["BytesDiffer", "Pair", "Part", "Tolerance", "differences", "has_numbers", "has_steps", "text_of"]
+__all__ = ["BytesDiffer", "Pair", "Part", "Tolerance", "differences", "has_numbers", "text_of"]
 
 
 class BytesDiffer:

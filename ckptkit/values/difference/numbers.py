@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ckptkit.core.dtypes import DTYPES
@@ -27,7 +26,7 @@ from ckptkit.values.workers import Workers
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["BLOCK", "has_numbers", "has_steps", "measure", "measure_equal", "measure_runs"]
+__all__ = ["BLOCK", "has_numbers", "measure", "measure_equal", "measure_runs"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 BLOCK = 1 << 18  # elements; a copy of them in float32 stays in the cache
@@ -54,11 +53,6 @@ def has_numbers(code: str) -> bool:
     return real in FLOAT_FORMATS or real in INTEGERS or real in BYTE_CODES
 
 
-def has_steps(code: str) -> bool:
-    """Return whether numbers of this dtype are floats, which have units in the last place."""
-    return real_code(code) not in INTEGERS
-
-
 def measure(
     sides: tuple[memoryview, memoryview],
     code: str,
@@ -82,7 +76,7 @@ def measure(
             part = measure_floats(bits, code, workers, best)
             if part is not None and part.changed and tolerance is not None:
                 close = is_close(bits, bits[0], code, tolerance, workers)
-                part = replace(part, beyond=int(np.count_nonzero(~close & (bits[0] != bits[1]))))
+                part = part._replace(beyond=int(np.count_nonzero(~close & (bits[0] != bits[1]))))
     return part or measure_runs(sides, code, workers, (0,), tolerance, is_cast=is_cast)[0]
 
 
@@ -189,11 +183,11 @@ def _counts(marks: Array, starts: Array) -> list[int]:
     return counts
 
 
-def _most(steps: Array | None, starts: Array) -> list[int]:
+def _most(steps: Array | None, starts: Array) -> list[int] | list[None]:
     import numpy as np
 
     if steps is None:
-        return [0] * len(starts)
+        return [None] * len(starts)
     most: list[int] = np.maximum.reduceat(steps, starts).tolist()
     return most
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckptkit.values.moments import exact_sum
@@ -35,8 +34,7 @@ class Sums(NamedTuple):
     cosine: float
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """The differences of some neighbouring elements.
 
     Attributes:
@@ -47,7 +45,8 @@ class Part:
         largest: The largest absolute difference: inf with ``nonfinite``, 0 if only bits differ, else ``UNCHANGED``.
         place: The first element with that difference.
         values: The bytes of this element on both sides.
-        ulp: The largest number of steps from one number of the dtype to the next, between two finite numbers.
+        ulp: The largest number of steps from one number of the dtype to the next, between two finite numbers; None of
+            integers.
         nan: The number of elements that are NaN on the expected side, and on the found side.
         inf: The number of infinite elements, likewise.
         sums: The sums over blocks of elements, in any order.
@@ -60,7 +59,7 @@ class Part:
     largest: float
     place: int
     values: tuple[bytes, bytes]
-    ulp: int
+    ulp: int | None
     nan: tuple[int, int]
     inf: tuple[int, int]
     sums: tuple[Sums, ...]
@@ -68,6 +67,8 @@ class Part:
     @property
     def total(self) -> Sums:
         """The sums over all elements; the order of the blocks does not change them."""
+        if len(self.sums) == 1:
+            return self.sums[0]
         magnitudes, *norms, _ = zip(*self.sums, strict=True)
         distance, expected, found = (math.hypot(*sorted(norm)) for norm in norms)
         cosine = 0.0
@@ -93,7 +94,7 @@ def together(parts: Sequence[tuple[int, Part]]) -> Part:
         worst.largest,
         first + worst.place,
         worst.values,
-        max(part.ulp for part in found),
+        max((part.ulp for part in found if part.ulp is not None), default=None),
         (sum(part.nan[0] for part in found), sum(part.nan[1] for part in found)),
         (sum(part.inf[0] for part in found), sum(part.inf[1] for part in found)),
         tuple(sums for part in found for sums in part.sums),
