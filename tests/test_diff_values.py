@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ckptkit
 from ckptkit.errors import ArgumentError, ModelError, RuleError
 from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_own_loading import rename_old, with_hook
 
 State = dict[str, Tensor]
 
@@ -273,3 +274,27 @@ def test_values_through_rules_and_of_a_live_model(saved: Saved, capsys: pytest.C
     }
     live = run_ckpt(capsys, "diff", "py:fixtures.lenet:build(num_classes=10)", "fixtures/lenet_10class.pth", "--values")
     assert (live.code, "values: 10 of 10 tensors differ" in live.out) == (1, True)
+
+
+def test_values_that_the_own_code_of_a_model_renames() -> None:
+    """Where the model loads a tensor of another name, this tensor is compared."""
+    model = with_hook(rename_old)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    old = {("1.old_weight" if key == "1.weight" else key): tensor for key, tensor in state.items()}
+    assert ckptkit.diff(model, old, expect_frozen="*").unmet == ()
+    old["1.old_weight"] += 1
+    result = ckptkit.diff(model, old, expect_frozen="*")
+    assert [one.keys for one in result.unmet] == [("1.weight",)]
+
+
+def test_a_missing_tie_is_judged_as_its_tensor() -> None:
+    """A file of a tied model has the tensor once: the gate is about the tensor, not about the second name."""
+    weight = nn.Parameter(torch.randn(4, 3))
+    model = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    for layer in model.values():
+        layer.weight = weight
+    state = {"embedding.weight": weight.detach().clone()}
+    assert ckptkit.diff(model, state, expect_frozen="*").unmet == ()
+    state["embedding.weight"] += 1
+    result = ckptkit.diff(model, state, expect_frozen="head.*", expect_changed="*")
+    assert [(one.requirement, one.keys) for one in result.unmet] == [("expect_frozen", ("head.weight",))]

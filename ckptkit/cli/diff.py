@@ -79,7 +79,9 @@ def diff(
         with default_error_path(found):
             has_gates = bool(expect_frozen or expect_changed) or max_rel_l2 is not None
             reads = values or has_gates or rtol is not None or atol is not None
-            size = sum(info.nbytes for info in left.values() if info.kind == "dense") if reads else 0
+            size = (
+                sum(info.nbytes for info in (*left.values(), *right.values()) if info.kind == "dense") if reads else 0
+            )
             with progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
                 result = compare(
                     left, right, rules, require=require, min_coverage=min_coverage, values=values, rtol=rtol,

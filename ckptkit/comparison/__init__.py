@@ -299,12 +299,25 @@ def _with_values(result: StateDictDiff, gates: Gates, values: ValueDiff) -> Stat
         **dict.fromkeys(result.computed, "made by the model's own code"),
         **_reasons(result),
     }
-    matched = {pair.key for pair in result.matched}
-    reasons = {key: why.get(key, "missing in EXPECTED") for key in keys if key not in matched}
-    reasons |= {one.key: f"not compared: {one.reason}" for one in values.skipped}
-    judged = judge(gates, values, keys, reasons)
+    skipped = {one.key: f"not compared: {one.reason}" for one in values.skipped}
+    compared = {pair.key for pair in result.matched} - skipped.keys()
+    ties = _ties_to_compared(result, compared)
+    reasons = {key: why.get(key, "missing in EXPECTED") for key in keys if key not in compared and key not in ties}
+    reasons |= skipped
+    judged = judge(gates, values, keys, reasons, ties)
     broken = (gate.broken for gate in judged if gate.broken)
     return replace(result, values=values, gates=tuple(judged), unmet=(*result.unmet, *broken))
+
+
+def _ties_to_compared(result: StateDictDiff, compared: AbstractSet[str]) -> dict[str, str]:
+    """Return each missing key that is tied to a key whose values were compared, with that key: they are one tensor."""
+    missing = {info.key for info in result.missing}
+    ties: dict[str, str] = {}
+    for keys in tied_keys(result.expected.values()) if missing else ():
+        first = next((key for key in keys if key in compared), None)
+        if first is not None:
+            ties |= dict.fromkeys(missing.intersection(keys), first)
+    return ties
 
 
 def loaded_keys(result: StateDictDiff, refused: AbstractSet[str] = frozenset()) -> frozenset[str]:

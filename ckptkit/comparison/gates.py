@@ -66,14 +66,22 @@ def parse_gates(
     return Gates(tuple(map(parse_pattern, frozen)), tuple(map(parse_pattern, changed)), max_rel_l2)
 
 
-def judge(gates: Gates, values: ValueDiff, keys: Collection[str], reasons: Mapping[str, str]) -> list[Gate]:
+def judge(
+    gates: Gates,
+    values: ValueDiff,
+    keys: Collection[str],
+    reasons: Mapping[str, str],
+    ties: Mapping[str, str],
+) -> list[Gate]:
     """Return each gate with its judgement.
 
     ``keys`` are the names of all tensors of both sides, after the rules. ``reasons`` say why the values of a key were
-    not compared: such a key breaks the gates whose pattern matches it. Raises ``RuleError`` for a pattern that matches
+    not compared: such a key breaks the gates whose pattern matches it. ``ties`` has keys that are one tensor with a key
+    that was compared. Raises ``RuleError`` for a pattern that matches
     no key.
     """
     differing = {key: one for one in values.different for key in one.names}
+    differing |= {key: differing[other] for key, other in ties.items() if other in differing}
     judged = []
     for pattern in gates.expect_frozen:
         wanted = _matched(pattern, "--expect-frozen", keys)

@@ -154,7 +154,7 @@ class ValueDiff(Result):
         count = len(self.different)
         beyond = "" if self.rtol is None else " beyond the tolerances"
         skipped = f", {len(self.skipped)} not compared" if self.skipped else ""
-        verb = "differs" if count == 1 else "differ"
+        verb = "differs" if 1 in (count, self.compared) else "differ"
         return f"{count} of {plural(self.compared, 'tensor')} {verb} in values{beyond}{skipped}"
 
     @property
