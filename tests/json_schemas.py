@@ -534,6 +534,35 @@ SCHEMAS: dict[str, Schema] = dict(
             },
         ),
         _schema(
+            "show-list",
+            "ckpt show --json with several paths",
+            "Several checkpoints, one row each.",
+            {
+                "checkpoints": _list(
+                    "The checkpoints, in the order of the paths.",
+                    _object(
+                        "A checkpoint, or why it cannot be read.",
+                        {
+                            "path": _PATH,
+                            "format": _text_or_null("The format; null if the checkpoint cannot be read."),
+                            "envelope": _text_or_null("The mapping inside the file that holds the weights, if any."),
+                            **_TOTALS,
+                            "dtypes": _table("The number of tensors of each dtype.", {"type": "integer"}),
+                            "error": _text_or_null("Why the checkpoint cannot be read."),
+                        },
+                    ),
+                ),
+                "summary": _object(
+                    "Totals of the checkpoints that can be read.",
+                    {
+                        "checkpoints": _count("The number of checkpoints."),
+                        "unreadable": _count("The number of those that cannot be read."),
+                        **_TOTALS,
+                    },
+                ),
+            },
+        ),
+        _schema(
             "diff",
             "ckpt diff --json",
             "The differences between two state_dicts. Also StateDictDiff.to_dict().",

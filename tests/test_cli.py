@@ -179,6 +179,29 @@ def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: p
         assert [line.partition(":")[0] for line in ran.err.splitlines()] in (["ckpt"], ["ckpt", "hint"])
 
 
+def test_show_lists_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each path has one row with its totals; one that cannot be read has a row too, and the exit code is 2."""
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(Path(DDP).read_bytes()[:400])
+    paths = [TEN, DDP, "fixtures/encoder_sharded"]
+    ran = run_ckpt(capsys, "show", *paths)
+    assert (ran.code, ran.err) == (0, "")
+    assert [line.split()[0] for line in ran.out.splitlines()[1:4]] == [TEN, f"{DDP}::model", "fixtures/encoder_sharded"]
+    assert ran.out.endswith("\n\n3 checkpoints, 82 tensors, 137,516 elements, 550.1 kB\n")
+    alone = [json.loads(run_ckpt(capsys, "show", path, "--json").out) for path in paths]
+    ran = run_ckpt(capsys, "show", broken, *paths, "--json")
+    first, *others = json.loads(ran.out)["checkpoints"]
+    for found, one in zip(others, alone, strict=True):
+        assert {name: found[name] for name in one["summary"]} == one["summary"]
+        assert (found["path"], found["format"], found["error"]) == (one["path"], one["format"], None)
+        assert sum(found["dtypes"].values()) == len(one["tensors"])
+    assert (ran.code, first["path"], first["format"]) == (2, str(broken), None)
+    assert ran.err.splitlines() == [f"ckpt: {broken}: {first['error']}", "hint: download or copy it again"]
+    assert "cannot be read" in run_ckpt(capsys, "show", broken, TEN).out
+    kept = run_ckpt(capsys, "show", TEN, DDP, "--keep", "fc3.*").out
+    assert kept.endswith("2 checkpoints, 2 tensors, 850 elements, 3.4 kB\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [

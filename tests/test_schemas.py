@@ -32,6 +32,7 @@ INF, NAN = float("inf"), float("nan")
 COMMANDS = f"""
 0 show {TIED}
 0 show {DDP} --digests
+2 show {DDP} {TIED} OUT/missing.pt
 0 show OUT/sparse.pt --digests
 0 show OUT/odd.safetensors
 0 show OUT/quantised.safetensors
