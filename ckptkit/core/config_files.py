@@ -39,7 +39,7 @@ _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LARGEST_JSON = 6 << 20
 MOST_NAMES = 4_000_000  # of a text file of names
 # The limits are what a few hundred megabytes and two seconds can hold: a plan of 140,000 tensors has 90 MB of JSON.
-_MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 16_000_000, "digests": 100_000_000}
+_MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 16_000_000, "digests": 64_000_000}
 _MOST_WRITTEN_VALUES = 300_000  # of TOML and YAML
 _MAX_DEPTH = 100
 _MOST_BITS = 1023  # of an integer that a float can hold

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple
 
 from ckptkit.core.arguments import refuse
+from ckptkit.core.checkpoint import MOST_TENSORS
 from ckptkit.core.config_files import default_error_path, read_text_file
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -26,6 +27,7 @@ from ckptkit.rules.model import RulesLike
 __all__ = ["DigestCheck", "check_digests"]
 
 _AGAIN: Final = "a digest file has all lines that ckpt digest PATH prints"
+_NOT_HEX: Final = re.compile(r"[^0-9a-f]")
 _LINE: Final = re.compile(r"(?P<algorithm>[A-Za-z0-9_-]+):(?P<hex>[0-9A-Za-z]*)  (?P<name>.+)")
 
 
@@ -163,9 +165,8 @@ def _parse(text: str) -> _Recorded:
     digests: dict[str, str] = {}
     whole: dict[str, str] = {}
     algorithms: dict[str, None] = {}
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
-        algorithm, found, name = _parse_line(line.removesuffix("\r"), number)
+    for number, line in enumerate(_lines(text), 1):
+        algorithm, found, name = _parse_line(line, number)
         algorithms[algorithm] = None
         if len(algorithms) > 1:
             raise FormatError(f"line {number} is {algorithm}, and the lines before it are {next(iter(algorithms))}")
@@ -174,6 +175,8 @@ def _parse(text: str) -> _Recorded:
             raise FormatError(f"line {number} has {quoted(key)} where a key in double quotes must be")
         if key in into:
             raise FormatError(f"line {number} has {quoted(key)} a second time")
+        if len(digests) >= MOST_TENSORS:
+            raise FormatError(f"has more than {MOST_TENSORS:,} tensors")
         into[key] = found
     lost = [name for name in (CONTENTS, NAMES_AND_SHAPES) if name not in whole]
     if lost:
@@ -184,6 +187,15 @@ def _parse(text: str) -> _Recorded:
     return _Recorded(algorithm, digests, whole[NAMES_AND_SHAPES])
 
 
+def _lines(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end].removesuffix("\r")
+        start = end + 1
+
+
 def _parse_line(line: str, number: int) -> tuple[str, str, str]:
     match = _LINE.fullmatch(line)
     if match is None:
@@ -191,7 +203,7 @@ def _parse_line(line: str, number: int) -> tuple[str, str, str]:
     algorithm, digits = match["algorithm"], match["hex"].lower()
     if algorithm not in ALGORITHMS:
         raise FormatError(f"line {number} has the algorithm {quoted(algorithm)}, and ckptkit knows sha256 and xxh3")
-    if not re.fullmatch(f"[0-9a-f]{{{HEX_DIGITS[algorithm]}}}", digits):
+    if len(digits) != HEX_DIGITS[algorithm] or _NOT_HEX.search(digits):
         raise FormatError(f"line {number} does not have {HEX_DIGITS[algorithm]} hexadecimal digits after {algorithm}:")
     return algorithm, f"{algorithm}:{digits}", match["name"]
 

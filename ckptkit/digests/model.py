@@ -101,4 +101,7 @@ def contents_digest(digests: Mapping[str, str], algorithm: str) -> str:
 
 
 def _digest(lines: Iterable[str], algorithm: str) -> str:
-    return f"{algorithm}:{hash_function(algorithm)(''.join(lines).encode()).hexdigest()}"
+    found = hash_function(algorithm)(b"")
+    for line in lines:
+        found.update(line.encode())
+    return f"{algorithm}:{found.hexdigest()}"
