@@ -84,6 +84,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/metadata/edits.py: --drop-metadata XX matches none of": _MESSAGE,
     "plans/metadata/edits.py: --metadata 'format=pt' adds it": "followed by tests/test_metadata_edits.py",
     "render/align.py: this preset fills all of them: --rules": "followed by tests/test_align.py",
+    "plans/writing/damage.py: without --verify, the bytes are copied": "followed by tests/test_verify.py",
     "plans/remap.py: takes them from the trained weights": "followed by tests/test_positions.py",
     "formats/writing/atomic.py: run the command again with --force": "needs a second program: tests/test_faults.py",
     "formats/safetensors.py: drop the tensor: --drop": "only some versions of safetensors refuse these dtypes",

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_remap
+from ckptkit import choose_output, convert, execute, open_checkpoint, parse_rules, plan_remap
 from ckptkit.core.torch_bridge import CASTABLE, as_checkpoint
-from ckptkit.errors import OutputError
+from ckptkit.errors import FormatError, OutputError
 from ckptkit.formats import safetensors as safetensors_reader
 from ckptkit.plans import verify
 from ckptkit.plans.plan import Plan
@@ -209,6 +210,26 @@ def test_an_output_that_differs_never_gets_its_name(name: str, tmp_path: Path) -
     assert str(caught.value.path).startswith(str(tmp_path / name))
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names_in(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pt", "out"])
+def test_a_damaged_input_is_named_before_anything_is_written(out: str, tmp_path: Path) -> None:
+    """torch loads damaged bytes, but zipfile compares the CRC-32. Without ``verify``, bytes are copied as they are."""
+    torch.save({"a": torch.arange(1000.0), "b": torch.arange(1000.0) + 1}, source := tmp_path / "in.pt")
+    data = bytearray(source.read_bytes())
+    data[data.find((torch.arange(1000.0) + 1).numpy().tobytes()) + 2000] ^= 16
+    source.write_bytes(data)
+    damaged = zipfile.ZipFile(source).testzip()
+    with pytest.raises(
+        FormatError, match=f"'{damaged}' does not match its checksum, so 'b' would be damaged"
+    ) as refusal:
+        convert(source, tmp_path / out, max_shard_size=None if "." in out else "1kB", verify=True)
+    assert refusal.value.path == str(source)
+    assert names_in(tmp_path) == ["in.pt"]
+    with open_checkpoint(source) as checkpoint:
+        execute(plan_remap(checkpoint, parse_rules(drop=["b"])), checkpoint, tmp_path / "a.pt", verify=True)
+    convert(source, tmp_path / "copy.pt")
+    assert str(zipfile.ZipFile(tmp_path / "copy.pt").testzip()).endswith("/data/1")
 
 
 def test_verify_prints_one_line_and_needs_no_torch_unless_it_is_asked_for(

@@ -113,7 +113,7 @@ def execute(
 
     With ``verify``, safetensors, ``torch.load`` or ``torch.distributed.checkpoint`` reads the output before it gets its
     name. The output must have the keys, dtypes, shapes and bytes of the plan, which is computed again.
-    ``Written.verified`` names that reader.
+    ``Written.verified`` names that reader. First the inputs are compared with the checksums that they record.
     ``allow_overflow`` writes values that a cast makes infinite; ``Written.losses`` has their counts.
     ``progress`` is called with a number of bytes after each write.
 
@@ -132,8 +132,8 @@ def execute(
     of one. It is also raised where another program changed the output during the run, where the disk is full, and
     where ``verify`` finds a difference. Raises ``PlanError`` where the plan does not fit the inputs or contradicts
     itself, where the format cannot hold a tensor, and where a cast would make inf of finite values without
-    ``allow_overflow``. Raises ``ChangedError`` where an input changed since it
-    was opened. After an error nothing new is at the path.
+    ``allow_overflow``. Raises ``ChangedError`` where an input changed since it was opened. Raises ``FormatError`` where
+    ``verify`` finds a damaged input. After an error nothing new is at the path.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
@@ -166,6 +166,10 @@ def _execute(
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     inputs.refuse_different_bytes()
     carried = _carried(plan, output, roles, carry=carry)
+    if verify:
+        from ckptkit.plans.writing.damage import refuse_damage
+
+        refuse_damage(plan.steps, roles)
     if output.is_directory:
         written, verified = write_directory(plan, output, inputs, report_bytes, carried=carried, verify=verify)
     else:
