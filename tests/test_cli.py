@@ -466,13 +466,13 @@ def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str])
         options = {max(option.opts, key=len) for option in command.params if isinstance(option, click.Option)}
         short = run_ckpt(capsys, *path, "--help").out
         listed = re.findall(
-            r"^ +(?:-\w, )?(--[a-z-]+)", short.partition("\nHelp:")[0].partition("\nOptions:")[2], re.MULTILINE
+            r"^ +(?:-\w, )?(--[a-z0-9-]+)", short.partition("\nHelp:")[0].partition("\nOptions:")[2], re.MULTILINE
         )
         assert isinstance(command, Command)
         assert len(listed) <= MOST_OPTIONS
         assert listed[: len(command.first)] == list(command.first)
         whole = run_ckpt(capsys, *path, "--help-all").out
-        assert options - {"--help-all"} <= set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", whole, re.MULTILINE))
+        assert options - {"--help-all"} <= set(re.findall(r"^ +(?:-\w, )?(--[a-z0-9-]+)", whole, re.MULTILINE))
 
 
 def _ckpt(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:

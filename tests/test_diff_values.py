@@ -256,6 +256,16 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exce
         ckptkit.diff(model, model, **arguments)
 
 
+@pytest.mark.parametrize("option", ["--rtol", "--atol", "--max-rel-l2"])
+@pytest.mark.parametrize("text", ["-1", "nan", "much"])
+def test_a_size_is_a_number_of_at_least_zero(option: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN is below and above nothing, so a gate of NaN would always hold; infinity allows all that has a size."""
+    path = "fixtures/lenet_10class.pth"
+    ran = run_ckpt(capsys, "diff", path, path, option, text)
+    assert (ran.code, f"Invalid value for '{option}': '{text}' is not a number of at least 0" in ran.err) == (2, True)
+    assert run_ckpt(capsys, "diff", path, path, option, "inf", "--json").code == 0
+
+
 def test_a_model_without_values_is_refused() -> None:
     """Nothing is said of values that do not exist."""
     with pytest.raises(ModelError, match="has no values"):

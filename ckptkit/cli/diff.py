@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import click
 
 from ckptkit.cli.common.commands import Command
@@ -17,8 +19,17 @@ from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
 
-_SIZE = click.FloatRange(min=0)
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
+
+
+def _parse_size(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    """Return a number of at least 0; click's own range takes NaN."""
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if (size := float(text)) >= 0:
+            return size
+    raise click.BadParameter(f"{text!r} is not a number of at least 0, such as 1e-5.", context, option)
 
 
 @click.command(cls=Command, first=("--values", "--rename", "--rules"))
@@ -27,8 +38,10 @@ _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 @rule_options(beside="found", or_beside="expected")
 @requirement_options
 @click.option("--values", is_flag=True, help="Compare the values too: read both sides once.")
-@click.option("--rtol", type=_SIZE, metavar="X", help="Compare values, and allow differences relative to EXPECTED.")
-@click.option("--atol", type=_SIZE, metavar="X", help="Compare values, and allow absolute differences.")
+@click.option(
+    "--rtol", callback=_parse_size, metavar="X", help="Compare values, and allow differences relative to EXPECTED."
+)
+@click.option("--atol", callback=_parse_size, metavar="X", help="Compare values, and allow absolute differences.")
 @click.option(
     "--expect-frozen", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
     help="Gate: the values of these keys are equal. Repeatable.",
@@ -37,7 +50,9 @@ _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
     "--expect-changed", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
     help="Gate: the values of each of these keys differ. Repeatable.",
 )  # fmt: skip
-@click.option("--max-rel-l2", type=_SIZE, metavar="X", help="Gate: no tensor changes by more, relative to its norm.")
+@click.option(
+    "--max-rel-l2", callback=_parse_size, metavar="X", help="Gate: no tensor changes by more, relative to its norm."
+)
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
 @report_options

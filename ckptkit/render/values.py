@@ -51,7 +51,12 @@ def values_document(result: ValueDiff) -> dict[str, object]:
 def values_in_diff(values: ValueDiff, gates: Iterable[Gate]) -> dict[str, object]:
     """Return what the document of ``ckpt diff --values`` has as ``"values"``."""
     judged = [
-        {"gate": gate.name, "value": gate.value, "tensors": gate.tensors, "holds": gate.broken is None}
+        {
+            "gate": gate.name,
+            "value": gate.value if isinstance(gate.value, str) else json_number(gate.value),
+            "tensors": gate.tensors,
+            "holds": gate.broken is None,
+        }
         for gate in gates
     ]
     return {**_values(values), "gates": judged}
