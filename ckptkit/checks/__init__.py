@@ -30,8 +30,7 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
-from ckptkit.values.extremes import Extremes
-from ckptkit.values.kernels import ExtremesKernel, Kernel
+from ckptkit.values.kernels import ExtremesKernel
 from ckptkit.values.workers import Workers
 
 __all__ = ["run_checks"]
@@ -87,6 +86,7 @@ def run_checks(
     require_progress(progress)
     entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(pause_gc())
         found = stack.enter_context(opened(checkpoint, "checkpoint", warn=False))
         expected = None if like is None else stack.enter_context(opened(like, "expected"))
         findings, proved = _check(
@@ -123,13 +123,13 @@ def _check(
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
         message += loading_summary(checkpoint)
         return [*findings, codes.NOT_SCANNED.finding("", message)], "headers only, no tensor was read"
-    with Workers() as workers, pause_gc():
+    with Workers() as workers:
         scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen, workers)
         if values:
-            from ckptkit.checks.value_reader import ValueReader
+            from ckptkit.checks.value_reader import ValueReader, ValuesKernel
 
             # Only tensors of a new model are known by their moments.
-            kernel: Kernel[Any, Extremes] = ExtremesKernel()
+            kernel: ValuesKernel[Any] = ExtremesKernel()
             if expected is not None and expected.model is not None:
                 from ckptkit.statistics.kernel import StatsKernel
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ckptkit.values.reading import Read, Source, read_bytes, reads
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
-    from ckptkit.checks.value_reader import ValueReader
+    from ckptkit.checks.value_reader import ShortTensor, ValueReader
 
 __all__ = ["VALUES_UNCHECKED", "Scan", "loading_findings", "loading_summary", "unreadable_finding"]
 
@@ -105,7 +106,8 @@ class Scan:
     def read(self, report: Progress) -> Iterator[Finding]:
         """Yield a finding for each damaged record; stop if a file changes while it is read."""
         try:
-            for read, checksums, parts, error in self.workers.each(self._read, reads(self._sources())):
+            others = self._read_short(report)
+            for read, checksums, parts, error in self.workers.each(self._read, reads(self._sources(others))):
                 for (label, start, stop), checksum in zip(read.labels, checksums, strict=True):
                     if not isinstance(label, _RecordInProgress) or label.failed:
                         continue
@@ -123,11 +125,41 @@ class Scan:
             self.stopped = True
             yield unreadable_finding(_as_ckptkit_error(error), self.checkpoint.path)
 
-    def _sources(self) -> Iterator[Source[Tally[Any]]]:
+    def _chosen(self) -> Iterator[Record]:
         for record in self.checkpoint.records():
             if self.chosen_keys is not None and not any(key in self.chosen_keys for key in record.keys):
                 self.left_out += 1
-                continue
+            else:
+                yield record
+
+    def _read_short(self, report: Progress) -> Iterable[Record]:
+        """Read short tensors together, which needs no object for each, and return all other records.
+
+        A record that cannot be read is among the others, where reading it again gives its finding.
+        """
+        if self.values is None:
+            return self._chosen()
+        short: list[ShortTensor] = []
+        others: list[Record] = []
+        for record in self._chosen():
+            tensor = self.values.short_tensor(record)
+            if tensor is None:
+                others.append(record)
+            else:
+                short.append(tensor)
+        done: set[int] = set()
+        with contextlib.suppress(CkptkitError, OSError):
+            for places, nbytes in self.values.judge(short):
+                done.update(places)
+                self.nbytes += nbytes
+                self.unchecked_bytes += nbytes
+                report(nbytes)
+        self.records += len(done)
+        self.unchecked += len(done)
+        return others + [tensor.record for at, tensor in enumerate(short) if at not in done]
+
+    def _sources(self, records: Iterable[Record]) -> Iterator[Source[Tally[Any]]]:
+        for record in records:
             spans = self.values.spans_of(record) if self.values is not None else ()
             yield Source(record.payload, spans, _RecordInProgress(record))
 

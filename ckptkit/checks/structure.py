@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from ckptkit.checks import codes
 from ckptkit.core.checkpoint import TensorInfo
@@ -22,7 +23,7 @@ _MIN_SIBLINGS = 4
 _STACK_NAMES = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks", "transformer_blocks"})
 _MIN_IN_STACK = 3
 _MAX_NESTED_LISTS = 4
-_MAX_DIGITS = 6
+_MODULE_NUMBER = re.compile(r"\.[0-9]{1,6}(?=\.)")
 _NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
@@ -32,7 +33,6 @@ def check_structure(infos: Mapping[str, TensorInfo], quantized: Quantized, path:
     ``path`` is the word that gives the checkpoint to a command, or empty.
     """
     yield from _check_not_dense(infos.values())
-    parts = quantized.by_key
     parts = quantized.by_key
     plain = [info for key, info in infos.items() if key not in parts] if parts else infos.values()
     yield from _check_dtype_mix(plain)
@@ -76,20 +76,28 @@ def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
 
 def _numbered_modules(keys: Iterable[str]) -> _NumberedModules:
     """Return the numbered lists of modules in these keys: prefix → number → names of the tensors below it."""
-    lists: dict[str, dict[int, set[str]]] = {}
+    lists: dict[str, dict[str, set[str]]] = {}
     for key in keys:
-        parts = key.split(".")
-        levels = 0
-        for at, part in enumerate(parts[1:-1], 1):
-            if part.isdecimal() and part.isascii() and len(part) <= _MAX_DIGITS:
-                names = lists.setdefault(".".join(parts[:at]), {}).setdefault(int(part), set())
-                names.add(".".join(parts[at + 1 :]))
-                levels += 1
-                if levels == _MAX_NESTED_LISTS:
-                    break
-    return {
-        prefix: {number: frozenset(names) for number, names in members.items()} for prefix, members in lists.items()
-    }
+        for match in islice(_MODULE_NUMBER.finditer(key), _MAX_NESTED_LISTS):
+            begin, end = match.span()
+            members = lists.get(key[:begin])
+            if members is None:
+                members = lists[key[:begin]] = {}
+            number = key[begin + 1 : end]
+            names = members.get(number)
+            if names is None:
+                members[number] = {key[end + 1 :]}
+            else:
+                names.add(key[end + 1 :])
+    return {prefix: _by_number(members) for prefix, members in lists.items()}
+
+
+def _by_number(members: Mapping[str, set[str]]) -> dict[int, frozenset[str]]:
+    found: dict[int, frozenset[str]] = {}
+    for text, names in members.items():
+        number = int(text)
+        found[number] = found[number] | names if number in found else frozenset(names)  # "01" is the number 1, too
+    return found
 
 
 def _check_index_holes(lists: _NumberedModules, hint: str) -> Iterator[Finding]:

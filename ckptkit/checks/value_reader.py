@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, Inflated, LocalFile
@@ -13,16 +13,40 @@ from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.file_pool import Section
 from ckptkit.formats.layout import BlockTensor, Strided
+from ckptkit.values.arrays import real_code
 from ckptkit.values.extremes import Extremes
-from ckptkit.values.kernels import Kernel, Tally, parts_of, why_unsupported
+from ckptkit.values.kernels import (
+    Columns,
+    ColumnsKernel,
+    Kernel,
+    Tally,
+    computed_together,
+    is_short,
+    parts_of,
+    why_unsupported,
+)
 from ckptkit.values.reading import Read, Source, Span, read_bytes, reads
 from ckptkit.values.workers import Workers
 
-__all__ = ["ValueReader"]
+__all__ = ["ShortTensor", "ValueReader", "ValuesKernel"]
+
+_Part = TypeVar("_Part")
 
 # How often the values of one stored byte may be read: any number of views can overlap in a storage.
 _MAX_OVERLAP = 4
 _EXPANDED, _OVERLAPPING, _UNREAD = "expanded to more than is stored", "views that overlap many times", "not read"
+
+
+class ValuesKernel(Kernel[_Part, Extremes], ColumnsKernel[Columns[Extremes]], Protocol[_Part]):
+    """A kernel that computes counts and extremes, or more, also of many short tensors at once."""
+
+
+class ShortTensor(NamedTuple):
+    """A tensor whose bytes are a record without a checksum; it is read and judged together with its neighbours."""
+
+    info: TensorInfo
+    extent: Extent
+    record: Record
 
 
 class _ByteRange(NamedTuple):
@@ -66,7 +90,7 @@ class ValueReader:
     checkpoint: Checkpoint
     keys: Collection[str]
     workers: Workers
-    kernel: Kernel[Any, Extremes]
+    kernel: ValuesKernel[Any]
     stats: dict[str, Extremes] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _bytes_allowed: int = 0
@@ -93,6 +117,26 @@ class ValueReader:
                     spans[id(tensor)] = Span(tensor.tally, start, stop, tensor.tally.width)
         return tuple(spans.values())
 
+    def short_tensor(self, record: Record) -> ShortTensor | None:
+        """Return the tensor that a record is exactly, if it is short."""
+        if record.crc is not None or len(record.keys) != 1:
+            return None
+        info, extent = self._tensor_that_is(record), record.payload
+        if info is None or not isinstance(extent, Extent) or not is_short(extent.nbytes, real_code(info.dtype)):
+            return None
+        self._bytes_allowed += (_MAX_OVERLAP - 1) * extent.nbytes
+        return ShortTensor(info, extent, record)
+
+    def judge(self, tensors: Sequence[ShortTensor]) -> Iterator[tuple[list[int], int]]:
+        """Yield the positions of tensors that were read and judged, and the number of their bytes.
+
+        Raises what reading raises.
+        """
+        extents, codes = [one.extent for one in tensors], [real_code(one.info.dtype) for one in tensors]
+        for places, found, nbytes in computed_together(extents, codes, self.kernel, self.workers):
+            self.stats.update(zip((tensors[at].info.key for at in places), found.rows(), strict=True))
+            yield places, nbytes
+
     def _tensor_that_is(self, record: Record) -> TensorInfo | None:
         """Return the tensor whose bytes a record is exactly, if it can be judged."""
         key, stored = record.keys[0], record.payload
@@ -104,9 +148,9 @@ class ValueReader:
             return None
         is_exact = (
             isinstance(payload, Extent)
-            and payload.file is stored.file
             and payload.offset == stored.offset
             and payload.nbytes == stored.nbytes
+            and payload.file is stored.file
         )
         return info if is_exact and not why_unsupported(info) else None
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
 from ckptkit.render.page.sparkline import sparkline
@@ -74,6 +75,7 @@ class StatsView(NamedTuple):
 _WHOLE = StatsView()
 
 
+@pause_gc()
 def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool = False) -> Page:
     """Return the page of ``ckpt stats``: a row per tensor or module, then unmeasured tensors, then the total."""
     tensors = result.tensors
@@ -254,6 +256,7 @@ def _summary(total: ValueStats) -> str:
     return ", ".join(parts)
 
 
+@pause_gc()
 def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[str, object]:
     """Return the document of ``ckpt stats --json``: NaN and Inf are strings, a histogram is a list of pairs."""
     tensors = result.tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,18 +36,19 @@ class Columns(NamedTuple):
         """Return the columns of these statistics."""
         import numpy as np
 
-        counts = [[one.count, one.nan, one.posinf, one.neginf, one.zeros, one.subnormal] for one in rows]
-        ends = [(math.nan, math.nan) if one.min is None or one.max is None else (one.min, one.max) for one in rows]
+        sums = np.array([one.moments[1:] for one in rows], np.float64).reshape(-1, 3).T.copy()
+        ends = ((row, one.min, one.max) for row, one in enumerate(rows))
         return cls(
-            ExtremeColumns._make([*_transposed(counts, np.int64, 6), *_transposed(ends, np.float64, 2)]),
-            MomentColumns(
-                np.array([one.moments.finite for one in rows], np.int64),
-                *_transposed([one.moments[1:] for one in rows], np.float64, 3),
-            ),
+            ExtremeColumns.of(rows),
+            MomentColumns(np.array([one.moments.finite for one in rows], np.int64), *sums),
             np.cumsum([0, *(len(one.histogram) for one in rows)]),
             np.array([exponent for one in rows for exponent in one.histogram], np.int16),
             np.array([times for one in rows for times in one.histogram.values()], np.int64),
-            {row: end for row, end in enumerate(ends) if int in map(type, end)},
+            {
+                row: (low, high)
+                for row, low, high in ends
+                if low is not None and high is not None and int in map(type, (low, high))
+            },
         )
 
     @classmethod
@@ -86,11 +86,28 @@ class Columns(NamedTuple):
             whole,
         )
 
+    def row(self, row: int) -> ValueStats:
+        """Return the statistics in a row."""
+        numbers, nan, posinf, neginf, zeros, subnormal = (int(column[row]) for column in self.extremes[:6])
+        finite, *sums = (column[row].item() for column in self.moments)
+        low, high = self.whole.get(row) or (float(self.extremes.low[row]), float(self.extremes.high[row]))
+        bins = slice(int(self.bounds[row]), int(self.bounds[row + 1]))
+        return ValueStats(
+            numbers,
+            nan,
+            posinf,
+            neginf,
+            zeros,
+            subnormal,
+            low if finite else None,
+            high if finite else None,
+            Moments(finite, *sums),
+            dict(zip(self.exponents[bins].tolist(), self.times[bins].tolist(), strict=True)),
+        )
 
-def _transposed(rows: Sequence[Sequence[float]], dtype: npt.DTypeLike, width: int) -> list[_Array]:
-    import numpy as np
-
-    return list(np.array(rows, dtype).reshape(-1, width).T.copy())
+    def rows(self) -> list[ValueStats]:
+        """Return the statistics of every row."""
+        return list(map(self.row, range(len(self.bounds) - 1)))
 
 
 class StatsTable(Mapping[str, ValueStats]):
@@ -114,7 +131,7 @@ class StatsTable(Mapping[str, ValueStats]):
 
     def __getitem__(self, name: str) -> ValueStats:
         """Return the statistics with this name."""
-        return self._row(self._positions()[name])
+        return self.columns.row(self._positions()[name])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in order."""
@@ -212,22 +229,3 @@ class StatsTable(Mapping[str, ValueStats]):
         pairs = zip(rows.tolist(), zip(low[rows].tolist(), high[rows].tolist(), strict=True), strict=True)
         lows, highs = zip(*(self.columns.whole.get(row, ends) for row, ends in pairs), strict=True)
         return min(lows), max(highs)
-
-    def _row(self, row: int) -> ValueStats:
-        columns = self.columns
-        numbers, nan, posinf, neginf, zeros, subnormal = (int(column[row]) for column in columns.extremes[:6])
-        finite, *sums = (column[row].item() for column in columns.moments)
-        low, high = columns.whole.get(row) or (float(columns.extremes.low[row]), float(columns.extremes.high[row]))
-        bins = slice(int(columns.bounds[row]), int(columns.bounds[row + 1]))
-        return ValueStats(
-            numbers,
-            nan,
-            posinf,
-            neginf,
-            zeros,
-            subnormal,
-            low if finite else None,
-            high if finite else None,
-            Moments(finite, *sums),
-            dict(zip(columns.exponents[bins].tolist(), columns.times[bins].tolist(), strict=True)),
-        )

@@ -24,6 +24,7 @@ from ckptkit.values.byte_codes import (
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.exponents import count_bytes, count_exponents, present
 from ckptkit.values.extremes import INTEGERS, ExtremeColumns, Extremes, extremes_of, merge_extremes
+from ckptkit.values.kernels import SHORT
 from ckptkit.values.moments import NO_MOMENTS, MomentColumns, Moments, merge_moments, moments_of, moments_of_runs
 from ckptkit.values.workers import Workers, pieces
 
@@ -32,13 +33,12 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["SHORT", "StatsKernel", "StatsPart"]
+__all__ = ["StatsKernel", "StatsPart"]
 
 _BLOCK: Final = 1 << 16  # numbers that are converted at once, to be counted by their exponents
 # The exponent field of the smallest normal number of F16, as F32 counts it; in F32 itself it is 1.
 _FIRST_NORMAL: Final = {"F16": 127 - 14}
 _LIKE_F32: Final = frozenset({"F16", "BF16", "F32"})  # numbers that F32 holds exactly, with their exponents there
-SHORT: Final = 1 << 12  # numbers; runs of so many are computed together
 _NOTHING: Final = Extremes()
 
 

@@ -18,10 +18,10 @@ from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.columns import Columns, StatsTable
-from ckptkit.statistics.kernel import SHORT, StatsKernel, StatsPart
+from ckptkit.statistics.kernel import StatsKernel, StatsPart
 from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.values.arrays import real_code
-from ckptkit.values.kernels import Tally, computed, computed_together, why_unsupported, width_of
+from ckptkit.values.kernels import Tally, computed, computed_together, is_short, why_unsupported
 from ckptkit.values.reading import Source, Span
 from ckptkit.values.workers import Workers
 
@@ -200,7 +200,7 @@ def measure_values(checkpoint: Checkpoint, keys: Iterable[str], workers: Workers
     others: list[tuple[str, Payload]] = []
     for key in keys:
         payload, code = checkpoint.payload(key), real_code(checkpoint[key].dtype)
-        if isinstance(payload, Extent) and 0 < payload.nbytes <= SHORT * width_of(code):
+        if isinstance(payload, Extent) and is_short(payload.nbytes, code):
             short.append((key, payload, code))
         else:
             others.append((key, payload))

@@ -12,7 +12,7 @@ from ckptkit.values.moments import NO_MOMENTS, Moments
 __all__ = ["ValueStats", "counts_and_extremes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ValueStats(Extremes):
     """Statistics of the values of one tensor, or of several together.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from ckptkit.core.frozen import slot_setters
 from ckptkit.values.arrays import array_of, bits_of
 from ckptkit.values.float_formats import FLOAT_FORMATS, FloatFormat
 from ckptkit.values.workers import Workers
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["INTEGERS", "ExtremeColumns", "Extremes", "extremes_of", "lengths_of", "merge_extremes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Extremes:
     """Counts and extremes of the values of one tensor, or of several together.
 
@@ -50,6 +51,27 @@ class Extremes:
     min: float | None = None
     max: float | None = None
 
+    def __init__(  # noqa: PLR0917 - the fields of the dataclass, in its order
+        self,
+        count: int = 0,
+        nan: int = 0,
+        posinf: int = 0,
+        neginf: int = 0,
+        zeros: int = 0,
+        subnormal: int = 0,
+        min: float | None = None,  # noqa: A002 - the name of the field
+        max: float | None = None,  # noqa: A002
+    ) -> None:
+        """Set all fields through their slots, since a check has one object for each of many small tensors."""
+        _set_count(self, count)
+        _set_nan(self, nan)
+        _set_posinf(self, posinf)
+        _set_neginf(self, neginf)
+        _set_zeros(self, zeros)
+        _set_subnormal(self, subnormal)
+        _set_min(self, min)
+        _set_max(self, max)
+
     @property
     def finite(self) -> int:
         """The number of values that are neither NaN nor infinite."""
@@ -69,6 +91,9 @@ class Extremes:
     def zero_share(self) -> float:
         """The share of zeros among the values, between 0 and 1; 0 if there are no values."""
         return self.zeros / self.count if self.count else 0.0
+
+
+_set_count, _set_nan, _set_posinf, _set_neginf, _set_zeros, _set_subnormal, _set_min, _set_max = slot_setters(Extremes)
 
 
 def merge_extremes(parts: Iterable[Extremes]) -> Extremes:
@@ -105,6 +130,16 @@ class ExtremeColumns(NamedTuple):
     low: _Array
     high: _Array
 
+    @classmethod
+    def of(cls, rows: Sequence[Extremes]) -> ExtremeColumns:
+        """Return the columns of counts and extremes, which are float64."""
+        import numpy as np
+
+        counts = [[one.count, one.nan, one.posinf, one.neginf, one.zeros, one.subnormal] for one in rows]
+        ends = [(math.nan, math.nan) if one.min is None or one.max is None else (one.min, one.max) for one in rows]
+        whole, floats = np.array(counts, np.int64).reshape(-1, 6), np.array(ends, np.float64).reshape(-1, 2)
+        return cls._make([*whole.T.copy(), *floats.T.copy()])
+
     @property
     def finite(self) -> _Array:
         """How many numbers of each run are neither NaN nor infinite."""
@@ -113,12 +148,11 @@ class ExtremeColumns(NamedTuple):
 
     def rows(self) -> list[Extremes]:
         """Return the counts and extremes of each run."""
-        return [
-            Extremes(count, nan, posinf, neginf, zeros, subnormal, *((low, high) if low == low else (None, None)))  # noqa: PLR0124 - NaN differs from itself
-            for count, nan, posinf, neginf, zeros, subnormal, low, high in zip(
-                *(column.tolist() for column in self), strict=True
-            )
-        ]
+        low, high = self.low.tolist(), self.high.tolist()
+        if self.low.dtype.kind == "f":
+            for run in (self.low != self.low).nonzero()[0].tolist():
+                low[run] = high[run] = None
+        return list(map(Extremes, *(column.tolist() for column in self[:6]), low, high))
 
 
 def extremes_of(

@@ -13,7 +13,7 @@ from ckptkit.core.files import Extent, place_of
 from ckptkit.values.arrays import array_of, real_code
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
 from ckptkit.values.exponents import count_bytes, present
-from ckptkit.values.extremes import INTEGERS, Extremes, extremes_of, merge_extremes
+from ckptkit.values.extremes import INTEGERS, ExtremeColumns, Extremes, extremes_of, merge_extremes
 from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.reading import Read, Source, Span, neighbours, read_bytes, reads
 from ckptkit.values.workers import Workers
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
+    "SHORT",
+    "Columns",
     "ColumnsKernel",
     "ExtremesKernel",
     "Kernel",
@@ -29,16 +31,19 @@ __all__ = [
     "Tally",
     "computed",
     "computed_together",
+    "is_short",
     "parts_of",
     "why_unsupported",
-    "width_of",
 ]
 
+SHORT: Final = 1 << 12  # numbers; tensors of so many are computed together
 _WIDTHS: Final = {code: dtype.part_bytes for code, dtype in DTYPES.items()}
 _SUPPORTED: Final = FLOAT_FORMATS.keys() | INTEGERS | BYTE_CODES
 
 _Part = TypeVar("_Part")
 _Result_co = TypeVar("_Result_co", covariant=True)
+_Row_co = TypeVar("_Row_co", covariant=True)
+_Columns_co = TypeVar("_Columns_co", covariant=True)
 
 
 class Kernel(Protocol[_Part, _Result_co]):
@@ -53,10 +58,18 @@ class Kernel(Protocol[_Part, _Result_co]):
         ...
 
 
-class ColumnsKernel(Protocol[_Result_co]):
-    """Arithmetic over the numbers of many short tensors, with one result for all of them."""
+class Columns(Protocol[_Row_co]):
+    """The results of many tensors, in arrays."""
 
-    def columns(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> _Result_co:
+    def rows(self) -> Sequence[_Row_co]:
+        """Return the result of each tensor."""
+        ...
+
+
+class ColumnsKernel(Protocol[_Columns_co]):
+    """Arithmetic over the numbers of many tensors of at most ``SHORT`` numbers, with one result for all of them."""
+
+    def columns(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> _Columns_co:
         """Return what was computed of each whole tensor; a tensor begins at each of ``starts``."""
         ...
 
@@ -77,6 +90,12 @@ class ExtremesKernel:
             for start, end in zip(starts, ends, strict=True)
         ]
         return [extremes_of_codes(one, code) for one in pairs]
+
+    def columns(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> ExtremeColumns:
+        """Return the counts and extremes of each tensor."""
+        if code in FLOAT_FORMATS or code in INTEGERS:
+            return extremes_of(data, code, workers, starts)
+        return ExtremeColumns.of(self.parts(data, code, workers, starts))
 
     def together(self, parts: list[Extremes], code: str) -> Extremes:  # noqa: ARG002 - other kernels need the dtype
         """Return the counts and extremes of a tensor."""
@@ -139,14 +158,15 @@ def why_unsupported(info: TensorInfo) -> str:
     """Return why nothing can be computed of the values of a tensor; an empty string if it can."""
     if info.kind != "dense":
         return f"{info.kind} tensor"
-    if info.dtype == "F4" and info.elements % 2:
+    dtype = info.dtype
+    if dtype == "F4" and info.elements % 2:
         return "an odd number of F4 elements, which are stored two to a byte"
-    return "" if real_code(info.dtype) in _SUPPORTED else f"ckptkit has no arithmetic for {info.dtype}"
+    return "" if real_code(dtype) in _SUPPORTED else f"ckptkit has no arithmetic for {dtype}"
 
 
-def width_of(code: str) -> int:
-    """Return the bytes of one number of a dtype that is not complex; of F4, of two numbers."""
-    return _WIDTHS[code]
+def is_short(nbytes: int, code: str) -> bool:
+    """Return whether a tensor has numbers, but at most ``SHORT``; ``code`` is their dtype."""
+    return 0 < nbytes <= SHORT * _WIDTHS[code]
 
 
 def parts_of(
@@ -197,8 +217,8 @@ def computed(
 
 
 def computed_together(
-    extents: Sequence[Extent], codes: Sequence[str], kernel: ColumnsKernel[_Result_co], workers: Workers
-) -> Iterator[tuple[list[int], _Result_co, int]]:
+    extents: Sequence[Extent], codes: Sequence[str], kernel: ColumnsKernel[_Columns_co], workers: Workers
+) -> Iterator[tuple[list[int], _Columns_co, int]]:
     """Yield the results of short tensors: their positions, a result with a row for each, and the number of their bytes.
 
     ``codes`` are the dtypes of the numbers in ``extents``; none is empty. Neighbours in a file are read together, and
@@ -207,7 +227,7 @@ def computed_together(
     order = sorted(range(len(extents)), key=lambda at: place_of(extents[at]))
     ordered = [extents[at] for at in order]
 
-    def work(bounds: tuple[int, int]) -> list[tuple[list[int], _Result_co, int]]:
+    def work(bounds: tuple[int, int]) -> list[tuple[list[int], _Columns_co, int]]:
         first, last = ordered[bounds[0]], ordered[bounds[1] - 1]
         data = workers.read("bytes", Extent(first.file, first.offset, last.offset + last.nbytes - first.offset))
         by_code: dict[str, list[int]] = {}
