@@ -176,6 +176,21 @@ def test_names_are_no_part_of_a_digest_and_values_dtypes_and_shapes_are() -> Non
     assert (list(renamed.tensors), renamed.tensors["b"].digest) == (["b"], found.tensors["a"].digest)
 
 
+def test_a_conjugate_or_negative_view_is_not_a_tie(tmp_path: Path) -> None:
+    """It has the memory of another tensor, and other values."""
+    number = torch.randn(4, dtype=torch.complex64)
+    negative = number.conj().imag
+    assert negative.is_neg()
+    state = {"a": number, "tied": number, "conj": number.conj(), "part": number.imag, "negative": negative}
+    plain = {key: tensor.resolve_conj().resolve_neg().clone() for key, tensor in state.items()}
+    expected = of_tensors(ckptkit.digest(plain))
+    assert of_tensors(ckptkit.digest(state)) == expected
+    assert len(set(expected.values())) == 4
+    complex_ones = {key: tensor for key, tensor in state.items() if tensor.is_complex()}
+    torch.save(complex_ones, tmp_path / "a.pt")
+    assert of_tensors(ckptkit.digest(tmp_path / "a.pt")) == {key: expected[key] for key in complex_ones}
+
+
 class InMemory:
     """Bytes that can be read only in order, in chunks of an odd length."""
 

@@ -98,7 +98,10 @@ def digests_by_key(
     """Return the digest of the tensor at each key; tied tensors are read once. Raises what reading raises."""
     infos = [checkpoint[key] for key in keys]
     _refuse_endless(checkpoint, infos)
-    first_of_tie = {key: group[0] for group in tied_keys(infos) for key in group[1:]}
+    first_of_tie: dict[str, str] = {}
+    for group in tied_keys(infos):
+        equal = [key for key in group if checkpoint.span(key) is not None]  # not of a conjugate or negative view
+        first_of_tie |= dict.fromkeys(equal[1:], equal[0] if equal else "")
     found: dict[str, str] = {}
     tensors = _payloads(checkpoint, [info for info in infos if info.key not in first_of_tie])
     with Workers() as workers, pause_gc():
