@@ -24,6 +24,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from ckptkit.lazy_patterns import lazy_pattern
+
 __all__ = [
     "COMMAND",
     "OPTION",
@@ -79,7 +81,7 @@ _FLAGS: Final = frozenset(
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "drop-metadata", "elementwise", "ignore", "reset")
-_NUMBER: Final = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER: Final = lazy_pattern(r"\d+(?:\.\d+)?")
 _BY_PATTERN: Final = (
     "as-layer",
     "metadata",
@@ -104,19 +106,20 @@ _VALUE: Final = (
     rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?:[:-]\w+)*|(?<=--strip )auto\b|(?<=--set )\w+=\w+"
     r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-rel-l2 )[\d.e-]*\d|(?<=--max-shard-size )\w+"
 )
-OPTION: Final = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z0-9-]+)(?:[ =](?P<value>{_VALUE}))?")
+_OPTION: Final = rf"(?<![\w-])--(?P<name>[a-z][a-z0-9-]+)(?:[ =](?P<value>{_VALUE}))?"
+OPTION: Final = lazy_pattern(_OPTION)
 # A word that no sentence has, such as a path or py:mynet:build, without the punctuation of the sentence after it.
 PLAIN_WORD: Final = r"(?=[\w@%+=:.-]*(?:/|[:@%+=.]\w))[\w@%+=:./-]*[\w/@%+=-](?![\w@%+=/-])"
-COMMAND: Final = re.compile(
+COMMAND: Final = lazy_pattern(
     rf"\bckpt (?P<name>{'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})\b"
     rf"(?P<words>(?: (?:(?:-o )?(?:{_QUOTED}|{PLAIN_WORD}|[A-Z][A-Z0-9]*\b)|--[a-z0-9-]+(?: (?:{_VALUE}))?))*)",
     re.ASCII,
 )
-_QUOTED_OR_OPTION: Final = re.compile(rf"(?<!\w)(?:{_QUOTED})|{OPTION.pattern}")
+_QUOTED_OR_OPTION: Final = lazy_pattern(rf"(?<!\w)(?:{_QUOTED})|{_OPTION}")
 _RULE_OPTION: Final = rf"--(?:{'|'.join(RULE_OPTIONS)}) (?:{_QUOTED})"
-_RULE_OPTIONS_IN_ROW: Final = re.compile(rf"{_RULE_OPTION}(?: (?:{_RULE_OPTION}|--allow-unused\b))+")
-_IGNORES_IN_ROW: Final = re.compile(rf"--ignore (?:{_QUOTED})(?: --ignore (?:{_QUOTED}))+")
-_WORD: Final = re.compile(rf"-o (?P<out>\S+)|{OPTION.pattern}|(?P<word>{_QUOTED}|\S+)")
+_RULE_OPTIONS_IN_ROW: Final = lazy_pattern(rf"{_RULE_OPTION}(?: (?:{_RULE_OPTION}|--allow-unused\b))+")
+_IGNORES_IN_ROW: Final = lazy_pattern(rf"--ignore (?:{_QUOTED})(?: --ignore (?:{_QUOTED}))+")
+_WORD: Final = lazy_pattern(rf"-o (?P<out>\S+)|{_OPTION}|(?P<word>{_QUOTED}|\S+)")
 
 
 def hint_for_python(hint: str) -> str:

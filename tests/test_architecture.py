@@ -23,6 +23,7 @@ PACKAGE = ROOT / "ckptkit"
 
 # From the lowest level to the highest: a package imports only from packages on lower levels.
 LEVELS = (
+    {"lazy_patterns"},
     {"errors"},
     {"core"},
     {"values"},

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import human_bytes, kind_of, quoted
 from ckptkit.errors import CkptkitError, FormatError, PathError, RuleError
+from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = [
     "MOST_NAMES",
@@ -43,17 +44,17 @@ _MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 
 _MOST_WRITTEN_VALUES = 300_000  # of TOML and YAML
 _MAX_DEPTH = 100
 _MOST_BITS = 1023  # of an integer that a float can hold
-_TOML_TOKEN = re.compile(
+_TOML_TOKEN = lazy_pattern(
     r'''"""(?:[^"\\]|\\.|"(?!""))*+"{3,5}|\'\'\'(?:[^\']|\'(?!\'\'))*+\'{3,5}|#[^\n]*+|(?P<space>[ \t]++)|(?P<dot>\.)'''
     r"""|(?P<part>[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|\'[^\'\n]*+\')|.""",
     re.DOTALL,
 )
-_BRACKETS = re.compile(r"[][{}]")
+_BRACKETS = lazy_pattern(r"[][{}]")
 _ALWAYS_PARSED = 1 << 20
 _MEMORY = {b"[": 72, b"{": 64, b":": 60, b",": 16, b'"': 20}  # bytes in Python, for each such sign
 _MOST_MEMORY = 200_000_000
 _MOST_WRITTEN_MEMORY = 300_000_000  # a plan of 140,000 tensors takes 174 MB: Python keeps repeated names once
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY = lazy_pattern(r"[A-Za-z0-9_-]+")
 
 
 @contextlib.contextmanager

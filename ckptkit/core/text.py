@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice, takewhile
@@ -144,6 +143,8 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the one of ``names`` that is most like ``name``, or None; ``cutoff`` is the least likeness, up to 1."""
+    import difflib  # takes a millisecond of the start of every command
+
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 

@@ -67,7 +67,7 @@ def _init_blocks(init: Init, *, expand: bool) -> Iterator[Block]:
         most = len(kept) if expand else _MOST_KEPT
         yield Table(("stays at init", "because", "looks"), tuple(kept[:most]))
         if len(kept) > most:
-            yield Line((f"and {plural(len(kept) - most, 'more row')}; --expand lists all",))
+            yield Line((f"and {plural(len(kept) - most, 'more row')}",))
 
 
 def _training_table(report: Preflight) -> Iterator[Block]:

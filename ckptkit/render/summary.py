@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, listed, percent, plural, printable
-from ckptkit.quantized import Quantized
 from ckptkit.render.page import Code, Line, as_code, table_rows
+
+if TYPE_CHECKING:
+    from ckptkit.core.coverage import ModuleCoverage
+    from ckptkit.quantized import Quantized
 
 __all__ = [
     "checkpoint_document", "coverage_documents", "describe", "json_number", "names_in_short", "quantized_document",

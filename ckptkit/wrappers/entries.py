@@ -8,6 +8,7 @@ from typing import Final, NamedTuple, Protocol, TypeGuard
 
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.errors import FormatError
+from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.wrappers.table import WRAPPERS
 
 __all__ = [
@@ -61,14 +62,14 @@ _SAME_NAMES: Final = "other tensors with the names and shapes of the weights"
 _PROGRESS: Final = "the progress of the training"
 _TRAINER: Final = "the state of a trainer"
 
-_OPTIMIZER_NAME: Final = re.compile(
+_OPTIMIZER_NAME: Final = lazy_pattern(
     r"(.+_)?(optim|optims|optimizer|optimizers|opt)(_(state|states|state_dict|\w|\d+))?"
 )
-_RANDOM_NAME: Final = re.compile(r"(.+_)?(rng|rngs|random)(_(state|states|state_dict|cpu|cuda|numpy|torch|python))*")
+_RANDOM_NAME: Final = lazy_pattern(r"(.+_)?(rng|rngs|random)(_(state|states|state_dict|cpu|cuda|numpy|torch|python))*")
 _NAMES: Final = (
     (_OPTIMIZER_NAME, _OPTIMIZER),
     (
-        re.compile(
+        lazy_pattern(
             r"train_state|training_state|trainer_state|trainer|(train_|val_)?(dataloader|dataloaders|data_loader)(_state)?"
             r"|dataset_state|sampler_state|loops|callbacks|message_hub"
         ),
@@ -77,17 +78,17 @@ _NAMES: Final = (
 )
 # Modules have these names too, so a name counts only if each tensor is a single number, or a series of numbers.
 _NAMES_OF_NUMBERS: Final = (
-    (re.compile(r"(.+_)?(scheduler|schedulers|sched)(_(state|states|state_dict))?"), _SCHEDULER),
-    (re.compile(r"(.+_)?(scaler|scalers|amp)(_(state|states|state_dict))?"), _SCALER),
+    (lazy_pattern(r"(.+_)?(scheduler|schedulers|sched)(_(state|states|state_dict))?"), _SCHEDULER),
+    (lazy_pattern(r"(.+_)?(scaler|scalers|amp)(_(state|states|state_dict))?"), _SCALER),
 )
-_NAMES_OF_SERIES: Final = ((re.compile(r"sampler|metrics|history|logs|progress|early_stopping"), _TRAINER),)
+_NAMES_OF_SERIES: Final = ((lazy_pattern(r"sampler|metrics|history|logs|progress|early_stopping"), _TRAINER),)
 # A name alone never makes a mapping a copy: it must have the shapes of the weights too.
-_AVERAGE_NAME: Final = re.compile(
+_AVERAGE_NAME: Final = lazy_pattern(
     r"(.*_)?(ema|swa|avg|average|averaged|shadow|polyak|slow|teacher|target|momentum|best|copy|backup|old|prev|previous"
     r"|initial|frozen|reference|ref|master|fp32)(_.*)?|\w*(ema|Ema|EMA)|(ema|EMA)\w*"
 )
 # A single number of such a name counts something. A scale or a temperature of a model has another name.
-_COUNTER_NAME: Final = re.compile(
+_COUNTER_NAME: Final = lazy_pattern(
     r"((global|train|training|total|current|cur|num|last|n|optimizer|opt)_)?(step|steps|epoch|epochs|iter|iters|iteration"
     r"|iterations|iter_num|updates|batches|samples|tokens)(_(seen|run|num|done))?|ntokens_seen"
     r"|(best|min|max)_((val|valid|eval|test|train)_)?(loss|acc|accuracy|acc1|top1|metric|score|fitness|epoch|step|iter"

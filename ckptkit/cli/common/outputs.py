@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from ckptkit.cli.common.options import (
     output_report_options,
     quiet_option,
 )
-from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.cli.common.printing import ReportFormat, echo_result, fitted_to, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
 from ckptkit.core.text import quoted
 from ckptkit.formats.writing.atomic import prepare_side_file, present_state, small_file
@@ -221,7 +222,12 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
         echo_result(options.report_format, written, tensors=True, expand=options.expand)
     if options.quiet:
         return
-    for message in plan.notes if written is None else as_text(page_of(written)):
+    messages: Iterable[str] = plan.notes
+    if written is not None:
+        page = page_of(written)
+        is_fitted = options.report_format is ReportFormat.TABLE
+        messages = as_text(fitted_to(sys.stderr, page) if is_fitted else page)
+    for message in messages:
         print_message(message)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -27,12 +27,14 @@ __all__ = [
     "echo_report",
     "echo_result",
     "exit_code",
+    "fitted_to",
     "print_line",
     "print_message",
     "progress_bar",
 ]
 
 _LINES_AT_ONCE = 1000
+_USUAL_WIDTH = 80  # of a terminal that does not know it
 
 
 class ReportFormat(Enum):
@@ -117,10 +119,8 @@ def echo_report(
             raise click.UsageError("this report has no table, so it cannot be printed as tsv")
         _print_lines(as_tsv(blocks))
         return
-    if report_format is ReportFormat.TABLE and sys.stdout.isatty():
-        from ckptkit.render.page.width import fitted
-
-        blocks = fitted(blocks, shutil.get_terminal_size().columns)  # COLUMNS overrides the width of the terminal
+    if report_format is ReportFormat.TABLE:
+        blocks = fitted_to(sys.stdout, blocks)
 
     def coloured(line: str) -> str:
         colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
@@ -128,6 +128,20 @@ def echo_report(
 
     lines = as_text(blocks)
     _print_lines(map(coloured, lines) if colours else lines)
+
+
+def fitted_to(stream: TextIO, page: Page) -> Page:
+    """Return the page as the terminal that ``stream`` is has room for it; a pipe or a file gets all of it."""
+    if not stream.isatty():
+        return page
+    from ckptkit.render.page.width import fitted
+
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdigit() and int(given) > 0:
+        return fitted(page, int(given))
+    with contextlib.suppress(OSError):
+        return fitted(page, os.get_terminal_size(stream.fileno()).columns or _USUAL_WIDTH)
+    return fitted(page, _USUAL_WIDTH)
 
 
 def exit_code(report: Report) -> int:

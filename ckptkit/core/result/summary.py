@@ -14,10 +14,11 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import shell_word
 from ckptkit.errors import PLAIN_WORD
+from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
 
-_PLAIN_WORD = re.compile(PLAIN_WORD, re.ASCII)  # a shell takes it as it is, and a hint shows where it ends
+_PLAIN_WORD = lazy_pattern(PLAIN_WORD, re.ASCII)  # a shell takes it as it is, and a hint shows where it ends
 _IN_MEMORY = frozenset({"", "live model", "state_dict", "description"})
 _LIVE_PATH = "py:"
 _SIZE = attrgetter("dtype", "shape", "stored_bytes")
