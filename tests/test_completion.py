@@ -29,6 +29,8 @@ LINES: Mapping[str, list[str]] = {
     f"ckpt remap {TEN} --keep ": MODULES,
     f"ckpt merge {TEN} nowhere.pt {DDP} --keep module.fc3.w": ["module.fc3.weight"],
     f"ckpt diff {TEN} {DDP} --rename module.fc3.": ["module.fc3.weight=", "module.fc3.bias="],
+    f"ckpt diff {TEN} {DDP} --expect-frozen fc3.": ["fc3.weight", "fc3.bias"],
+    f"ckpt diff py:fixtures.lenet:build {TEN} --require fc3.": ["fc3.weight", "fc3.bias"],
     f"ckpt preflight --init {TEN} --fresh fc3": ["fc3.*", "fc3.weight", "fc3.bias"],
     f"ckpt merge {TEN} {DDP} --on-mismatch fc3": ["fc3.*=", "fc3.weight=", "fc3.bias="],
     f"ckpt merge {TEN} {DDP} --on-mismatch fc3.*=s": ["fc3.*=skip", "fc3.*=slice"],

@@ -7,7 +7,7 @@ import contextlib
 import click
 
 from ckptkit.cli.common.commands import Command
-from ckptkit.cli.common.completing import complete_keys
+from ckptkit.cli.common.completing import complete_expected_keys
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options, requirement_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
@@ -43,11 +43,11 @@ def _parse_size(context: click.Context, option: click.Parameter, text: str | Non
 )
 @click.option("--atol", callback=_parse_size, metavar="X", help="Compare values, and allow absolute differences.")
 @click.option(
-    "--expect-frozen", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    "--expect-frozen", multiple=True, metavar="PATTERN", shell_complete=complete_expected_keys,
     help="Gate: the values of these keys are equal. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--expect-changed", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    "--expect-changed", multiple=True, metavar="PATTERN", shell_complete=complete_expected_keys,
     help="Gate: the values of each of these keys differ. Repeatable.",
 )  # fmt: skip
 @click.option(

@@ -18,6 +18,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from ckptkit.formats import LIVE_PREFIX
 
 __all__ = [
+    "complete_expected_keys",
     "complete_keys",
     "complete_optimizers",
     "complete_param_group_presets",
@@ -36,6 +37,11 @@ _EXPECTED = ("expected", "base", "like", "model")
 def complete_keys(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Return keys, and patterns of modules, of the checkpoint whose path is on the line already."""
     return _next_patterns(_keys_of(context, _FOUND), incomplete)
+
+
+def complete_expected_keys(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return keys, and patterns of modules, of the expected side; those that were found where it is a live model."""
+    return _next_patterns(_keys_of(context, _EXPECTED) or _keys_of(context, _FOUND), incomplete)
 
 
 def complete_renames(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:

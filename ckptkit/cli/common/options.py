@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from ckptkit.cli.common.completing import complete_keys
+from ckptkit.cli.common.completing import complete_expected_keys, complete_keys
 from ckptkit.cli.common.printing import ReportFormat
 
 __all__ = [
@@ -90,7 +90,7 @@ def _parse_share(context: click.Context, option: click.Parameter, text: str) -> 
 
 
 _require_option = click.option(
-    "--require", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    "--require", multiple=True, metavar="PATTERN", shell_complete=complete_expected_keys,
     help="Keys that must all be filled. Repeatable.",
 )  # fmt: skip
 _min_coverage_option = click.option(
