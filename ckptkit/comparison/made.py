@@ -42,7 +42,10 @@ class MadeTensors:
 
     def payload(self, name: str) -> Payload:
         """Return the bytes of a tensor by its new name, which are read or computed only with the chunks."""
-        derivation = self.origin(name)
+        old = self._plain.get(name)
+        if old is not None:
+            return self._checkpoint.payload(old)
+        derivation = self._others[name]
         if derivation.recipe is None:
             return self._checkpoint.payload(derivation.sources[0])
         return _Computed(self, derivation.sources, derivation.recipe, self.describe(name).nbytes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
-from ckptkit.core.files import Extent, is_same_range
+from ckptkit.core.files import is_same_range, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -206,7 +206,6 @@ class _Comparison:
         self._expected, self._found, self._names = expected, found, names
         self._made = MadeTensors(found, key_map)
         self._keys: list[list[str]] = []  # the tied expected keys of each pair
-        self._equal: list[int] = []  # pairs whose values need not be read
         self._skipped: list[SkippedValue] = []
 
     def run(self, rtol: float | None, atol: float | None, progress: Progress) -> ValueDiff:
@@ -214,16 +213,18 @@ class _Comparison:
         from ckptkit.values.workers import Workers
 
         tolerance = None if not rtol and not atol else Tolerance(float(rtol or 0), float(atol or 0))
-        pairs = sorted(self._pairs(), key=_place)
-        found: dict[int, Part | BytesDiffer | None] = dict.fromkeys(self._equal)
+        pairs = sorted(self._pairs(), key=lambda pair: place_of(pair.expected))
+        found: dict[int, Part | BytesDiffer] = {}
         with Workers() as workers:
             for pair, part, nbytes in differences(pairs, workers, tolerance):
                 progress(nbytes)
-                found[pair.number] = part
+                if part is not None:
+                    found[pair.number] = part
         for side in (self._expected, self._found):
             side.check_unchanged()
+        del pairs
         merged = self._merge_ties(found)
-        del found, pairs
+        del found
         all_of = [self._difference(keys, part, tolerance) for keys, part in merged if part is not None]
         within = [one for one in all_of if one.beyond == 0]
         return ValueDiff(
@@ -258,8 +259,8 @@ class _Comparison:
             self._keys.append([key])
             payloads = self._expected.payload(key), self._made.payload(name)
             if not payloads[0].nbytes or (code == found.dtype and is_same_range(*payloads)):
-                self._equal.append(number)
-            elif has_numbers(code) and (code != "F4" or expected.elements % 2 == 0):
+                continue
+            if has_numbers(code) and (code != "F4" or expected.elements % 2 == 0):
                 yield Pair(number, *payloads, code, found.dtype, expected.elements)
             else:
                 yield Pair(number, *payloads, "", "", payloads[0].nbytes)
@@ -268,15 +269,13 @@ class _Comparison:
         origin = self._made.origin(name)
         return tuple(_identity(self._found[key]) for key in origin.sources), origin.recipe
 
-    def _merge_ties(
-        self, found: Mapping[int, Part | BytesDiffer | None]
-    ) -> list[tuple[list[str], Part | BytesDiffer | None]]:
+    def _merge_ties(self, found: Mapping[int, Part | BytesDiffer]) -> list[tuple[list[str], Part | BytesDiffer | None]]:
         """Return the keys of each pair, and its result; an expected tensor with equal results is one."""
         merged: dict[object, tuple[list[str], Part | BytesDiffer | None]] = {}
-        for number, part in found.items():
-            keys = self._keys[number]
+        for number, keys in enumerate(self._keys):
+            part = found.get(number)
             info = self._expected[keys[0]]
-            same = keys[0] if info.view is None else (_identity(info), part)
+            same = number if info.view is None else (_identity(info), part)
             if same in merged:
                 merged[same][0].extend(keys)
             else:
@@ -295,12 +294,11 @@ class _Comparison:
             rel_l2 = math.inf if is_beyond else total.distance / (total.expected or 1.0)
         if total.expected and total.found:
             cosine = max(-1.0, min(total.cosine, 1.0))
-        nan, inf = (SideCounts(*counts) if any(counts) else _NO_COUNTS for counts in (part.nan, part.inf))
         return ValueDifference(
             expected, found, names, part.changed / expected.elements, part.changed,
             None if tolerance is None else part.beyond, part.nonfinite, part.largest,
-            total.magnitudes / part.finite if part.finite else None, rel_l2, cosine, part.ulp, nan, inf,
-            _index(part.place, expected.shape), part.values,
+            total.magnitudes / part.finite if part.finite else None, rel_l2, cosine, part.ulp,
+            _side_counts(part.nan), _side_counts(part.inf), _index(part.place, expected.shape), part.values,
         )  # fmt: skip
 
     def _coded_keys(self) -> Iterator[str]:
@@ -331,19 +329,19 @@ def _identity(info: TensorInfo) -> object:
     return info.key if info.view is None else (info.view, info.shape, info.dtype)
 
 
-def _place(pair: Pair) -> tuple[str, int]:
-    """Return where the expected bytes are, so that those of one file are read in order."""
-    payload = pair.expected
-    return (payload.file.path, payload.offset) if isinstance(payload, Extent) else ("", 0)
-
-
 def _badness(difference: ValueDifference) -> tuple[bool, float, str]:
     """Return the key by which the worst difference is the first; one of bytes alone is before all numbers."""
     rel_l2 = math.inf if difference.rel_l2 is None else difference.rel_l2
     return not difference.nonfinite, -rel_l2, difference.key
 
 
+def _side_counts(counts: tuple[int, int]) -> SideCounts:
+    return SideCounts(*counts) if any(counts) else _NO_COUNTS
+
+
 def _index(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 1:
+        return (place,)
     index: list[int] = []
     for size in reversed(shape):
         place, inner = divmod(place, size)

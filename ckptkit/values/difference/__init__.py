@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from ckptkit.core.checkpoint.payload import Payload
 from ckptkit.core.torch_bridge import same_memory
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.difference.numbers import BLOCK, has_numbers, measure, measure_equal, measure_runs
 from ckptkit.values.difference.part import UNCHANGED, Part, Tolerance, together
-from ckptkit.values.difference.reading import Pair, Piece, Task, expected_pieces, read_block, read_side, tasks
+from ckptkit.values.difference.reading import Pair, Piece, expected_pieces, read_block, read_together, tasks
 from ckptkit.values.difference.text import text_of
 from ckptkit.values.workers import Workers, pieces
 
@@ -37,56 +38,55 @@ class _Progress:
     equal: list[int] = field(default_factory=list)
     bytes_differ: bool = False
 
+    def add(self, piece: Piece, part: Part | BytesDiffer | None) -> None:
+        self.left -= piece.stop - piece.start
+        if part is None:
+            self.equal.append(piece.start)
+        elif isinstance(part, BytesDiffer):
+            self.bytes_differ = True
+        else:
+            self.parts.append((piece.start, part))
+
 
 def differences(
     pairs: Iterable[Pair], workers: Workers, tolerance: Tolerance | None = None
 ) -> Iterator[tuple[Pair, Part | BytesDiffer | None, int]]:
-    """Yield each pair with its differences, or None if its elements are equal, and the number of bytes read since.
+    """Yield pairs of which bytes were read, the number of the bytes, and the differences of the pair.
 
+    The differences are None if its elements are equal, or if some are not compared yet: a pair comes several times.
     Found is cast to expected's dtype first. The results are the same with any number of threads. Raises what reading
     raises.
     """
     half_known: list[tuple[Pair, _Progress]] = []
     progress: dict[int, _Progress] = {}
 
-    def work(task: Task) -> tuple[Task, list[Part | BytesDiffer | None]]:
-        return task, _compare(task, workers, tolerance)
+    def work(task: Piece | list[Pair]) -> tuple[Piece | list[Pair], list[Part | BytesDiffer | None]]:
+        if isinstance(task, list):
+            return task, _compare_many(task, workers, tolerance)
+        return task, [_compare_piece(task, workers, tolerance)]
 
     for task, found in workers.each(work, tasks(pairs)):
-        nbytes = task.nbytes
-        for piece, part in zip(task.pieces, found, strict=True):
-            pair = piece.pair
-            if piece.stop - piece.start == pair.elements:
-                yield pair, part if isinstance(part, BytesDiffer) or part is None else together([(0, part)]), nbytes
-            else:
-                known = progress.setdefault(pair.number, _Progress(pair.elements))
-                known.left -= piece.stop - piece.start
-                if part is None:
-                    known.equal.append(piece.start)
-                elif isinstance(part, BytesDiffer):
-                    known.bytes_differ = True
-                else:
-                    known.parts.append((piece.start, part))
-                if not known.left:
-                    del progress[pair.number]
-                    if known.parts and known.equal:
-                        half_known.append((pair, known))
-                        continue
-                    whole = together(known.parts) if known.parts else None
-                    yield pair, _BYTES_DIFFER if known.bytes_differ else whole, nbytes
-            nbytes = 0
+        if isinstance(task, list):
+            for pair, part in zip(task, found, strict=True):
+                yield pair, part, pair.expected.nbytes + pair.found.nbytes
+            continue
+        pair, nbytes = task.pair, sum(task.nbytes)
+        known = progress.setdefault(pair.number, _Progress(pair.elements))
+        known.add(task, found[0])
+        if known.left:
+            yield pair, None, nbytes
+            continue
+        del progress[pair.number]
+        if known.bytes_differ or not known.parts or not known.equal:
+            whole = together(known.parts) if known.parts else None
+            yield pair, _BYTES_DIFFER if known.bytes_differ else whole, nbytes
+        else:
+            yield pair, None, nbytes
+            half_known.append((pair, known))
     for pair, known in half_known:
         for item in workers.each(lambda piece: _measure_expected(piece, workers), expected_pieces(pair, known.equal)):
             known.parts.append(item)
         yield pair, together(known.parts), 0
-
-
-def _compare(task: Task, workers: Workers, tolerance: Tolerance | None) -> list[Part | BytesDiffer | None]:
-    """Return the differences of each piece."""
-    if task.is_long:
-        return [_compare_piece(piece, workers, tolerance) for piece in task.pieces]
-    sides = _read(task.pieces, 0, workers), _read(task.pieces, 1, workers)
-    return _compare_many(task.pieces, sides, workers, tolerance)
 
 
 def _compare_piece(piece: Piece, workers: Workers, tolerance: Tolerance | None) -> Part | BytesDiffer | None:
@@ -113,20 +113,20 @@ def _compare_piece(piece: Piece, workers: Workers, tolerance: Tolerance | None) 
     return together(parts)
 
 
-def _compare_many(
-    short: list[Piece], sides: tuple[memoryview, memoryview], workers: Workers, tolerance: Tolerance | None
-) -> list[Part | BytesDiffer | None]:
+def _compare_many(pairs: list[Pair], workers: Workers, tolerance: Tolerance | None) -> list[Part | BytesDiffer | None]:
     """Compare short pairs: those of one dtype together, since a call of numpy for each would cost more."""
     import numpy as np
 
-    result: list[Part | BytesDiffer | None] = [None] * len(short)
-    if all(piece.pair.code == piece.pair.found_code for piece in short) and _are_equal(*sides):
+    result: list[Part | BytesDiffer | None] = [None] * len(pairs)
+    expected_bytes = _read("expected bytes", [pair.expected for pair in pairs], workers)
+    sides = expected_bytes, _read("found bytes", [pair.found for pair in pairs], workers)
+    if all(pair.code == pair.found_code for pair in pairs) and _are_equal(*sides):
         return result
     groups: dict[tuple[str, str], list[tuple[int, memoryview, memoryview]]] = {}
     first = second = 0
-    for number, piece in enumerate(short):
-        end, other_end = first + piece.nbytes[0], second + piece.nbytes[1]
-        codes = piece.pair.code, piece.pair.found_code
+    for number, pair in enumerate(pairs):
+        end, other_end = first + pair.expected.nbytes, second + pair.found.nbytes
+        codes = pair.code, pair.found_code
         expected, found = sides[0][first:end], sides[1][second:other_end]
         if codes[0] != codes[1] or bytes(expected) != bytes(found):
             if has_numbers(codes[0]):
@@ -136,7 +136,7 @@ def _compare_many(
         first, second = end, other_end
     for (code, found_code), items in groups.items():
         joined = [memoryview(b"".join(sides)) for sides in ([item[1] for item in items], [item[2] for item in items])]
-        counts = [short[number].pair.elements for number, _, _ in items]
+        counts = [pairs[number].elements for number, _, _ in items]
         starts = np.cumsum([0, *counts[:-1]])
         is_cast = code != found_code
         if is_cast:
@@ -164,9 +164,9 @@ def _measure_equal(piece: Piece, start: int, stop: int, workers: Workers) -> Par
     return measure_equal(read_block(piece, 0, start, stop, workers), piece.pair.code, workers)
 
 
-def _read(short: list[Piece], side: int, workers: Workers) -> memoryview:
-    """Return the bytes of one side of all pieces, in a buffer of this thread."""
-    name = ("expected bytes", "found bytes")[side]
-    buffer: npt.NDArray[np.uint8] = workers.buffer(name, "u1", sum(piece.nbytes[side] for piece in short))
-    read_side(short, side, buffer.data)
+def _read(name: str, payloads: list[Payload], workers: Workers) -> memoryview:
+    """Return the bytes of all payloads, in a buffer of this thread."""
+    nbytes = sum([payload.nbytes for payload in payloads])
+    buffer: npt.NDArray[np.uint8] = workers.buffer(name, "u1", nbytes)
+    read_together(payloads, buffer.data)
     return buffer.data

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Pair", "Piece", "Task", "expected_pieces", "read_block", "read_side", "tasks"]
+__all__ = ["Pair", "Piece", "expected_pieces", "read_block", "read_together", "tasks"]
 
 _PIECE: Final = 1 << 21  # bytes of a side; what a thread reads stays in its cache
 _SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
@@ -48,33 +48,43 @@ class Piece(NamedTuple):
     nbytes: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class Task:
-    """Pieces that are read and compared at once: one of a long pair, or several short pairs."""
+def tasks(pairs: Iterable[Pair]) -> Iterator[Piece | list[Pair]]:
+    """Yield all elements of all pairs: long pairs in pieces, and lists of short pairs that are read together.
 
-    pieces: list[Piece] = field(default_factory=list)
-    nbytes: int = 0
-    is_long: bool = False
-
-
-def tasks(pairs: Iterable[Pair]) -> Iterator[Task]:
-    """Yield all elements of all pairs. A payload that is not ``is_seekable`` is read by this iterator."""
-    task = Task()
+    A payload that is not ``is_seekable`` is read by this iterator.
+    """
+    short: list[Pair] = []
+    room = 2 * _PIECE
     for pair in pairs:
-        count = max(pair.expected.nbytes, pair.found.nbytes)
-        if count >= _SMALL:
-            for piece in _pieces(pair):
-                yield Task([piece], sum(piece.nbytes), is_long=True)
+        nbytes = pair.expected.nbytes + pair.found.nbytes
+        if nbytes >= 2 * _SMALL:
+            yield from _pieces(pair)
             continue
-        if task.pieces and (task.nbytes + 2 * count > 2 * _PIECE or len(task.pieces) >= _MAX_TOGETHER):
-            yield task
-            task = Task()
-        sides = _small(pair.expected), _small(pair.found)
-        nbytes = pair.expected.nbytes, pair.found.nbytes
-        task.pieces.append(Piece(pair, 0, pair.elements, sides, nbytes))
-        task.nbytes += sum(nbytes)
-    if task.pieces:
-        yield task
+        if short and (nbytes > room or len(short) >= _MAX_TOGETHER):
+            yield short
+            short, room = [], 2 * _PIECE
+        if not isinstance(pair.expected, Extent):
+            pair.expected = _Held(pair.expected)
+        if not isinstance(pair.found, Extent):
+            pair.found = _Held(pair.found)
+        short.append(pair)
+        room -= nbytes
+    if short:
+        yield short
+
+
+class _Held:
+    """The bytes of a short payload, in memory."""
+
+    __slots__ = ("_data", "nbytes")
+
+    def __init__(self, payload: Payload) -> None:
+        self.nbytes = payload.nbytes
+        self._data = bytearray(self.nbytes)
+        read_into(payload, memoryview(self._data))
+
+    def chunks(self) -> Iterator[bytearray]:
+        yield self._data
 
 
 def expected_pieces(pair: Pair, starts: Iterable[int]) -> Iterator[Piece]:
@@ -95,38 +105,25 @@ def read_block(piece: Piece, side: int, start: int, stop: int, workers: Workers)
     return buffer.data
 
 
-def read_side(pieces: Sequence[Piece], side: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` with the bytes of one side of all pieces; adjacent ranges of one file are read together."""
-    start = end = 0
+def read_together(payloads: Iterable[Payload], buffer: memoryview) -> None:
+    """Fill ``buffer`` with the bytes of all payloads; adjacent ranges of one file are read together."""
+    start = end = following = 0
     pending: Extent | None = None
-    for piece in pieces:
-        source, nbytes = piece.sides[side], piece.nbytes[side]
+    for payload in payloads:
+        nbytes = payload.nbytes
         if pending is not None:
-            if (
-                isinstance(source, Extent)
-                and source.file is pending.file
-                and source.offset == pending.offset + end - start
-            ):
+            if isinstance(payload, Extent) and payload.offset == following and payload.file is pending.file:
                 end += nbytes
+                following += nbytes
                 continue
             pending.file.read_into(buffer[start:end], pending.offset)
         start, end, pending = end, end + nbytes, None
-        if isinstance(source, Extent):
-            pending = source
-        elif isinstance(source, bytearray):
-            buffer[start:end] = source
+        if isinstance(payload, Extent):
+            pending, following = payload, payload.offset + nbytes
         else:
-            read_into(source, buffer[start:end])
+            read_into(payload, buffer[start:end])
     if pending is not None:
         pending.file.read_into(buffer[start:end], pending.offset)
-
-
-def _small(payload: Payload) -> Payload | bytearray:
-    if isinstance(payload, Extent):
-        return payload
-    buffer = bytearray(payload.nbytes)
-    read_into(payload, memoryview(buffer))
-    return buffer
 
 
 def _pieces(pair: Pair, *, only_expected: bool = False) -> Iterator[Piece]:
