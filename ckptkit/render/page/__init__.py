@@ -16,7 +16,7 @@ from operator import itemgetter
 from typing import Any, Final
 
 from ckptkit.core.text import printable
-from ckptkit.render.page.display import display_width
+from ckptkit.render.page.display import are_plain, display_width
 
 __all__ = [
     "BESIDE_HEADER",
@@ -177,7 +177,7 @@ BESIDE_HEADER: Final = 2  # as tabulate does, no column is narrower than its hea
 def _table_lines(rows: Sequence[Sequence[str]], table: Table, *, github: bool = False) -> list[str]:
     """Return the lines of a table that has rows; one format string lays out all rows, which is fast."""
     columns = [*zip(*rows, strict=True)]
-    lengths = [len if all(map(str.isascii, column)) else display_width for column in columns]
+    lengths = [len if are_plain(column) else display_width for column in columns]
     widths = [
         max(display_width(header) + BESIDE_HEADER, *map(length, column))
         for header, length, column in zip(table.headers, lengths, columns, strict=True)

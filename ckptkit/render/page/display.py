@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from ckptkit.core.text import shared_start
 
-__all__ = ["display_width", "shortened", "start_of"]
+__all__ = ["are_plain", "display_width", "shortened", "start_of"]
 
 _NOT_ASCII = re.compile("[^\\x00-\\x7f]")
 _CUT = "…"
@@ -22,6 +22,11 @@ _TAIL_SHARES = (1 / 2, 1 / 4, 9 / 10, 1 / 10)  # other places of the cut, where 
 def display_width(text: str) -> int:
     """Return the number of columns that a terminal needs for a text: 2 for a wide character, 0 for an accent."""
     return len(text) if text.isascii() else len(text) + sum(_char_width(char) - 1 for char in _NOT_ASCII.findall(text))
+
+
+def are_plain(texts: Sequence[str]) -> bool:
+    """Return whether each character of many texts takes one column, as in ASCII and in bars."""
+    return all(map(str.isascii, texts)) or all(_char_width(char) == 1 for char in set("".join(texts)))
 
 
 def _char_width(char: str) -> int:
