@@ -6,9 +6,11 @@ import itertools
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ckptkit
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.render.page import Code, Line, Page, Table, as_text, join_rows
 from ckptkit.render.page.html import as_html
@@ -98,3 +100,21 @@ def test_html_is_escaped_and_bounded() -> None:
     assert "<p>of <code>&lt;img src=x onerror=1&gt;</code><br>  <code>a &amp; b</code></p><table>" in html
     assert html.count("<tr>") == 501
     assert html.endswith("<p>and 100 rows more</p></div>")
+
+
+def test_findings_that_say_the_same_share_a_line() -> None:
+    """A forgotten encoder takes a line for each kind of parameter, and one hint; the findings are complete."""
+    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(12))
+    head = torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleDict({"layers": layers, "head": head, "odd'name": torch.nn.Linear(2, 3)})
+    report = ckptkit.validate_param_groups(model, torch.optim.SGD(head.parameters(), lr=0.1))
+    lines = str(report).splitlines()
+    assert [line.partition(" is trainable")[0] for line in lines] == [
+        "error: 'layers.{0..11}.weight' ×12 (2, 2)",
+        "error: 'layers.{0..11}.bias' ×12 (2,)",
+        """error: "odd'name.weight" (3, 2)""",
+        """error: "odd'name.bias" (3,)""",
+        lines[4],
+        "26 errors",
+    ]
+    assert (lines[4][:2], len(report.findings)) == ("  ", 26)

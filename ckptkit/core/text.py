@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice, takewhile
 
 __all__ = [
-    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "nearest", "option_text", "option_texts",
-    "percent", "plural", "printable", "quoted", "shared_start", "shell_word", "short_number",
+    "first_line", "human_bytes", "in_quotes", "kind_of", "listed", "look_alikes", "nearest", "option_text",
+    "option_texts", "percent", "plural", "printable", "quoted", "shared_start", "shell_word", "short_number",
 ]  # fmt: skip
 
 _MAX_CHARS = 400  # of one name
@@ -62,7 +62,11 @@ def _escape(char: str) -> str:
 
 def quoted(name: str) -> str:
     """Return ``name`` printable and in quotes, as Python writes it, for use inside a sentence."""
-    shown = printable(name)
+    return in_quotes(printable(name))
+
+
+def in_quotes(shown: str) -> str:
+    """Return printable text in quotes, as Python writes it."""
     if "'" in shown and '"' not in shown:
         return f'"{shown}"'
     inner = shown.replace("'", "\\'")

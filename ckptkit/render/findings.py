@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import printable
+from ckptkit.core.text import in_quotes, printable, quoted
 from ckptkit.errors import one_line
-from ckptkit.render.page import Hint, Line, Message, Page, Table
+from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, join_rows
 
 __all__ = ["finding_lines", "findings_document", "findings_page", "findings_table"]
 
@@ -44,8 +44,46 @@ def findings_table(findings: Iterable[Finding]) -> Table:
 
 
 def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
-    """Yield one line per finding, and its hint as an indented line."""
-    for finding in findings:
-        yield Line((f"{finding.severity}: ", Message(one_line(finding.message)), f"  [{finding.code}]"))
-        if finding.hint:
+    """Yield one line per finding, and its hint as an indented line below it and its neighbours of the same code.
+
+    Findings whose keys differ in indices only share a line.
+    """
+    joined = list(_joined(findings))
+    for number, (message, finding) in enumerate(joined, 1):
+        yield Line((f"{finding.severity}: ", Message(one_line(message)), f"  [{finding.code}]"))
+        following = joined[number][1] if number < len(joined) else None
+        is_repeated = following is not None and (following.code, following.hint) == (finding.code, finding.hint)
+        if finding.hint and not is_repeated:
             yield Line((Hint(one_line(finding.hint)),), indented=True)
+
+
+def _joined(findings: Iterable[Finding]) -> Iterator[tuple[str, Finding]]:
+    """Yield a message, and a finding with its code and hint, for each set of findings that say the same of their keys.
+
+    Keys are joined as the rows of a table are. A finding whose message has its key not exactly once, or whose hint has
+    it, is alone.
+    """
+    numbers: dict[tuple[object, ...], int] = {}
+    sets: list[tuple[str, str, Finding]] = []
+    rows: dict[Row, None] = {}
+    for finding in findings:
+        name = quoted(finding.key)
+        before, found, after = finding.message.partition(name)
+        is_alone = not finding.key or not found or name in after or finding.key in finding.hint
+        look = (finding.code, finding.severity, before, after, finding.hint, len(sets) if is_alone else None)
+        row = (finding.key, (str(numbers.setdefault(look, len(sets))),))
+        if row in rows:  # the same twice
+            row = (finding.key, (str(len(sets)),))
+        if int(row[1][0]) == len(sets):
+            sets.append((before, "" if is_alone else after, finding))
+        rows[row] = None
+    for joined, number in join_rows(rows):
+        before, after, finding = sets[int(number)]
+        name, times, count = joined.rpartition(" ×")
+        if not after:
+            yield finding.message, finding
+        else:
+            yield (
+                f"{before}{in_quotes(name)} ×{count}{after}" if times else f"{before}{in_quotes(joined)}{after}",
+                finding,
+            )
