@@ -14,7 +14,6 @@ from ckptkit.comparison.gates import Gate, Gates, judge, parse_gates
 from ckptkit.comparison.hints import Hint, find_hints
 from ckptkit.comparison.own_code import modules_with_own_code
 from ckptkit.comparison.own_code.by_model import Answer, Place, ask_model, is_inside
-from ckptkit.comparison.own_code.rehearsal import Given, Outside
 from ckptkit.comparison.parts import PartedTensor, find_parted
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys
 from ckptkit.comparison.same_ranges import keys_with_same_range, share_a_file
@@ -499,6 +498,8 @@ def _ask(
     paths = () if expected.model is None else modules_with_own_code(expected.model, saving=True)
     if expected.model is None or not paths:
         return Answer()
+    from ckptkit.comparison.own_code.rehearsal import Given, Outside
+
     states = _extra_state_keys(found, tensors)
     # A file lists the parts of a nested extra state, and torch gets the whole state at one key.
     whole = {key: info for key, info in tensors.items() if _extra_state_key(key, found) in (None, key)}

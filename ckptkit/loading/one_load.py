@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
 from ckptkit.comparison.own_code import is_below, modules_with_own_code
-from ckptkit.comparison.own_code.rehearsal import Given, Untried, rehearse
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
@@ -59,6 +58,8 @@ class Loading:
     def rehearse(self) -> None:
         """Try the model's own code on a copy of the model. Raises ``ModelError`` where it fails."""
         if self._decision is not None and self._runs_code:
+            from ckptkit.comparison.own_code.rehearsal import Given, Untried, rehearse
+
             infos = {self._handing.name(step.out.key): step.out for step in self._handing.steps}
             infos |= {step.out.key: step.out for step in self._handing.own.others}
             given = Given(infos, (), module_versions_for(self.producer, self._handing))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ckptkit.comparison.own_code.rehearsal import Given, Outside, Rehearsal, Untried, rehearse
 from ckptkit.core.torch_types import Module
+
+if TYPE_CHECKING:
+    from ckptkit.comparison.own_code.rehearsal import Given, Outside, Rehearsal
 
 __all__ = ["Answer", "Place", "ask_model", "is_inside"]
 
@@ -114,6 +116,8 @@ def ask_model(model: Module, paths: Sequence[str], given: Given, outside: Outsid
 
     ``outside`` has what torch reports about all modules, by their names. ``expected`` are the keys of the model.
     """
+    from ckptkit.comparison.own_code.rehearsal import Given, Outside, Untried, rehearse
+
     inside = frozenset(paths)
     given = Given(
         {key: info for key, info in given.tensors.items() if is_inside(key, inside)},
