@@ -84,6 +84,7 @@ class Linears:
     blocks: int
     dtype: str = "float32"
     legacy: bool = False
+    seed: int = 0
 
     @property
     def size(self) -> float:
@@ -123,6 +124,7 @@ _MODELS = "\n".join(f"  - model: {name}.safetensors\n    parameters: {{weight: 0
                     for name in ("tuned", "head"))  # fmt: skip
 FILES: dict[str, Made] = {
     "small.safetensors": Weights(10, 128, fixed=True),
+    "small-tuned.safetensors": Weights(10, 128, change="all", fixed=True),
     "a.safetensors": Weights(100_000, 4),
     "renamed.safetensors": Weights(100_000, 4, layer="blocks"),
     "again.safetensors": Weights(100_000, 4, change="all"),
@@ -139,6 +141,7 @@ FILES: dict[str, Made] = {
     "head.safetensors": replace(_LARGE, change="head"),
     "load126.safetensors": Linears(512, 20),
     "load420.safetensors": Linears(1024, 33, "bfloat16"),
+    "other420.safetensors": Linears(1024, 33, "bfloat16", seed=1),
     "load420.pt": Linears(1024, 17),
     "load420.pth": Linears(1024, 17, legacy=True),
     "large-model": Folder("large.safetensors"),
@@ -256,6 +259,7 @@ def _write_linears(path: Path, made: Linears) -> None:
     from safetensors.torch import save_file
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.dtype]
+    torch.manual_seed(made.seed)
     weights = {name: torch.randn(shape).mul_(0.02).to(dtype) for name, shape in linear_shapes(made.width, made.blocks)}
     if path.suffix == ".safetensors":
         save_file(weights, path)

@@ -26,6 +26,7 @@ ONLY_NAMES = "names of changed tensors only"
 
 A, RENAMED, AGAIN = "a.safetensors", "renamed.safetensors", "again.safetensors"
 SMALL, LARGE, TUNED, HEAD = "small.safetensors", "large.safetensors", "tuned.safetensors", "head.safetensors"
+HALF, OTHER_HALF = "load420.safetensors", "other420.safetensors"
 
 IMPORT_CLICK = Rival("import click", code("import click"), 1.3, "only starts Python and imports this library")
 
@@ -64,6 +65,10 @@ def _torch(name: str, line: str, limit: float | None = None, differs: str = "") 
 
 def _mergekit(method: str) -> Rival:
     return Rival(f"mergekit {method}", peer("mergekit", f"mergekit-pytorch {method}.yml out-mergekit"), None, NO_FLUSH)
+
+
+def _memcmp(first: str, second: str, limit: float) -> Rival:
+    return Rival("reading and memcmp", script(f"memcmp {first} {second}"), limit, "the least work: no arithmetic")
 
 
 def _tensortracker(first: str, second: str) -> Rival:
@@ -330,6 +335,63 @@ ROWS = (
     ),
     Row(
         VALUES,
+        "diff --values, equal files",
+        (LARGE, "copy.safetensors"),
+        ckpt(f"diff {LARGE} copy.safetensors --values"),
+        (
+            Rival("cmp", shell(f"cmp {LARGE} copy.safetensors"), 2.0, "compares the bytes of whole files"),
+            _memcmp(LARGE, "copy.safetensors", 2.0),
+            sft(f"diff {LARGE} copy.safetensors --delta", 0.17),
+            _tensortracker(LARGE, "copy.safetensors"),
+        ),
+        megabytes=100,
+    ),
+    Row(
+        VALUES,
+        "diff --values, every number changed",
+        (LARGE, TUNED, "large-model", "tuned-model"),
+        ckpt(f"diff {LARGE} {TUNED} --values", 1),
+        (
+            _memcmp(LARGE, TUNED, 3.4),
+            _torch("a loop in torch", f"torch_compare {LARGE} {TUNED}", None, "does not judge NaN, Inf and dtypes"),
+            sft(f"diff {LARGE} {TUNED} --delta", 0.17),
+            Rival(
+                "weightscope diff",
+                peer("weightscope", "weightscope diff large-model tuned-model"),
+                None,
+                "leaves out changes of at most 1e-6",
+            ),
+            _tensortracker(LARGE, TUNED),
+        ),
+        megabytes=100,
+    ),
+    Row(
+        VALUES,
+        "diff --values of BF16, every number changed",
+        (HALF, OTHER_HALF),
+        ckpt(f"diff {HALF} {OTHER_HALF} --values", 1),
+        (_memcmp(HALF, OTHER_HALF, 6.7), sft(f"diff {HALF} {OTHER_HALF} --delta", 0.17)),
+        megabytes=100,
+    ),
+    Row(
+        VALUES,
+        "diff --values, tensors of 16 bytes",
+        (A, AGAIN),
+        ckpt(f"diff {A} {AGAIN} --values", 1),
+        (sft(f"diff {A} {AGAIN} --delta"),),
+        seconds=3.0,
+        megabytes=400,
+    ),
+    Row(
+        VALUES,
+        "diff --values, small files",
+        (SMALL, "small-tuned.safetensors"),
+        ckpt(f"diff {SMALL} small-tuned.safetensors --values", 1),
+        (sft(f"diff {SMALL} small-tuned.safetensors --delta"),),
+        seconds=0.25,
+    ),
+    Row(
+        VALUES,
         "digest",
         (LARGE,),
         ckpt(f"digest {LARGE}"),
@@ -353,34 +415,6 @@ ROWS = (
     _load("a legacy .pth", "load420.pth", "1024 float32"),
     _groups("validate"),
     _groups("build"),
-    Row(
-        NOT_YET,
-        "diff of values, equal files",
-        (LARGE, "copy.safetensors"),
-        None,
-        (
-            Rival("cmp", shell(f"cmp {LARGE} copy.safetensors"), None, "compares the bytes of whole files"),
-            sft(f"diff {LARGE} copy.safetensors --delta"),
-            _tensortracker(LARGE, "copy.safetensors"),
-        ),
-    ),
-    Row(
-        NOT_YET,
-        "diff of values, every number changed",
-        (LARGE, TUNED, "large-model", "tuned-model"),
-        None,
-        (
-            _torch("a loop in torch", f"torch_compare {LARGE} {TUNED}", None, "does not judge NaN, Inf and dtypes"),
-            sft(f"diff {LARGE} {TUNED} --delta"),
-            Rival(
-                "weightscope diff",
-                peer("weightscope", "weightscope diff large-model tuned-model"),
-                None,
-                "leaves out changes of at most 1e-6",
-            ),
-            _tensortracker(LARGE, TUNED),
-        ),
-    ),
     Row(
         NOT_YET,
         "merge: linear, two models",

@@ -154,6 +154,22 @@ def tensortracker_diff(first: str, second: str) -> None:
     print(len(import_module("tensortracker").resolve_diff(first, second).changes))
 
 
+def memcmp(first: str, second: str) -> None:
+    """Read both files in pieces of 2 MiB and compare their bytes, as the C library does it."""
+    import ctypes
+
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    buffers = bytearray(1 << 21), bytearray(1 << 21)
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
+    with open(first, "rb", buffering=0) as one, open(second, "rb", buffering=0) as other:
+        differ = 0
+        while count := one.readinto(buffers[0]):
+            other.readinto(buffers[1])
+            differ += compare(*addresses, count) != 0
+    print(differ, "pieces differ")
+
+
 def torch_compare(first: str, second: str) -> None:
     """Print the largest difference and the relative norm of it, for each tensor that differs."""
     from safetensors import safe_open
