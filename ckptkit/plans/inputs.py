@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ckptkit.core.arguments import require_flags
@@ -76,7 +76,7 @@ class PlanInputs:
                 view: View | None = info.view._replace(storage=storage)
             else:
                 view = View(storages[identity], 0, row_major(info.shape)) if count[identity] > 1 else None
-            viewed.append(replace(info, view=view))
+            viewed.append(TensorInfo(info.key, info.dtype, info.shape, view, info.kind, info.stored_bytes))
         return viewed
 
     def _identity(self, step: Step) -> tuple[object, ...]:

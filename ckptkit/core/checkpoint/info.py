@@ -134,16 +134,19 @@ def under_key(info: TensorInfo, key: str, dtype: str = "") -> TensorInfo:
 
 def storage_range(info: TensorInfo) -> tuple[int, int]:
     """Return the bytes of the storage that a view covers: the first byte, and the end (exclusive)."""
-    if info.view is None or info.elements == 0:
+    view = info.view
+    if view is None or 0 in info.shape:
         return 0, 0
     bits = DTYPES[info.dtype].bits
-    last = info.view.offset + sum((n - 1) * step for n, step in zip(info.shape, info.view.stride, strict=True))
-    return info.view.offset * bits // 8, ((last + 1) * bits + 7) // 8
+    last = view.offset
+    for size, step in zip(info.shape, view.stride, strict=True):
+        last += (size - 1) * step
+    return view.offset * bits // 8, ((last + 1) * bits + 7) // 8
 
 
 def is_contiguous(info: TensorInfo) -> bool:
     """Return whether the elements are stored in row-major order, without gaps."""
-    if info.view is None or info.elements == 0:
+    if info.view is None or 0 in info.shape:
         return True
     expected = 1
     for size, step in zip(reversed(info.shape), reversed(info.view.stride), strict=True):

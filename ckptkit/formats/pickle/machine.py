@@ -556,6 +556,18 @@ def _binput(machine: PickleMachine) -> None:
         memo.write(index, machine.stack[-1])
 
 
+def _long_binput(machine: PickleMachine) -> None:
+    data, start, memo = machine.data, machine.pos, machine.memo
+    if start + _U4.size > machine.end:
+        machine.read_number(_U4)  # raises the error
+    index = int.from_bytes(data[start : start + _U4.size], "little")
+    machine.pos = start + _U4.size
+    if index == len(memo.counted) and not memo.others:  # as nearly always in a large pickle
+        memo.counted.append(machine.stack[-1])
+    else:
+        memo.write(index, machine.stack[-1])
+
+
 def _binget(machine: PickleMachine) -> None:
     index, memo = machine.data[machine.pos], machine.memo
     machine.pos += 1
@@ -631,7 +643,7 @@ _ALL_OPCODES: Final[Mapping[int, Operation]] = {
     0x6F: _object,
     0x70: _put(lambda machine: int(machine.read_line())),
     0x71: _binput,
-    0x72: _put(lambda machine: machine.read_number(_U4)),
+    0x72: _long_binput,
     0x73: _set_item,
     0x74: lambda machine: machine.stack.append(tuple(machine.pop_mark())),
     0x75: _set_items,

@@ -175,8 +175,8 @@ def build_checkpoint(
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
     for key, tensor in found.tensors.items():
-        if tensor.kind == "dense":
-            tensor = replace(tensor, kind=_stored_kind(file, tensor))  # noqa: PLW2901 - only listed if not dense
+        if tensor.kind == "dense" and (kind := _stored_kind(file, tensor)) != "dense":
+            tensor = replace(tensor, kind=kind)  # noqa: PLW2901 - only listed
         infos[key] = _info(key, tensor, ids)
         if tensor.storage is not None and tensor.storage.key not in regions:
             regions[tensor.storage.key] = tensor.storage.data or file.locate(tensor.storage)

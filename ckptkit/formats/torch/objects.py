@@ -14,6 +14,7 @@ from typing import Final
 
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Region
+from ckptkit.core.frozen import slot_setters
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.arrays import (
@@ -56,7 +57,7 @@ class DTypeRef:
     code: str
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, init=False)
 class StorageRef:
     """A storage as a pickle names it: the key of the record, the dtype, and the range of a legacy view.
 
@@ -70,8 +71,22 @@ class StorageRef:
     length: int = -1  # in bytes; -1 means the whole storage
     data: Region | None = None
 
+    def __init__(  # noqa: PLR0917 - the fields of the dataclass, in its order
+        self, key: str, dtype: str, nbytes: int, start: int = 0, length: int = -1, data: Region | None = None
+    ) -> None:
+        """Set all fields through their slots."""
+        _set_key(self, key)
+        _set_dtype(self, dtype)
+        _set_nbytes(self, nbytes)
+        _set_start(self, start)
+        _set_length(self, length)
+        _set_data(self, data)
 
-@dataclass(frozen=True, eq=False, slots=True)
+
+_set_key, _set_dtype, _set_nbytes, _set_start, _set_length, _set_data = slot_setters(StorageRef)
+
+
+@dataclass(frozen=True, eq=False, slots=True, init=False)
 class TensorRef:
     """A tensor as a pickle describes it; ``storage`` is None for a tensor without bytes in the file.
 
@@ -90,9 +105,30 @@ class TensorRef:
     local: TensorRef | None = None
     spec: object = None
 
+    def __init__(  # noqa: PLR0917 - the fields of the dataclass, in its order
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        storage: StorageRef | None = None,
+        offset: int = 0,
+        stride: tuple[int, ...] = (),
+        conj: bool = False,
+        neg: bool = False,
+        kind: str = "dense",
+        local: TensorRef | None = None,
+        spec: object = None,
+    ) -> None:
+        """Set all fields through their slots."""
+        values = (dtype, shape, storage, offset, stride, conj, neg, kind, local, spec)
+        for setter, value in zip(_TENSOR_SETTERS, values, strict=True):
+            setter(self, value)
+
     def is_same(self, other: object) -> bool:
         """Return whether ``other`` is the same view of the same storage."""
         return isinstance(other, TensorRef) and _is_same(self, other)
+
+
+_TENSOR_SETTERS = slot_setters(TensorRef)
 
 
 class ArrayRef(TensorRef):
@@ -399,6 +435,8 @@ def _width(dtype: str) -> int:
 
 
 def _size(sizes: object = ()) -> tuple[int, ...]:
+    if type(sizes) is tuple and len(sizes) <= _MOST_DIMENSIONS and all(map(_is_count, sizes)):
+        return sizes
     if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
         raise TypeError("the sizes are not integers")
     if len(sizes) > _MOST_DIMENSIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -251,6 +252,7 @@ def assign_records(
     records: list[Payload] = []
     first_tensors: dict[object, StoredTensor] = {}  # of each record, by the identity of its bytes
     stored = []
+    uses = Counter(info.view for info in infos)
     for info in infos:
         if info.key in unions and info.view is not None:
             first, content = unions[info.key]
@@ -259,7 +261,7 @@ def assign_records(
         else:
             content, stride = _single(info, payload, span)
             # Two keys of one view share a record, even with gaps. Without a span, equal views can differ in value.
-            has_span = info.view and info.elements and span(info)
+            has_span = info.view and uses[info.view] > 1 and info.elements and span(info)
             identity = (info.view, info.shape, info.dtype) if has_span else info.key
             placement = 0, stride
         first_tensor = first_tensors.get(identity)
