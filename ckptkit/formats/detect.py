@@ -24,6 +24,7 @@ __all__ = [
     "has_no_storages",
     "has_suffix",
     "open_file",
+    "open_local",
     "open_zip",
     "read_torch",
 ]
@@ -87,7 +88,12 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
 
     Raises ``PathError`` if the file cannot be read, and ``FormatError`` if the checkpoint is not valid or not complete.
     """
-    file = LocalFile(name)
+    return open_local(LocalFile(name), selection)
+
+
+def open_local(file: LocalFile, selection: Selection) -> Checkpoint:
+    """Return the checkpoint in an open file, as ``open_file`` does; the file is closed after an error."""
+    name = file.path
     try:
         checkpoint = _open_by_content(file, selection)
     except BaseException as error:

@@ -13,7 +13,7 @@ from ckptkit.errors import ChangedError, CkptkitError
 
 __all__ = ["FilePool", "PooledFile", "Section"]
 
-_MOST_OPEN = 128  # a thousand ranks save a thousand files, which is about as many as a process may open
+_MOST_OPEN = 64  # a thousand ranks save a thousand files, and some systems let a process open 256
 
 
 class FilePool:

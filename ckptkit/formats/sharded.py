@@ -18,6 +18,7 @@ from ckptkit.core.text import kind_of, listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
+from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.shard_names import NumberedShards, group_shards, index_kind, is_index
 
 __all__ = [
@@ -40,9 +41,9 @@ _HUB_CACHE = "blobs"  # directory of a hub's cache that its snapshots link to
 
 
 def open_sharded(
-    directory: str, index_name: str, open_shard: Callable[[str], Checkpoint], *, whole: bool
+    directory: str, index_name: str, open_shard: Callable[[LocalFile], Checkpoint], *, whole: bool
 ) -> Checkpoint:
-    """Return one Checkpoint of all shards that the index names; ``open_shard`` opens a shard by its path.
+    """Return one Checkpoint of all shards that the index names; ``open_shard`` reads the shard in an open file.
 
     With ``whole``, a shard in the directory that the index does not name is an error: the index or the shard is from
     another save. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard lacks
@@ -66,41 +67,38 @@ def open_sharded(
             hint=f"{shell_word(index_path)} opens the shards that the index names{_ways_to_open(directory, extra)}",
             path=directory,
         )
-    opened: dict[str, Checkpoint] = {}
+    pool = FilePool(directory)
     try:
-        for name, keys in shards.items():
-            opened[name] = _open_shard(os.path.join(directory, name), keys, open_shard)
-        checkpoint = _join(directory, weight_map, opened, [index_path])
+        opened = {name: _open_shard(pool, name, keys, open_shard) for name, keys in shards.items()}
+        checkpoint = _join(pool, weight_map, opened, [index_path])
     except BaseException:
-        for shard in opened.values():
-            shard.close()
+        pool.close()
         raise
     return checkpoint.with_warnings(*_total_warning(index, checkpoint), *_shard_warnings(list(shards), extra))
 
 
-def open_unindexed(directory: str, shards: NumberedShards, open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
-    """Return one Checkpoint of numbered shards that have no index; ``open_shard`` opens a shard by its path.
+def open_unindexed(directory: str, shards: NumberedShards, open_shard: Callable[[LocalFile], Checkpoint]) -> Checkpoint:
+    """Return one Checkpoint of numbered shards that have no index; ``open_shard`` reads the shard in an open file.
 
     Raises ``FormatError`` where two shards have the same key. A missing shard is a warning.
     """
     opened: dict[str, Checkpoint] = {}
     weight_map: dict[str, str] = {}
+    pool = FilePool(directory)
     try:
         for name in shards.names:
-            path = os.path.join(directory, name)
-            opened[name] = open_shard(path)
+            opened[name] = open_shard(pool.get(name))
             twice = next((key for key in opened[name] if key in weight_map), None)
             if twice is not None:
                 raise FormatError(
                     f"{quoted(twice)} is in this shard and in {quoted(weight_map[twice])}",
                     hint="give the path of one file",
-                    path=path,
+                    path=os.path.join(directory, name),
                 )
             weight_map |= dict.fromkeys(opened[name], name)
-        checkpoint = _join(directory, weight_map, opened, [])
+        checkpoint = _join(pool, weight_map, opened, [])
     except BaseException:
-        for shard in opened.values():
-            shard.close()
+        pool.close()
         raise
     if shards.missing:
         text = f"{len(opened):,} of {shards.count:,} shards are read, and {quoted(shards.missing[0])} is missing"
@@ -214,10 +212,13 @@ def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[Read
             yield ReaderWarning(text, codes.SHARD_COUNT)
 
 
-def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
+def _open_shard(
+    pool: FilePool, name: str, keys: list[str], open_shard: Callable[[LocalFile], Checkpoint]
+) -> Checkpoint:
     # A link may point outside the directory, as in a hub's cache. This is safe because the file is only read.
+    path = os.path.join(pool.directory, name)
     try:
-        shard = open_shard(path)
+        shard = open_shard(pool.get(name))
     except CkptkitError as error:
         raise FormatError(
             f"{error.reason} (a shard that should hold {quoted(keys[0])})",
@@ -227,31 +228,31 @@ def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoi
     absent = [key for key in keys if key not in shard]
     extra = sorted(shard.keys() - set(keys))
     if absent or extra:
-        shard.close()
         reason = (
             f"the index places {listed(absent, 1)} in this shard, but the shard has no such tensor"
             if absent
             else f"this shard holds {listed(extra, 1)}, but the index does not place the tensor here"
         )
-        directory, name = os.path.split(path)
         raise FormatError(
             reason,
-            hint=f"if the index is from another save: {_ways_to_open(directory, [name]).removeprefix('; ')}",
+            hint=f"if the index is from another save: {_ways_to_open(pool.directory, [name]).removeprefix('; ')}",
             path=path,
         )
     return shard
 
 
 def _join(
-    directory: str, weight_map: Mapping[str, str], opened: Mapping[str, Checkpoint], other_files: Sequence[str]
+    pool: FilePool, weight_map: Mapping[str, str], opened: Mapping[str, Checkpoint], other_files: Sequence[str]
 ) -> Checkpoint:
-    order = list(opened)
+    directory, order = pool.directory, list(opened)
     infos: dict[str, TensorInfo] = {}
-    for name, shard in opened.items():
-        base = order.index(name) << 32
+    for number, shard in enumerate(opened.values()):
         for key, info in shard.items():
-            view = info.view._replace(storage=info.view.storage + base) if info.view else None
-            infos[key] = replace(info, view=view)
+            if info.view is not None:  # the storages of each shard get numbers of their own
+                view = info.view._replace(storage=info.view.storage + (number << 32))
+                infos[key] = replace(info, view=view)
+            else:
+                infos[key] = info
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
     warnings += link_warnings(directory, order)
     folded = {name.casefold(): name for name in order}
@@ -260,14 +261,6 @@ def _join(
         other = folded[similar.casefold()]
         warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
     metadata = _joined_metadata([shard.metadata for shard in opened.values()])
-
-    def close() -> None:
-        for shard in opened.values():
-            shard.close()
-
-    def check(*, by_path: bool = False) -> None:
-        for shard in opened.values():
-            shard.check_unchanged(by_path=by_path)
 
     def payload(info: TensorInfo) -> Payload:
         return opened[weight_map[info.key]].payload(info.key)
@@ -281,7 +274,7 @@ def _join(
     formats = {shard.format for shard in opened.values()}
     return Checkpoint(
         infos,
-        Access(payload, span, records, check, close),
+        Access(payload, span, records, pool.check_unchanged, pool.close),
         Description(
             directory,
             f"sharded {'/'.join(sorted(formats))} ({plural(len(opened), 'shard')})",

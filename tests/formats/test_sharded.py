@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ckptkit.core.ties import shared_keys
-from ckptkit.errors import FormatError
+from ckptkit.errors import FormatError, PathError
 from ckptkit.formats import open_checkpoint
 from tests.helpers_formats import assert_same, refusal
 from tests.helpers_gguf import gguf_file, info
@@ -39,6 +40,27 @@ def test_an_index_in_the_current_directory_is_opened_by_its_name(
     monkeypatch.chdir(tmp_path)
     with open_checkpoint(index.name) as checkpoint:
         assert_same(checkpoint, STATE)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts the open files of the process")
+@pytest.mark.parametrize("has_index", [True, False])
+def test_few_of_many_shards_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_index: bool) -> None:
+    """Otherwise a checkpoint of more shards than a process may have open files cannot be read."""
+    monkeypatch.setattr("ckptkit.formats.file_pool._MOST_OPEN", 2)
+    names = [f"model-{number:05}-of-00009.safetensors" for number in range(1, 10)]
+    for number, name in enumerate(names):
+        save({f"w{number}": torch.full((2,), float(number))}, tmp_path / name)
+    if has_index:
+        index = {"weight_map": {f"w{number}": name for number, name in enumerate(names)}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = len(os.listdir("/proc/self/fd"))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert [checkpoint.read(key)[0].item() for key in checkpoint] == list(range(9))
+        checkpoint.check_unchanged(by_path=True)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(PathError, match="closed"):
+        checkpoint.read("w0")
 
 
 def test_tensors_of_different_shards_share_nothing(tmp_path: Path) -> None:
