@@ -72,12 +72,10 @@ def align_page(result: Alignment, *, expand: bool = False) -> Page:
         Line(("expected  ", *describe(CheckpointSummary.of(result.expected), "expected"))),
         Line(("found     ", *describe(CheckpointSummary.of(result.found), "found"))),
     ]
-    if result.suggestions:
-        headers = ("rule", "operation", "tensors", "confidence", "because")
-        rows = tuple(map(_rule_row, result.suggestions))
-        page.append(Table(headers, rows, frozenset({"tensors", "confidence"}), gives_way=("operation", "confidence")))
-    if result.ambiguous:
-        page.append(Table(("ambiguous", "could be", "because"), tuple(map(_ambiguity_row, result.ambiguous))))
+    headers = ("rule", "operation", "tensors", "confidence", "because")
+    rows = tuple(map(_rule_row, result.suggestions))
+    page.append(Table(headers, rows, frozenset({"tensors", "confidence"}), gives_way=("operation", "confidence")))
+    page.append(Table(("ambiguous", "could be", "because"), tuple(map(_ambiguity_row, result.ambiguous))))
     page += _unexplained(result, expand=expand)
     if result.note:
         page.append(Line((result.note,)))

@@ -13,8 +13,9 @@ __all__ = ["are_plain", "display_width", "shortened", "start_of"]
 
 _NOT_ASCII = re.compile("[^\\x00-\\x7f]")
 _CUT = "…"
-_LEAST_WORD = 12  # a name in a sentence is shortened to this before the end of the sentence is left out
+_LEAST_WORD = 8  # a name in a sentence is shortened to this before the end of the sentence is left out
 _COUNT = re.compile(r" ×[0-9,]+$")  # how many keys a joined row stands for
+_INSIDE_NAME = re.compile(r"[._/]\w")
 _SEGMENT = re.compile(r"\.(?![^{]*\})")  # a dot between segments of a key, not one of a range such as {0..3}
 _TAIL_SHARES = (1 / 2, 1 / 4, 9 / 10, 1 / 10)  # other places of the cut, where two names would look the same
 
@@ -83,10 +84,11 @@ def _shorten(text: str, size: int) -> str:
     words = name.split(" ")
     sizes = list(map(display_width, words))
     excess = display_width(name) + display_width(count) - size
-    while excess > 0 and max(sizes) > _LEAST_WORD:
-        longest = max(range(len(words)), key=sizes.__getitem__)
-        others = sorted(sizes)[-2]
-        less = min(excess, sizes[longest] - max(_LEAST_WORD, min(others, sizes[longest] - 1)))
+    names = [number for number, word in enumerate(words) if _INSIDE_NAME.search(word)]
+    while excess > 0 and max((sizes[number] for number in names), default=0) > _LEAST_WORD:
+        longest = max(names, key=sizes.__getitem__)
+        second = max((sizes[number] for number in names if number != longest), default=0)
+        less = min(excess, sizes[longest] - max(_LEAST_WORD, min(second, sizes[longest] - 1)))
         sizes[longest] -= less
         excess -= less
     name = " ".join(_without_middle(word, fit) for word, fit in zip(words, sizes, strict=True))

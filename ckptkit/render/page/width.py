@@ -22,7 +22,8 @@ _GAP = 2  # spaces between two columns
 _INDENT = 2
 _COMFORTABLE = (24, 20)  # columns that give way are left out before the name, and other cells, become shorter
 _LEAST = (16, 8)  # columns that do not give way are left out before they become shorter
-_SMALL_LETTER = re.compile(r"[a-z]")
+# A name or a sentence. A number, a dtype with a shape, a bar or a digest is never cut.
+_CUTTABLE = re.compile(r"[a-z].*[ ._/]|[ ._/].*[a-z]")
 
 
 def _unnamed(pattern: re.Pattern[str]) -> str:
@@ -123,8 +124,8 @@ def _fit_table(table: Table, width: int) -> Table:
 
 
 def _least(table: Table, at: int, natural: int, size: int) -> int:
-    """Return the width below which a column is not narrowed; numbers, dtypes, shapes and bars are never cut."""
-    if table.headers[at] in table.right or not any(_SMALL_LETTER.search(row[at]) for row in table.rows):
+    """Return the width below which a column is not narrowed."""
+    if table.headers[at] in table.right or not any(_CUTTABLE.search(row[at]) for row in table.rows):
         return natural
     return min(natural, max(display_width(table.headers[at]) + BESIDE_HEADER, size))
 
