@@ -174,9 +174,16 @@ def _cells(one: ValueDifference, extra: Sequence[str]) -> tuple[str, ...]:
         _number(one.max_abs),
         "the bytes" if one.changed is None else percent(one.changed),
         "" if one.cosine is None else f"{one.cosine:.6f}",
-        "" if one.max_ulp is None else f"{one.max_ulp:,}" if one.max_ulp < _MANY_ULPS else "> 1e6",
+        _ulps(one.max_ulp),
         _number(one.mean_abs),
     )
+
+
+def _ulps(count: int | None) -> str:
+    """Return a number of units in the last place, which is exact below a million."""
+    if count is None:
+        return ""
+    return f"{count:,}" if count < _MANY_ULPS else f"{count:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _pair(one: ValueDifference, name: str) -> tuple[int, int]:
