@@ -26,6 +26,10 @@ from tests.helpers_cli import ROOT, Ran, run_ckpt
 TEN = str(ROOT / "fixtures" / "lenet_10class.pth")
 
 
+def text_of(key: str) -> str:
+    return json.dumps(key).replace("\x7f", "\\u007f")
+
+
 def by_hand(path: Path, hash_of: Callable[[bytes], Any] = hashlib.sha256) -> dict[str, str]:
     """The hash of each tensor of a safetensors file, by hashlib and the bytes of the file alone."""
     with path.open("rb") as file:
@@ -80,12 +84,15 @@ def test_digests_are_what_hashlib_makes_of_the_bytes_of_safetensors(
     expected = by_hand(path, hash_of)
     assert of_tensors(found) == expected
     assert list(found.tensors) == sorted(expected)
-    lines = [f"{algorithm}:{expected[key]}  {json.dumps(key)}\n" for key in sorted(expected)]
+    lines = [f"{algorithm}:{expected[key]}  {text_of(key)}\n" for key in sorted(expected)]
     assert found.contents == f"{algorithm}:{hash_of(''.join(lines).encode()).hexdigest()}"
-    shapes = [json.dumps([key, list(state[key].shape)], separators=(",", ":")) + "\n" for key in sorted(state)]
+    shapes = [
+        f"[{text_of(key)},{json.dumps(list(state[key].shape), separators=(',', ':'))}]\n" for key in sorted(state)
+    ]
     assert found.names_and_shapes == f"{algorithm}:{hash_of(''.join(shapes).encode()).hexdigest()}"
     last = [f"{found.contents}  contents\n", f"{found.names_and_shapes}  names and shapes\n"]
     assert f"{found}\n" == "".join([*lines, *last])
+    assert all(line.isascii() and line.isprintable() for line in str(found).splitlines())
 
 
 def _torch_zip(state: dict[str, torch.Tensor], path: Path) -> object:

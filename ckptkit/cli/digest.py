@@ -59,7 +59,8 @@ def digest(
 
     The hash of a tensor covers its dtype, shape and bytes. It is the same in every format, under any name, and in one
     file or many. --check needs no second checkpoint: it says which keys have the recorded hash, and which are missing
-    or new. Without PATH, it checks the path of FILE without its last suffix. Exit code 1 if one key is not OK.
+    or new; with -q only those that are not OK. Without PATH, it checks the path of FILE without its last suffix. Exit
+    code 1 if one key is not OK.
 
     \b
     ckpt digest model.safetensors -o model.safetensors.digest

@@ -14,7 +14,7 @@ from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import plural
 from ckptkit.digests.hashing import hash_function, shape_text
 
-__all__ = ["CONTENTS", "NAMES_AND_SHAPES", "Digests", "TensorDigest", "contents_digest", "digest_line"]
+__all__ = ["CONTENTS", "NAMES_AND_SHAPES", "Digests", "TensorDigest", "contents_digest", "digest_line", "key_text"]
 
 CONTENTS: Final = "contents"  # what the last two lines have in place of a key, which is always in quotes
 NAMES_AND_SHAPES: Final = "names and shapes"
@@ -73,7 +73,7 @@ class Digests(Result):
         """Return the digests of tensors, with their fingerprints."""
         by_key = {tensor.info.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.info.key)}
         contents = contents_digest({key: tensor.digest for key, tensor in by_key.items()}, algorithm)
-        shapes = (f"[{json.dumps(key)},{shape_text(one.info.shape)}]\n" for key, one in by_key.items())
+        shapes = (f"[{key_text(key)},{shape_text(one.info.shape)}]\n" for key, one in by_key.items())
         return cls(by_key, contents, _digest(shapes, algorithm), algorithm, skipped, checkpoint)
 
     @property
@@ -92,7 +92,12 @@ class Digests(Result):
 
 def digest_line(digest: str, key: str) -> str:
     """Return the line of a tensor in a digest file; it is ASCII, whatever the key is."""
-    return f"{digest}  {json.dumps(key)}"
+    return f"{digest}  {key_text(key)}"
+
+
+def key_text(key: str) -> str:
+    """Return a key as a JSON string that a terminal does not obey: ASCII, without control characters."""
+    return json.dumps(key).replace("\x7f", "\\u007f")
 
 
 def contents_digest(digests: Mapping[str, str], algorithm: str) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from ckptkit.core.text import printable
 from ckptkit.digests.check import DigestCheck
-from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests
+from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests, key_text
 from ckptkit.render.page import Line, Listing, Page, Table
 from ckptkit.render.summary import checkpoint_document, tensor_document
 
@@ -48,9 +47,9 @@ def check_page(result: DigestCheck, *, quiet: bool = False) -> Page:
 def _lines(result: DigestCheck) -> Iterator[tuple[bool, str]]:
     state = dict.fromkeys(result.equal, "OK") | dict.fromkeys(result.different, "FAILED")
     state |= dict.fromkeys(result.missing, "MISSING") | dict.fromkeys(result.new, "NEW")
-    state |= {key: f"MISSING, and {json.dumps(new)} has its contents" for key, new in result.moved.items()}
+    state |= {key: f"MISSING, and {key_text(new)} has its contents" for key, new in result.moved.items()}
     for key in sorted(state):
-        yield state[key] == "OK", f"{json.dumps(key)}: {state[key]}"
+        yield state[key] == "OK", f"{key_text(key)}: {state[key]}"
     for is_ok, name in ((result.ok, CONTENTS), (result.same_names_and_shapes, NAMES_AND_SHAPES)):
         yield is_ok, f"{name}: {'OK' if is_ok else 'FAILED'}"
 
