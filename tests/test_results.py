@@ -311,6 +311,16 @@ def test_a_class_of_a_user_prints_as_its_base(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "no findings\n"
 
 
+def test_a_printed_plan_ends_with_its_notes_in_python() -> None:
+    """A note of ``ckpt merge --dry-run``, which is on stderr there, is in the text of the plan."""
+    donor = {f"net.{key}": value for key, value in model().state_dict().items()}
+    donor["fc3.bias"] = model().state_dict()["fc3.bias"]
+    plan = ckptkit.plan_merge(model(), donor)
+    (note,) = plan.notes
+    assert "ckpt align BASE DONOR" in note
+    assert str(plan).splitlines()[-1] == hint_for_python(note)
+
+
 def test_a_printed_diff_and_its_hints_speak_python() -> None:
     """The page has each hint, and a hint prints the argument of Python, alone too; its fields are of --json."""
     result = ckptkit.diff(PTH, DDP)

@@ -90,12 +90,16 @@ def _cast_document(loss: CastLoss) -> dict[str, object]:
     }
 
 
-def plan_page(plan: Plan, *, expand: bool = False) -> Page:
-    """Return the page of a dry run: every tensor of the output with its source, then what is left out."""
+def plan_page(plan: Plan, *, expand: bool = False, with_notes: bool = True) -> Page:
+    """Return the page of a dry run: every tensor of the output with its source, then what is left out.
+
+    The notes are last; the command prints them on stderr instead.
+    """
     metadata = [(printable(name), value_cell(text)) for name, text in _metadata(plan).items() if name != "format"]
     about = [*_kept(plan), *_unread(plan), f"{_summary(plan)}; nothing was written", *_coverage(plan, expand=expand)]
     table = [Table(("metadata", "value"), tuple(metadata))] if metadata else []
-    return [*_tables(plan, expand=expand), *table, *(Line((sentence,)) for sentence in about)]
+    lines = [*(Line((sentence,)) for sentence in about), *(map(_note, plan.notes) if with_notes else ())]
+    return [*_tables(plan, expand=expand), *table, *lines]
 
 
 def _metadata(plan: Plan) -> Mapping[str, str]:

@@ -217,7 +217,7 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
                     progress=progress,
                 )
     if written is None:
-        echo_result(options.report_format, plan, expand=options.expand)
+        echo_result(options.report_format, plan, expand=options.expand, with_notes=False)
     elif options.report_format is not ReportFormat.TABLE:
         echo_result(options.report_format, written, tensors=True, expand=options.expand)
     if options.quiet:
