@@ -212,8 +212,8 @@ def test_tensors_on_the_meta_device_are_refused(persistent: bool) -> None:
 
 def test_a_full_disk_is_reported_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the disk is full, the hint names the needed size and TMPDIR."""
-    full = lambda max_size: open("/dev/full", "r+b", buffering=0)  # noqa: E731, SIM115, ARG005
-    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
+    monkeypatch.setattr(ckptkit.loading.snapshot, "_IN_MEMORY", 1)
     model = Net()
     before = pinned(model)
     with pytest.raises(ModelError) as caught:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ckptkit.core.checkpoint.reading import torch_bytes
 from ckptkit.core.closing import Closing
 from ckptkit.core.text import first_line, human_bytes, quoted
 from ckptkit.core.torch_bridge import TensorPayload
@@ -15,6 +17,9 @@ from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
 from ckptkit.loading.regions import held_memory
 from ckptkit.loading.watch import Watch
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = ["Snapshot"]
 
@@ -28,6 +33,34 @@ class _Saved:
     memory: Tensor  # a second view of the memory of the tensor
     offset: int
     nbytes: int
+
+
+class _Memory(io.RawIOBase):
+    """Memory of fixed size that is written and read like a file; one that grows would be copied several times."""
+
+    def __init__(self, size: int) -> None:
+        self._at = 0
+        self._owner = torch_bytes(size, self._take)  # has huge pages where it is large
+
+    def _take(self, memory: memoryview) -> None:
+        self._memory = memory
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        assert whence == io.SEEK_SET  # noqa: S101 - a snapshot knows where each copy is
+        self._at = offset
+        return offset
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        count = memoryview(data).nbytes
+        self._memory[self._at : self._at + count] = data
+        self._at += count
+        return count
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        target = memoryview(buffer)
+        target[:] = self._memory[self._at : self._at + target.nbytes]
+        self._at += target.nbytes
+        return target.nbytes
 
 
 class Snapshot(Watch, Closing):
@@ -54,28 +87,38 @@ class Snapshot(Watch, Closing):
         ]
         self._saved: dict[int, _Saved] = {}
         self._buffer = bytearray()
-        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed with the snapshot
+        size = self._describe()
         try:
+            self._file: _Memory | io.BufferedRandom = (
+                _Memory(size) if size <= _IN_MEMORY else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the snapshot
+            )
             self._save()
         except OSError as error:
-            self._file.close()
-            size = human_bytes(sum({id(t): self.infos[name].nbytes for name, t in self.tensors.items()}.values()))
             raise ModelError(
                 f"there is no space for a copy of the model: {(error.strerror or str(error)).lower()}",
-                hint=f"set TMPDIR to a directory with {size} free",
+                hint=f"set TMPDIR to a directory with {human_bytes(size)} free",
             ) from error
 
-    def _save(self) -> None:
+    def _describe(self) -> int:
+        """Decide where the copy of each tensor is, and return the size of all copies."""
         offset = 0
         for name, tensor in self.tensors.items():
             held = held_memory(tensor)
-            if id(tensor) in self._saved or held is None:
-                continue
-            nbytes = held.numel() * held.element_size()
-            self._saved[id(tensor)] = _Saved(name, held, held.detach(), offset, nbytes)
-            for chunk in TensorPayload(held, nbytes).chunks():
-                self._file.write(chunk)
-            offset += nbytes
+            if id(tensor) not in self._saved and held is not None:
+                nbytes = held.numel() * held.element_size()
+                self._saved[id(tensor)] = _Saved(name, held, held.detach(), offset, nbytes)
+                offset += nbytes
+        return offset
+
+    def _save(self) -> None:
+        try:
+            for saved in self._saved.values():
+                for chunk in TensorPayload(saved.tensor, saved.nbytes).chunks():
+                    self._file.write(chunk)
+            self._file.flush()
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def not_compared(self) -> tuple[str, ...]:
@@ -113,7 +156,7 @@ class Snapshot(Watch, Closing):
             if self._is_unchanged(saved):
                 continue
             self._file.seek(saved.offset)
-            buffer = bytearray(self._file.read(saved.nbytes))
+            buffer = bytearray(self._file.read(saved.nbytes) or b"")
             value = torch.frombuffer(buffer, dtype=torch.uint8).view(saved.memory.dtype).reshape(saved.memory.shape)
             try:
                 with torch.inference_mode(saved.tensor.is_inference()), torch.no_grad():
