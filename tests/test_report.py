@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import ckptkit
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
-from ckptkit.render.page import Code, Line, Page, Table, as_text, join_rows
+from ckptkit.render.page import Code, Line, Page, Table, as_text, join_rows, name_beside
 from ckptkit.render.page.html import as_html
 from ckptkit.render.show import show_page
 
@@ -49,6 +49,19 @@ def test_joined_rows_stand_for_exactly_their_keys(keys: list[str], kinds: int) -
     rows = [(key, (f"F32 [{sum(map(ord, key)) % kinds}]",)) for key in keys]
     found = [(key, cell) for joined, cell in join_rows(rows) for key in _spelled(joined)]
     assert sorted(found) == sorted((key, *cells) for key, cells in rows)
+
+
+@given(_keys)
+def test_joined_rows_spell_the_other_names_beside_their_keys(keys: list[str]) -> None:
+    """The name in another column is spelled with the key, index by index, and belongs to it."""
+    others = {key: f"net.{key.replace('a', 'h')}" if number % 5 else "b" for number, key in enumerate(keys)}
+    rows = [(key, (f"from {name_beside(key, others[key])}",)) for key in keys]
+    found: dict[str, str] = {}
+    for joined, cell in join_rows(rows):
+        _, _, count = joined.partition(" ×")
+        names = _spelled(cell + f" ×{count}" * bool(count and "{" in cell))
+        found |= zip(_spelled(joined), names * (int(count or 1) if len(names) == 1 else 1), strict=True)
+    assert found == {key: f"from {name}" for key, name in others.items()}
 
 
 def test_missing_indices_are_shown() -> None:

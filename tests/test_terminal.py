@@ -70,6 +70,13 @@ def test_no_row_of_a_table_is_wider_than_the_terminal(table: Table, width: int) 
         assert "--wide" not in " ".join(lines)
 
 
+def test_wide_characters_and_accents_are_aligned() -> None:
+    """Cells end in the same column of the terminal, whatever their characters take."""
+    rows = (("権重", "1.0 kB"), ("e\u0301e\u0301", "24 B"), ("plain", "権"))
+    lines = list(as_text([Table(("key", "bytes"), rows, frozenset({"bytes"}))]))
+    assert [columns_of(line) for line in lines] == [14] * 4
+
+
 @settings(max_examples=50)
 @given(tables())
 def test_tables_look_as_tabulate_lays_them_out(table: Table) -> None:
@@ -123,11 +130,11 @@ def test_rows_are_joined_with_the_other_name_beside_the_key(tmp_path: Path, caps
     assert join_rows([("a.0.w", (other,)), ("a.1.w", (other,))]) == [("a.{0,1}.w ×2", "b.1.w")]
 
 
-def in_terminal(width: int, *arguments: object) -> list[str]:
+def in_terminal(width: int, *arguments: object, **variables: str) -> list[str]:
     """Return what ``ckpt`` prints on a terminal of that width, line by line."""
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (40, width))
-    environment = {**os.environ, "NO_COLOR": "1"}
+    environment = {**os.environ, "NO_COLOR": "1", **variables}
     command = [sys.executable, "-m", "ckptkit", *map(str, arguments)]
     with subprocess.Popen(command, stdout=end, stderr=subprocess.PIPE, env=environment, cwd=ROOT) as process:
         os.close(end)
@@ -165,8 +172,9 @@ RENAME = ["--rename", "bert.encoder.layer.*=transformer.blocks.*"]
     ids=["show", "diff", "remap"],
 )
 def test_commands_fit_into_a_terminal(width: int, arguments: list[str], rows: int, transformer: Path) -> None:
-    """No line of a report is wider than the terminal, and every tensor or group of tensors has a row of its own."""
-    lines = in_terminal(width, *(transformer if argument == "FILE" else argument for argument in arguments))
+    """No line is wider than the terminal, or than COLUMNS, and every tensor or group of tensors has its own row."""
+    arguments = [str(transformer) if argument == "FILE" else argument for argument in arguments]
+    lines = in_terminal(width, *arguments) if width > 40 else in_terminal(100, *arguments, COLUMNS=str(width))
     assert max(map(columns_of, lines)) <= max(width, len(str(transformer)) + len("expected  :"))
     named = [line for line in lines if re.search(r"weight|…", line)]
     assert len(set(named)) == len(named) == rows
