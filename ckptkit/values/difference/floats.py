@@ -174,18 +174,22 @@ def _steps(bits: tuple[Array, Array], workers: Workers) -> tuple[int, int]:
     steps = workers.buffer("steps", expected.dtype, count)
     np.subtract(found, expected, out=steps)
     changed = int(np.count_nonzero(steps))
+    # Between numbers of two signs, the steps are the sum of both magnitudes; there the subtraction wraps around.
     signs = workers.buffer("signs", expected.dtype, count)
-    marks = np.less(np.bitwise_xor(expected, found, out=signs), 0, out=workers.buffer("marks", np.bool_, count))
-    at = np.flatnonzero(marks)
+    np.bitwise_xor(expected, found, out=signs)
+    marks = np.less(signs, 0, out=workers.buffer("marks", np.bool_, count))
     size = bits[0].dtype.type((1 << (8 * width - 1)) - 1)
-    across = 0
-    if len(at) * _MANY > count:
-        sizes = signs.view(bits[0].dtype)
-        np.bitwise_and(bits[0], size, out=sizes)
-        sizes += bits[1] & size
-        across = int(sizes.max(where=marks, initial=0))
-        np.copyto(steps, 0, where=marks)
-    elif len(at):
+    crossing, across = int(np.count_nonzero(marks)), 0
+    if crossing * _MANY > count:
+        np.right_shift(signs, 8 * width - 1, out=signs)  # all bits where the signs differ, else none
+        sums, rest = (workers.buffer(name, bits[0].dtype, count) for name in ("magnitudes", "others"))
+        np.bitwise_and(bits[0], size, out=sums)
+        np.bitwise_and(bits[1], size, out=rest)
+        np.add(sums, rest, out=sums)
+        across = int(np.bitwise_and(sums, signs.view(sums.dtype), out=sums).max())
+        np.bitwise_and(steps, np.invert(signs, out=signs), out=steps)
+    elif crossing:
+        at = np.flatnonzero(marks)
         across = int(((bits[0][at] & size) + (bits[1][at] & size)).max())
         steps[at] = 0
     return changed, max(across, int(steps.max()), -int(steps.min()))
