@@ -76,6 +76,9 @@ class Within:
         return f"{self.weights}{more[self.beside]}"
 
 
+_WIDTHS = {"float64": 8, "int64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+
+
 @dataclass(frozen=True)
 class Linears:
     """Blocks of six square linear layers: the weights of the model that ``timed.py`` builds."""
@@ -89,7 +92,7 @@ class Linears:
     @property
     def size(self) -> float:
         """Bytes of the file, about."""
-        return self.blocks * 6 * self.width * (self.width + 1) * (2 if self.dtype == "bfloat16" else 4)
+        return self.blocks * 6 * self.width * (self.width + 1) * _WIDTHS[self.dtype]
 
     def __str__(self) -> str:
         return f"{self.blocks * 12} tensors, {_bytes(self.size)} of {self.dtype}"
@@ -142,6 +145,7 @@ FILES: dict[str, Made] = {
     "load126.safetensors": Linears(512, 20),
     "load420.safetensors": Linears(1024, 33, "bfloat16"),
     "other420.safetensors": Linears(1024, 33, "bfloat16", seed=1),
+    **{f"{dtype}.safetensors": Linears(1024, 16 // width, dtype) for dtype, width in _WIDTHS.items()},
     "load420.pt": Linears(1024, 17),
     "load420.pth": Linears(1024, 17, legacy=True),
     "large-model": Folder("large.safetensors"),
@@ -258,9 +262,10 @@ def _write_linears(path: Path, made: Linears) -> None:
     import torch
     from safetensors.torch import save_file
 
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[made.dtype]
     torch.manual_seed(made.seed)
-    weights = {name: torch.randn(shape).mul_(0.02).to(dtype) for name, shape in linear_shapes(made.width, made.blocks)}
+    dtype = getattr(torch, made.dtype)
+    scale = 0.02 if dtype.is_floating_point else 25
+    weights = {name: torch.randn(shape).mul_(scale).to(dtype) for name, shape in linear_shapes(made.width, made.blocks)}
     if path.suffix == ".safetensors":
         save_file(weights, path)
     else:

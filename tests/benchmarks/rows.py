@@ -20,6 +20,7 @@ ONE_HASH = "hashes the file as one, names and format too"
 NO_LOSSES = "does not count what the cast loses"
 FIRST_50 = "prints the first 50 tensors"
 FEWER_SUMS = "no histogram and no L1 norm"
+FIVE_SUMS = "mean, deviation, extremes and norm only"
 ONLY_FINITE = "finds NaN and Inf only"
 ACCEPTS = "does not look into bfloat16; accepts tensors that overlap, and bytes that belong to none"
 ONLY_NAMES = "names of changed tensors only"
@@ -278,7 +279,7 @@ ROWS = (
         ckpt(f"stats {LARGE}"),
         (
             sft(f"stat {LARGE}", 0.25, FEWER_SUMS),
-            _torch("five sums in torch", f"torch_stats {LARGE}", None, "mean, deviation, extremes and norm only"),
+            _torch("five sums in torch", f"torch_stats {LARGE}", None, FIVE_SUMS),
             _other(f"stats {LARGE}", NO_VALUE),
         ),
         megabytes=200,
@@ -332,6 +333,21 @@ ROWS = (
         (sft(f"stat {A}", None, FEWER_SUMS),),
         seconds=1.5,
         megabytes=400,
+    ),
+    *(
+        Row(
+            VALUES,
+            f"{work}, {dtype}",
+            (f"{dtype}.safetensors",),
+            ckpt(f"{work} {dtype}.safetensors", None),
+            (_torch(name, f"{function} {dtype}.safetensors", None, differs),),
+            megabytes=200,
+        )
+        for work, name, function, differs in (
+            ("check", "extremes in torch", "torch_extremes", "finds NaN, Inf and extremes only"),
+            ("stats", "five sums in torch", "torch_stats", FIVE_SUMS),
+        )
+        for dtype in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "int64", "int8")
     ),
     Row(
         VALUES,

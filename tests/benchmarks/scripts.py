@@ -106,8 +106,20 @@ def torch_stats(name: str) -> None:
 def torch_finite(name: str) -> None:
     """Print the tensors with NaN or Inf."""
     for key, value in _tensors(name):
-        if not value.isfinite().all():
+        if not _with_arithmetic(value).isfinite().all():
             print(key)
+
+
+def torch_extremes(name: str) -> None:
+    """Print the extremes of each tensor, and whether it has NaN or Inf."""
+    for key, value in _tensors(name):
+        numbers = _with_arithmetic(value)
+        print(key, numbers.isfinite().all(), numbers.min(), numbers.max())
+
+
+def _with_arithmetic(value: Any) -> Any:
+    """Return numbers of which torch finds the smallest: it does not for floats of one byte."""
+    return value.float() if value.dtype.is_floating_point and value.dtype.itemsize == 1 else value
 
 
 def checksum(name: str) -> None:
