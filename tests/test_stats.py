@@ -234,3 +234,12 @@ def test_notebook_form() -> None:
     html = stats({"<b>": ODD, "s": torch.eye(2).to_sparse()})._repr_html_()
     assert "&lt;b&gt;" in html
     assert "<td>sparse tensor" in html
+
+
+def test_a_conjugate_view_has_statistics_of_its_own() -> None:
+    """It has the memory of another tensor, and other values."""
+    number = torch.tensor([1 + 2j, 3 + 4j])
+    tensors = stats({"a": number, "tied": number, "conj": number.conj()}).tensors
+    assert [(tensor.same_as, tensor.numbers and tensor.numbers.mean) for tensor in tensors.values()] == [
+        ("", 2.5), ("a", 2.5), ("", -0.5),
+    ]  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ckptkit.core.checkpoint.info import TensorInfo, View, storage_range
 
-__all__ = ["overlapping_tensors", "shared_keys", "tied_keys"]
+__all__ = ["first_of_ties", "overlapping_tensors", "shared_keys", "tied_keys"]
 
 
 def tied_keys(infos: Iterable[TensorInfo]) -> list[list[str]]:
@@ -16,6 +16,19 @@ def tied_keys(infos: Iterable[TensorInfo]) -> list[list[str]]:
         if info.view is not None and info.elements:
             places.setdefault((info.view, info.shape, info.dtype), []).append(info.key)
     return [keys for keys in places.values() if len(keys) > 1]
+
+
+def first_of_ties(infos: Iterable[TensorInfo], span: Callable[[str], object]) -> dict[str, str]:
+    """Return, for each key but the first of a tied tensor, the first key; the values of both are equal.
+
+    ``span`` is the method of the checkpoint. It returns None for a conjugate or negative view, which has the memory of
+    another tensor and other values.
+    """
+    first_of: dict[str, str] = {}
+    for group in tied_keys(infos):
+        equal = [key for key in group if span(key) is not None]
+        first_of |= dict.fromkeys(equal[1:], equal[0])
+    return first_of
 
 
 def overlapping_tensors(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:

@@ -11,7 +11,7 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, plural, quoted
-from ckptkit.core.ties import tied_keys
+from ckptkit.core.ties import first_of_ties
 from ckptkit.digests.hashing import ALGORITHMS, hash_function, hash_tensors
 from ckptkit.digests.model import Digests, TensorDigest
 from ckptkit.errors import PlanError
@@ -98,10 +98,7 @@ def digests_by_key(
     """Return the digest of the tensor at each key; tied tensors are read once. Raises what reading raises."""
     infos = [checkpoint[key] for key in keys]
     _refuse_endless(checkpoint, infos)
-    first_of_tie: dict[str, str] = {}
-    for group in tied_keys(infos):
-        equal = [key for key in group if checkpoint.span(key) is not None]  # not of a conjugate or negative view
-        first_of_tie |= dict.fromkeys(equal[1:], equal[0] if equal else "")
+    first_of_tie = first_of_ties(infos, checkpoint.span)
     found: dict[str, str] = {}
     tensors = _payloads(checkpoint, [info for info in infos if info.key not in first_of_tie])
     with Workers() as workers, pause_gc():

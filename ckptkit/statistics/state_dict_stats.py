@@ -12,7 +12,7 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
-from ckptkit.core.ties import tied_keys
+from ckptkit.core.ties import first_of_ties
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import renamed_keys
@@ -173,7 +173,7 @@ def stats(
 
 def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateDictStats:
     renamed = renamed_keys(rules, found)
-    first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in renamed) for key in group[1:]}
+    first_of_tie = first_of_ties((found[key] for key in renamed), found.span)
     quantized = quantized_weights(found)
     reasons = {key: why_unsupported(found[key]) for key in renamed}
     if quantized:
