@@ -143,6 +143,19 @@ def test_broken_gates_name_the_tensors(saved: Saved, capsys: pytest.CaptureFixtu
     assert "gate broken: expect_frozen='backbone.*': 3 of 8 tensors are not frozen" in str(result)
 
 
+def test_what_cannot_be_compared_breaks_a_gate_and_is_not_called_equal() -> None:
+    """A sparse tensor may differ: this is said, it is a difference, and it breaks the gates that are about it."""
+    state = {"sparse": torch.eye(3).to_sparse(), "w": torch.ones(2)}
+    result = ckptkit.diff(state, state, expect_frozen=["sparse", "w"], max_rel_l2=1)
+    assert [(one.requirement, one.keys) for one in result.unmet] == [
+        ("expect_frozen", ("sparse",)),
+        ("max_rel_l2", ("sparse",)),
+    ]
+    assert result.different
+    assert "1 tensor was not compared: 'sparse' (a sparse tensor)" in str(result)
+    assert "max_rel_l2=1: 1 tensor is not within it, 'sparse' (not compared: a sparse tensor)" in str(result)
+
+
 @pytest.mark.parametrize("option", ["--expect-frozen", "--expect-changed"])
 def test_a_gate_that_matches_nothing_is_refused(option: str, saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     """A typo must not look like a gate that holds; the nearest name is said."""

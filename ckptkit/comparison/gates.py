@@ -139,7 +139,8 @@ def _judge_size(limit: float, values: ValueDiff) -> Gate:
     gate = Gate("max_rel_l2", limit, values.compared + len(values.skipped))
     broken = tuple(faults)
     if broken:
-        message = f"{gate.option}: {plural(len(broken), 'tensor')} above it, {_explained(broken, faults)}"
+        verb = "is" if len(broken) == 1 else "are"
+        message = f"{gate.option}: {plural(len(broken), 'tensor')} {verb} not within it, {_explained(broken, faults)}"
     elif not gate.tensors:
         message = f"{gate.option}: no tensor could be compared"
     else:
