@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.checkpoint import Checkpoint
@@ -29,13 +29,31 @@ from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written
 
-__all__ = ["check_output", "execute"]
+__all__ = ["Prepared", "check_output", "execute", "execute_prepared", "prepare_output"]
 
 _NOUNS = {"safetensors": "a safetensors file", "torch": "a torch file", "dcp": "a distributed checkpoint"}
 
 
+class Prepared(NamedTuple):
+    """A plan that was checked for an output, and the editor of the torch file that the output copies, if it was made.
+
+    To make the editor, the pickle of the file is read, which takes seconds beside a million entries.
+    """
+
+    plan: Plan
+    editor: PlanEditor | None = None
+
+
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False) -> Plan:
     """Return the plan with the entries that this output keeps (``kept``) and drops (``dropped``).
+
+    Raises what ``prepare_output`` raises.
+    """
+    return prepare_output(plan, output, sources, carry=carry).plan
+
+
+def prepare_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False) -> Prepared:
+    """Return the plan as ``check_output`` does, with the editor; give both to ``execute_prepared``.
 
     Raises the errors that ``execute`` would raise before it writes. ``PlanError`` is for a tensor that the format
     cannot hold and for a file that cannot be edited. ``OutputError`` is for an output that exists (without ``force``)
@@ -49,7 +67,8 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
     prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
     carried = _carried(plan, output, sources, carry=carry)
-    return _with_kept_entries(plan, output, sources, _editor(plan, output, sources), carried)
+    editor = _editor(plan, output, sources)
+    return Prepared(_with_kept_entries(plan, output, sources, editor, carried), editor)
 
 
 def _carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool) -> Carried:
@@ -149,20 +168,44 @@ def execute(
         from ckptkit.plans.saved import load_plan
 
         plan = load_plan(plan, sources)
+    return execute_prepared(
+        Prepared(plan), sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
+    )
+
+
+def execute_prepared(
+    prepared: Prepared,
+    sources: Sources,
+    output: Output,
+    *,
+    verify: bool = False,
+    allow_overflow: bool = False,
+    carry: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write the output of a prepared plan, as ``execute`` does; an editor must be of these sources."""
+    plan = prepared.plan
     edited = (plan.edited_role,) if plan.edited_role and output.format == "torch" and not output.only_tensors else ()
     with (
         output_errors(output.path),
         opened_inputs(plan.steps, sources, edited, allow_overflow=allow_overflow) as inputs,
     ):
         plan = replace(plan, steps=tuple(inputs.steps.values()))
-        return _execute(plan, inputs, output, progress or (lambda _: None), verify=verify, carry=carry)
+        editor = prepared.editor or _editor(plan, output, inputs.roles)
+        return _execute(plan, inputs, output, progress or (lambda _: None), editor, verify=verify, carry=carry)
 
 
 def _execute(
-    plan: Plan, inputs: PlanInputs, output: Output, report_bytes: Progress, *, verify: bool, carry: bool
+    plan: Plan,
+    inputs: PlanInputs,
+    output: Output,
+    report_bytes: Progress,
+    editor: PlanEditor | None,
+    *,
+    verify: bool,
+    carry: bool,
 ) -> Written:
     roles = inputs.roles
-    editor = _editor(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     inputs.refuse_different_bytes()
     carried = _carried(plan, output, roles, carry=carry)

@@ -193,7 +193,7 @@ _verify_option = click.option(
 
 def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
-    from ckptkit.plans.execute import check_output, execute
+    from ckptkit.plans.execute import execute_prepared, prepare_output
     from ckptkit.render.page import as_text
     from ckptkit.render.results import page_of
 
@@ -202,13 +202,14 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
 
         refuse_without_metadata(options.output, options.metadata, options.drop_metadata)
         plan = edit_metadata(plan, options.metadata, options.drop_metadata)
-    plan = check_output(plan, options.output, sources, carry=options.carry)
+    prepared = prepare_output(plan, options.output, sources, carry=options.carry)
+    plan = prepared.plan
     written = None
     with _plan_file(plan, sources, options):
         if not options.dry_run:
             with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
-                written = execute(
-                    plan,
+                written = execute_prepared(
+                    prepared,
                     sources,
                     options.output,
                     verify=options.verify,
