@@ -96,11 +96,14 @@ ENVELOPES = (
 )  # fmt: skip
 _KEYS = frozenset(row.key for row in ENVELOPES)
 _OPTIMIZER_KEYS = {"state", "param_groups"}
+_SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 
 
 def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
     """Return whether ``value`` is a flat mapping with string keys, and most values are tensors."""
     if not isinstance(value, Mapping) or not value or value.keys() >= _OPTIMIZER_KEYS:
+        return False
+    if _SCALARS.issuperset(map(type, value.values())):  # as in a vocabulary of a million words
         return False
     tensors = sum(is_tensor(item) for item in value.values())
     return tensors > 0 and 2 * tensors > len(value) and all(isinstance(key, str) for key in value)
@@ -229,8 +232,9 @@ def _holds_weights(
             depth > 0
             and not value.keys() >= _OPTIMIZER_KEYS
             and any(
-                key in _KEYS and isinstance(inner, Mapping) and _holds_weights(inner, is_tensor, seen, depth - 1)
-                for key, inner in value.items()
+                isinstance(inner := value[key], Mapping) and _holds_weights(inner, is_tensor, seen, depth - 1)
+                for key in _KEYS
+                if key in value
             )
         )
     return seen[visit]
