@@ -244,6 +244,10 @@ UNUSED_PACKAGES = {
         "main(['--help'])",
         {"core.checkpoint", "core.files", "core.findings", "core.patterns", "formats", "render", "rules", "wrappers"},
     ),
+    "show": (
+        "main(['show', 'fixtures/lenet_10class.safetensors'])",
+        {"core.coverage", "core.patterns", "formats.writing", "plans", "render.page.width", "rules", "statistics"},
+    ),
     "diff": (
         "main(['diff', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt', '--rename', 'module.*=*'])",
         {"param_groups", "plans", "statistics", "tensor_ops"},

@@ -69,7 +69,7 @@ _drop_option = click.option(
 )  # fmt: skip
 _FORMAT_HELP = (
     "Format of the report. table: fitted to the terminal. plain: whole names and all columns, as in a pipe. github: "
-    "Markdown. tsv: the first table, a row per tensor. json: one document."
+    "Markdown. tsv: the first table, without joined rows. json: one document."
 )
 _SHORT_FORMS: Final = {"--json": ReportFormat.JSON, "--markdown": ReportFormat.GITHUB, "--wide": ReportFormat.PLAIN}
 _short_options = (
