@@ -21,6 +21,7 @@ from ckptkit.values.workers import Workers
 __all__ = ["Copier"]
 
 _PIECE = 1 << 20  # smaller pieces cost more calls; larger ones leave the cache before they are compared
+_BLOCK = 1 << 17  # of a computed piece: the copy is still in the cache when it is compared
 _TASK = 8 << 20  # one thread copies so many bytes, of one tensor or of several
 
 
@@ -181,9 +182,11 @@ class _Memory:
         """Copy ``data`` to the byte ``offset``, and compare it there."""
         held = memoryview(data if not memoryview(data).readonly else bytearray(data)).cast("B")
         source, place = _address(held), self._address + offset
-        libc().memmove(place, source, len(held))
-        if not same_memory(place, source, len(held)):
-            self.is_same = False
+        for start in range(0, len(held), _BLOCK):
+            count = min(_BLOCK, len(held) - start)
+            libc().memmove(place + start, source + start, count)
+            if not same_memory(place + start, source + start, count):
+                self.is_same = False
 
 
 def _tasks(copies: Iterable[Copy]) -> Iterator[list[_Part]]:
