@@ -205,7 +205,7 @@ def test_everything_beside_the_weights_is_listed(tmp_path: Path, legacy: bool) -
         "text": ("str", "5,000 characters"),
         "args": ("argparse.Namespace", {"lr": 0.5, "name": "net"}),
         "optimizer": ("dict", "2 items, 12 tensors"),
-        "history": ("list", "1,000 items"),
+        "history": ("list", "1,000 items: 1, 1, 1, ..., 1"),
         "pair": ("tuple", [1, "two"]),
         "size": ("tuple", [2, 3]),
         "device": ("str", "cuda:1"),

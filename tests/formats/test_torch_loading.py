@@ -170,7 +170,7 @@ def test_a_long_list_leaves_others_to_be_counted() -> None:
     }
     budget = [10_000]
     assert {key: describe_entry(key, value, budget).value for key, value in tree.items()} == {
-        "a": "12,000 items",
+        "a": "12,000 items: 0.5, 0.5, 0.5, ..., 0.5",
         "b": "12,000 items, too deep or too many to count",
         "names": "1,001 items",
         "pairs": "99 items",

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeGuard
 
 from ckptkit.core.checkpoint import Entry, KeyPath
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import listed, nearest, plural, printable, quoted, shell_word
+from ckptkit.core.text import listed, nearest, plural, printable, quoted, shell_word, short_number
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.pickle.values import CodeName, PickledMapping, Placeholder
@@ -46,6 +46,8 @@ _MOST_ITEMS = 64  # of an entry that is shown with all its values
 _LONGEST_TEXT = 2000  # that is shown
 _SCALARS_PER_PLACE = 10  # that are looked at in the time of one place
 _LONGEST_LIST = 1000  # up to this length, each scalar of a list is a leaf
+_FIRST_NUMBERS = 3  # of a longer list that are shown
+_LARGE = 10**15
 _SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 _NOT_SHOWN = object()
 
@@ -345,6 +347,17 @@ def _json_value(value: object, left: list[int], depth: int) -> object:
     return _NOT_SHOWN
 
 
+def _first_numbers(value: Mapping[object, object] | list[object] | tuple[object, ...]) -> str:
+    """Return the first and the last numbers of a long list, such as the losses of a run; empty for anything else."""
+    if isinstance(value, Mapping) or len(value) <= _FIRST_NUMBERS:
+        return ""
+    ends = [*value[:_FIRST_NUMBERS], value[-1]]
+    shown = [
+        short_number(item) for item in ends if isinstance(item, float) or (type(item) is int and abs(item) < _LARGE)
+    ]
+    return f": {', '.join(shown[:-1])}, ..., {shown[-1]}" if len(shown) == len(ends) else ""
+
+
 def _summary(value: object, budget: list[int]) -> str:
     if isinstance(value, TensorRef):
         return f"{value.dtype} {list(value.shape)}"
@@ -361,7 +374,7 @@ def _summary(value: object, budget: list[int]) -> str:
     if cost <= budget[0]:
         budget[0] -= cost
         if _has_only_scalars(value):
-            return plural(len(value), "item")
+            return f"{plural(len(value), 'item')}{_first_numbers(value)}"
     kept = budget[0] // 4
     left = [budget[0] - kept]
     try:
