@@ -36,16 +36,20 @@ def has_floats(real: str) -> bool:
     return real in FLOAT_FORMATS or real == "F4"
 
 
-def measure_floats(bits: tuple[Array, Array], real: str, workers: Workers, best: float) -> Part | None:
-    """Return the differences of a block, or None if a number or a difference is not finite.
+def measure_floats(bits: tuple[Array, Array], real: str, workers: Workers, best: float) -> Part | Array | None:
+    """Return the differences of a block.
 
-    ``largest`` of the part is ``UNCHANGED`` unless it is above ``best``. Nothing is said about tolerances.
+    ``largest`` of the part is ``UNCHANGED`` unless it is above ``best``. Nothing is said about tolerances. If a number
+    or a difference is not finite, return which are not; or None if these are many.
     """
+    import numpy as np
+
     expected, found = (_values(side, real, workers, name) for side, name in zip(bits, ("e", "f"), strict=True))
     distance = _distance(expected, found, workers)
     top = float(distance.max())
     if not math.isfinite(top):
-        return None
+        odd = np.flatnonzero(~np.isfinite(distance))
+        return None if len(odd) * _MANY > len(distance) else odd
     sums = _sums(expected, found, distance)
     if sums is None and expected.itemsize < 8:
         expected, found = _widened(expected, workers, "wide e"), _widened(found, workers, "wide f")

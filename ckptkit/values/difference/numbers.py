@@ -18,7 +18,7 @@ from ckptkit.values.difference.floats import (
     measure_floats,
     scaled_sums,
 )
-from ckptkit.values.difference.part import UNCHANGED, Part, Sums, Tolerance
+from ckptkit.values.difference.part import UNCHANGED, Part, Sums, Tolerance, together
 from ckptkit.values.extremes import INTEGERS
 from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.workers import Workers
@@ -73,11 +73,33 @@ def measure(
     with np.errstate(all="ignore"):
         if has_floats(code):
             bits = _bits(sides[0], code), _bits(sides[1], code)
-            part = measure_floats(bits, code, workers, best)
+            found = measure_floats(bits, code, workers, best)
+            if isinstance(found, Part):
+                part = found
+            elif found is not None and tolerance is None:
+                part = _apart_from(found, bits, code, workers, best, is_cast=is_cast)
             if part is not None and part.changed and tolerance is not None:
                 close = is_close(bits, bits[0], code, tolerance, workers)
                 part = part._replace(beyond=int(np.count_nonzero(~close & (bits[0] != bits[1]))))
     return part or measure_runs(sides, code, workers, (0,), tolerance, is_cast=is_cast)[0]
+
+
+def _apart_from(
+    odd: Array, bits: tuple[Array, Array], code: str, workers: Workers, best: float, *, is_cast: bool
+) -> Part | None:
+    """Return the differences of a block with a few ``odd`` numbers, such as NaN, which are measured alone."""
+    import numpy as np
+
+    others = bits[0].copy(), bits[1].copy()
+    for side in others:
+        side[odd] = 0
+    part = measure_floats(others, code, workers, best)
+    if not isinstance(part, Part):
+        return None
+    sides = bits[0][odd].view(np.uint8).data, bits[1][odd].view(np.uint8).data
+    (apart,) = measure_runs(sides, code, workers, (0,), is_cast=is_cast)
+    rest = part._replace(finite=part.finite - len(odd))
+    return together([(0, rest), (0, apart._replace(place=int(odd[apart.place])))])
 
 
 def measure_equal(data: memoryview, code: str, workers: Workers) -> Part:
