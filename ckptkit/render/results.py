@@ -27,7 +27,7 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "align.model.Alignment": _Renderer("align", "align_page", "align_document"),
     "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document"),
     "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
-    "comparison.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
+    "comparison.state_dict_diff.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
     "comparison.values.ValueDiff": _Renderer("values", "values_page", "values_document"),
     "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document"),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
