@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from ckptkit.core.findings import Finding
@@ -118,6 +119,7 @@ def _assigned(item: object, base: type[object]) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
+@lru_cache(maxsize=1024)  # the modules of a model have the same few attributes
 def _is_like_requires_grad(key: str) -> bool:
     plain = key.strip("_").lower()
     return plain == "trainable" or difflib.SequenceMatcher(None, plain, "requires_grad").ratio() >= _ALIKE
