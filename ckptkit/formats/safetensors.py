@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import ge
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
@@ -66,8 +67,12 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
         return Extent(file, base + begins[info.key], infos[info.key].nbytes)
 
     def records() -> Iterator[Record]:
-        for key in sorted(begins, key=lambda key: (begins[key], infos[key].nbytes)):
-            yield Record(file.path, key, payload(infos[key]), keys=(key,))
+        places = list(begins.values())
+        keys: Iterable[str] = begins  # most headers are in the order of the data
+        if any(map(ge, places, places[1:])):
+            keys = sorted(begins, key=lambda key: (begins[key], infos[key].nbytes))
+        for key in keys:
+            yield Record(file.path, key, payload(infos[key]), None, (key,))
 
     return Checkpoint(
         infos,
