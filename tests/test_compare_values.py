@@ -266,8 +266,10 @@ def test_found_is_cast_as_torch_casts(before: str, after: str) -> None:
     found = found.to(dtype_of(before)).repeat(700)
     expected = found.to(dtype_of(after))
     assert compare_values({"w": expected}, {"w": found}).equal == 1
-    expected = expected.clone()
-    expected[7] = 5
+    five = torch.tensor([5.0]).to(expected.dtype)
+    bits = expected.clone().view(torch.uint8).reshape(len(expected), -1)
+    bits[7] = five.view(torch.uint8)
+    expected = bits.flatten().view(expected.dtype)
     result = only(expected, found)
     assert (result.place, result.changed_elements) == ((7,), 1)
 

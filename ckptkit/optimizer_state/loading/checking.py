@@ -26,7 +26,7 @@ from ckptkit.param_groups.parameters import LiveModel
 from ckptkit.param_groups.spec.fields import is_tensor
 from ckptkit.plans.policies import Policy
 
-__all__ = ["compare_layouts", "compare_values", "unread_values"]
+__all__ = ["refuse_other_layouts", "refuse_other_values", "unread_values"]
 
 
 def unread_values(optimizer: Optimizer, more: MoreValues, on_unexpected: Policy[SkipAction]) -> list[Finding]:
@@ -72,7 +72,7 @@ def _loads_by_itself(optimizer: Optimizer) -> bool:
     return type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
 
 
-def compare_layouts(
+def refuse_other_layouts(
     optimizer: Optimizer, given: Mapping[str, Any], state: OptimizerState, live_model: LiveModel
 ) -> None:
     """Raise ``GroupsError`` if a slot has another memory layout than torch was given."""
@@ -90,7 +90,7 @@ def compare_layouts(
                 )
 
 
-def compare_values(optimizer: Optimizer, match: StateMatch, live_model: LiveModel) -> None:
+def refuse_other_values(optimizer: Optimizer, match: StateMatch, live_model: LiveModel) -> None:
     """Raise ``GroupsError`` if the optimizer does not have the saved values."""
     for name, slots in match.state.items():
         loaded = optimizer.state.get(live_model.by_name[name].tensor, {})

@@ -15,7 +15,7 @@ from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.optimizer_state.compatibility import StateMatch
 from ckptkit.optimizer_state.forms import to_dict
-from ckptkit.optimizer_state.loading.checking import compare_layouts, compare_values, unread_values
+from ckptkit.optimizer_state.loading.checking import refuse_other_layouts, refuse_other_values, unread_values
 from ckptkit.optimizer_state.loading.policies import SkipAction
 from ckptkit.optimizer_state.model import LazyTensor, OptimizerState
 from ckptkit.param_groups.parameters import LiveModel
@@ -56,8 +56,8 @@ def load_by_torch(
                 optimizer.state[key] = before[key]
         if schema is not None:
             _restore_scalar_dtypes(optimizer, match, live_model, schema)
-        compare_values(optimizer, match, live_model)
-        compare_layouts(optimizer, given, state, live_model)
+        refuse_other_values(optimizer, match, live_model)
+        refuse_other_layouts(optimizer, given, state, live_model)
         return unread_values(optimizer, state.more, on_unexpected)
     except BaseException:
         restore()
