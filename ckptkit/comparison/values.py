@@ -48,8 +48,8 @@ class ValueDifference:
     """How the values of one tensor differ, after found is cast to the dtype of expected, as torch casts.
 
     Sums, norms and ``max_ulp`` use the elements that are finite on both sides. An element of a complex tensor is one
-    element; its magnitude counts. All numbers are None for a dtype of which only bytes can be compared, such as a
-    block type of GGUF.
+    element; its magnitude counts. All numbers are None for a dtype of which only bytes can be compared, such as
+    F6_E2M3.
 
     Attributes:
         expected: The tensor on the expected side.
