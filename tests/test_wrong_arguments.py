@@ -272,3 +272,14 @@ def _mistakes(function: Callable[..., object]) -> Iterator[tuple[str, str, objec
             # A module can be called too, and fails when it is.
             kinds = [kind for kind in WRONG if (name, kind) != ("progress", "module")]
             yield from ((name, kind, WRONG[kind]()) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "name", ["diff", "load_into", "merge", "plan_merge", "plan_remap", "run_checks", "stats", "suggest_rules"]
+)
+def test_the_words_of_rules_have_their_place(name: str, tmp_path: Path) -> None:
+    """``strip="auto"`` is an option of the command: the error names the argument of Python."""
+    with pytest.raises(
+        ckptkit.ArgumentError, match=rf"{name}\(\) has no argument strip .give rules=parse_rules\(strip="
+    ):
+        public_functions()[name](**_good(name, tmp_path), strip="auto")

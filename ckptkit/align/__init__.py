@@ -9,7 +9,7 @@ from ckptkit.align.model import Alignment, Ambiguity
 from ckptkit.align.search import find_rules
 from ckptkit.align.ways_out import with_hints
 from ckptkit.align.writing.to_rules import Suggestion
-from ckptkit.core.arguments import require_flags, require_progress
+from ckptkit.core.arguments import require_flags, require_progress, takes_rules
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo, under_key
 from ckptkit.core.patterns import literal
 from ckptkit.core.progress import Progress
@@ -25,6 +25,7 @@ __all__ = ["Alignment", "Ambiguity", "Suggestion", "suggest_rules"]
 _POSITION_CONFIDENCE = 0.9
 
 
+@takes_rules
 def suggest_rules(
     expected: CheckpointLike,
     found: CheckpointLike,

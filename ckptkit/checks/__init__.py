@@ -17,7 +17,7 @@ from ckptkit.checks.quantized_weights import check_quantized
 from ckptkit.checks.reading import VALUES_UNCHECKED, Scan, loading_findings, loading_summary
 from ckptkit.checks.report import CheckReport
 from ckptkit.checks.structure import check_structure
-from ckptkit.core.arguments import require_flags, require_progress
+from ckptkit.core.arguments import require_flags, require_progress, takes_rules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, ReaderWarning
 from ckptkit.core.findings.ignoring import IgnoreEntry, IgnoreLike, ignore_findings, parse_ignore
@@ -41,6 +41,7 @@ _ONE_OF_SEVERAL = frozenset({reader_codes.ONE_SHARD.name, reader_codes.PART_OF_S
 _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTER_CONFIG.name})
 
 
+@takes_rules
 def run_checks(
     checkpoint: CheckpointLike,
     rules: RulesLike | None = None,

@@ -17,7 +17,7 @@ from ckptkit.comparison.state_dict_diff import (
     reasons_not_loaded,
 )
 from ckptkit.comparison.values import ValueDiff, compare_named
-from ckptkit.core.arguments import require_flags, require_number, require_progress
+from ckptkit.core.arguments import require_flags, require_number, require_progress, takes_rules
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.progress import Progress
 from ckptkit.core.ties import tied_keys
@@ -28,6 +28,7 @@ from ckptkit.rules.model import KeyMap, RulesLike
 __all__ = ["KeyPair", "StateDictDiff", "diff", "diff_checkpoints", "find_unmet_in", "loaded_keys"]
 
 
+@takes_rules
 def diff(
     expected: CheckpointLike,
     found: CheckpointLike,

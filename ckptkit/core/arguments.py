@@ -5,15 +5,16 @@ A checkpoint, rules and a spec have their own way in, which also says what they 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from types import UnionType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from ckptkit.core.text import kind_of, printable
-from ckptkit.errors import ArgumentError
+from ckptkit.errors import RULE_OPTIONS, ArgumentError
 
 __all__ = [
     "one_of",
@@ -25,7 +26,26 @@ __all__ = [
     "require_progress",
     "require_strings",
     "require_type",
+    "takes_rules",
 ]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def takes_rules(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Return a function with the argument ``rules`` that says so where it is called with ``strip`` or ``rename``."""
+
+    @functools.wraps(function)
+    def called(*args: _Parameters.args, **named: _Parameters.kwargs) -> _Result:
+        for name in RULE_OPTIONS if named else ():
+            if name in named:
+                raise ArgumentError(
+                    f"{function.__name__}() has no argument {name}", hint=f"give rules=parse_rules({name}=...)"
+                )
+        return function(*args, **named)
+
+    return called
 
 
 def refuse(value: object, name: str, takes: str) -> NoReturn:

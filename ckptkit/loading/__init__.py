@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import require_flags, takes_rules
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.gc_pause import rare_gc
@@ -41,6 +41,7 @@ from ckptkit.rules.model import RulesLike
 __all__ = ["load_into"]
 
 
+@takes_rules
 def load_into(
     model: Module,
     checkpoint: CheckpointLike,

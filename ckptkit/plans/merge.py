@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import require_flags, takes_rules
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import Requirements, parse_requirements
@@ -41,6 +41,7 @@ from ckptkit.rules.model import Derivation, Rules, RulesLike
 __all__ = ["follow_ties", "plan_loading", "plan_merge"]
 
 
+@takes_rules
 def plan_merge(
     base: CheckpointLike,
     donors: CheckpointLike | Sequence[CheckpointLike],

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_choice, require_path
+from ckptkit.core.arguments import require_choice, require_path, takes_rules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.core.progress import Progress
@@ -91,6 +91,7 @@ def convert(
         )
 
 
+@takes_rules
 def merge(
     base: CheckpointLike,
     donors: CheckpointLike | Sequence[CheckpointLike],

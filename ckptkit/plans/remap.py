@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import require_flags, takes_rules
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.dtypes import is_float
 from ckptkit.core.gc_pause import pause_gc
@@ -40,6 +40,7 @@ __all__ = ["plan_remap"]
 _NOT_WANTED = "not a key of the checkpoint given as like"
 
 
+@takes_rules
 def plan_remap(
     source: CheckpointLike,
     rules: RulesLike | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ckptkit.core.arguments import require_number, require_progress
+from ckptkit.core.arguments import require_number, require_progress, takes_rules
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files import Extent, place_of
 from ckptkit.core.gc_pause import pause_gc
@@ -138,6 +138,7 @@ def module_name(key: str, depth: int) -> str:
     return ".".join(key.split(".")[:-1][:depth])
 
 
+@takes_rules
 def stats(
     checkpoint: CheckpointLike,
     rules: RulesLike | None = None,
