@@ -10,6 +10,7 @@ from ckptkit.core.arguments import refuse, require_flags, require_type
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import Coverage
 from ckptkit.core.result import Result
+from ckptkit.core.result.summary import totals
 from ckptkit.core.text import human_bytes, plural
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_types import Tensor
@@ -80,12 +81,12 @@ class Plan(Result):
     @property
     def elements(self) -> int:
         """Number of elements of all tensors in the output."""
-        return sum(step.out.elements for step in self.steps)
+        return totals(step.out for step in self.steps)[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in the output."""
-        return sum(step.out.nbytes for step in self.steps)
+        return totals(step.out for step in self.steps)[2]
 
     @property
     def in_short(self) -> str:
