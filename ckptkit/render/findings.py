@@ -60,8 +60,8 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
 def _joined(findings: Iterable[Finding]) -> Iterator[tuple[str, Finding]]:
     """Yield a message, and a finding with its code and hint, for each set of findings that say the same of their keys.
 
-    Keys are joined as the rows of a table are. A finding whose message has its key not exactly once, or whose hint has
-    it, is alone.
+    Keys are joined as the rows of a table are. A finding stays alone if its message does not have its key exactly once,
+    or if its hint has the key.
     """
     numbers: dict[tuple[object, ...], int] = {}
     sets: list[tuple[str, str, Finding]] = []
