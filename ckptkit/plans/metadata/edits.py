@@ -27,8 +27,8 @@ def edit_metadata(plan: Plan, metadata: Mapping[str, str] | None = None, drop: s
     Where only the given items would be metadata, ``format`` becomes ``pt``: older transformers refuse metadata without
     it. A note says so, and another one names what is lost with an item that describes tensors.
 
-    Raises ``ArgumentError`` where names or values are not str. Raises ``RuleError`` where they are not Unicode text, and
-    where a pattern is not valid or matches no item.
+    Raises ``ArgumentError`` where names or values are not str. Raises ``RuleError`` where they are not Unicode text,
+    and where a pattern is not valid or matches no item.
     """
     given, texts = _checked(metadata, drop)
     for name, text in given.items():
