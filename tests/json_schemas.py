@@ -732,8 +732,10 @@ SCHEMAS: dict[str, Schema] = dict(
                 ),
                 "new": _texts("Keys that were not recorded."),
                 "skipped": _SKIPPED,
-                "contents": _flag("Whether keys and digests are the recorded ones; the exit code is then 0."),
-                "names_and_shapes": _flag("Whether keys and shapes are the recorded ones."),
+                "contents": _flag("Whether keys and digests are the recorded ones."),
+                "names_and_shapes": _flag(
+                    "Whether keys and shapes are the recorded ones. The exit code is 0 if both are true."
+                ),
             },
         ),
         _schema(

@@ -71,7 +71,7 @@ def state() -> dict[str, torch.Tensor]:
 def test_digests_are_what_hashlib_makes_of_the_bytes_of_safetensors(
     algorithm: str, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """The layout that docs/howto/digests.md defines: dtype and shape as JSON, then the bytes; the key is no part."""
+    """The layout that docs/howto/digests.md defines: dtype and shape as JSON, then the bytes, without the key."""
     path = tmp_path / "a.safetensors"
     hash_of: Callable[[bytes], Any] = hashlib.sha256 if algorithm == "sha256" else xxhash.xxh3_128
     state = dict(state)
@@ -289,11 +289,19 @@ def test_show_has_the_same_digests(options: list[str], tmp_path: Path, capsys: p
 
 
 def test_views_that_repeat_a_file_without_end_are_refused(tmp_path: Path) -> None:
-    """A view of a terabyte is not read; one that repeats a little is."""
+    """A view of a terabyte is not read by anything that reads values; one that repeats a little is."""
     one = torch.ones(1)
-    torch.save({"a": one.expand(10**6, 10**6)}, tmp_path / "a.pt")
-    with pytest.raises(PlanError, match=r"4\.0 TB would be read: views repeat"):
-        ckptkit.digest(tmp_path / "a.pt")
+    paths = []
+    for value in (1, 2):
+        paths.append(tmp_path / f"{value}.pt")
+        torch.save({"a": torch.tensor([value]).expand(10**6, 10**6)}, paths[-1])
+    sources: list[Any] = [paths[0], {"a": one.expand(10**6, 10**6)}]
+    for source in sources:
+        for read in (ckptkit.digest, ckptkit.stats, lambda found: ckptkit.compare_values(found, paths[1])):
+            with pytest.raises(
+                PlanError, match=r"[48]\.0 TB would be read: views such as 'a' repeat the .* are stored"
+            ):
+                read(source)
     torch.save({"a": one.expand(1000, 1000)}, tmp_path / "b.pt")
     assert of_tensors(ckptkit.digest(tmp_path / "b.pt")) == of_tensors(ckptkit.digest({"a": torch.ones(1000, 1000)}))
 
@@ -345,11 +353,25 @@ def test_a_checkpoint_is_checked_against_recorded_digests(
     assert (ran.code, ran.out, ran.err) == (1, CHECK, "")
     ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest", "-q")
     assert (ran.code, ran.out, ran.err) == (1, CHECK.replace('"b": OK\n', ""), "")
+    ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest", "--format", "tsv")
+    assert (ran.code, ran.out.splitlines()[:4]) == (
+        1,
+        ["key\tstate\tmoved to", "a\tFAILED\t", "b\tOK\t", "c\tMISSING\tmoved"],
+    )
     found = ckptkit.check_digests(tmp_path / "a.pt.digest", after)
     assert found.to_dict() | {"checkpoint": 0} == ckptkit.check_digests(ckptkit.digest(before), after).to_dict() | {
         "checkpoint": 0
     }
     assert (found.ok, found.different, dict(found.moved)) == (False, ("a",), {"c": "moved"})
+
+
+def test_another_digest_of_names_and_shapes_alone_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other lines agree, so the record is damaged: what is printed as FAILED has the exit code of a failure."""
+    first, _, last = str(ckptkit.digest(TEN)).rpartition("\n")
+    (tmp_path / "d").write_text(f"{first}\nsha256:{'0' * 64}{last[71:]}\n", encoding="ascii")
+    ran = run_ckpt(capsys, "digest", "--check", tmp_path / "d", TEN, "-q")
+    assert (ran.code, ran.out.splitlines()[0]) == (1, "names and shapes: FAILED")
+    assert ckptkit.check_digests(tmp_path / "d", TEN).same_contents
 
 
 def test_a_file_of_xxh3_digests_is_checked_with_xxh3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,6 +399,9 @@ def test_a_file_is_written_whole_and_replaced_only_with_force(
     assert (ran.code, "--force" in ran.err, place.read_text(encoding="ascii")[:7]) == (2, True, "sha256:")
     assert run_ckpt(capsys, "digest", TEN, "-o", place, "--algorithm", "xxh3", "--force").code == 0
     assert place.read_text(encoding="ascii")[:5] == "xxh3:"
+    for report in ("tsv", "json"):
+        ran = run_ckpt(capsys, "digest", TEN, "-o", place, "--force", "--format", report)
+        assert ran.out == run_ckpt(capsys, "digest", TEN, "--format", report).out
 
 
 HEX = "0" * 64

@@ -92,7 +92,7 @@ def digest(
     if isinstance(result, DigestCheck):
         echo_result(report_format, result, quiet=quiet)
         context.exit(0 if result.ok else 1)
-    if target is None or report_format is ReportFormat.JSON:
+    if target is None or report_format is not ReportFormat.TABLE:
         echo_result(report_format, result)
     if target is not None:
         write_small_file(target, "".join(f"{line}\n" for line in result.lines).encode())

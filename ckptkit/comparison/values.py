@@ -190,7 +190,7 @@ def compare_named(
     Raises:
         ArgumentError: A tolerance is not a number of at least 0.
         ModelError: A tensor has no values, such as one on the meta device.
-        PlanError: A side has only descriptions of tensors.
+        PlanError: A side has only descriptions of tensors, or both have views that repeat few bytes for hours.
         FormatError: The stored bytes do not agree with the header.
         ChangedError: A file changes while it is read.
     """
@@ -212,6 +212,7 @@ class _Comparison:
         from ckptkit.values.difference import Tolerance, differences
         from ckptkit.values.workers import Workers
 
+        self._refuse_endless()
         tolerance = None if not rtol and not atol else Tolerance(float(rtol or 0), float(atol or 0))
         pairs = sorted(self._pairs(), key=lambda pair: place_of(pair.expected))
         found: dict[int, Part | BytesDiffer] = {}
@@ -238,6 +239,14 @@ class _Comparison:
             None if tolerance is None else tolerance.rtol,
             None if tolerance is None else tolerance.atol,
         )
+
+    def _refuse_endless(self) -> None:
+        """Raise ``PlanError`` if views on both sides repeat a few bytes for hours; one side alone may."""
+        from ckptkit.values.endless import refuse_endless, why_endless
+
+        if why_endless(self._expected, [self._expected[key] for key in self._names]):
+            origins = map(self._made.origin, self._names.values())
+            refuse_endless(self._found, [self._found[key] for origin in origins for key in origin.sources])
 
     def _pairs(self) -> Iterator[Pair]:
         """Yield the tensors whose values must be read; tied keys make one pair."""

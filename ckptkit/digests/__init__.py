@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckptkit.core.arguments import require_choice, require_flags, require_progress
@@ -10,7 +9,7 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, under_key
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import human_bytes, plural, quoted
+from ckptkit.core.text import plural, quoted
 from ckptkit.core.ties import first_of_ties
 from ckptkit.digests.hashing import ALGORITHMS, hash_function, hash_tensors
 from ckptkit.digests.model import Digests, TensorDigest
@@ -18,9 +17,8 @@ from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.values.endless import refuse_endless
 from ckptkit.values.workers import Workers
-
-_ALWAYS_READ, _MOST_REPEATED = 1 << 30, 1100  # bytes; and for each stored byte, which deflate makes 1032 of at most
 
 __all__ = ["Digests", "TensorDigest", "digest", "digests_by_key", "has_digest"]
 
@@ -97,7 +95,7 @@ def digests_by_key(
 ) -> Mapping[str, str]:
     """Return the digest of the tensor at each key; tied tensors are read once. Raises what reading raises."""
     infos = [checkpoint[key] for key in keys]
-    _refuse_endless(checkpoint, infos)
+    refuse_endless(checkpoint, infos)
     first_of_tie = first_of_ties(infos, checkpoint.span)
     found: dict[str, str] = {}
     tensors = _payloads(checkpoint, [info for info in infos if info.key not in first_of_tie])
@@ -118,11 +116,3 @@ def _payloads(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Iterator[t
         if blocks is None:
             blocks = {key: record.payload for record in checkpoint.records() for key in record.keys}
         yield info, blocks[info.key]
-
-
-def _refuse_endless(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> None:
-    """Raise ``PlanError`` where views repeat the stored bytes so often that reading them would not end."""
-    stored = sum(os.path.getsize(file) for file in checkpoint.files if os.path.isfile(file))
-    nbytes = sum(info.nbytes for info in infos)
-    if checkpoint.files and nbytes > _ALWAYS_READ + _MOST_REPEATED * stored:
-        raise PlanError(f"{human_bytes(nbytes)} would be read: views repeat the {human_bytes(stored)} of the files")

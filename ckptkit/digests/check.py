@@ -33,14 +33,14 @@ _LINE: Final = re.compile(r"(?P<algorithm>[A-Za-z0-9_-]+):(?P<hex>[0-9A-Za-z]*) 
 
 @dataclass(frozen=True, repr=False)
 class DigestCheck(Result):
-    """What became of the tensors whose digests were recorded. All keys are sorted.
+    """What became of the recorded tensors. All keys are sorted.
 
     Attributes:
-        equal: Keys whose tensors have the recorded digest.
-        different: Keys whose tensors have another digest: another dtype, shape or value.
+        equal: Keys of tensors with the recorded digest.
+        different: Keys of tensors with another digest: another dtype, shape or value.
         missing: Recorded keys that the checkpoint does not have.
         new: Keys of the checkpoint that were not recorded.
-        moved: The first new key whose tensor has the digest of a missing key, by missing key.
+        moved: The first new key of a tensor with the digest of a missing key, by missing key.
         same_names_and_shapes: Whether all keys and shapes are the recorded ones.
         algorithm: ``"sha256"`` or ``"xxh3"``.
         skipped: Why a tensor was left out, by key; empty unless ``skip_unread`` was given.
@@ -66,6 +66,14 @@ class DigestCheck(Result):
 
     @property
     def ok(self) -> bool:
+        """Whether the checkpoint has exactly the recorded keys, each with the recorded digest, and all else agrees.
+
+        False where only the recorded digest of names and shapes is another: the record is then damaged.
+        """
+        return self.same_contents and self.same_names_and_shapes
+
+    @property
+    def same_contents(self) -> bool:
         """Whether the checkpoint has exactly the recorded keys, each with the recorded digest."""
         return not (self.different or self.missing or self.new)
 
@@ -161,7 +169,7 @@ def _read(path: str) -> _Recorded:
 
 
 def _parse(text: str) -> _Recorded:
-    """Return the content of a digest file, whose lines may end as on Windows; raise ``FormatError`` if not valid."""
+    """Return the content of a digest file; its lines may end as on Windows. Raise ``FormatError`` if not valid."""
     digests: dict[str, str] = {}
     whole: dict[str, str] = {}
     algorithms: dict[str, None] = {}

@@ -244,7 +244,7 @@ def _groups(tensors: Iterable[tuple[_Small, Payload]]) -> Iterator[list[tuple[_S
 
 
 def _in_turn(long: Sequence[Iterator[_Task]], short: Iterator[_Task], threads: int) -> Iterator[_Task]:
-    """Yield tasks of as many long tensors as there are threads in turn; short ones where there are too few."""
+    """Yield tasks of as many long tensors as there are threads in turn; and short ones if there are too few."""
     waiting, active = deque(long), deque[Iterator[_Task]]()
     while waiting or active:
         while waiting and len(active) < threads:

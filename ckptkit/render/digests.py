@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from ckptkit.core.text import printable
 from ckptkit.digests.check import DigestCheck
 from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests, key_text
-from ckptkit.render.page import Line, Listing, Page, Table
+from ckptkit.render.page import Block, Line, Listing, Page, Table
 from ckptkit.render.summary import checkpoint_document, tensor_document
 
 __all__ = ["check_document", "check_page", "digests_document", "digests_page"]
+
+_OK, _FAILED = "OK", "FAILED"
 
 
 def digests_page(result: Digests) -> Page:
@@ -39,19 +41,24 @@ def check_page(result: DigestCheck, *, quiet: bool = False) -> Page:
 
     With ``quiet``, only what is not OK is printed.
     """
-    lines = [line for is_ok, line in _lines(result) if not (quiet and is_ok)]
+    rows = [row for row in _states(result) if not (quiet and row[1] == _OK)]
+    lines = [
+        f"{key_text(key)}: {state}{where and f', and {key_text(where)} has its contents'}" for key, state, where in rows
+    ]
+    for is_equal, name in ((result.same_contents, CONTENTS), (result.same_names_and_shapes, NAMES_AND_SHAPES)):
+        lines += [] if quiet and is_equal else [f"{name}: {_OK if is_equal else _FAILED}"]
     counts = f"{result.in_short} of {len(result.equal) + len(result.different) + len(result.missing):,} recorded"
-    return [Listing(tuple(lines)), Line((counts,))] if lines or not quiet else []
+    page: list[Block] = [Listing(tuple(lines)), Line((counts,))] if lines or not quiet else []
+    cells = tuple((printable(key), state, printable(where)) for key, state, where in rows)
+    return [*page, Table(("key", "state", "moved to"), cells, only_tsv=True)]
 
 
-def _lines(result: DigestCheck) -> Iterator[tuple[bool, str]]:
-    state = dict.fromkeys(result.equal, "OK") | dict.fromkeys(result.different, "FAILED")
-    state |= dict.fromkeys(result.missing, "MISSING") | dict.fromkeys(result.new, "NEW")
-    state |= {key: f"MISSING, and {key_text(new)} has its contents" for key, new in result.moved.items()}
-    for key in sorted(state):
-        yield state[key] == "OK", f"{key_text(key)}: {state[key]}"
-    for is_ok, name in ((result.ok, CONTENTS), (result.same_names_and_shapes, NAMES_AND_SHAPES)):
-        yield is_ok, f"{name}: {'OK' if is_ok else 'FAILED'}"
+def _states(result: DigestCheck) -> Iterator[tuple[str, str, str]]:
+    """Yield each key with its state, and the key that has its contents now."""
+    states = dict.fromkeys(result.equal, _OK) | dict.fromkeys(result.different, _FAILED)
+    states |= dict.fromkeys(result.missing, "MISSING") | dict.fromkeys(result.new, "NEW")
+    for key in sorted(states):
+        yield key, states[key], result.moved.get(key, "")
 
 
 def check_document(result: DigestCheck) -> dict[str, object]:
@@ -65,7 +72,7 @@ def check_document(result: DigestCheck) -> dict[str, object]:
         "missing": [{"key": key, "moved_to": result.moved.get(key)} for key in result.missing],
         "new": list(result.new),
         "skipped": _skipped(result),
-        "contents": result.ok,
+        "contents": result.same_contents,
         "names_and_shapes": result.same_names_and_shapes,
     }
 

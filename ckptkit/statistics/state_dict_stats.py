@@ -21,6 +21,7 @@ from ckptkit.statistics.columns import Columns, StatsTable
 from ckptkit.statistics.kernel import StatsKernel, StatsPart
 from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.values.arrays import real_code
+from ckptkit.values.endless import refuse_endless
 from ckptkit.values.kernels import Tally, computed, computed_together, is_short, why_unsupported
 from ckptkit.values.reading import Source, Span
 from ckptkit.values.workers import Workers
@@ -159,7 +160,8 @@ def stats(
     Raises:
         RuleError: A rule cannot be applied, or computes a new tensor.
         ModelError: ``checkpoint`` is not a state_dict, or a tensor is on the meta device.
-        PlanError: ``checkpoint`` has descriptions of tensors, without bytes.
+        PlanError: ``checkpoint`` has descriptions of tensors, without bytes, or views that repeat a few bytes
+            for hours.
         FormatError: The stored bytes do not agree with the header.
         ChangedError: A file changes while it is read.
 
@@ -180,6 +182,7 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     if quantized:
         reasons = {key: why or _why_not_numbers(key, quantized) for key, why in reasons.items()}
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
+    refuse_endless(found, [found[key] for key in measured])
     with Workers() as workers, pause_gc():
         numbers = measure_values(found, measured, workers, progress or (lambda _: None))
     tensors = MeasuredTensors(
