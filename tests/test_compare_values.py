@@ -339,6 +339,30 @@ def test_tied_tensors_count_once(tmp_path: Path) -> None:
     assert compare_values(tmp_path / "tied.pt", tied).compared == 2
 
 
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_conjugate_view_is_another_tensor(tmp_path: Path, *, is_file: bool) -> None:
+    """A conjugate view has the memory of its base and other values; two equal such views are compared once each."""
+    base = torch.tensor([1 + 2j, 3 - 1j])
+    sides: list[CheckpointLike] = [{"a": base, "b": base}, {"a": base, "b": base.conj()}]
+    for number, side in enumerate(sides):
+        torch.save(side, tmp_path / f"{number}.pt")
+    if is_file:
+        sides = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    for pair in (sides, sides[::-1]):
+        result = compare_values(*pair)
+        assert (result.compared, [one.names for one in result.different]) == (2, [("b",)])
+    result = compare_values(sides[1], sides[1])
+    assert (result.compared, result.equal) == (2, 2)
+
+
+def test_a_cast_makes_no_complex_numbers_equal_that_have_one_nan() -> None:
+    """After a cast two NaNs are equal, but not a complex number with a NaN and one with the same NaN elsewhere."""
+    one, same = (torch.tensor([complex(NAN, 1.0)], dtype=dtype) for dtype in (torch.complex64, torch.complex128))
+    assert compare_values({"w": one}, {"w": same}).all_equal
+    assert only(one, torch.tensor([complex(1.0, NAN)], dtype=torch.complex128)).changed_elements == 1
+    assert only(one, torch.tensor([complex(NAN, 2.0)], dtype=torch.complex128)).changed_elements == 1
+
+
 SPLIT = {"rule": [{"from": "w", "to": ["q", "k"], "op": {"split": {"dim": 0, "sizes": [1, 3]}}}]}
 WEIGHT = torch.arange(12.0).reshape(4, 3)
 RULES: dict[str, tuple[RulesLike, dict[str, Tensor]]] = {
@@ -369,13 +393,16 @@ def test_what_cannot_be_compared_is_told() -> None:
 
 
 def test_the_worst_are_first() -> None:
-    """Differences of NaN and infinities come first, then the largest relative change, then the names."""
-    expected = {key: torch.ones(4) for key in "abcd"}
+    """NaN and infinities are first, then the largest relative change, then the names; last what was all zero."""
+    expected = {key: torch.ones(4) for key in "abcd"} | {key: torch.zeros(4) for key in "0123"}
     found = {
         "a": torch.ones(4) * 1.1,
         "b": torch.tensor([1.0, 1, 1, NAN]),
         "c": torch.ones(4) * 2,
         "d": torch.ones(4) * 2,
+        "0": torch.tensor([NAN, 0, 0, 0]),
+        **{str(i): torch.ones(4) * i for i in (1, 2)},
+        "3": torch.ones(4) * 1,
     }
     result: ValueDiff = ckptkit.compare_values(expected, found)
-    assert [one.key for one in result.different] == ["b", "c", "d", "a"]
+    assert [one.key for one in result.different] == ["0", "b", "c", "d", "a", "2", "1", "3"]

@@ -15,6 +15,7 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
+from ckptkit.core.ties import first_of_ties
 from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.quantized import quantized_weights
 from ckptkit.rules.model import KeyMap
@@ -120,7 +121,7 @@ class ValueDiff(Result):
         compared: The number of tensors that were compared; tied tensors count once.
         equal: The number of them whose elements have equal bits.
         different: The tensors that differ, beyond the tolerances if there are any. First those where NaN or infinities
-            differ, then those with the largest ``rel_l2``, then by key.
+            differ, then those with the largest ``rel_l2``, and last those that were all zero, by ``max_abs``.
         within: The tensors whose bits differ, but that are close by the tolerances; empty without tolerances.
         skipped: Keys whose values were not compared.
         as_stored: Expected keys of the parts of quantised weights: their codes were compared, and not the numbers that
@@ -205,6 +206,7 @@ class _Comparison:
     def __init__(self, expected: Checkpoint, found: Checkpoint, key_map: KeyMap, names: Mapping[str, str]) -> None:
         self._expected, self._found, self._names = expected, found, names
         self._made = MadeTensors(found, key_map)
+        self._ties, self._found_ties = _first_of_all_ties(expected), _first_of_all_ties(found)
         self._keys: list[list[str]] = []  # the tied expected keys of each pair
         self._skipped: list[SkippedValue] = []
 
@@ -260,7 +262,8 @@ class _Comparison:
             if not is_plain and (reason := _why_skipped(expected, found)):
                 self._skipped.append(SkippedValue(key, reason))
                 continue
-            tie = (_identity(expected), self._identity_of(name)) if expected.view is not None else key
+            first = self._ties.get(key)
+            tie = key if first is None else (first, self._identity_of(name))
             number = number_of.setdefault(tie, len(self._keys))
             if number < len(self._keys):
                 self._keys[number].append(key)
@@ -276,15 +279,15 @@ class _Comparison:
 
     def _identity_of(self, name: str) -> object:
         origin = self._made.origin(name)
-        return tuple(_identity(self._found[key]) for key in origin.sources), origin.recipe
+        return tuple(self._found_ties.get(key, key) for key in origin.sources), origin.recipe
 
     def _merge_ties(self, found: Mapping[int, Part | BytesDiffer]) -> list[tuple[list[str], Part | BytesDiffer | None]]:
         """Return the keys of each pair, and its result; an expected tensor with equal results is one."""
         merged: dict[object, tuple[list[str], Part | BytesDiffer | None]] = {}
         for number, keys in enumerate(self._keys):
             part = found.get(number)
-            info = self._expected[keys[0]]
-            same = number if info.view is None else (_identity(info), part)
+            first = self._ties.get(keys[0])
+            same = number if first is None else (first, part)
             if same in merged:
                 merged[same][0].extend(keys)
             else:
@@ -333,15 +336,25 @@ def _why_skipped(expected: TensorInfo, found: TensorInfo) -> str:
     return f"there is no cast between {expected.dtype} and {found.dtype}" if unknown else ""
 
 
-def _identity(info: TensorInfo) -> object:
-    """Return what tied tensors have in common, and no other two."""
-    return info.key if info.view is None else (info.view, info.shape, info.dtype)
+def _first_of_all_ties(side: Checkpoint) -> dict[str, str]:
+    """Return each key of a tied tensor with the first key of the tensor, which has itself."""
+    first_of = first_of_ties((info for info in side.values() if info.kind == "dense"), side.span)
+    return {**first_of, **{first: first for first in first_of.values()}}
 
 
-def _badness(difference: ValueDifference) -> tuple[bool, float, str]:
-    """Return the key by which the worst difference is the first; one of bytes alone is before all numbers."""
-    rel_l2 = math.inf if difference.rel_l2 is None else difference.rel_l2
-    return not difference.nonfinite, -rel_l2, difference.key
+def _badness(difference: ValueDifference) -> tuple[int, float, float, str]:
+    """Return the key by which the worst difference is the first; one of bytes alone is before all numbers.
+
+    A tensor that was all zero, such as a new bias, has no relative change: it is behind those that have one.
+    """
+    rel_l2 = difference.rel_l2
+    if difference.nonfinite:
+        rank = 0
+    elif rel_l2 is None:
+        rank = 1
+    else:
+        rank = 3 if rel_l2 == math.inf else 2
+    return rank, -(rel_l2 or 0.0), -(difference.max_abs or 0.0), difference.key
 
 
 def _side_counts(counts: tuple[int, int]) -> SideCounts:

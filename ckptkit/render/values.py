@@ -117,19 +117,23 @@ def _answer(values: ValueDiff) -> list[Line]:
 
 
 def _how_much(different: Sequence[ValueDifference]) -> list[Line]:
-    """Return the second line of the answer: NaN and Inf, else the largest change of a tensor that was not all zero."""
+    """Return what stands below the answer: NaN and Inf, else the largest changes, those of zeros apart."""
     if nonfinite := sum(one.nonfinite > 0 for one in different):
         verb = "differs" if nonfinite == 1 else "differ"
         return [Line((f"{plural(nonfinite, 'tensor')} {verb} in NaN or Inf",), indented=True)]
-    changed = [one for one in different if one.rel_l2]
-    from_zero = sum(one.rel_l2 == math.inf for one in changed)
-    zero = f"{plural(from_zero, 'tensor')} {'was' if from_zero == 1 else 'were'} all zero" if from_zero else ""
-    if len(changed) == from_zero:
-        return [Line((zero,), indented=True)] if zero else []
-    worst = changed[from_zero]  # the worst are first
-    others = "; of the others, the largest" if from_zero else "the largest"
-    largest = f"{others} relative change is {_number(worst.rel_l2)}, in "
-    return [Line((zero + largest, Code(quoted(worst.key))), indented=True)]
+    sized = [one for one in different if one.rel_l2 and one.rel_l2 != math.inf]
+    from_zero = [one for one in different if one.rel_l2 == math.inf]
+    lines = []
+    if sized:  # the worst are first
+        largest = f"the largest relative change is {_number(sized[0].rel_l2)}, in "
+        lines.append(Line((largest, Code(quoted(sized[0].key))), indented=True))
+    if from_zero:
+        verb = "was" if len(from_zero) == 1 else "were"
+        zero = (
+            f"{plural(len(from_zero), 'tensor')} {verb} all zero: changed by up to {_number(from_zero[0].max_abs)}, in "
+        )
+        lines.append(Line((zero, Code(quoted(from_zero[0].key))), indented=True))
+    return lines
 
 
 def _remarks(values: ValueDiff) -> list[Line]:

@@ -137,9 +137,10 @@ def _measure(
 
     real, parts = real_code(code), DTYPES[code].parts
     expected, found = numbers.wide
-    differ = _of_elements(numbers.bits[0] != numbers.bits[1], parts)
+    differ = numbers.bits[0] != numbers.bits[1]
     if is_cast and numbers.nan:
-        differ &= ~(numbers.nan[0] & numbers.nan[1])
+        differ &= ~_both_nan(numbers, parts)
+    differ = _of_elements(differ, parts)
     apart = _apart(numbers, real)
     distance = apart if apart.dtype.kind == "u" else np.abs(apart)
     if parts == 2:
@@ -290,6 +291,17 @@ def _nonfinite(finite: Array, nan: Sequence[Array], differ: Array) -> Array:
     """Return which elements differ as numbers where a side is not finite; two NaNs do not."""
     marks: Array = differ & ~finite & ~(nan[0] & nan[1])
     return marks
+
+
+def _both_nan(numbers: Numbers, parts: int) -> Array:
+    """Return which numbers are NaN on both sides; a complex element is two numbers."""
+    import numpy as np
+
+    if parts == 1:
+        both: Array = numbers.nan[0] & numbers.nan[1]
+        return both
+    one, other = (np.isnan(bits.view(f"f{bits.itemsize}")) for bits in numbers.bits)
+    return one & other
 
 
 def _steps(numbers: Numbers, real: str, parts: int) -> Array | None:
