@@ -348,8 +348,8 @@ def test_a_conjugate_view_is_another_tensor(tmp_path: Path, *, is_file: bool) ->
         torch.save(side, tmp_path / f"{number}.pt")
     if is_file:
         sides = [tmp_path / "0.pt", tmp_path / "1.pt"]
-    for pair in (sides, sides[::-1]):
-        result = compare_values(*pair)
+    for one, other in (sides, sides[::-1]):
+        result = compare_values(one, other)
         assert (result.compared, [one.names for one in result.different]) == (2, [("b",)])
     result = compare_values(sides[1], sides[1])
     assert (result.compared, result.equal) == (2, 2)
@@ -361,6 +361,12 @@ def test_a_cast_makes_no_complex_numbers_equal_that_have_one_nan() -> None:
     assert compare_values({"w": one}, {"w": same}).all_equal
     assert only(one, torch.tensor([complex(1.0, NAN)], dtype=torch.complex128)).changed_elements == 1
     assert only(one, torch.tensor([complex(NAN, 2.0)], dtype=torch.complex128)).changed_elements == 1
+
+
+def test_a_complex_number_is_true_if_one_part_is_not_zero() -> None:
+    """The cast to bool looks at both parts, as torch does."""
+    found = torch.tensor([0j, 1j, -0.0 + 0j, 1, complex(0.0, NAN), 1e-320j], dtype=torch.complex128)
+    assert compare_values({"w": found.to(torch.bool)}, {"w": found}).all_equal
 
 
 SPLIT = {"rule": [{"from": "w", "to": ["q", "k"], "op": {"split": {"dim": 0, "sizes": [1, 3]}}}]}

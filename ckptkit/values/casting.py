@@ -41,12 +41,18 @@ def cast_bytes(data: memoryview, found: str, out: str, workers: Workers, buffer:
     """Return the elements in ``data`` after a cast from the dtype ``found`` to ``out``, as ``Tensor.to`` casts them.
 
     The result is in the buffer of this thread with the name ``buffer``. Both dtypes must be castable. A complex number
-    loses its imaginary part where ``out`` is not complex.
+    loses its imaginary part where ``out`` is not complex; of BOOL, it is True if one of its parts is not zero.
     """
     import numpy as np
 
     old, new = real_code(found), real_code(out)
     numbers: Array = np.frombuffer(data, bits_dtype(old))
+    if out == "BOOL" and DTYPES[found].parts == 2:
+        marks = workers.buffer("parts", bits_dtype(out), len(numbers))
+        _kernel(old, out)(numbers, marks, workers)
+        either: Array = workers.buffer(buffer, bits_dtype(out), len(numbers) // 2)
+        np.bitwise_or(marks[::2], marks[1::2], out=either)
+        return either.view(np.uint8).data
     if DTYPES[found].parts > DTYPES[out].parts:
         numbers = np.ascontiguousarray(numbers[::2])
     result = workers.buffer(buffer, bits_dtype(new), len(data) * 8 // DTYPES[found].bits * DTYPES[out].parts)

@@ -297,11 +297,11 @@ def _both_nan(numbers: Numbers, parts: int) -> Array:
     """Return which numbers are NaN on both sides; a complex element is two numbers."""
     import numpy as np
 
-    if parts == 1:
-        both: Array = numbers.nan[0] & numbers.nan[1]
-        return both
-    one, other = (np.isnan(bits.view(f"f{bits.itemsize}")) for bits in numbers.bits)
-    return one & other
+    one, other = numbers.nan
+    if parts == 2:
+        one, other = (np.isnan(bits.view(f"f{bits.itemsize}")) for bits in numbers.bits)
+    both: Array = one & other
+    return both
 
 
 def _steps(numbers: Numbers, real: str, parts: int) -> Array | None:
