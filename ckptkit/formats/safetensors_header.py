@@ -25,6 +25,7 @@ _DEEPEST_EXTRA = 100  # the library stops at 127 levels
 _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 _SIZE = r"(?:0|[1-9][0-9]{0,18}+)"
 _METADATA_START = f'{{"{METADATA}":'
+_LONGEST_METADATA = 1 << 20  # characters; a longer header may hold more values than JSON is allowed to build
 # An entry as the safetensors library writes it, after a comma: the key, dtype and shape as one text, and the offsets.
 _ENTRY = re.compile(
     r',"([^"\\\x00-\x1f]*+)":\{"dtype":("[A-Z0-9_]++","shape":\[[0-9,]*+\]),"data_offsets":'
@@ -64,7 +65,7 @@ def _read_plain(data: bytes, nbytes: int) -> SafetensorsHeader | None:
         metadata: Mapping[str, str] = {}
         start = 1
         if text.startswith(_METADATA_START):
-            _, start = json.JSONDecoder().raw_decode(text, len(_METADATA_START))
+            _, start = json.JSONDecoder().raw_decode(text[:_LONGEST_METADATA], len(_METADATA_START))
             metadata = _metadata(parse_json(f"{text[:start]}}}".encode(), "the header")[METADATA])
             if text[start : start + 1] != ",":
                 return None
