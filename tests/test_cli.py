@@ -222,6 +222,15 @@ def test_the_nearest_right_word_is_named(arguments: list[str], meant: str, capsy
     assert (ran.code, ran.out, ran.err.splitlines()[1]) == (2, "", f"hint: did you mean {meant}")
 
 
+@pytest.mark.parametrize("arguments", [["average"], ["diff", TEN, TEN, "--strict"], ["remap", TEN, "--remove", "a"]])
+def test_a_word_that_only_looks_alike_is_not_suggested(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``merge`` averages nothing, and ``--strip`` has nothing to do with ``--strict``."""
+    ran = run_ckpt(capsys, *arguments)
+    assert (ran.code, ran.out, "did you mean" in ran.err) == (2, "", False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "group", "line"),
     [((), ckpt, "groups      Check param groups"), (("groups",), groups, "validate  Check that")],

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 import ckptkit
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import quoted
+from ckptkit.render.findings import finding_lines
 from ckptkit.render.page import Code, Line, Page, Table, as_text, join_rows, name_beside
 from ckptkit.render.page.html import as_html
 from ckptkit.render.show import show_page
@@ -131,3 +134,18 @@ def test_findings_that_say_the_same_share_a_line() -> None:
         "26 errors",
     ]
     assert (lines[4][:2], len(report.findings)) == ("  ", 26)
+
+
+@pytest.mark.parametrize("message", ["{} is bad", "no value for {}", "{}", "{} and {}", "nothing said of it"])
+def test_lines_of_findings_name_each_key(message: str) -> None:
+    """Joined or not, the lines stand for each finding exactly once, wherever its message names the key."""
+    keys = ["a.0.w", "a.1.w", "b", "it's"]
+    findings = [Finding("x.y", "error", key, message.format(*[quoted(key)] * 2)) for key in keys]
+    lines = [text.removeprefix("error: ").removesuffix("  [x.y]") for text in as_text(list(finding_lines(findings)))]
+    if message.count("{}") != 1:
+        assert lines == [finding.message for finding in findings]
+    else:
+        assert lines == [
+            message.format("'a.{0,1}.w' ×2"),
+            *(finding.message for finding in findings[2:]),
+        ]

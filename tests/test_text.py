@@ -113,7 +113,7 @@ def test_sizes_are_decimal(count: int, shown: str) -> None:
     ("number", "shown"),
     [(3e-4, "3e-4"), (0.00030000000000000003, "3e-4"), (1e-05, "1e-5"), (0.1, "0.1"), (0.1 + 0.2, "0.3"), (1.0, "1"),
      (1e-3, "0.001"), (0.0009999999999999998, "0.001"), (0.01, "0.01"), (1.5e-4, "1.5e-4"), (-2e-7, "-2e-7"),
-     (0.0, "0"), (-0.0, "-0"), (65504.0, "65504"), (1_234_567, "1234567"), (1e9, "1e9"),
+     (0.0, "0"), (-0.0, "0"), (65504.0, "65504"), (1_234_567, "1234567"), (1e9, "1e9"),
      (3.4028234663852886e38, "3.40282e38"),
      (math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"), (5e-324, "4.94066e-324"), (None, "")],
 )  # fmt: skip
@@ -137,6 +137,7 @@ def test_options_that_differ_look_different() -> None:
     assert option_texts(0.00030000000000000003, 1e-5) == ("3e-4", "1e-5")
     assert option_texts([0.9, 0.999], "x") == ("[0.9, 0.999]", "'x'")
     assert option_texts(0.1 + 0.2, 0.3) == ("0.30000000000000004", "0.3")
+    assert option_texts({"decay": 1e-05, "steps": 3}, None) == ("{decay: 1e-5, steps: 3}", "None")
 
 
 def test_counts_agree_with_their_noun() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice, takewhile
 
 __all__ = [
@@ -183,12 +183,13 @@ def percent(share: float) -> str:
 def short_number(value: float | None, digits: int = 6) -> str:
     """Return a number as people write it, with at most ``digits`` digits: ``3e-4``, ``0.1``, ``65504``; None is empty.
 
-    It is for people only: JSON documents and files have the exact number. Whole numbers below 1e9 are never rounded.
+    It is for people only: JSON documents and files have the exact number. Whole numbers below 1e9 are never rounded,
+    and -0.0 is ``0``.
     """
     if value is None:
         return ""
     if abs(value) < _LARGE and value == int(value):
-        return f"{value:.0f}"
+        return str(int(value))
     text = f"{value:.{digits}g}"
     if abs(float(text)) < _SMALL:
         text = f"{value:.{digits - 1}e}"
@@ -197,7 +198,7 @@ def short_number(value: float | None, digits: int = 6) -> str:
 
 
 def option_text(value: object) -> str:
-    """Return an option of an optimizer for a table: numbers are short, also in lists, and text is printable."""
+    """Return an option of an optimizer for a table: numbers are short, also in lists and dicts, and text is printable."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, float):
@@ -205,6 +206,8 @@ def option_text(value: object) -> str:
     if isinstance(value, list | tuple):
         marks = "[]" if isinstance(value, list) else "()"
         return f"{marks[0]}{', '.join(map(option_text, value))}{marks[1]}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{option_text(name)}: {option_text(item)}' for name, item in value.items())}}}"
     return printable(str(value))
 
 

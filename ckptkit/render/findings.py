@@ -64,7 +64,7 @@ def _joined(findings: Iterable[Finding]) -> Iterator[tuple[str, Finding]]:
     or if its hint has the key.
     """
     numbers: dict[tuple[object, ...], int] = {}
-    sets: list[tuple[str, str, Finding]] = []
+    sets: list[tuple[str, str, Finding, bool]] = []
     rows: dict[Row, None] = {}
     for finding in findings:
         name = quoted(finding.key)
@@ -75,12 +75,12 @@ def _joined(findings: Iterable[Finding]) -> Iterator[tuple[str, Finding]]:
         if row in rows:  # the same twice
             row = (finding.key, (str(len(sets)),))
         if int(row[1][0]) == len(sets):
-            sets.append((before, "" if is_alone else after, finding))
+            sets.append((before, after, finding, is_alone))
         rows[row] = None
     for joined, number in join_rows(rows):
-        before, after, finding = sets[int(number)]
+        before, after, finding, is_alone = sets[int(number)]
         name, times, count = joined.rpartition(" ×")
-        if not after:
+        if is_alone:
             yield finding.message, finding
         else:
             yield (

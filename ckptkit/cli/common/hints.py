@@ -7,7 +7,7 @@ from collections.abc import Collection, Container, Sequence
 
 import click
 
-from ckptkit.core.text import nearest, quoted
+from ckptkit.core.text import nearest, quoted, shared_start
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
 
 __all__ = ["NoSuchCommandError", "hint_for_command", "usage_trouble"]
@@ -15,7 +15,8 @@ __all__ = ["NoSuchCommandError", "hint_for_command", "usage_trouble"]
 _BETWEEN = re.compile(r"(; or |, or |; |(?<=\?) (?=or ))")
 _NOT_ONE_OF = re.compile(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
 _QUOTED = re.compile(r"'([^']*)'")
-_ALIKE = 0.65  # the least likeness of a word to a right one
+_ALIKE = 0.74  # the least likeness of a word to a right one: --strict is not --strip
+_ALIKE_AT_START = 0.6  # where one of both words begins with all of the other, but for its last character
 _REMAP = "ckpt remap PATH -o OUT"
 
 
@@ -68,6 +69,15 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
     elif found := _NOT_ONE_OF.search(reason):
         wrong, right = found["value"], _QUOTED.findall(found["choices"])
-    near = nearest(wrong, right, _ALIKE)
+    near = _nearest(wrong, right)
     start = f"did you mean {'--' * isinstance(error, click.NoSuchOption)}{near}? " if near else ""
     return reason, f"{start}see {context.command_path if context else 'ckpt'} --help"
+
+
+def _nearest(wrong: str, right: Sequence[str]) -> str | None:
+    """Return the right word that a wrong one stands for, or None: a wrong suggestion is worse than none."""
+    near = nearest(wrong, right, _ALIKE)
+    close = near or nearest(wrong, right, _ALIKE_AT_START)
+    if close and shared_start(wrong, close) >= min(len(wrong), len(close)) - 1:
+        return close
+    return near
