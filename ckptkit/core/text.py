@@ -198,7 +198,7 @@ def short_number(value: float | None, digits: int = 6) -> str:
 
 
 def option_text(value: object) -> str:
-    """Return an option of an optimizer for a table: numbers are short, also in lists and dicts, and text is printable."""
+    """Return an option of an optimizer for a table: numbers in it are short, and text is printable."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, float):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Container, Sequence
 
 import click
 
-from ckptkit.core.text import nearest, quoted, shared_start
+from ckptkit.core.text import nearest, quoted
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
 
 __all__ = ["NoSuchCommandError", "hint_for_command", "usage_trouble"]
@@ -16,7 +16,7 @@ _BETWEEN = re.compile(r"(; or |, or |; |(?<=\?) (?=or ))")
 _NOT_ONE_OF = re.compile(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
 _QUOTED = re.compile(r"'([^']*)'")
 _ALIKE = 0.74  # the least likeness of a word to a right one: --strict is not --strip
-_ALIKE_AT_START = 0.6  # where one of both words begins with all of the other, but for its last character
+_ALIKE_AT_START = 0.6  # where one of both words begins with all of the other
 _REMAP = "ckpt remap PATH -o OUT"
 
 
@@ -78,6 +78,4 @@ def _nearest(wrong: str, right: Sequence[str]) -> str | None:
     """Return the right word that a wrong one stands for, or None: a wrong suggestion is worse than none."""
     near = nearest(wrong, right, _ALIKE)
     close = near or nearest(wrong, right, _ALIKE_AT_START)
-    if close and shared_start(wrong, close) >= min(len(wrong), len(close)) - 1:
-        return close
-    return near
+    return close if close and (wrong.startswith(close) or close.startswith(wrong)) else near
