@@ -81,7 +81,7 @@ _FLAGS: Final = frozenset(
 )
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "drop-metadata", "elementwise", "ignore", "reset")
-_NUMBER: Final = lazy_pattern(r"\d+(?:\.\d+)?")
+_NUMBER: Final = lazy_pattern(r"\d+(?:\.\d+)?(?:e-?\d+)?|inf")
 _BY_PATTERN: Final = (
     "as-layer",
     "metadata",
@@ -104,7 +104,7 @@ _WORDED: Final = (  # their values are plain words
 _AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
 _VALUE: Final = (
     rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?:[:-]\w+)*|(?<=--strip )auto\b|(?<=--set )\w+=\w+"
-    r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-rel-l2 )[\d.e-]*\d|(?<=--max-shard-size )\w+"
+    r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-rel-l2 )(?:inf|[\d.e+-]*\d)|(?<=--max-shard-size )\w+"
 )
 _OPTION: Final = rf"(?<![\w-])--(?P<name>[a-z][a-z0-9-]+)(?:[ =](?P<value>{_VALUE}))?"
 OPTION: Final = lazy_pattern(_OPTION)

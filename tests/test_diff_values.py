@@ -154,6 +154,8 @@ def test_what_cannot_be_compared_breaks_a_gate_and_is_not_called_equal() -> None
     assert result.different
     assert "1 tensor was not compared: 'sparse' (a sparse tensor)" in str(result)
     assert "max_rel_l2=1: 1 tensor is not within it, 'sparse' (not compared: a sparse tensor)" in str(result)
+    for limit, text in ((math.inf, "inf"), (1e-5, "1e-5")):
+        assert f"max_rel_l2={text}: 1 tensor" in str(ckptkit.diff(state, state, max_rel_l2=limit))
 
 
 @pytest.mark.parametrize("option", ["--expect-frozen", "--expect-changed"])
@@ -178,7 +180,11 @@ def test_the_worst_tensors_are_first_and_ten(saved: Saved, capsys: pytest.Captur
     lines = out.splitlines()
     rows = [line.split()[0] for line in lines if line.startswith("layer.")]
     assert rows == ["layer.3.weight", *(f"layer.{i}.weight" for i in range(13, 4, -1) if i != 5), "layer.4.weight"]
-    assert lines[2:4] == ["values: 13 of 14 tensors differ", "  1 tensor differs in NaN or Inf"]
+    assert lines[2:5] == [
+        "values: 13 of 14 tensors differ",
+        "  1 tensor differs in NaN or Inf",
+        "  the largest relative change is 0.014, in 'layer.13.weight'",
+    ]
     assert "and 3 more tensors" in lines
     for option in ("--expand", "-a"):
         everything = run_ckpt(capsys, "diff", *paths, "--values", option).out
@@ -221,6 +227,13 @@ def test_same_file_ranges_are_counted_without_reading(
     assert shards.same_ranges == {pair.key for pair in shards.matched}
     renamed = ckptkit.diff(one, one, ["head.weight=head.weight"])
     assert renamed.to_dict()["summary"]["same_ranges"] == 10
+
+
+def test_nothing_in_common_is_not_called_equal() -> None:
+    """``all_equal`` needs one tensor that was compared; a diff of two empty states has no difference all the same."""
+    assert not ckptkit.compare_values({"a": torch.ones(1)}, {"b": torch.ones(1)}).all_equal
+    assert not ckptkit.compare_values({}, {}).all_equal
+    assert not ckptkit.diff({}, {}, values=True).different
 
 
 def test_without_values_no_value_is_claimed(saved: Saved) -> None:

@@ -165,7 +165,8 @@ class StateDictDiff(Result):
         return bool(
             self.missing or self.unexpected or self.shape_mismatched or self.dtype_mismatched
             or self.quantized or self.uncopyable or self.blocked or self.foreign or self.extra_state
-            or self.reported or self.refusals or (self.values is not None and not self.values.all_equal)
+            or self.reported or self.refusals
+            or (self.values is not None and (self.values.different or self.values.skipped))
         )  # fmt: skip
 
     @property

@@ -160,8 +160,8 @@ class ValueDiff(Result):
 
     @property
     def all_equal(self) -> bool:
-        """Whether every tensor was compared, and none differs (beyond the tolerances)."""
-        return not self.different and not self.skipped
+        """Whether all values of the common keys were compared, at least one, and none differs beyond the tolerances."""
+        return self.compared > 0 and not self.different and not self.skipped
 
 
 def require_tolerances(rtol: float | None, atol: float | None) -> None:

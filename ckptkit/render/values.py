@@ -117,21 +117,21 @@ def _answer(values: ValueDiff) -> list[Line]:
 
 
 def _how_much(different: Sequence[ValueDifference]) -> list[Line]:
-    """Return what stands below the answer: NaN and Inf, else the largest changes, those of zeros apart."""
+    """Return what stands below the answer: NaN and Inf, and the largest changes of numbers, those of zeros apart."""
+    lines = []
     if nonfinite := sum(one.nonfinite > 0 for one in different):
         verb = "differs" if nonfinite == 1 else "differ"
-        return [Line((f"{plural(nonfinite, 'tensor')} {verb} in NaN or Inf",), indented=True)]
-    sized = [one for one in different if one.rel_l2 and one.rel_l2 != math.inf]
-    from_zero = [one for one in different if one.rel_l2 == math.inf]
-    lines = []
-    if sized:  # the worst are first
+        lines.append(Line((f"{plural(nonfinite, 'tensor')} {verb} in NaN or Inf",), indented=True))
+    others = [one for one in different if one.rel_l2 and not one.nonfinite]
+    sized = [one for one in others if one.rel_l2 != math.inf]
+    from_zero = [one for one in others if one.rel_l2 == math.inf]
+    if sized:
         largest = f"the largest relative change is {_number(sized[0].rel_l2)}, in "
         lines.append(Line((largest, Code(quoted(sized[0].key))), indented=True))
     if from_zero:
         verb = "was" if len(from_zero) == 1 else "were"
-        zero = (
-            f"{plural(len(from_zero), 'tensor')} {verb} all zero: changed by up to {_number(from_zero[0].max_abs)}, in "
-        )
+        largest = f"changed by up to {_number(from_zero[0].max_abs)}, in "
+        zero = f"{plural(len(from_zero), 'tensor')} {verb} all zero: {largest}"
         lines.append(Line((zero, Code(quoted(from_zero[0].key))), indented=True))
     return lines
 
