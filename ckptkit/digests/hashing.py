@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain, islice
-from typing import Final, NamedTuple, Protocol, TypeAlias
+from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Payload, TensorInfo
-from ckptkit.core.files import is_seekable, place_of
+from ckptkit.core.files import Extent, is_seekable, place_of
 from ckptkit.errors import ArgumentError, CkptkitError, FormatError
-from ckptkit.values.reading import READ_BYTES, Read, Source, Span, read_bytes, reads
+from ckptkit.values.reading import READ_BYTES, neighbours
 from ckptkit.values.workers import Workers
 
 __all__ = [
@@ -35,6 +35,9 @@ ALGORITHMS: Final = tuple(HEX_DIGITS)
 _FAILED: Final = -1
 _LOOK_AGAIN: Final = 0.1  # seconds after which a task that waits looks whether all work has ended
 _MOST_TOGETHER: Final = 512  # small tensors in memory that a task hashes
+
+
+_Bytes = TypeVar("_Bytes", bound=Payload)
 
 
 class Hash(Protocol):
@@ -112,23 +115,24 @@ def hash_tensors(tensors: Iterable[tuple[TensorInfo, Payload]], algorithm: str, 
     start = hash_function(algorithm)
     finished: list[HashedTensor] = []
     long: list[_LongTensor] = []
-    near: list[Source[_Small]] = []
-    others: list[tuple[_Small, Payload]] = []
+    near: list[_Small[Extent]] = []
+    others: list[_Small[Payload]] = []
     for info, payload in tensors:
         header = header_of(info.dtype, info.shape)
         if not payload.nbytes:
             finished.append(HashedTensor(info.key, start(header).hexdigest()))
         elif payload.nbytes > READ_BYTES:
             long.append(_LongTensor(info.key, payload, start(header)))
-        elif is_seekable(payload):
-            near.append(Source(payload, (Span(_Small(info.key, header), 0, payload.nbytes, 1),)))
+        elif isinstance(payload, Extent):
+            near.append(_Small(info.key, header, payload))
         else:
-            others.append((_Small(info.key, header), payload))
+            others.append(_Small(info.key, header, payload))
     yield finished, 0
     long.sort(key=lambda tensor: -tensor.payload.nbytes)
-    near.sort(key=lambda source: place_of(source.payload))
+    near.sort(key=lambda tensor: place_of(tensor.payload))
+    runs = neighbours([tensor.payload for tensor in near])
     short = chain(
-        (partial(_hash_read, read, start) for read in reads(near)),
+        (partial(_hash_run, near[first:stop], start) for first, stop in runs),
         (partial(_hash_each, group, start) for group in _groups(others)),
     )
 
@@ -138,11 +142,12 @@ def hash_tensors(tensors: Iterable[tuple[TensorInfo, Payload]], algorithm: str, 
     yield from workers.each(run, _in_turn([tensor.tasks() for tensor in long], short, workers.threads))
 
 
-class _Small(NamedTuple):
+class _Small(NamedTuple, Generic[_Bytes]):
     """A tensor that one task hashes whole."""
 
     key: str
     header: bytes
+    payload: _Bytes
 
 
 class _LongTensor:
@@ -202,26 +207,29 @@ class _LongTensor:
             raise _other_length(self.payload, self._taken)
 
 
-def _hash_read(read: Read[_Small], start: Callable[[bytes], Hash], workers: Workers) -> _Step:
-    data = read_bytes(read, workers)
-    hashed = []
-    for item, first, stop, _ in read.spans:
-        digest = start(item.header)
-        digest.update(data[first:stop])
-        hashed.append(HashedTensor(item.key, digest.hexdigest()))
-    return hashed, sum(stop - first for _, first, stop, _ in read.spans)
-
-
-def _hash_each(group: Sequence[tuple[_Small, Payload]], start: Callable[[bytes], Hash], _: Workers) -> _Step:
+def _hash_run(run: Sequence[_Small[Extent]], start: Callable[[bytes], Hash], workers: Workers) -> _Step:
+    """Hash neighbours in a file, which are read together."""
+    begin, last = run[0].payload.offset, run[-1].payload
+    data = workers.read("bytes", Extent(last.file, begin, last.offset + last.nbytes - begin))
     hashed, nbytes = [], 0
-    for item, payload in group:
-        digest, taken = start(item.header), 0
+    for key, header, extent in run:
+        digest = start(header)
+        digest.update(data[extent.offset - begin : extent.offset - begin + extent.nbytes])
+        hashed.append(HashedTensor(key, digest.hexdigest()))
+        nbytes += extent.nbytes
+    return hashed, nbytes
+
+
+def _hash_each(group: Sequence[_Small[Payload]], start: Callable[[bytes], Hash], _: Workers) -> _Step:
+    hashed, nbytes = [], 0
+    for key, header, payload in group:
+        digest, taken = start(header), 0
         for chunk in payload.chunks():
             digest.update(chunk)
             taken += len(chunk)
         if taken != payload.nbytes:
             raise _other_length(payload, taken)
-        hashed.append(HashedTensor(item.key, digest.hexdigest()))
+        hashed.append(HashedTensor(key, digest.hexdigest()))
         nbytes += taken
     return hashed, nbytes
 
@@ -230,12 +238,12 @@ def _other_length(payload: Payload, taken: int) -> FormatError:
     return FormatError(f"{taken:,} bytes are stored of a tensor of {payload.nbytes:,} bytes")
 
 
-def _groups(tensors: Iterable[tuple[_Small, Payload]]) -> Iterator[list[tuple[_Small, Payload]]]:
-    group: list[tuple[_Small, Payload]] = []
+def _groups(tensors: Iterable[_Small[Payload]]) -> Iterator[list[_Small[Payload]]]:
+    group: list[_Small[Payload]] = []
     nbytes = 0
     for tensor in tensors:
         group.append(tensor)
-        nbytes += tensor[1].nbytes
+        nbytes += tensor.payload.nbytes
         if len(group) == _MOST_TOGETHER or nbytes >= READ_BYTES:
             yield group
             group, nbytes = [], 0
