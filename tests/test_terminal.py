@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from ckptkit.core.text import printable
 from ckptkit.render.page import Line, Table, as_markdown, as_text, as_tsv, join_rows, name_beside
-from ckptkit.render.page.display import shortened
+from ckptkit.render.page.shortening import shortened
 from ckptkit.render.page.width import fitted
 from tests.helpers_cli import ROOT, run_ckpt
 
@@ -101,15 +101,38 @@ def test_tab_separated_values_are_what_csv_reads(table: Table) -> None:
 
 @pytest.mark.parametrize("size", [24, 16, 12])
 def test_names_stay_different(size: int) -> None:
-    """Names that differ anywhere differ after they are shortened, and keep the ends of the names where these differ."""
+    """Names that differ anywhere differ after they are shortened."""
     roles = ("q_proj.weight", "k_proj.weight", "v_proj.bias")
     names = [f"encoder.transformer.layers.{layer}.self_attn.{role}" for layer in range(12) for role in roles]
     short = shortened(names, size)
     assert len(set(short)) == len(names)
     assert max(map(len, short)) <= size
     assert shortened(["encoder.layers.{0..11}.blocks.self_attn.weight ×12"], 36) == [
-        "encoder.layers…self_attn.weight ×12"
+        "…{0..11}.blocks.self_attn.weight ×12"
     ]
+
+
+@settings(max_examples=50)
+@given(st.lists(CELL.map(printable), max_size=9), st.integers(1, 40))
+def test_a_shortened_text_shows_where_it_was_cut(texts: list[str], size: int) -> None:
+    """It has signs for what was left out: what is between them is in the text, in that order; and it fits."""
+    for text, short in zip(texts, shortened(texts, size), strict=True):
+        assert columns_of(short) <= max(size, columns_of(text) if short == text else 0)
+        assert short == text or re.search(".*".join(map(re.escape, f" {short} ".split("…"))), f" {text} ", re.DOTALL)
+
+
+def test_names_lose_what_they_share() -> None:
+    """Segments of a name that few other names have are kept, with the index where it differs."""
+    parts = ["attention.output.dense", "output.dense", "attention.self.key"]
+    names = [f"bert.encoder.layer.{layer}.{part}.weight" for layer in range(12) for part in parts]
+    assert shortened(names, 33)[-3:] == [
+        "…11.attention.output.dense.weight",
+        "bert…layer.11.output.dense.weight",
+        "bert…11.attention.self.key.weight",
+    ]
+    rows = ["source: bert.encoder.layer.3.output.dense.weight", "source"]
+    assert shortened(rows, 32) == ["source: …3.output.dense.weight", "source"]
+    assert shortened(['{"model_type": "llama", "a.b": 1}'], 20) == ['{"model_type": "lla…']
 
 
 def test_rows_are_joined_with_the_other_name_beside_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

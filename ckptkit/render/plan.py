@@ -111,7 +111,8 @@ def _metadata(plan: Plan) -> Mapping[str, str]:
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:
     rows = [(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
     headers = ("key", "tensor", "from", "operation", "rule")
-    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("rule", "operation"))
+    last = "from" if len({origin for _, (_, origin, *_) in rows}) <= 1 else "tensor"
+    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("rule", "operation", last))
     return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
 

@@ -35,6 +35,8 @@ __all__ = [
 
 _LINES_AT_ONCE = 1000
 _USUAL_WIDTH = 80  # of a terminal that does not know it
+_BAR = 36
+_BESIDE_BAR = len("  []  100%  00:00:00")
 
 
 class ReportFormat(Enum):
@@ -136,12 +138,16 @@ def fitted_to(stream: TextIO, page: Page) -> Page:
         return page
     from ckptkit.render.page.width import fitted
 
+    return fitted(page, _width_of(stream))
+
+
+def _width_of(terminal: TextIO) -> int:
     given = os.environ.get("COLUMNS", "")
     if given.isascii() and given.isdigit() and int(given) > 0:
-        return fitted(page, int(given))
+        return int(given)
     with contextlib.suppress(OSError):
-        return fitted(page, os.get_terminal_size(stream.fileno()).columns or _USUAL_WIDTH)
-    return fitted(page, _USUAL_WIDTH)
+        return os.get_terminal_size(terminal.fileno()).columns or _USUAL_WIDTH
+    return _USUAL_WIDTH
 
 
 def exit_code(report: Report) -> int:
@@ -158,5 +164,6 @@ def progress_bar(length: int, label: str, *, hidden: bool) -> Iterator[Progress 
     if hidden or not sys.stderr.isatty():
         yield None
         return
-    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
+    size = min(_BAR, _width_of(sys.stderr) - len(label) - _BESIDE_BAR)  # a bar in two lines is not drawn over
+    with click.progressbar(length=length, label=label, file=sys.stderr, width=max(size, 1)) as bar:
         yield bar.update

@@ -14,13 +14,14 @@ from itertools import chain, pairwise
 from ckptkit.core.text import plural
 from ckptkit.errors import COMMAND, OPTION
 from ckptkit.render.page import BESIDE_HEADER, Block, Hint, Line, Page, Table
-from ckptkit.render.page.display import display_width, shortened, start_of
+from ckptkit.render.page.display import are_plain, display_width, start_of
+from ckptkit.render.page.shortening import shortened
 
 __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
 _INDENT = 2
-_COMFORTABLE = (24, 20)  # columns that give way are left out before the name, and other cells, become shorter
+_COMFORTABLE = (32, 24)  # columns that give way are left out before the name, and other cells, become shorter
 _LEAST = (16, 8)  # columns that do not give way are left out before they become shorter
 # A name or a sentence. A number, a dtype with a shape, a bar or a digest is never cut.
 _CUTTABLE = re.compile(r"[a-z].*[ ._/]|[ ._/].*[a-z]")
@@ -100,11 +101,14 @@ def _wrapped(text: str, size: int) -> list[str]:
 
 def _fit_table(table: Table, width: int) -> Table:
     """Return the table itself if it fits, else one with the widest columns that fit."""
+    last = (table.headers[-1], *(row[-1] for row in table.rows))
     natural = [
-        max(display_width(header) + BESIDE_HEADER, *map(display_width, column))
+        max(display_width(header) + BESIDE_HEADER, *map(len if are_plain(column) else display_width, column))
         for header, column in zip(table.headers, zip(*table.rows, strict=True), strict=True)
     ]
-    if sum(natural) + _GAP * (len(natural) - 1) <= width:
+    # A header at the end of a line has no spaces behind it.
+    spaces = 0 if table.headers[-1] in table.right else natural[-1] - max(map(display_width, last))
+    if sum(natural) - spaces + _GAP * (len(natural) - 1) <= width:
         return table
     named = next((at for at, header in enumerate(table.headers) if header), 0)
     first = dict.fromkeys(table.headers.index(header) for header in table.gives_way if header in table.headers)

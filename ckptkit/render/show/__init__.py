@@ -85,11 +85,12 @@ def show_page(
         if digests is not None:
             cells = (*cells, _digest(digests, key))
         rows.append((key, (*cells, _ties(key, shared.get(key, ()))) if has_ties else cells))
-    more = [*(["sha256"] if digests is not None else []), *(["shares memory with"] if has_ties else [])]
+    has_digests = digests is not None
+    more = [*["sha256"] * has_digests, *(["shares memory with"] if has_ties else [])]
     headers = ("key", "dtype", "shape", "bytes", *more)
     table = tuple(table_rows(rows, expand=expand))
     tensors = (
-        Table(headers, table, frozenset({"bytes"}), ("shares memory with", "bytes"))
+        Table(headers, table, frozenset({"bytes"}), ("shares memory with", "bytes", "dtype", *["shape"] * has_digests))
         if rows
         else Listing(("no tensors",))
     )
