@@ -120,7 +120,9 @@ def assert_same_weights(
     with opened(a, "a") as expected, opened(b, "b") as found:
         key_map = apply_rules(rules_for(None, found), found)
         _same_description(diff_checkpoints(expected, found, key_map), check_dtype=check_dtype)
-        compared = compare_named(expected, found, key_map, {key: key for key in expected}, rtol=rtol, atol=atol)
+        sizes = (rtol, atol) if rtol or atol else (None, None)  # 0 would take -0.0 for 0.0
+        names = {key: key for key in expected}
+        compared = compare_named(expected, found, key_map, names, rtol=sizes[0], atol=sizes[1])
         if compared.skipped:
             reasons = [f"{quoted(one.key)} ({one.reason})" for one in compared.skipped[:_MOST_NAMED]]
             tensors = plural(len(compared.skipped), "tensor")

@@ -187,6 +187,14 @@ def test_the_ends_of_a_dtype(count: int) -> None:
     assert (result.inf.expected, result.inf.found, result.rel_l2, result.cosine) == (1, 1, 0.0, None)
 
 
+def test_tolerances_of_zero_compare_numbers() -> None:
+    """As in ``torch.allclose``, -0.0 is 0.0 then; without tolerances, bits count."""
+    zeros = torch.zeros(2)
+    assert compare_values({"w": zeros}, {"w": -zeros}, rtol=0, atol=0).all_equal
+    assert not compare_values({"w": zeros}, {"w": zeros + 1e-45}, rtol=0).all_equal
+    assert only(zeros, -zeros).changed == 1.0
+
+
 def test_nan_is_never_equal_by_accident() -> None:
     """A NaN equals a NaN of the same bits, and differs from a number, from infinity, and from a NaN of other bits."""
     quiet, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x7FC00000, 0x7FC00001))

@@ -323,7 +323,7 @@ def test_values_that_the_own_code_of_a_model_renames() -> None:
     assert [one.keys for one in result.unmet] == [("1.weight",)]
 
 
-def test_a_missing_tie_is_judged_as_its_tensor() -> None:
+def test_a_tie_of_one_side_is_judged_as_its_tensor() -> None:
     """A file of a tied model has the tensor once: the gate is about the tensor, not about the second name."""
     weight = nn.Parameter(torch.randn(4, 3))
     model = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
@@ -334,3 +334,8 @@ def test_a_missing_tie_is_judged_as_its_tensor() -> None:
     state["embedding.weight"] += 1
     result = ckptkit.diff(model, state, expect_frozen="head.*", expect_changed="*")
     assert [(one.requirement, one.keys) for one in result.unmet] == [("expect_frozen", ("head.weight",))]
+    result = ckptkit.diff(state, model, expect_frozen="head.*", expect_changed="*")
+    assert [(one.requirement, one.keys) for one in result.unmet] == [("expect_frozen", ("head.weight",))]
+    renamed = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    state = {"embedding.weight": weight.detach().clone()}
+    assert ckptkit.diff(state, renamed, ["module.*=*"], expect_frozen="*").unmet == ()

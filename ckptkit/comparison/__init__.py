@@ -132,11 +132,19 @@ def _with_values(result: StateDictDiff, gates: Gates, values: ValueDiff) -> Stat
 
 
 def _ties_to_compared(result: StateDictDiff, compared: AbstractSet[str]) -> dict[str, str]:
-    """Return each missing key that is tied to a key whose values were compared, with that key: they are one tensor."""
-    missing = {info.key for info in result.missing}
+    """Return each key of one side that is tied to a key whose values were compared, with that key: they are one tensor.
+
+    Keys are the names after the rules.
+    """
+    missing = {info.key: info.key for info in result.missing}
+    unexpected = {info.key: result.names.get(info.key, info.key) for info in result.unexpected}
+    of_expected = {key: key for key in compared}
+    of_found = {pair.found.key: pair.key for pair in result.matched if result.names.get(pair.found.key) == pair.key}
     ties: dict[str, str] = {}
-    for keys in tied_keys(result.expected.values()) if missing else ():
-        first = next((key for key in keys if key in compared), None)
-        if first is not None:
-            ties |= dict.fromkeys(missing.intersection(keys), first)
+    sides = (missing, of_expected, result.expected), (unexpected, of_found, result.found)
+    for lone, others, infos in sides:
+        for keys in tied_keys(infos.values()) if lone else ():
+            first = next((others[key] for key in keys if others.get(key) in compared), None)
+            if first is not None:
+                ties |= {lone[key]: first for key in keys if key in lone}
     return ties

@@ -215,7 +215,7 @@ class _Comparison:
         from ckptkit.values.workers import Workers
 
         self._refuse_endless()
-        tolerance = None if not rtol and not atol else Tolerance(float(rtol or 0), float(atol or 0))
+        tolerance = None if rtol is None and atol is None else Tolerance(float(rtol or 0), float(atol or 0))
         pairs = sorted(self._pairs(), key=lambda pair: place_of(pair.expected))
         found: dict[int, Part | BytesDiffer] = {}
         with Workers() as workers:
