@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 CHUNK = 4 << 20
+_COMPARED = 1 << 19  # bytes of two payloads that are compared while they are in the cache
 
 _REASONS = {
     errno.ENOENT: "no such file or directory",
@@ -96,7 +97,7 @@ class LocalFile:
             raise PathError(str(error), path=path) from None
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
-            os.close(self._fd)
+            self.close()  # a file of a pool that is opened again lives on
             raise PathError("not a regular file", path=path)
         self.size = status.st_size
         self._seen = file_state(status)
@@ -326,17 +327,22 @@ def place_of(payload: Payload) -> tuple[str, int]:
 
 
 def same_bytes(first: Payload, second: Payload) -> bool:
-    """Return whether two payloads have equal bytes. Both are read in chunks, up to the first difference."""
+    """Return whether two payloads have equal bytes. Both are read in pieces, up to the first difference.
+
+    Raises ``FormatError`` where a payload has fewer bytes than it says.
+    """
     if first.nbytes != second.nbytes:
         return False
-    left, right = (_ChunkReader(payload.chunks()) for payload in (first, second))
-    done = 0
-    while done < first.nbytes:
-        count = min(len(left.current()), len(right.current()))
-        # Comparing bytes is faster than comparing views item by item.
-        if not count or left.take(count).tobytes() != right.take(count).tobytes():
-            return False
-        done += count
+    size = min(first.nbytes, _COMPARED)
+    held, buffer = bytearray(size), memoryview(bytearray(size))
+    left, right = PayloadReader(first), PayloadReader(second)
+    with memoryview(held) as view:
+        for start in range(0, first.nbytes, _COMPARED):
+            count = min(_COMPARED, first.nbytes - start)
+            left.read_into(view[:count])
+            right.read_into(buffer[:count])
+            if not held.startswith(buffer[:count]):  # compares the bytes where they are; == of views takes each item
+                return False
     return True
 
 

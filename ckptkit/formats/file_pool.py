@@ -96,6 +96,7 @@ class PooledFile(LocalFile):
     def __init__(self, path: str, pool: FilePool) -> None:
         """Open ``path`` for the first time."""
         super().__init__(path)
+        self._absolute = os.path.abspath(path)  # the process may change its directory before the file is opened again
         self._pool = pool
         with pool.using(self):
             pass
@@ -124,12 +125,18 @@ class PooledFile(LocalFile):
         """Open the file if it is closed. Raises ``ChangedError`` if it is not the file that was opened first."""
         if self._fd >= 0:
             return
-        size, seen = self.size, self._seen
-        super().__init__(self.path)
-        if self._seen != seen:
-            self.size, self._seen = size, seen
+        path, size, seen = self.path, self.size, self._seen
+        try:
+            super().__init__(self._absolute)
+            now = self._seen
+        except CkptkitError as error:
+            error.path = path
+            raise
+        finally:
+            self.path, self.size, self._seen = path, size, seen
+        if now != seen:
             self.close()
-            raise ChangedError("the file changed while it was read", path=self.path)
+            raise ChangedError("the file changed while it was read", path=path)
 
 
 class Section(LocalFile):

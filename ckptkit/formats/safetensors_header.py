@@ -26,9 +26,10 @@ _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 _SIZE = r"(?:0|[1-9][0-9]{0,18}+)"
 _METADATA_START = f'{{"{METADATA}":'
 _LONGEST_METADATA = 1 << 20  # characters; a longer header may hold more values than JSON is allowed to build
-# An entry as the safetensors library writes it, after a comma: the key, dtype and shape as one text, and the offsets.
+# An entry as the safetensors library writes it, after a comma or the first brace of the text: the key, dtype and shape
+# as one text, and the offsets.
 _ENTRY = re.compile(
-    r',"([^"\\\x00-\x1f]*+)":\{"dtype":("[A-Z0-9_]++","shape":\[[0-9,]*+\]),"data_offsets":'
+    r'[,{](?<!(?s:.)\{)"([^"\\\x00-\x1f]*+)":\{"dtype":("[A-Z0-9_]++","shape":\[[0-9,]*+\]),"data_offsets":'
     rf"\[({_SIZE}),({_SIZE})\]\}}"
 )
 _ENTRY_LENGTH = len(',"":{"dtype":,"data_offsets":[,]}')  # without its four parts
@@ -61,25 +62,23 @@ def read_header(data: bytes, nbytes: int) -> SafetensorsHeader:
 def _read_plain(data: bytes, nbytes: int) -> SafetensorsHeader | None:
     """Return a valid header that is written as the library writes it, or None for any other header."""
     try:
-        text = data.decode()
+        text = data.rstrip(b" ").decode()
         metadata: Mapping[str, str] = {}
-        start = 1
+        start = 0
         if text.startswith(_METADATA_START):
             _, start = json.JSONDecoder().raw_decode(text[:_LONGEST_METADATA], len(_METADATA_START))
             metadata = _metadata(parse_json(f"{text[:start]}}}".encode(), "the header")[METADATA])
             if text[start : start + 1] != ",":
                 return None
-            start += 1
     except (ValueError, RecursionError, FormatError):
         return None
-    text = f",{text[start:].rstrip(' ')}"
-    found = _ENTRY.findall(text)
+    found = _ENTRY.findall(text, start)
     if not found:
         return None
     keys, look_texts, begin_texts, end_texts = zip(*found, strict=True)
     # Entries that take up the whole text follow one another.
     lengths = (sum(map(len, column)) for column in (keys, look_texts, begin_texts, end_texts))
-    if not text.endswith("}") or len(text) - 1 != sum(lengths) + _ENTRY_LENGTH * len(keys):
+    if not text.endswith("}") or len(text) - start - 1 != sum(lengths) + _ENTRY_LENGTH * len(keys):
         return None
     looks = _parse_looks(set(look_texts))
     if looks is None:

@@ -21,13 +21,13 @@ from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
-
-if TYPE_CHECKING:
-    from ckptkit.plans.edit_torch import PlanEditor
 from ckptkit.plans.writing.directories import write_directory
 from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written
+
+if TYPE_CHECKING:
+    from ckptkit.plans.edit_torch import PlanEditor
 
 __all__ = ["Prepared", "check_output", "execute", "execute_prepared", "prepare_output"]
 

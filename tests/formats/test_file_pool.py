@@ -88,3 +88,42 @@ def test_a_file_that_was_replaced_while_it_was_closed_is_refused_each_time(
         with pytest.raises(ChangedError, match="changed while it was read"):
             first.read(0, 4)
     pool.close()
+
+
+def test_a_file_that_became_a_pipe_while_it_was_closed_is_refused_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is then closed: its descriptor may belong to another file of the process."""
+    monkeypatch.setattr(file_pool, "_MOST_OPEN", 1)
+    pool = _pool(tmp_path, 2)
+    first = pool.get("0")
+    pool.get("1")
+    (tmp_path / "0").unlink()
+    os.mkfifo(tmp_path / "0")
+    with open(tmp_path / "1", "rb") as other:
+        for _ in range(2):
+            with pytest.raises(PathError, match="not a regular file"):
+                first.read(0, 4)
+        pool.close()
+        assert other.read(1) == b"\1"
+
+
+def test_a_file_is_opened_again_after_the_process_changed_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_pool, "_MOST_OPEN", 1)
+    (tmp_path / "model").mkdir()
+    _pool(tmp_path / "model", 2)
+    monkeypatch.chdir(tmp_path)
+    pool = FilePool("model")
+    first = pool.get("0")
+    pool.get("1")
+    monkeypatch.chdir("/")
+    assert first.read(0, 4) == bytes(4)
+    assert first.path == os.path.join("model", "0")
+    (tmp_path / "model" / "0").unlink()
+    pool.get("1").read(0, 4)
+    with pytest.raises(PathError, match="no such file") as caught:
+        first.read(0, 4)
+    assert caught.value.path == first.path
+    pool.close()

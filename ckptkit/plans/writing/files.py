@@ -23,12 +23,12 @@ from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, find_broken_ties
 from ckptkit.wrappers.envelopes import Selection
+from ckptkit.plans.writing.written import Written
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch.write import BlockOf, TorchZipLayout
     from ckptkit.plans.edit_torch import PlanEditor
     from ckptkit.plans.verify import Verification
-from ckptkit.plans.writing.written import Written
 
 __all__ = ["has_tensors", "write_file", "write_safetensors_file", "write_small"]
 
