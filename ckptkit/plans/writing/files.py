@@ -22,8 +22,8 @@ from ckptkit.plans.carried import Carried, write_carried
 from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, find_broken_ties
-from ckptkit.wrappers.envelopes import Selection
 from ckptkit.plans.writing.written import Written
+from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch.write import BlockOf, TorchZipLayout
