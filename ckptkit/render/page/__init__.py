@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle, groupby, pairwise
-from operator import itemgetter
+from itertools import chain, cycle, groupby
 from typing import Any, Final
 
 from ckptkit.core.text import printable
@@ -243,10 +242,7 @@ def table_rows(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
     """Return printable cells: one row per key if ``expand``, else with similar keys joined as by ``join_rows``."""
     if not expand:
         return join_rows(rows)
-    return [
-        (printable(key), *(_with_indices(cells, _INDEX.findall(key)) if _MARK in "".join(cells) else cells))
-        for key, cells in rows
-    ]
+    return [(printable(key), *_with_indices(cells, key)) for key, cells in rows]
 
 
 def name_beside(key: str, name: str) -> str:
@@ -257,13 +253,18 @@ def name_beside(key: str, name: str) -> str:
     """
     indices = _INDEX.findall(name)
     is_short = max(len(key), len(name)) <= _LONGEST_KEY and len(indices) <= _MOST_INDICES and "{" not in name
-    if not indices or not is_short or indices != _INDEX.findall(key):
+    if not indices or not is_short or _MARK in key or _END in key or indices != _INDEX.findall(key):
         return printable(name)
     return _INDEX.sub(_MARK, printable(name))
 
 
-def _with_indices(cells: tuple[str, ...], indices: Sequence[str]) -> tuple[str, ...]:
+def _with_indices(cells: tuple[str, ...], key: str) -> tuple[str, ...]:
     """Return the cells with the indices of the key in place of the marks of ``name_beside``."""
+    return _filled(cells, _INDEX.findall(key)) if _MARK in "".join(cells) else cells
+
+
+def _filled(cells: tuple[str, ...], indices: Sequence[str]) -> tuple[str, ...]:
+    """Return the cells with the indices in place of the marks, in turn."""
     if _MARK not in "".join(cells):
         return cells
     filled = []
@@ -275,17 +276,16 @@ def _with_indices(cells: tuple[str, ...], indices: Sequence[str]) -> tuple[str, 
 
 # An index as torch writes it, as a whole segment of a key; "0012" and "1_000" are names.
 _INDEX = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,17})(?![^.])")
-# The outline of a key has one sign for all letters, and one for all digits but 0. Keys with the same outline have their
-# indices at the same places.
-_OUTLINE = bytes(char if char in b".0" else ord("1") if char in b"123456789" else ord("a") for char in range(256))
 _MARK = "\0"  # of an index; printable text has none
+_END = "\x01"  # of a key, where many are one text
+# An index in a text of many keys. A pattern that begins with one character is found in half the time.
+_LATER_INDEX = re.compile(r"\.(?:0|[1-9][0-9]{0,17})(?=[.\x01])")
+_FIRST_INDEX = re.compile(r"\x01(?:0|[1-9][0-9]{0,17})(?=[.\x01])")
+_ANY_INDEX = re.compile(r"[.\x01](0|[1-9][0-9]{0,17})(?=[.\x01])")
 _MOST_INDICES = 16  # no model nests deeper, and the work grows with the square of the number
 _LONGEST_KEY = 400  # longer keys are not joined; they are shortened when printed
 _LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # the end of a key that looks like the count of joined keys
 
-_FEW_GROUPS = 4
-_KeyShape = tuple[str, ...]  # the texts of a key before, between and behind its indices
-_Group = tuple[_KeyShape, tuple[str, ...], list[tuple[str, ...]]]  # texts, cells, and the indices of each key
 _IndexSets = tuple[tuple[int, ...], ...]  # for each index of a key, the numbers that it takes
 
 
@@ -295,65 +295,57 @@ def join_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     ``layers.{0..11}.attn.q.weight ×12`` stands for exactly the twelve keys that it spells. Missing indices are shown
     (``{0..3,7}``). Several indices are joined only if every combination exists.
     """
-    groups: dict[tuple[_KeyShape, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
-    first_keys: list[str] = []
-    cutters: dict[bytes, tuple[Callable[[str], tuple[str, ...]], list[_Group]]] = {}
-    for key, cells in rows:
-        if key.isascii():
-            outline = key.encode().translate(_OUTLINE)
-            cutter = cutters.get(outline)
-            if cutter is None:
-                cutter = cutters[outline] = _cutter(key), []
-        else:
-            cutter = _cutter(key), []
-        cut, known = cutter
-        parts = cut(key)
-        shape = parts[::2]
-        for group in known:  # to compare a few texts takes less time than to hash them
-            if group[0] == shape and group[1] == cells:
-                group[2].append(parts[1::2])
-                break
-        else:
-            found = groups[shape, cells]
-            if not found:
-                first_keys.append(key)
-            found.append(parts[1::2])
-            if len(known) < _FEW_GROUPS:
-                known.append((shape, cells, found))
+    rows = list(rows)
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for shape, (key, cells) in zip(_shapes([key for key, _ in rows]), rows, strict=True):
+        groups[shape, cells].append(key)
     joined: list[tuple[str, ...]] = []
-    for key, ((shape, cells), found) in zip(first_keys, groups.items(), strict=True):
-        if len(found) == 1 and " " not in key:  # as below, in a tenth of the time
-            joined.append((printable(key), *_with_indices(cells, found[0])))
-        else:
-            for sets in _products(found):
-                ranges = [*map(_ranges, sets)]
-                joined.append((_joined_key(shape, sets, ranges), *_with_indices(cells, ranges)))
+    for (shape, cells), keys in groups.items():
+        if len(keys) == 1 and " " not in keys[0]:  # as below, in a tenth of the time
+            joined.append((printable(keys[0]), *_with_indices(cells, keys[0])))
+            continue
+        texts = [keys[0]] if shape.startswith(_END) else shape.split(_MARK)
+        for sets in _products(_indices(keys, texts), len(keys)):
+            ranges = [*map(_ranges, sets)]
+            joined.append((_joined_key(texts, sets, ranges), *_filled(cells, ranges)))
     return joined
 
 
-def _cutter(key: str) -> Callable[[str], tuple[str, ...]]:
-    """Return a function that divides a key into texts and indices, in turn; all keys with the same outline share it.
+def _shapes(keys: Sequence[str]) -> list[str]:
+    """Return each key with ``_MARK`` in place of each index, or behind ``_END`` if it is not joined with others.
 
-    The search for indices takes most of the time of a large table, and the keys of a model have few outlines.
+    All keys are searched as one text, since a call of ``re`` for each takes most of the time of a large table.
     """
-    spans = [match.span() for match in _INDEX.finditer(key)]
-    if not spans or len(spans) > _MOST_INDICES or len(key) > _LONGEST_KEY:
-        return _undivided
-    ends = [0, *chain.from_iterable(spans), len(key)]
-    return itemgetter(*(slice(*ends) for ends in pairwise(ends)))
+    text = _END.join(["", *keys, ""])
+    has_odd = _MARK in text or text.count(_END) > len(keys) + 1
+    shapes = _FIRST_INDEX.sub(_END + _MARK, _LATER_INDEX.sub("." + _MARK, text)).split(_END)[1:-1]
+    if not has_odd and max(map(len, keys), default=0) <= _LONGEST_KEY:
+        has_many = {shape for shape in set(shapes) if shape.count(_MARK) > _MOST_INDICES}
+        if not has_many:
+            return shapes
+        return [_END + key if shape in has_many else shape for key, shape in zip(keys, shapes, strict=True)]
+    is_odd = [_MARK in key or _END in key or len(key) > _LONGEST_KEY for key in keys]
+    others = iter(_shapes([key for key, odd in zip(keys, is_odd, strict=True) if not odd]))
+    return [_END + key if odd else next(others) for key, odd in zip(keys, is_odd, strict=True)]
 
 
-def _undivided(key: str) -> tuple[str, ...]:
-    return (key,)
+def _indices(keys: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
+    """Return the first index of every key, the second of every key, and so on; ``texts`` stand around them."""
+    count = len(texts) - 1
+    if count == 1:
+        start, behind = map(len, texts)
+        return [[key[start : len(key) - behind] for key in keys]]
+    found = _ANY_INDEX.findall(_END.join(["", *keys, ""])) if count else []
+    return [found[place::count] for place in range(count)]
 
 
-def _products(members: Sequence[tuple[str, ...]]) -> list[_IndexSets]:
-    """Return products of index sets that together are exactly the members."""
-    if len(members) == 1:
-        return [tuple((int(index),) for index in members[0])]
-    columns = [set(column) for column in zip(*members, strict=True)]
-    if math.prod(map(len, columns)) == len(members) == len(set(members)):  # every combination exists
+def _products(indices: Sequence[Sequence[str]], count: int) -> list[_IndexSets]:
+    """Return products of index sets that together are exactly the indices of ``count`` keys."""
+    columns = [set(column) for column in indices]
+    is_like_all = math.prod(map(len, columns)) == count  # with one index, its numbers all differ
+    if is_like_all and (len(indices) < 2 or len(set(zip(*indices, strict=True))) == count):  # every combination exists
         return [tuple(tuple(sorted(map(int, column))) for column in columns)]
+    members: list[tuple[str, ...]] = list(zip(*indices, strict=True)) if indices else [()] * count
     # The sets of the places that are done stand in the same tuples as the indices of the other places.
     products: Iterable[tuple[Any, ...]] = members
     for place in reversed(range(len(members[0]))):
@@ -366,7 +358,7 @@ def _products(members: Sequence[tuple[str, ...]]) -> list[_IndexSets]:
     return sorted(products)
 
 
-def _joined_key(shape: _KeyShape, sets: _IndexSets, ranges: Sequence[str]) -> str:
+def _joined_key(shape: Sequence[str], sets: _IndexSets, ranges: Sequence[str]) -> str:
     count = math.prod(map(len, sets))
     first, *texts = map(_printable_text, shape)
     if count == 1:
@@ -386,6 +378,8 @@ def _printable_text(text: str) -> str:
 def _ranges(indices: tuple[int, ...]) -> str:
     if len(indices) == 1:
         return str(indices[0])
+    if len(indices) > 2 and indices[-1] - indices[0] == len(indices) - 1:  # they are sorted, each once
+        return f"{{{indices[0]}..{indices[-1]}}}"
     parts = []
     for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
         values = [value for _, value in run]
