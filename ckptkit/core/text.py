@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice, takewhile
 
+from ckptkit.lazy_patterns import lazy_pattern
+
 __all__ = [
     "first_line", "human_bytes", "in_quotes", "kind_of", "listed", "look_alikes", "nearest", "option_text",
     "option_texts", "percent", "plural", "printable", "quoted", "shared_start", "shell_word", "short_number",
@@ -22,11 +24,11 @@ _LOOKS_LATIN = str.maketrans(
     "aeopcyxijsdhqwABEKMHOPCTXIJSABEZHIKMNOPTYXayivopui",
 )
 # Characters that str.isprintable() accepts although they are invisible: fillers, joiners, variation selectors.
-_INVISIBLE = re.compile(
+_INVISIBLE = lazy_pattern(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 # Spaces that cannot be seen in a table: at the ends of a name, and after another space.
-_HIDDEN_SPACES = re.compile(r"(?<= ) +|^ +| +$")
+_HIDDEN_SPACES = lazy_pattern(r"(?<= ) +|^ +| +$")
 _MAX_COMPARED = 2_000_000  # characters of all names together
 _SMALL = 1e-3  # people write 0.001, but 3e-4
 _LARGE = 1e9  # whole numbers below this are written in full

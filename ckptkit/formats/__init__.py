@@ -13,6 +13,7 @@ from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
 from ckptkit.formats.shard_names import is_index, one_shard_warnings
+from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.wrappers.entries import describe_entries, optimizer_keys
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
@@ -28,7 +29,7 @@ __all__ = [
 
 # Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
-_IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", re.DOTALL)
+_IMPORTABLE = lazy_pattern(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", re.DOTALL)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import FormatError
+from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.wrappers.envelopes import Selection
 
 __all__ = [
@@ -30,7 +30,7 @@ _MODEL_VERSION = 0x28
 _AFTER_GRAPH = (0x42, 0x72, 0xA2, 0xCA)  # opset imports, metadata, training, functions
 _IN_GRAPH = (0x0A, 0x12, 0x2A)  # nodes, name, initializers
 _TABLE_END = bytes.fromhex("57fb808b247547db")
-_TENSORFLOW_SHARD = re.compile(r".+\.data-\d{5}-of-\d{5}")
+_TENSORFLOW_SHARD = lazy_pattern(r".+\.data-\d{5}-of-\d{5}")
 _NEWEST_ONNX = 63
 _FOREIGN_SUFFIXES = (
     ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".ot", ".tflite", ".mlmodel", ".mlpackage",

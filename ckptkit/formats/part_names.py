@@ -12,6 +12,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable
 from ckptkit.formats import codes
+from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = ["PartName", "part_name", "part_warnings", "siblings_of"]
 
@@ -24,25 +25,29 @@ class PartName(NamedTuple):
     total: int | None = None
 
 
-_OF = re.compile(r"(?P<head>.*?)(?P<number>\d{1,5})[-_]of[-_](?P<count>\d{1,5})(?P<tail>\.\w+)?", re.IGNORECASE)
-_WORLD = re.compile(r"(?P<head>.*world_size_(?P<count>\d{1,5})_rank_)(?P<number>\d{1,5})(?P<tail>\.\w+)")  # FSDP, verl
-_WORD = re.compile(
+_OF = lazy_pattern(r"(?P<head>.*?)(?P<number>\d{1,5})[-_]of[-_](?P<count>\d{1,5})(?P<tail>\.\w+)?", re.IGNORECASE)
+_WORLD = lazy_pattern(
+    r"(?P<head>.*world_size_(?P<count>\d{1,5})_rank_)(?P<number>\d{1,5})(?P<tail>\.\w+)"
+)  # FSDP, verl
+_WORD = lazy_pattern(
     r"(?P<head>(?:.*[^a-z])?(?:rank|mp|tp|pp|part|shard|slice|gpu|worker|process)[-_.]?)(?P<number>\d{1,5})"
     r"(?P<tail>(?:[^\d].*)?)",
     re.IGNORECASE,
 )
-_DOTTED = re.compile(r"(?P<head>.+\.)(?P<number>\d{2,3})(?P<tail>\.(?:pth|pt|bin|ckpt|th|pkl|safetensors))")
-_LAYER = re.compile(r"(?P<head>layer_\d+-model_)(?P<number>\d+)(?P<tail>-model_states\.pt)")
+_DOTTED = lazy_pattern(r"(?P<head>.+\.)(?P<number>\d{2,3})(?P<tail>\.(?:pth|pt|bin|ckpt|th|pkl|safetensors))")
+_LAYER = lazy_pattern(r"(?P<head>layer_\d+-model_)(?P<number>\d+)(?P<tail>-model_states\.pt)")
 # The folder of a rank. Any other folder, such as lora_rank_1, can be one of several experiments.
-_FOLDER = re.compile(r"(?:(?:mp|tp|pp|ep|dp|rank|part|shard|slice|gpu|worker|process|of|\d++)[-_.]?+)++", re.IGNORECASE)
+_FOLDER = lazy_pattern(
+    r"(?:(?:mp|tp|pp|ep|dp|rank|part|shard|slice|gpu|worker|process|of|\d++)[-_.]?+)++", re.IGNORECASE
+)
 # A shard of these names holds whole tensors. Each rank of ZeRO-3 has a file; the reader of ZeRO says what is missing.
-_OTHERS = re.compile(r".*-\d{5}-of-\d{5}\.\w+|.*zero_pp_rank_.*|(optim|extra_state)_.*|(rng_state|random_states)_.*")
+_OTHERS = lazy_pattern(r".*-\d{5}-of-\d{5}\.\w+|.*zero_pp_rank_.*|(optim|extra_state)_.*|(rng_state|random_states)_.*")
 _MOST_LISTED = 100_000
 
 
 def part_name(name: str) -> PartName | None:
     """Return what a name says about a part of a model, or None if it says nothing."""
-    if _OTHERS.fullmatch(name):
+    if not any(map(str.isdecimal, name)) or _OTHERS.fullmatch(name):
         return None
     for pattern in (_LAYER, _OF, _WORLD, _WORD, _DOTTED):
         if (match := pattern.fullmatch(name)) is not None:

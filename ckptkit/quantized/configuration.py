@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
 from ckptkit.errors import CkptkitError
+from ckptkit.lazy_patterns import lazy_pattern
 
 if TYPE_CHECKING:
     from ckptkit.core.patterns import Pattern
@@ -27,7 +28,7 @@ _METHOD_BY_KEY = {
     "quant_algo": "modelopt", "w_bit": "awq", "damp_percent": "gptq", "desc_act": "gptq",
 }  # fmt: skip
 _DEFAULT_METHODS = {"quantization": "mlx", "compression_config": "compressed-tensors"}
-_PLAIN_REGEX = re.compile(r"re:(?:[\w^$-]|\.\*|\\\.)*")  # a regular expression that stars can replace
+_PLAIN_REGEX = lazy_pattern(r"re:(?:[\w^$-]|\.\*|\\\.)*")  # a regular expression that stars can replace
 _MOST_IGNORED, _MOST_PATTERNS = 10_000, 64
 _DEEPEST = 16  # no model nests deeper
 

@@ -9,12 +9,13 @@ import click
 
 from ckptkit.core.text import nearest, quoted
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
+from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = ["NoSuchCommandError", "hint_for_command", "usage_trouble"]
 
-_BETWEEN = re.compile(r"(; or |, or |; |(?<=\?) (?=or ))")
-_NOT_ONE_OF = re.compile(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
-_QUOTED = re.compile(r"'([^']*)'")
+_BETWEEN = lazy_pattern(r"(; or |, or |; |(?<=\?) (?=or ))")
+_NOT_ONE_OF = lazy_pattern(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
+_QUOTED = lazy_pattern(r"'([^']*)'")
 _ALIKE = 0.74  # the least likeness of a word to a right one: --strict is not --strip
 _ALIKE_AT_START = 0.6  # where one of both words begins with all of the other
 _REMAP = "ckpt remap PATH -o OUT"

@@ -15,6 +15,7 @@ from itertools import chain, cycle, groupby
 from typing import Any, Final
 
 from ckptkit.core.text import printable
+from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.render.page.display import are_plain, display_width
 
 __all__ = [
@@ -150,9 +151,9 @@ def as_markdown(page: Page) -> Iterator[str]:
             yield from _markdown(part)
 
 
-_BACKTICKS = re.compile(r"`+")
-_NUMBER = re.compile(r"(?:< )?-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
-_MARKUP = re.compile(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)|^[-+#=]")
+_BACKTICKS = lazy_pattern(r"`+")
+_NUMBER = lazy_pattern(r"(?:< )?-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
+_MARKUP = lazy_pattern(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)|^[-+#=]")
 
 
 def _markdown(blocks: Sequence[Block]) -> Iterable[str]:
@@ -284,7 +285,7 @@ _FIRST_INDEX = re.compile(r"\x01(?:0|[1-9][0-9]{0,17})(?=[.\x01])")
 _ANY_INDEX = re.compile(r"[.\x01](0|[1-9][0-9]{0,17})(?=[.\x01])")
 _MOST_INDICES = 16  # no model nests deeper, and the work grows with the square of the number
 _LONGEST_KEY = 400  # longer keys are not joined; they are shortened when printed
-_LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # the end of a key that looks like the count of joined keys
+_LIKE_A_COUNT = lazy_pattern(r" ×(?=[0-9,]+$)")  # the end of a key that looks like the count of joined keys
 
 _IndexSets = tuple[tuple[int, ...], ...]  # for each index of a key, the numbers that it takes
 
