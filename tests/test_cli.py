@@ -200,6 +200,10 @@ def test_show_lists_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFi
     assert "cannot be read" in run_ckpt(capsys, "show", broken, TEN).out
     kept = run_ckpt(capsys, "show", TEN, DDP, "--keep", "fc3.*").out
     assert kept.endswith("2 checkpoints, 2 tensors, 850 elements, 3.4 kB\n")
+    some = run_ckpt(capsys, "show", TEN, DDP, "--keep", "*fc3.*", "--drop", "module.*.bias")
+    assert (some.code, some.out.splitlines()[-1]) == (0, "2 checkpoints, 3 tensors, 1,690 elements, 6.8 kB")
+    none = run_ckpt(capsys, "show", TEN, DDP, "--keep", "fc9.*")
+    assert (none.code, none.out, "--keep 'fc9.*' matches none of 20 keys" in none.err) == (2, "", True)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ckptkit import convert, execute, merge, open_checkpoint, plan_merge, plan_remap
+from ckptkit import (
+    convert,
+    convert_adapter,
+    execute,
+    extract_lora,
+    merge,
+    merge_lora,
+    open_checkpoint,
+    plan_merge,
+    plan_remap,
+)
 from ckptkit.errors import ArgumentError, OutputError, RuleError, hint_for_python
 from tests.helpers_cli import run_ckpt
 
@@ -82,6 +93,26 @@ def test_python_takes_the_same(source: Path) -> None:
     assert metadata_of(out) == {"format": "pt"}
 
 
+def test_functions_of_adapters_take_the_same(tmp_path: Path) -> None:
+    """``merge_lora``, ``extract_lora`` and ``convert_adapter`` have the arguments of ``convert``, and refuse as early."""
+    base, tuned = {"fc.weight": torch.zeros(4, 4)}, {"fc.weight": torch.ones(4, 4)}
+    out, adapter = tmp_path / "out.safetensors", tmp_path / "adapter_model.safetensors"
+    edits: dict[str, Any] = {"metadata": {"run": "x"}, "drop_metadata": "format"}
+    extract_lora(base, tuned, adapter, 1, metadata={"run": "x"})
+    assert metadata_of(adapter) == {"format": "pt", "run": "x"}
+    merge_lora(base, adapter, out, metadata={"run": "y"})
+    assert metadata_of(out) == {"format": "pt", "run": "y"}
+    convert_adapter(adapter, out, "kohya", force=True, **edits)
+    assert metadata_of(out) == {"run": "x"}
+    for call in (
+        lambda: extract_lora("no such file", tuned, tmp_path / "a.pt", 1, **edits),
+        lambda: merge_lora("no such file", adapter, tmp_path / "a.pt", **edits),
+        lambda: convert_adapter("no such file", tmp_path / "a.pt", "kohya", **edits),
+    ):
+        with pytest.raises(OutputError, match="metadata and drop_metadata are for safetensors"):
+            call()
+
+
 def test_metadata_without_a_format_is_never_an_accident(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Older transformers refuse a file whose metadata has no format: it is added to the first item, or a note warns."""
     torch.save({"a": torch.ones(2)}, tmp_path / "in.pt")
@@ -124,11 +155,11 @@ def test_what_cannot_be_written_is_refused(
 
 @pytest.mark.parametrize("name", ["out.pt", "dcp"])
 def test_other_formats_have_no_place_for_it(name: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An output that cannot hold metadata is refused before anything is written."""
+    """An output that cannot hold metadata is refused before an input is opened."""
     out = source.parent / name
     options = [] if name == "out.pt" else ["--format", "dcp"]
-    ran = run_ckpt(capsys, "convert", source, "-o", out, "--metadata", "a=b", *options)
+    ran = run_ckpt(capsys, "convert", "no such file", "-o", out, "--metadata", "a=b", *options)
     assert (ran.code, out.exists()) == (2, False)
     assert "--metadata and --drop-metadata are for safetensors" in ran.err
     with pytest.raises(OutputError, match="metadata and drop_metadata are for safetensors"):
-        convert(source, out, metadata={"a": "b"}, format="dcp" if name == "dcp" else None)
+        convert("no such file", out, metadata={"a": "b"}, format="dcp" if name == "dcp" else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NoReturn
 
 import click
@@ -75,16 +75,19 @@ def _show_several(
     """List several checkpoints, then say why some cannot be read, and exit."""
     from ckptkit.render.show.several import ListedCheckpoint, listing_document, listing_page
 
-    listed = []
+    listed, names = [], set[str]()
     for path in paths:
         try:
             with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,):
                 infos = _chosen(checkpoint, keep, drop, allow_unused=True) if keep or drop else checkpoint
                 listed.append(ListedCheckpoint.of(checkpoint, infos))
+                names.update(checkpoint if keep or drop else ())
         except RuleError:
             raise
         except CkptkitError as error:
             listed.append(ListedCheckpoint(path, error=error))
+    if names:
+        _refuse_unused(names, keep, drop)
     echo_report(report_format, lambda: listing_page(listed), lambda: listing_document(listed))
     errors = [(row.path, row.error) for row in listed if row.error is not None]
     for path, found in errors:
@@ -102,6 +105,14 @@ def _chosen(
 
     rules = parse_rules(keep=keep, drop=drop, allow_unused=allow_unused)
     return {key: checkpoint[key] for key in apply_rules(rules, checkpoint).renamed}
+
+
+def _refuse_unused(names: Collection[str], keep: tuple[str, ...], drop: tuple[str, ...]) -> None:
+    """Raise ``RuleError`` for a pattern that matches no key of any checkpoint."""
+    from ckptkit.rules.apply import apply_rules
+    from ckptkit.rules.parse import parse_rules
+
+    apply_rules(parse_rules(keep=keep, drop=drop), names)
 
 
 def _digests(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, quiet: bool) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from ckptkit.plans.adapters.layers import AsLayer
 from ckptkit.plans.adapters.reading import LoraConfigLike
 from ckptkit.plans.execute import execute
 from ckptkit.plans.inputs import roles_of
-from ckptkit.plans.metadata.edits import refuse_without_metadata
+from ckptkit.plans.metadata.edits import edit_metadata, refuse_without_metadata
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
 from ckptkit.plans.writing.written import Written
@@ -181,6 +181,8 @@ def merge_lora(
     only_tensors: bool = False,
     keep_unknown: bool = False,
     reflink: Reflink = "auto",
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
     carry: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
@@ -198,7 +200,7 @@ def merge_lora(
         RuleError: A tensor of the adapter has no matching key in the base, or a rule is not valid.
         PlanError: There is no configuration of the adapter, a weight cannot be changed, or ``require`` or
             ``min_coverage`` is not met.
-        OutputError: The output exists (without ``force``), or cannot be written.
+        OutputError: The output exists (without ``force``), cannot be written, or has no place for ``metadata``.
 
     Example:
         >>> import ckptkit, os, tempfile, torch
@@ -218,6 +220,7 @@ def merge_lora(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
+    refuse_without_metadata(output, metadata, drop_metadata)
     given = [adapter] if isinstance(adapter, str) or not isinstance(adapter, Sequence) else adapter
     with _opened(roles_of(base, given)) as sources:
         opened_base, *donors = sources.values()
@@ -226,6 +229,7 @@ def merge_lora(
                 opened_base, donors, lora_config, rules, scale=scale, weights=weights, on_unexpected=on_unexpected,
                 require=require, min_coverage=min_coverage,
             )  # fmt: skip
+            plan = edit_metadata(plan, metadata, drop_metadata)
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
         )
@@ -242,6 +246,8 @@ def extract_lora(
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     force: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
@@ -260,7 +266,7 @@ def extract_lora(
         RuleError: A rule or a pattern is not valid.
         PlanError: The tensors of the two inputs cannot be compared, no weight changed, a weight is quantised, or
             ``require`` or ``min_coverage`` is not met.
-        OutputError: One of both files exists (without ``force``), or cannot be written.
+        OutputError: One of both files exists (without ``force``), cannot be written, or has no place for ``metadata``.
 
     Example:
         >>> import ckptkit, os, tempfile, torch
@@ -275,12 +281,14 @@ def extract_lora(
     from ckptkit.plans.adapters.peft_config import adapter_config, adapter_config_target
 
     output = choose_output(out, force=force)
+    refuse_without_metadata(output, metadata, drop_metadata)
     with adapter_config_target(output) as target, _opened(roles_of(base, [tuned])) as sources:
         with default_error_path(_path(tuned)):
             plan = plan_extract_lora(
                 sources["base"], sources["donor"], rank, rules, as_layer=as_layer, require=require,
                 min_coverage=min_coverage,
             )  # fmt: skip
+            plan = edit_metadata(plan, metadata, drop_metadata)
         written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)
         write_small_file(target, json_bytes(adapter_config(plan, sources["base"])))
     return written
@@ -294,6 +302,8 @@ def convert_adapter(
     base: CheckpointLike | None = None,
     lora_config: LoraConfigLike | None = None,
     force: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    drop_metadata: str | Sequence[str] = (),
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Written:
@@ -301,15 +311,15 @@ def convert_adapter(
 
     The bytes of every factor stay the same. ``source``, ``adapter``, ``base`` and ``lora_config`` are as in
     ``plan_convert_adapter``. For ``peft``, ``out`` is a directory, or an ``adapter_model.safetensors`` in it, and
-    ``adapter_config.json`` is written beside that; for the others it is a file. ``force``, ``verify`` and ``progress``
-    are as in ``convert``.
+    ``adapter_config.json`` is written beside that; for the others it is a file. The other arguments are as in
+    ``convert``.
 
     Raises:
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: The format cannot hold the adapter, or a tensor has no place in the base.
         PlanError: The scale of the adapter is unknown.
-        OutputError: The output exists (without ``force``), or cannot be written.
+        OutputError: The output exists (without ``force``), cannot be written, or has no place for ``metadata``.
 
     Example:
         >>> import ckptkit, os, tempfile, torch
@@ -328,6 +338,7 @@ def convert_adapter(
 
     require_choice(adapter, ADAPTER_FORMATS, "adapter")
     output = choose_output(adapter_path(out, adapter), force=force)
+    refuse_without_metadata(output, metadata, drop_metadata)
     given = {"source": source} if base is None else {"source": source, "base": base}
     with (
         adapter_config_target(output) if adapter == "peft" else contextlib.nullcontext() as target,
@@ -335,7 +346,8 @@ def convert_adapter(
     ):
         with default_error_path(_path(source)):
             conversion = plan_conversion(sources["source"], adapter, sources.get("base"), lora_config)
-        written = execute(conversion.plan, sources["source"], output, verify=verify, progress=progress)
+            plan = edit_metadata(conversion.plan, metadata, drop_metadata)
+        written = execute(plan, sources["source"], output, verify=verify, progress=progress)
         if target is not None and conversion.config is not None:
             write_small_file(target, json_bytes(conversion.config))
     return written

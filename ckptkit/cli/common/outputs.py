@@ -108,6 +108,10 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             reflink=reflink,
         )
         chosen = replace(chosen, before=present_state(chosen.path))
+        if metadata or drop_metadata:
+            from ckptkit.plans.metadata.edits import refuse_without_metadata
+
+            refuse_without_metadata(chosen, metadata, drop_metadata)
         options = OutputOptions(
             chosen,
             dry_run,
@@ -198,9 +202,8 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
     from ckptkit.render.results import page_of
 
     if options.metadata or options.drop_metadata:
-        from ckptkit.plans.metadata.edits import edit_metadata, refuse_without_metadata
+        from ckptkit.plans.metadata.edits import edit_metadata
 
-        refuse_without_metadata(options.output, options.metadata, options.drop_metadata)
         plan = edit_metadata(plan, options.metadata, options.drop_metadata)
     prepared = prepare_output(plan, options.output, sources, carry=options.carry)
     plan = prepared.plan
