@@ -94,7 +94,7 @@ def test_python_takes_the_same(source: Path) -> None:
 
 
 def test_functions_of_adapters_take_the_same(tmp_path: Path) -> None:
-    """``merge_lora``, ``extract_lora`` and ``convert_adapter`` have the arguments of ``convert``, and refuse as early."""
+    """``merge_lora``, ``extract_lora`` and ``convert_adapter`` have the arguments of ``convert``."""
     base, tuned = {"fc.weight": torch.zeros(4, 4)}, {"fc.weight": torch.ones(4, 4)}
     out, adapter = tmp_path / "out.safetensors", tmp_path / "adapter_model.safetensors"
     edits: dict[str, Any] = {"metadata": {"run": "x"}, "drop_metadata": "format"}
