@@ -87,7 +87,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "stats bad sort": (["stats", TEN, "--sort", "size"], 2, "", "hint: see ckpt stats --help"),
     "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts the checkpoint", ""),
     "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
-    "diff prefix": (["diff", TEN, DDP], 1, "hint: all 10 keys match after --rename 'module.*=*'\n\n ", "--expand"),
+    "diff prefix": (["diff", TEN, DDP], 1, "hint: all 10 keys match after --rename 'module.*=*'\nhint: ckpt diff ", "--expand"),
     "diff stripped": (["diff", TEN, DDP, "--strip", "auto"], 0, "10 matched", "--strip auto: 'module.' (DataParallel"),
     "diff strip not there": (["diff", TEN, TEN, "--strip", "net."], 2, "", "'net.' begins none of 10 keys"),
     "merge scale alone": (["merge", TEN, TEN, "-o", "o.pt", "--scale", "2"], 2, "", "no meaning with --method overlay"),
@@ -224,6 +224,19 @@ def test_the_nearest_right_word_is_named(arguments: list[str], meant: str, capsy
     """A mistyped command, option, value, path in a file, or pattern is answered with the one that was meant."""
     ran = run_ckpt(capsys, *arguments)
     assert (ran.code, ran.out, ran.err.splitlines()[1]) == (2, "", f"hint: did you mean {meant}")
+
+
+def test_the_command_below_the_hint_of_a_diff_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command stands there, with paths that a shell takes as one word, and everything matches with it."""
+    found = tmp_path / "it's a model.pt"
+    found.write_bytes(Path(DDP).read_bytes())
+    (line,) = [text for text in run_ckpt(capsys, "diff", TEN, found).out.splitlines() if "hint: ckpt diff " in text]
+    command = line.removeprefix("hint: ckpt ").removesuffix(" compares them with this rename")
+    ran = run_ckpt(capsys, *shlex.split(command))
+    assert (ran.code, "10 matched, 0 missing" in ran.out) == (0, True)
+    # Without the --keep that the user gave, the command would compare something else.
+    kept = run_ckpt(capsys, "diff", TEN, DDP, "--keep", "module.conv*", "--keep", "module.fc*.weight").out
+    assert ("keys match after" in kept, "ckpt diff" in kept) == (True, False)
 
 
 @pytest.mark.parametrize("arguments", [["average"], ["diff", TEN, TEN, "--strict"], ["remap", TEN, "--remove", "a"]])

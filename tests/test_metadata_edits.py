@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,12 @@ def test_functions_of_adapters_take_the_same(tmp_path: Path) -> None:
     assert metadata_of(out) == {"format": "pt", "run": "y"}
     convert_adapter(adapter, out, "kohya", force=True, **edits)
     assert metadata_of(out) == {"run": "x"}
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: extract_lora("no such file", tuned, tmp_path / "a.pt", 1, **edits),
         lambda: merge_lora("no such file", adapter, tmp_path / "a.pt", **edits),
         lambda: convert_adapter("no such file", tmp_path / "a.pt", "kohya", **edits),
-    ):
+    )
+    for call in calls:
         with pytest.raises(OutputError, match="metadata and drop_metadata are for safetensors"):
             call()
 

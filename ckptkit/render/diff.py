@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.coverage import measure_coverage
-from ckptkit.core.text import listed, percent, plural, printable
+from ckptkit.core.text import listed, percent, plural, printable, shell_word
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, name_beside, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 from ckptkit.render.values import values_in_diff, values_page
@@ -134,9 +134,20 @@ def diff_page(
             if result.undecided
             else []
         ),
-        *(Line(("hint: ", Hint(hint.message))) for hint in (result.hints if with_hints else ())),
+        *(Line(("hint: ", Hint(message))) for message in (_hints(result, is_first=is_short) if with_hints else ())),
         *([table, *more] if is_short else ()),
     ]
+
+
+def _hints(result: StateDictDiff, *, is_first: bool) -> list[str]:
+    """Return the hints, and after the first of a page that begins with them the whole command that follows it."""
+    messages = [hint.message for hint in result.hints]
+    sides = result.expected_checkpoint.argument, result.found_checkpoint.argument
+    # The command does not have the rules that the user gave: they dropped nothing, and renames exclude such hints.
+    if is_first and messages and result.hints[0].rename and all(sides) and len(result.names) == len(result.found):
+        command = f"ckpt diff {' '.join(sides)} --rename {shell_word(result.hints[0].rename)}"
+        messages.insert(1, f"{command} compares them with this rename")
+    return messages
 
 
 def answers_first(result: StateDictDiff, *, expand: bool = False, everything: bool = False) -> bool:
