@@ -87,7 +87,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "stats bad sort": (["stats", TEN, "--sort", "size"], 2, "", "hint: see ckpt stats --help"),
     "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts the checkpoint", ""),
     "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
-    "diff prefix": (["diff", TEN, DDP], 1, "hint: all 10 keys match after --rename 'module.*=*'\nhint: ckpt diff ", "--expand"),
+    "diff prefix": (
+        ["diff", TEN, DDP],
+        1,
+        "hint: all 10 keys match after --rename 'module.*=*'\nhint: ckpt diff ",
+        "--expand",
+    ),
     "diff stripped": (["diff", TEN, DDP, "--strip", "auto"], 0, "10 matched", "--strip auto: 'module.' (DataParallel"),
     "diff strip not there": (["diff", TEN, TEN, "--strip", "net."], 2, "", "'net.' begins none of 10 keys"),
     "merge scale alone": (["merge", TEN, TEN, "-o", "o.pt", "--scale", "2"], 2, "", "no meaning with --method overlay"),
