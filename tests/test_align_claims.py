@@ -445,3 +445,19 @@ def test_no_arrangement_without_gguf() -> None:
 
     with opened(tower("a"), "a") as first, opened(tower("b"), "b") as second:
         assert gguf_arrangement(first, second) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("a", "b"), "0 of 2 tensors with equal bytes, 2 not compared, since their dtypes differ"),
+        (("a", "b", "same"), "1 of 3 tensors with equal bytes, 2 not compared, since their dtypes differ"),
+        (("a", "b", "none"), "0 of 3 tensors with equal bytes, 3 not compared, 2 of them since their dtypes differ"),
+    ],
+)
+def test_the_report_says_why_bytes_were_not_compared(names: tuple[str, ...], said: str) -> None:
+    """Nothing is known of the values of another dtype: it is said, and the tensors are not counted as equal."""
+    left = {"a": torch.ones(2), "b": torch.ones(3), "same": torch.ones(4), "none": torch.ones(0)}
+    right = left | {"a": torch.zeros(2).half(), "b": torch.zeros(3).half()}
+    result = suggest_rules(*({key: state[key] for key in names} for state in (left, right)), digests=True)
+    assert str(result).splitlines()[-1] == f"explained 100 % of the expected elements: {said}"

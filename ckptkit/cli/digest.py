@@ -58,9 +58,9 @@ def digest(
     """Print a hash of each tensor, of all contents, and of all names and shapes.
 
     The hash of a tensor covers its dtype, shape and bytes. It is the same in every format, under any name, and in one
-    file or many. --check needs no second checkpoint: it says which keys have the recorded hash, and which are missing
-    or new; with -q only those that are not OK. Without PATH, it checks the path of FILE without its last suffix. Exit
-    code 1 if one key is not OK.
+    file or many. What is not a tensor is not hashed. --check needs no second checkpoint: it says which keys have the
+    recorded hash, and which are missing or new; with -q only those that are not OK. Without PATH, it checks the path of
+    FILE without its last suffix. Exit code 1 if one key is not OK.
 
     \b
     ckpt digest model.safetensors -o model.safetensors.digest

@@ -35,7 +35,8 @@ def digest(
 
     The same tensors have the same digests in every format, in one file or many, under any name and in any order. The
     bytes are those of a contiguous tensor: row-major and little-endian. Blocks of GGUF are hashed as they are stored.
-    Each byte is read once, in bounded memory. Both fingerprints cover exactly the tensors that are listed.
+    Each byte is read once, in bounded memory. Both fingerprints cover exactly the tensors that are listed. Other
+    entries and metadata are in no digest.
 
     Args:
         checkpoint: A path, a Checkpoint, a Module or a mapping of tensors. What is opened here is closed at the end.

@@ -169,11 +169,11 @@ def _read(path: str) -> _Recorded:
 
 
 def _parse(text: str) -> _Recorded:
-    """Return the content of a digest file; its lines may end as on Windows. Raise ``FormatError`` if not valid."""
+    """Return the content of a digest file, also with the mark and the line ends of Windows. Raises ``FormatError``."""
     digests: dict[str, str] = {}
     whole: dict[str, str] = {}
     algorithms: dict[str, None] = {}
-    for number, line in enumerate(_lines(text), 1):
+    for number, line in enumerate(_lines(text.removeprefix("\ufeff")), 1):
         algorithm, found, name = _parse_line(line, number)
         algorithms[algorithm] = None
         if len(algorithms) > 1:

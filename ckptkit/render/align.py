@@ -132,5 +132,21 @@ def _values(result: Alignment) -> str:
     unknown = filled - len(result.equal) - len(result.different)
     said = [f"{len(result.equal):,} of {plural(filled, 'tensor')} with equal bytes"]
     said += [f"{len(result.different):,} with other values, which do not count"] if result.different else []
-    said += [f"{unknown:,} not compared"] if unknown else []
+    said += [f"{unknown:,} not compared{_why_unknown(result, unknown)}"] if unknown else []
     return f": {', '.join(said)}"
+
+
+def _why_unknown(result: Alignment, unknown: int) -> str:
+    """Return how many of the tensors that were not compared have another dtype, of which bytes say nothing."""
+    sources: dict[str, tuple[str, ...]] = {key: (key,) for key in result.same}
+    for rule in result.suggestions:
+        sources |= rule.keys
+    known = {*(result.equal or ()), *result.different}
+    others = sum(
+        result.expected[key].dtype
+        not in {result.found[source].dtype for source in sources[key] if source in result.found}
+        for key in sources.keys() - known
+    )
+    if not others:
+        return ""
+    return ", since their dtypes differ" if others == unknown else f", {others:,} of them since their dtypes differ"
