@@ -19,6 +19,7 @@ from ckptkit.values import difference
 from ckptkit.values.difference import reading
 from ckptkit.values.workers import Workers
 from tests.features import FLOAT4, has_dtype
+from tests.helpers_gguf import gguf_file, info
 from tests.helpers_outputs import dtype_of, tensor_of
 
 pytestmark = [
@@ -404,6 +405,21 @@ def test_what_cannot_be_compared_is_told() -> None:
     result = compare_values({"s": sparse, "w": torch.ones(1)}, {"s": sparse, "w": torch.ones(1)})
     assert [(one.key, one.reason) for one in result.skipped] == [("s", "a sparse tensor")]
     assert (result.compared, result.equal, result.all_equal, result.keys) == (1, 1, False, ("w",))
+
+
+def test_blocks_of_gguf_are_compared_as_stored(tmp_path: Path) -> None:
+    """Equal blocks are equal numbers; where blocks differ, only this is said. Another block type is not compared."""
+    for name, kinds in {"a": "88", "b": "88", "c": "82"}.items():
+        data = [bytes(34), bytes([name == "b"]) * (34 if kinds[1] == "8" else 18)]
+        infos = [info("w", (32,), int(kinds[0])), info("v", (32,), int(kinds[1]), 64)]
+        (tmp_path / f"{name}.gguf").write_bytes(gguf_file(infos, data=data[0].ljust(64, b"\0") + data[1]))
+    one, other, third = (tmp_path / f"{name}.gguf" for name in "abc")
+    same = compare_values(one, one)
+    assert (same.all_equal, same.compared, same.as_stored) == (True, 2, ("w", "v"))
+    result = compare_values(one, other, ["v=v"])
+    assert [(one.key, one.rel_l2, one.changed) for one in result.different] == [("v", None, None)]
+    assert result.equal == 1
+    assert [(one.key, one.reason) for one in compare_values(one, third).skipped] == [("v", "a quantized tensor")]
 
 
 def test_the_worst_are_first() -> None:

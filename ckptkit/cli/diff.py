@@ -13,6 +13,7 @@ from ckptkit.cli.common.options import expand_option, path_argument, quiet_optio
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
+from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
 from ckptkit.render.diff import answers_first
 from ckptkit.rules.model import Rules
@@ -95,7 +96,7 @@ def diff(
             has_gates = bool(expect_frozen or expect_changed) or max_rel_l2 is not None
             reads = values or has_gates or rtol is not None or atol is not None
             size = (
-                sum(info.nbytes for info in (*left.values(), *right.values()) if info.kind == "dense") if reads else 0
+                sum(info.nbytes for info in (*left.values(), *right.values()) if has_stored_bytes(info)) if reads else 0
             )
             with progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
                 result = compare(

@@ -17,9 +17,10 @@ from ckptkit.cli.common.options import (
     skip_unread_option,
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.digests import Digests, has_digest
+from ckptkit.digests import Digests
 from ckptkit.digests import digest as digest_of
 from ckptkit.digests.check import DigestCheck, check_digests
 from ckptkit.digests.hashing import ALGORITHMS
@@ -72,7 +73,7 @@ def digest(
     path = _beside(recorded) if path is None else path
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         target = None if output is None else prepare_side_file(output, checkpoint.files, force=force)
-        size = sum(info.nbytes for info in checkpoint.values() if has_digest(info))
+        size = sum(info.nbytes for info in checkpoint.values() if has_stored_bytes(info))
         rules = parse_rules(keep=keep, drop=drop)
         result: Digests | DigestCheck
         with progress_bar(size, "reading", hidden=quiet) as progress:

@@ -12,6 +12,7 @@ from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, echo_result, print_message, progress_bar
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, RuleError
@@ -117,9 +118,9 @@ def _refuse_unused(names: Collection[str], keep: tuple[str, ...], drop: tuple[st
 
 def _digests(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, quiet: bool) -> Mapping[str, str]:
     """Return the digest of each tensor whose bytes can be read."""
-    from ckptkit.digests import digests_by_key, has_digest
+    from ckptkit.digests import digests_by_key
 
-    dense = {key: info.nbytes for key, info in infos.items() if has_digest(info)}
+    dense = {key: info.nbytes for key, info in infos.items() if has_stored_bytes(info)}
     with progress_bar(sum(dense.values()), "reading", hidden=quiet) as progress:
         found = digests_by_key(checkpoint, dense, progress=progress)
     checkpoint.check_unchanged()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
+from ckptkit.core.checkpoint.stored import StoredBytes, is_in_blocks
 from ckptkit.core.files import is_same_range, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
@@ -124,8 +125,8 @@ class ValueDiff(Result):
             differ, then those with the largest ``rel_l2``, and last those that were all zero, by ``max_abs``.
         within: The tensors whose bits differ, but that are close by the tolerances; empty without tolerances.
         skipped: Keys whose values were not compared.
-        as_stored: Expected keys of the parts of quantised weights: their codes were compared, and not the numbers that
-            the codes stand for.
+        as_stored: Expected keys of the parts of quantised weights, and of weights in blocks of GGUF: their codes were
+            compared, and not the numbers that the codes stand for.
         keys: The expected keys that were compared, in their order; tied ones too.
         rtol: The relative tolerance, or None without tolerances.
         atol: The absolute tolerance, or None without tolerances.
@@ -209,6 +210,8 @@ class _Comparison:
         self._ties, self._found_ties = _first_of_all_ties(expected), _first_of_all_ties(found)
         self._keys: list[list[str]] = []  # the tied expected keys of each pair
         self._skipped: list[SkippedValue] = []
+        self._stored = StoredBytes(expected), StoredBytes(found)
+        self._blocks: set[str] = set()  # the keys of tensors in blocks, such as those of GGUF
 
     def run(self, rtol: float | None, atol: float | None, progress: Progress) -> ValueDiff:
         from ckptkit.values.difference import Tolerance, differences
@@ -259,7 +262,8 @@ class _Comparison:
             expected, found = self._expected[key], self._made.describe(name)
             code = expected.dtype
             is_plain = code == found.dtype and expected.shape == found.shape and expected.kind == found.kind == "dense"
-            if not is_plain and (reason := _why_skipped(expected, found)):
+            has_blocks = not is_plain and self._are_blocks(expected, found, name)
+            if not (is_plain or has_blocks) and (reason := _why_skipped(expected, found)):
                 self._skipped.append(SkippedValue(key, reason))
                 continue
             first = self._ties.get(key)
@@ -269,13 +273,22 @@ class _Comparison:
                 self._keys[number].append(key)
                 continue
             self._keys.append([key])
-            payloads = self._expected.payload(key), self._made.payload(name)
+            if has_blocks:
+                self._blocks.add(key)
+                payloads = self._stored[0].payload(key), self._stored[1].payload(found.key)
+            else:
+                payloads = self._expected.payload(key), self._made.payload(name)
             if not payloads[0].nbytes or (code == found.dtype and is_same_range(*payloads)):
                 continue
             if has_numbers(code) and (code != "F4" or expected.elements % 2 == 0):
                 yield Pair(number, *payloads, code, found.dtype, expected.elements)
             else:
                 yield Pair(number, *payloads, "", "", payloads[0].nbytes)
+
+    def _are_blocks(self, expected: TensorInfo, found: TensorInfo, name: str) -> bool:
+        """Return whether both tensors are stored in blocks of one type, of which equal bytes are equal numbers."""
+        is_alike = (expected.dtype, expected.shape, expected.nbytes) == (found.dtype, found.shape, found.nbytes)
+        return is_alike and is_in_blocks(expected) and is_in_blocks(found) and self._made.origin(name).recipe is None
 
     def _identity_of(self, name: str) -> object:
         origin = self._made.origin(name)
@@ -314,9 +327,9 @@ class _Comparison:
         )  # fmt: skip
 
     def _coded_keys(self) -> Iterator[str]:
-        """Yield the compared keys that are parts of quantised weights."""
+        """Yield the compared keys that are parts of quantised weights, or such weights in blocks."""
         coded = quantized_weights(self._expected).by_key
-        return (key for key in self._compared_keys() if key in coded)
+        return (key for key in self._compared_keys() if key in coded or key in self._blocks)
 
     def _compared_keys(self) -> Iterator[str]:
         skipped = {one.key for one in self._skipped}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from ckptkit.core.arguments import require_choice, require_flags, require_progress
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, under_key
+from ckptkit.core.checkpoint import Checkpoint, under_key
+from ckptkit.core.checkpoint.stored import StoredBytes, has_stored_bytes
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
@@ -20,7 +21,7 @@ from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.values.endless import refuse_endless
 from ckptkit.values.workers import Workers
 
-__all__ = ["Digests", "TensorDigest", "digest", "digests_by_key", "has_digest"]
+__all__ = ["Digests", "TensorDigest", "digest", "digests_by_key"]
 
 
 def digest(
@@ -72,7 +73,7 @@ def _digest(
     found: Checkpoint, rules: Rules, algorithm: str, progress: Progress | None, *, skip_unread: bool
 ) -> Digests:
     renamed = renamed_keys(rules, found)
-    skipped = {key: f"it is a {found[key].kind} tensor" for key in renamed if not has_digest(found[key])}
+    skipped = {key: f"it is a {found[key].kind} tensor" for key in renamed if not has_stored_bytes(found[key])}
     if skipped and not skip_unread:
         key, reason = next(iter(skipped.items()))
         more = f", and {plural(len(skipped) - 1, 'more tensor')} cannot either" if len(skipped) > 1 else ""
@@ -86,11 +87,6 @@ def _digest(
     return Digests.of(tensors, algorithm, {renamed[key]: reason for key, reason in skipped.items()}, summary)
 
 
-def has_digest(info: TensorInfo) -> bool:
-    """Return whether a tensor has bytes that can be hashed: those of its elements, or blocks such as those of GGUF."""
-    return info.kind == "dense" or (info.kind == "quantized" and info.stored_bytes > 0)
-
-
 def digests_by_key(
     checkpoint: Checkpoint, keys: Iterable[str], algorithm: str = "sha256", progress: Progress | None = None
 ) -> Mapping[str, str]:
@@ -99,21 +95,11 @@ def digests_by_key(
     refuse_endless(checkpoint, infos)
     first_of_tie = first_of_ties(infos, checkpoint.span)
     found: dict[str, str] = {}
-    tensors = _payloads(checkpoint, [info for info in infos if info.key not in first_of_tie])
+    stored = StoredBytes(checkpoint)
+    tensors = ((info, stored.payload(info.key)) for info in infos if info.key not in first_of_tie)
     with Workers() as workers, pause_gc():
         for hashed, nbytes in hash_tensors(tensors, algorithm, workers):
             found |= {key: f"{algorithm}:{digits}" for key, digits in hashed}
             if progress is not None and nbytes:
                 progress(nbytes)
     return {info.key: found[first_of_tie.get(info.key, info.key)] for info in infos}
-
-
-def _payloads(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, Payload]]:
-    blocks: dict[str, Payload] | None = None  # the bytes of tensors that are listed and not read, as they are stored
-    for info in infos:
-        if info.kind == "dense":
-            yield info, checkpoint.payload(info.key)
-            continue
-        if blocks is None:
-            blocks = {key: record.payload for record in checkpoint.records() for key in record.keys}
-        yield info, blocks[info.key]

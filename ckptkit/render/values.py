@@ -146,8 +146,9 @@ def _remarks(values: ValueDiff) -> list[Line]:
         )
         lines.append(Line((count, Code(listed(reasons, 3, show=str)))))
     if values.as_stored:
-        parts = plural(len(values.as_stored), "part")
-        lines.append(Line((f"{parts} of quantised weights were compared as stored, as codes and scales",)))
+        count = plural(len(values.as_stored), "tensor")
+        verb = "is" if len(values.as_stored) == 1 else "are"
+        lines.append(Line((f"{count} of quantised weights {verb} compared as stored, as codes and scales",)))
     return lines
 
 
