@@ -68,6 +68,13 @@ LOST_TENSORS: dict[str, tuple[list[str], str, str, str]] = {
 }  # fmt: skip
 
 
+def test_findings_of_several_modules_are_in_the_order_of_the_modules() -> None:
+    """Not in the order of a set, which is another in every process."""
+    lost = ["layers.4.attn.k.weight", "layers.1.attn.v.weight", "layers.3.norm.weight", "layers.2.attn.q.weight"]
+    found = findings(infos(layers(range(8), lost=lost)))
+    assert [finding.key.split(".")[1] for finding in found] == ["1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize(("keys", "code", "key", "text"), LOST_TENSORS.values(), ids=LOST_TENSORS.keys())
 def test_lost_tensors_are_found(keys: list[str], code: str, key: str, text: str) -> None:
     """A lost tensor or layer is one warning with its key, wherever the list of layers is."""

@@ -145,7 +145,7 @@ def _check_siblings(lists: _NumberedModules, hint: str) -> Iterator[Finding]:
             number = next(number for number, names in members.items() if name not in names)
             if _is_lost(name, members[number], at_an_end=number in (min(members), max(members))):
                 lacking.setdefault(number, []).append(name)
-        for number, names in lacking.items():
+        for number, names in sorted(lacking.items()):  # names come from sets, in another order in every process
             if len(names) > in_all:  # the module is of another class
                 continue
             module = f"{prefix}.{number}"

@@ -8,6 +8,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, TypeGuard
 
@@ -102,11 +103,15 @@ class LocalFile:
         self.size = status.st_size
         self._seen = file_state(status)
 
-    def fileno(self) -> int:
-        """Return the file descriptor, so that the kernel can copy the bytes; raise ``PathError`` for a closed file."""
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """Yield the file descriptor, with which the kernel can copy the bytes; it is valid in the ``with`` block.
+
+        Raises ``PathError`` for a closed file.
+        """
         if self._fd < 0:
             raise self._error()
-        return self._fd
+        yield self._fd
 
     def _error(self, error: OSError | None = None) -> PathError:
         if error is None or self._fd < 0:
@@ -159,7 +164,9 @@ class LocalFile:
 
         With ``by_path``, also raise it if the path names another file now. A removed file can still be read.
         """
-        if file_state(os.fstat(self.fileno())) != self._seen:
+        if self._fd < 0:
+            raise self._error()
+        if file_state(os.fstat(self._fd)) != self._seen:
             raise ChangedError("the file changed while it was read", path=self.path)
         if not by_path:
             return

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from ckptkit.core.files import LocalFile
 from ckptkit.errors import ChangedError, CkptkitError
@@ -101,10 +102,11 @@ class PooledFile(LocalFile):
         with pool.using(self):
             pass
 
-    def fileno(self) -> int:
-        """Return the file descriptor, which is valid until the pool closes the file."""
-        with self._pool.using(self):
-            return super().fileno()
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """Yield the file descriptor; the pool does not close the file in the ``with`` block."""
+        with self._pool.using(self), super().descriptor() as descriptor:
+            yield descriptor
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes."""
@@ -150,7 +152,7 @@ class Section(LocalFile):
         self.file = file
         self.offset = offset
 
-    def fileno(self) -> int:
+    def descriptor(self) -> NoReturn:
         """Raise ``ValueError``: the kernel would count from the start of the whole file."""
         raise ValueError("a section of a file has no descriptor")
 

@@ -75,6 +75,17 @@ def test_a_file_is_closed_after_the_read_that_closing_the_pool_meets(
         file.read(0, 16)
 
 
+def test_a_file_is_not_closed_while_the_kernel_copies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its descriptor could belong to another file, whose bytes would be copied."""
+    monkeypatch.setattr(file_pool, "_MOST_OPEN", 1)
+    pool = _pool(tmp_path, 3)
+    with pool.get("1").descriptor() as descriptor:
+        for name in ("0", "2"):
+            assert pool.get(name).read(0, 1) == bytes([int(name)])
+        assert os.pread(descriptor, 4, 0) == b"\1" * 4
+    pool.close()
+
+
 def test_a_file_that_was_replaced_while_it_was_closed_is_refused_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

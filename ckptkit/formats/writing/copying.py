@@ -90,11 +90,12 @@ class OffsetWriter:
         if self._block and (extent.offset - offset) % self._block == 0:
             before = -offset % self._block
             whole = (extent.nbytes - before) // self._block * self._block
-            if whole > 0 and clone_range(
-                extent.file.fileno(), extent.offset + before, whole, self._fd, offset + before
-            ):
-                self.shared += whole
-                return before, whole
+            if whole > 0:
+                with extent.file.descriptor() as source:
+                    is_shared = clone_range(source, extent.offset + before, whole, self._fd, offset + before)
+                if is_shared:
+                    self.shared += whole
+                    return before, whole
         return 0, 0
 
     def _copy_with_checksum(self, extent: Extent, offset: int) -> Generator[int, None, int]:
@@ -127,7 +128,8 @@ class OffsetWriter:
         while self._by_kernel and (extent.offset - offset) % _PAGE == 0 and done < extent.nbytes:
             count = min(extent.nbytes - done, _EARLY)
             try:
-                copied = os.copy_file_range(extent.file.fileno(), self._fd, count, extent.offset + done, offset + done)
+                with extent.file.descriptor() as source:
+                    copied = os.copy_file_range(source, self._fd, count, extent.offset + done, offset + done)
             except OSError:
                 copied = 0
             if copied == 0:  # some file systems cannot; else reading or writing tells which of both files has an error

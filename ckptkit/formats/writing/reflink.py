@@ -84,7 +84,7 @@ def shifted_by(payloads: Iterable[Payload], block: int, alignment: int) -> int:
 
 
 def _block_of(file: LocalFile, directory: str) -> int:
-    devices = os.fstat(file.fileno()).st_dev, os.stat(directory).st_dev
+    devices = file.identity[0], os.stat(directory).st_dev
     if devices not in _blocks:
         _blocks[devices] = _try_to_share(file, directory)
     return _blocks[devices]
@@ -98,7 +98,8 @@ def _try_to_share(file: LocalFile, directory: str) -> int:
     try:
         block = os.fstatvfs(trial).f_bsize
         is_small = file.size < block
-        works = block <= _LARGEST_BLOCK and clone_range(file.fileno(), 0, 0 if is_small else block, trial, 0)
+        with file.descriptor() as source:
+            works = block <= _LARGEST_BLOCK and clone_range(source, 0, 0 if is_small else block, trial, 0)
     finally:
         os.close(trial)
     return block if works else 0
