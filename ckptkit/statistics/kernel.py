@@ -59,7 +59,7 @@ class StatsKernel:
             import numpy as np
 
             codes: _Array = np.frombuffer(data, np.uint8)
-            counts = (count_bytes(codes[start:end]) for start, end in _runs(starts, len(codes)))
+            counts = (count_bytes(codes[start:end], workers) for start, end in _runs(starts, len(codes)))
             return [StatsPart(_NOTHING, NO_MOMENTS, present(found)) for found in counts]
         numbers = _numbers(data, code, workers)
         runs = _runs(starts, len(numbers))

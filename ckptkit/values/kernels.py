@@ -86,7 +86,7 @@ class ExtremesKernel:
         numbers: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
         ends = [*starts[1:], len(numbers)]
         pairs = [
-            pairs_of_codes(present(count_bytes(numbers[start:end])), code)
+            pairs_of_codes(present(count_bytes(numbers[start:end], workers)), code)
             for start, end in zip(starts, ends, strict=True)
         ]
         return [extremes_of_codes(one, code) for one in pairs]
@@ -105,7 +105,7 @@ class ExtremesKernel:
 class MagnitudesKernel:
     """The magnitudes of the finite floats that are not zero: none, one, or the smallest and the largest of several."""
 
-    def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[set[float]]:  # noqa: ARG002
+    def parts(self, data: memoryview, code: str, workers: Workers, starts: Sequence[int]) -> list[set[float]]:
         """Return the magnitudes of each run."""
         import numpy as np
 
@@ -114,20 +114,20 @@ class MagnitudesKernel:
         else:
             numbers = np.abs(array_of(data, code).astype("f8"))
         ends = [*starts[1:], len(numbers)]
-        return [_magnitudes(numbers[start:end], code) for start, end in zip(starts, ends, strict=True)]
+        return [_magnitudes(numbers[start:end], code, workers) for start, end in zip(starts, ends, strict=True)]
 
     def together(self, parts: list[set[float]], code: str) -> set[float]:  # noqa: ARG002
         """Return the magnitudes of a tensor."""
         return set().union(*parts)
 
 
-def _magnitudes(numbers: npt.NDArray[Any], code: str) -> set[float]:
+def _magnitudes(numbers: npt.NDArray[Any], code: str, workers: Workers) -> set[float]:
     import numpy as np
 
     if code in BYTE_CODES:
         return {
             abs(value)
-            for value, _ in pairs_of_codes(present(count_bytes(numbers)), code)
+            for value, _ in pairs_of_codes(present(count_bytes(numbers, workers)), code)
             if value and math.isfinite(value)
         }
     magnitudes = numbers[np.isfinite(numbers) & (numbers > 0)]

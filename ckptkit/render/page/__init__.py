@@ -318,16 +318,16 @@ def _shapes(keys: Sequence[str]) -> list[str]:
     All keys are searched as one text, since a call of ``re`` for each takes most of the time of a large table.
     """
     text = _END.join(["", *keys, ""])
-    has_odd = _MARK in text or text.count(_END) > len(keys) + 1
+    has_odd = _MARK in text or text.count(_END) > len(keys) + 1 or max(map(len, keys), default=0) > _LONGEST_KEY
+    if has_odd:
+        is_odd = [_MARK in key or _END in key or len(key) > _LONGEST_KEY for key in keys]
+        others = iter(_shapes([key for key, odd in zip(keys, is_odd, strict=True) if not odd]))
+        return [_END + key if odd else next(others) for key, odd in zip(keys, is_odd, strict=True)]
     shapes = _FIRST_INDEX.sub(_END + _MARK, _LATER_INDEX.sub("." + _MARK, text)).split(_END)[1:-1]
-    if not has_odd and max(map(len, keys), default=0) <= _LONGEST_KEY:
-        has_many = {shape for shape in set(shapes) if shape.count(_MARK) > _MOST_INDICES}
-        if not has_many:
-            return shapes
-        return [_END + key if shape in has_many else shape for key, shape in zip(keys, shapes, strict=True)]
-    is_odd = [_MARK in key or _END in key or len(key) > _LONGEST_KEY for key in keys]
-    others = iter(_shapes([key for key, odd in zip(keys, is_odd, strict=True) if not odd]))
-    return [_END + key if odd else next(others) for key, odd in zip(keys, is_odd, strict=True)]
+    has_many = {shape for shape in set(shapes) if shape.count(_MARK) > _MOST_INDICES}
+    if not has_many:
+        return shapes
+    return [_END + key if shape in has_many else shape for key, shape in zip(keys, shapes, strict=True)]
 
 
 def _indices(keys: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
