@@ -86,6 +86,7 @@ CASES: dict[str, tuple[State, tuple[str, ...], int]] = {
     "other keys do not count beside a gate": ({**tuned(), "extra": torch.ones(1)}, FROZEN, 0),
     "all changes are small": (tuned(), ("--max-rel-l2", "0.6"), 0),
     "a change is large": (tuned(), ("--max-rel-l2", "0.4"), 1),
+    "a large change is within a tolerance": (tuned(), ("--max-rel-l2", "0.4", "--atol", "9"), 1),
     "a new NaN has no size": (changed(head__bias=NAN), ("--max-rel-l2", "1e9"), 1),
     "no tensor to measure": ({"other": torch.ones(1)}, ("--max-rel-l2", "1"), 1),
     "a gate and a requirement that is not met": (

@@ -133,8 +133,9 @@ def _explained(keys: Sequence[str], faults: Mapping[str, str]) -> str:
 
 
 def _judge_size(limit: float, values: ValueDiff) -> Gate:
-    """Return the judgement of ``max_rel_l2``: about every tensor whose values were to be compared."""
-    faults = {key: fault for one in values.different if (fault := _excess(one, limit)) for key in one.names}
+    """Return the judgement of ``max_rel_l2``: about all tensors to compare, whatever is tolerated."""
+    changed = (*values.different, *values.within)
+    faults = {key: fault for one in changed if (fault := _excess(one, limit)) for key in one.names}
     faults |= {one.key: f"not compared: {one.reason}" for one in values.skipped}
     gate = Gate("max_rel_l2", limit, values.compared + len(values.skipped))
     broken = tuple(faults)
