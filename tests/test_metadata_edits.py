@@ -22,7 +22,7 @@ from ckptkit import (
     plan_merge,
     plan_remap,
 )
-from ckptkit.errors import ArgumentError, OutputError, RuleError, hint_for_python
+from ckptkit.errors import ArgumentError, OutputError, PlanError, RuleError, hint_for_python
 from tests.helpers_cli import run_ckpt
 
 GIVEN = {"format": "pt", "author": "me", "step": "7"}
@@ -153,6 +153,12 @@ def test_what_cannot_be_written_is_refused(
     """Only text can be metadata, and a pattern that matches no item is an error."""
     with pytest.raises(error, match=message):
         plan_remap(source, **edits)  # type: ignore[arg-type]
+
+
+def test_metadata_that_no_header_can_hold_is_refused(source: Path) -> None:
+    """Shards would each have the same metadata, so the way out is not to write shards."""
+    with pytest.raises(PlanError, match=r"more than safetensors allows \(shorten the metadata"):
+        convert(source, source.parent / "out.safetensors", metadata={"a": "x" * 100_000_000})
 
 
 @pytest.mark.parametrize("name", ["out.pt", "dcp"])

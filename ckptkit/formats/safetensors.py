@@ -126,7 +126,11 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
         ) from None
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > LARGEST_HEADER:
-        raise PlanError(f"the header would have {len(text):,} bytes, more than safetensors allows", hint="write shards")
+        is_metadata = bool(metadata) and len(entries[0]) > LARGEST_HEADER // 2  # each shard would have it
+        raise PlanError(
+            f"the header would have {len(text):,} bytes, more than safetensors allows",
+            hint=f"shorten the metadata: it has {len(entries[0]):,} characters" if is_metadata else "write shards",
+        )
     return SafetensorsLayout(len(text).to_bytes(8, "little") + text, tuple(order), len(text) + 8 + offset)
 
 

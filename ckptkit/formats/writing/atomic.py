@@ -339,6 +339,7 @@ def _created_meanwhile(target: str) -> OutputError:
     return OutputError(
         "another program created this path during this run; it was not replaced",
         hint="run the command again with --force to replace it",
+        call="call it again with force=True to replace it",
         path=target,
     )
 

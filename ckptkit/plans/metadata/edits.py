@@ -18,7 +18,7 @@ __all__ = ["edit_metadata", "refuse_without_metadata"]
 _FORMAT = "format"
 _AS_TORCH = "pt"  # what torch's writers say, and what readers of models ask for
 _TAKES = "a mapping of str to str"
-_WAY_OUT = "leave the options out, or give the output the suffix .safetensors"
+_WAY_OUT = "give the output the suffix .safetensors"
 
 
 def edit_metadata(plan: Plan, metadata: Mapping[str, str] | None = None, drop: str | Sequence[str] = ()) -> Plan:
@@ -66,7 +66,8 @@ def refuse_without_metadata(
     if any(_checked(metadata, drop)) and output.format != "safetensors":
         raise OutputError(
             "--metadata and --drop-metadata are for safetensors: this output has no such metadata",
-            hint=_WAY_OUT,
+            hint=f"leave the options out, or {_WAY_OUT}",
+            call=f"leave the arguments out, or {_WAY_OUT}",
             path=output.path,
         )
 
