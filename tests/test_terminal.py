@@ -127,8 +127,8 @@ def test_names_lose_what_they_share() -> None:
     names = [f"bert.encoder.layer.{layer}.{part}.weight" for layer in range(12) for part in parts]
     assert shortened(names, 33)[-3:] == [
         "…11.attention.output.dense.weight",
-        "bert…layer.11.output.dense.weight",
-        "bert…11.attention.self.key.weight",
+        "…layer.11.output.dense.weight",
+        "…11.attention.self.key.weight",
     ]
     rows = ["source: bert.encoder.layer.3.output.dense.weight", "source"]
     assert shortened(rows, 32) == ["source: …3.output.dense.weight", "source"]

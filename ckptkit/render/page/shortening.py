@@ -42,10 +42,13 @@ def shortened(texts: Sequence[str], size: int) -> list[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for text, form in forms.items():
         alike[form].append(text)
+    groups = [group for group in alike.values() if len(group) > 1]
+    without_end = _without_common_segments(chain.from_iterable(groups), distinct, size, with_last=False)
     used = set(alike)
-    for group in alike.values():
-        if len(group) > 1:
-            _tell_apart(forms, group, used, size)
+    for group in groups:
+        cut = [text for text in group if forms[text] != text]
+        others = [{text: without_end[text] for text in cut if text in without_end}, *_other_forms(cut, group, size)]
+        _tell_apart(forms, cut, others, used, size)
     return [forms[text] for text in texts]
 
 
@@ -54,13 +57,14 @@ def _shorter(texts: Sequence[str], among: Iterable[str], size: int) -> dict[str,
     return {text: forms[text] if text in forms else _shorten(text, size) for text in texts}
 
 
-def _tell_apart(forms: dict[str, str], group: Sequence[str], used: set[str], size: int) -> None:
-    """Give texts of a group that look the same other short forms, of which no text has one that is ``used``."""
-    cut = [text for text in group if forms[text] != text]
-    best = sorted(_other_forms(cut, group, size), key=lambda other: len({*other.values()} - used), reverse=True)
-    for text in cut:
-        others = (other[text] for other in best if text in other)
-        forms[text] = next((form for form in others if form not in used and display_width(form) <= size), forms[text])
+def _tell_apart(
+    forms: dict[str, str], texts: Sequence[str], others: Sequence[Mapping[str, str]], used: set[str], size: int
+) -> None:
+    """Give texts that look the same another form each, of the others that tell most of them apart and are not used."""
+    best = sorted(others, key=lambda other: len({*other.values()} - used), reverse=True)
+    for text in texts:
+        its = (other[text] for other in best if text in other)
+        forms[text] = next((form for form in its if form not in used and display_width(form) <= size), forms[text])
         used.add(forms[text])
 
 
@@ -120,8 +124,8 @@ def _kept_slices(text: str, counts: Mapping[str, int], size: int, *, with_last: 
         kept.discard(place)
     if width(kept) > room:
         return []
-    for place in order:  # there may be room again for a short one
-        if width(kept | {place}) <= room:
+    for place in reversed(order):  # behind the first one, there may be room again for one that is short
+        if place > min(kept) and width(kept | {place}) <= room:
             kept.add(place)
     return [*_runs(segments, kept, len(before), len(count))]
 
