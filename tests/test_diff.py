@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,6 +317,18 @@ def test_an_unexpected_value_that_is_not_a_tensor_is_unexpected_too() -> None:
     model = nn.Linear(1, 1)
     result = diff(model, {**model.state_dict(), "epoch": 3})
     assert (result.foreign, result.loads, result.loads_strict, result.different) == (("epoch",), True, False, True)
+
+
+def test_an_optimizer_state_fits_itself_and_its_options_are_not_compared(tmp_path: Path) -> None:
+    """Options such as lr are values of both sides, so they are not unexpected; a note says who compares them."""
+    model = nn.Linear(2, 2)
+    model(torch.ones(2)).sum().backward()
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    result = diff(tmp_path / "optimizer.pt", tmp_path / "optimizer.pt", values=True)
+    assert (len(result.matched), result.foreign, result.different) == (6, (), False)
+    assert "were not compared: ckpt optim diff compares the options of an optimizer" in result.notes[0]
 
 
 def test_a_key_that_is_not_a_string_is_refused() -> None:

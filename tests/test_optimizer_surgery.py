@@ -316,6 +316,31 @@ def test_the_effects_of_loading_are_found(groups: Any, change: Any, codes: list[
     assert [finding.code for finding in report.findings] == [f"optim.{code}" for code in codes]
 
 
+def test_values_of_slots_are_compared_by_parameter_name() -> None:
+    """With values, the comparison names the slot and the parameter whose tensor changed, and by how much."""
+    model = Net()
+    live = trained(model, torch.optim.Adam(model.parameters())).state_dict()
+    saved = copy.deepcopy(live)
+    name, position = "fc.weight", [one for one, _ in model.named_parameters()].index("fc.weight")
+    moment = saved["state"][position]["exp_avg"]
+    moment *= 2
+    saved["state"][position]["step"] = saved["state"][position]["step"] + 1
+    assert optimizer_state_diff(saved, live, names=model).findings == ()
+    report = optimizer_state_diff(saved, live, names=model, values=True)
+    assert [(one.code, one.severity, one.key) for one in report.findings] == [("optim.values", "warning", name)] * 2
+    by_slot = {one.message: one.hint for one in report.findings}
+    assert by_slot[f"loading changes exp_avg of '{name}'"] == (
+        f"the largest change is that of '{name}', 1 relative to its norm"
+    )
+    assert f"loading changes step of '{name}'" in by_slot
+    same = optimizer_state_diff(live, copy.deepcopy(live), names=model, values=True)
+    tensors = sum(len(slots) for slots in live["state"].values())
+    assert same.proved.endswith(f"and so do the values of {tensors} tensors")
+    del saved["state"][position]["exp_avg"]
+    lost = optimizer_state_diff(saved, live, names=model, values=True).findings
+    assert f"only the live state has exp_avg of '{name}'" in [one.message for one in lost]
+
+
 ELEMENTWISE_OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
     "AdamW": torch.optim.AdamW,

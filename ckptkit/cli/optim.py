@@ -298,6 +298,7 @@ def prune_command(
 @path_argument("saved")
 @path_argument("live")
 @_name_options
+@click.option("--values", is_flag=True, help="Compare the values of all slots too: read both states once.")
 @report_options
 @quiet_option
 @click.pass_context
@@ -307,16 +308,18 @@ def diff(
     live: str,
     *,
     name_source: NameSource,
+    values: bool,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
     """Show what loading the state SAVED would change.
 
-    LIVE is the current state of the optimizer that would load it. Differences are listed by parameter name. Exit
-    code 0 if nothing was found, else 1.
+    LIVE is the current state of the optimizer that would load it. Differences are listed by parameter name. No tensor
+    is compared without --values. Exit code 0 if nothing was found, else 1.
 
     \b
     ckpt optim diff run.ckpt now.ckpt
+    ckpt optim diff run.ckpt now.ckpt --values
     """  # noqa: D301 - \b is click's mark
     from ckptkit.optimizer_state.compare import optimizer_state_diff
 
@@ -325,8 +328,12 @@ def diff(
         for path, state in zip((saved, live), states, strict=True):
             if state.evidence and not quiet:
                 print_message(f"names of {printable(path)}: {state.evidence}")
-        report = optimizer_state_diff(states[0], states[1])
+        size = sum(state.nbytes for state in states)
+        with progress_bar(size, "comparing", hidden=quiet or not values) as progress:
+            report = optimizer_state_diff(states[0], states[1], values=values, progress=progress)
         echo_result(report_format, report)
+        if not values and not quiet:
+            print_message("values were not compared: --values compares them")
     context.exit(exit_code(report))
 
 

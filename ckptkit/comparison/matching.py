@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.comparison.own_code import modules_with_own_code
@@ -12,8 +12,10 @@ from ckptkit.comparison.quantized import find_quantized_keys
 from ckptkit.comparison.state_dict_diff import KeyPair, StateDictDiff, extra_state_key
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, copies_dtype
 from ckptkit.rules.model import KeyMap
+from ckptkit.wrappers.entries import FLAT_GROUPS
 
 __all__ = ["diff_checkpoints"]
 
@@ -95,6 +97,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
             if _EXTRA_STATE not in new or extra_state_key(new, found) not in expected_states
         }
     own_values = _values_of_own_code(expected, answer)
+    options = _options_of_optimizers(expected, not_tensors)
     foreign = [
         key
         for key in not_tensors
@@ -102,6 +105,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         and not answer.ignores(key)
         and extra_state_key(key, found) is None
         and key not in own_values
+        and key not in options
     ]
     one_sided = expected_states ^ found_states
     listed = {info.key for info in missing} | unexpected.keys() if one_sided else set()
@@ -128,7 +132,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         foreign=tuple(key for key in foreign if not key.startswith(absent_modules)),
         extra_state=tuple(key for key in one_sided_states if not key.startswith(absent_modules)),
         filled=filled.union(key for key, kind in without.items() if kind == "filled"),
-        notes=key_map.notes,
+        notes=key_map.notes if not options else (*key_map.notes, _options_note(options)),
         unseen=frozenset(
             info.key
             for new, info in (unexpected.items() if absent_modules or not names_decide else ())
@@ -227,6 +231,23 @@ def _keys_without_tensor(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -
     """Return the keys of the found state_dict that hold no tensor, in order."""
     paths = [entry.path for entry in found.entries if not entry.is_outside]
     return dict.fromkeys(path for path in paths if path not in tensors and path != "_metadata")
+
+
+def _options_of_optimizers(expected: Checkpoint, not_tensors: Mapping[str, None]) -> list[str]:
+    """Return the values without tensor that both sides have, such as options, where both are optimizer states."""
+    if expected.model is not None or not any(key.startswith(FLAT_GROUPS) for key in not_tensors):
+        return []
+    paths = {entry.path for entry in expected.entries if not entry.is_outside}
+    both = [key for key in not_tensors if key in paths]
+    return both if any(key.startswith(FLAT_GROUPS) for key in both) else []
+
+
+def _options_note(options: Sequence[str]) -> str:
+    count = plural(len(options), "value")
+    return (
+        f"{count} without tensor, such as {quoted(options[0])}, were not compared: ckpt optim diff compares the "
+        "options of an optimizer, and its state by parameter name"
+    )
 
 
 def _extra_state_keys(side: Checkpoint, tensors: Iterable[str]) -> set[str]:

@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -25,6 +26,8 @@ from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.formats import LIVE_PREFIX
 
 __all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
+
+_NO_OP = r"for .*: copying from a non-meta parameter in the checkpoint to a meta parameter in the current model"
 
 
 def import_target(target: str) -> Any:
@@ -124,7 +127,9 @@ def build_model(target: str, *, device: str | None = None) -> Any:
 def _call(function: Callable[[], Any], name: str, device: str | None) -> Any:
     import torch
 
-    with torch.device(device) if device else contextlib.nullcontext():
+    with torch.device(device) if device else contextlib.nullcontext(), warnings.catch_warnings():
+        if device == "meta":  # torch warns of each tensor that a function which loads weights copies
+            warnings.filterwarnings("ignore", message=_NO_OP, category=UserWarning)
         model: Any = function()
     if not _is_model(model) and not isinstance(model, Mapping):
         kind = "None" if model is None else kind_of(model)  # a function without return is the usual cause

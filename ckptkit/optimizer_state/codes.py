@@ -28,6 +28,7 @@ ORDER = Code("optim.order", ("error",), "The parameters were saved in another or
 SHAPE = Code("optim.shape", ("error",), "The saved state of a parameter has another shape.")
 OPTIONS = Code("optim.options", ("warning",), "Loading changes an option of a parameter.")
 OPTIONS_LOST = Code("optim.options-lost", ("warning",), "Loading deletes an option that was not saved.")
+VALUES = Code("optim.values", ("warning", "note"), "Loading changes the values of a slot, or they were not compared.")
 COVERAGE = Code("optim.coverage", ("note",), "A parameter was saved without state and starts without state.")
 
 # What a load did.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
+from ckptkit.core.arguments import require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.patterns import drop_options
-from ckptkit.core.text import listed, plural, quoted, short_number
+from ckptkit.core.progress import Progress
+from ckptkit.core.text import listed, plural, printable, quoted, short_number
 from ckptkit.core.torch_optim import OPTIONS, scheduled_options
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.errors import PlanError
@@ -22,6 +25,9 @@ from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, 
 from ckptkit.optimizer_state.naming import NamesLike, to_named
 from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, OptionDifference, compare_groups
 
+if TYPE_CHECKING:
+    from ckptkit.optimizer_state.values import StateValues
+
 __all__ = ["mode_findings", "optimizer_state_diff", "state_findings", "state_report"]
 
 _SHOWN = 4
@@ -31,12 +37,19 @@ _RECENT = frozenset(option.name for option in OPTIONS.values() if option.is_rece
 StateLike: TypeAlias = OptimizerState | FoundState | Checkpoint | Mapping[str, object] | str | os.PathLike[str]
 
 
-def optimizer_state_diff(saved: StateLike, live: StateLike, names: NamesLike | None = None) -> Report:
+def optimizer_state_diff(
+    saved: StateLike,
+    live: StateLike,
+    names: NamesLike | None = None,
+    *,
+    values: bool = False,
+    progress: Progress | None = None,
+) -> Report:
     """Return what would change if the optimizer with the state ``live`` loaded the state ``saved``.
 
     Each is an ``OptimizerState``, the path of a state, an open Checkpoint of one, or a ``state_dict()`` in any form of
     torch. A path is opened as by ``open_optimizer``, and closed at the end. ``names`` is for states without names, as
-    in ``to_named``.
+    in ``to_named``. ``progress`` is called with the number of bytes of each step while values are compared.
 
     - ``optim.groups``: torch refuses, because the number or the sizes of the groups differ.
     - ``optim.parameters``: only one side has a parameter.
@@ -44,6 +57,8 @@ def optimizer_state_diff(saved: StateLike, live: StateLike, names: NamesLike | N
     - ``optim.options``: loading changes an option. ``optim.options-lost``: loading deletes an option.
     - ``optim.shape``: the state has another shape, and the next step fails.
     - ``optim.coverage``: a parameter would start without state.
+    - ``optim.values``: with ``values``, loading changes the values of a slot, such as ``exp_avg``. Only bits that are
+      equal count as equal. Parameters without state on one side are not compared.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -51,8 +66,44 @@ def optimizer_state_diff(saved: StateLike, live: StateLike, names: NamesLike | N
         >>> [finding.message for finding in ckptkit.optimizer_state_diff(one, other, names=["weight", "bias"]).findings]
         ["lr of 'weight', 'bias' is 0.2, and loading makes it 0.1"]
     """
+    require_flags(values=values)
+    require_progress(progress)
     with opened_optimizer(saved) as saved_side, opened_optimizer(live) as live_side:
-        return Report(tuple(_differences(_named(saved_side, names), _named(live_side, names))), PlanError)
+        saved_state, live_state = _named(saved_side, names), _named(live_side, names)
+        findings = list(_differences(saved_state, live_state))
+        proved = "groups, options and shapes agree; values were not compared"
+        if values:
+            from ckptkit.optimizer_state.values import compare_states
+
+            result = compare_states(saved_state, live_state, progress)
+            findings += _value_findings(result)
+            proved = f"groups, options and shapes agree, and so do the values of {plural(result.compared, 'tensor')}"
+            if not result.compared:
+                proved = "groups, options and shapes agree; no tensor has values on both sides"
+        return Report(tuple(findings), PlanError, proved=proved)
+
+
+def _value_findings(result: StateValues) -> Iterator[Finding]:
+    for slot, values in result.slots.items():
+        hint = ""
+        if values.worst is not None and (change := values.worst.rel_l2) is not None:
+            hint = f"the largest change is that of {quoted(values.worst_name)}, {_relative(change)}"
+        if values.changed:
+            message = f"loading changes {printable(slot)} of {listed(values.changed)}"
+            yield codes.VALUES.finding(values.changed[0], message, hint, keys=values.changed)
+        for names, side in ((values.saved, "saved"), (values.live, "live")):
+            if names:
+                message = f"only the {side} state has {printable(slot)} of {listed(names)}"
+                yield codes.VALUES.finding(names[0], message, keys=names)
+        for name, reason in values.skipped.items():
+            message = f"{printable(slot)} of {quoted(name)} was not compared: {reason}"
+            yield codes.VALUES.finding(name, message, severity="note")
+    if result.more:
+        yield codes.VALUES.finding("", f"loading changes {listed(result.more)}, which is of no parameter")
+
+
+def _relative(change: float) -> str:
+    return "which is all 0 now" if change == math.inf else f"{short_number(change, 3)} relative to its norm"
 
 
 def _named(state: object, names: NamesLike | None) -> OptimizerState:

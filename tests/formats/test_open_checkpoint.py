@@ -218,6 +218,7 @@ def test_a_closed_checkpoint_releases_its_file(tmp_path: Path) -> None:
 
 MODULE = """
     import sys
+    import warnings
     import torch
     from torch import nn
 
@@ -277,6 +278,12 @@ MODULE = """
 
     def build():
         return Net()
+
+    def pretrained():
+        warnings.warn("the weights are old")
+        net = Net()
+        net.load_state_dict({"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3)})
+        return net
 
     def fails():
         raise ValueError("no data set at hand\\nsecond line")
@@ -338,6 +345,15 @@ def test_a_model_that_cannot_be_built_on_meta_is_built_on_its_device(modules: Pa
     with open_checkpoint("py:livemodels.nets:table") as checkpoint:
         assert_same(checkpoint, {"w": torch.ones(2)})
     assert isinstance(build_model("livemodels.nets:build", device="meta"), torch.nn.Module)
+    assert modules.exists()
+
+
+def test_a_model_that_loads_its_weights_gives_no_warning_of_the_meta_device(
+    modules: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    with open_checkpoint("py:livemodels.nets:pretrained") as checkpoint:
+        assert_same(checkpoint, {"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3)})
+    assert {str(one.message) for one in recwarn} == {"the weights are old"}
     assert modules.exists()
 
 

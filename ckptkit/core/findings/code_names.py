@@ -177,6 +177,7 @@ CODE_NAMES = frozenset(
         "optim.underflow",
         "optim.unnamed",
         "optim.unused",
+        "optim.values",
         "own-code",
         "part-of-several",
         "position-ids",
