@@ -51,7 +51,7 @@ def compare_states(saved: OptimizerState, live: OptimizerState, progress: Progre
     slots: dict[str, SlotValues] = {}
     pairs: list[tuple[str, str, LazyTensor, LazyTensor]] = []
     for name, before in live.state.items():
-        after = saved.state.get(name)
+        after = saved.state.get(name, {})
         for slot in dict.fromkeys((*before, *after)) if before and after else ():
             values = slots.setdefault(slot, SlotValues())
             if slot not in before or slot not in after:
