@@ -119,7 +119,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
     "optim show": (["optim", "show", DDP], 0, "names: by the order of the model's checkpoint: all its", ""),
     "optim diff": (["optim", "diff", DDP, DDP], 0, "shapes agree; values were not compared", ""),
-    "optim diff values": (["optim", "diff", DDP, DDP, "--values"], 0, "shapes agree; no tensor has values on both sides", ""),
+    "optim diff values": (
+        ["optim", "diff", DDP, DDP, "--values"],
+        0,
+        "shapes agree; no tensor has values on both sides",
+        "",
+    ),
     "optim no state": (["optim", "show", TEN], 2, "", f"ckpt: {TEN}: holds no optimizer state"),
     "optim live": (["optim", "show", MODEL], 2, "", "is a live model, which has no optimizer"),
     "optim no groups": (["optim", "resplit", DDP, "-o", "o.pt"], 2, "", "give either --groups or --as"),
