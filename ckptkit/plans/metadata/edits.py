@@ -82,4 +82,8 @@ def _checked(metadata: object, drop: object) -> tuple[dict[str, str], tuple[str,
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
