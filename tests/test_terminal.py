@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tabulate import tabulate
 
+from ckptkit.cli.common.printing import progress_bar
 from ckptkit.core.text import printable
 from ckptkit.render.page import Line, Table, as_markdown, as_text, as_tsv, join_rows, name_beside
 from ckptkit.render.page.shortening import shortened
@@ -201,6 +202,23 @@ def test_commands_fit_into_a_terminal(width: int, arguments: list[str], rows: in
     assert max(map(columns_of, lines)) <= max(width, len(str(transformer)) + len("expected  :"))
     named = [line for line in lines if re.search(r"weight|…", line)]
     assert len(set(named)) == len(named) == rows
+
+
+def test_a_progress_bar_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is drawn over itself, so it must not be wider than the terminal."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 40))
+    with os.fdopen(end, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar(10, "comparing", hidden=False) as progress:
+            assert progress is not None
+            progress(10)
+        monkeypatch.undo()
+        drawn = click.unstyle(os.read(terminal, 1 << 16).decode()).split("\r")
+    os.close(terminal)
+    assert "100%" in "".join(drawn)
+    assert max(map(len, drawn)) <= 40
 
 
 def test_pipes_and_wide_show_everything(transformer: Path, capsys: pytest.CaptureFixture[str]) -> None:
