@@ -104,7 +104,7 @@ _WORDED: Final = (  # their values are plain words
 _AFTER: Final = "|".join(f"(?<=--{name} )" for name in _WORDED)
 _VALUE: Final = (
     rf"{_QUOTED}|[A-Z][\w=]*|(?:{_AFTER})\w+(?:[:-]\w+)*|(?<=--strip )auto\b|(?<=--set )\w+=\w+"
-    r"|(?<=--min-coverage )[\d.]*\d|(?<=--max-rel-l2 )(?:inf|[\d.e+-]*\d)|(?<=--max-shard-size )\w+"
+    r"|(?<=--min-coverage )[\d.]*\d|(?:(?<=--max-rel-l2 )|(?<=--[ar]tol ))(?:inf|[\d.e+-]*\d)|(?<=--max-shard-size )\w+"
 )
 _OPTION: Final = rf"(?<![\w-])--(?P<name>[a-z][a-z0-9-]+)(?:[ =](?P<value>{_VALUE}))?"
 OPTION: Final = lazy_pattern(_OPTION)
@@ -247,6 +247,8 @@ def _argument(match: re.Match[str]) -> str:
 
 def _python_word(word: str) -> str:
     """Return a word of a command as Python writes it: a placeholder is a variable, everything else a string."""
+    if word[:1] == "'" and "\\" in word:
+        return f"r{word}"  # a shell takes a backslash in single quotes as it is
     if word[:1] in "'\"" or word.startswith("$'"):
         return word.removeprefix("$")
     return word.lower() if re.fullmatch(r"[A-Z][A-Z_]+", word) else word if _NUMBER.fullmatch(word) else repr(word)

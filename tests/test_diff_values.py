@@ -121,11 +121,11 @@ def test_broken_gates_name_the_tensors(saved: Saved, capsys: pytest.CaptureFixtu
     gates = ("--expect-frozen", "backbone.*", "--expect-changed", "head.*", "--expect-changed", "*.2.scale")
     lines = run_ckpt(capsys, "diff", *paths, *gates).out.splitlines()
     broken = (
-        "'backbone.0.weight' (missing in FOUND), 'backbone.1.weight' (its shape is [3, 4], not [4, 3]), "
-        "'backbone.2.scale' (relative L2 1)"
+        "1 of 8 tensors is not frozen, 'backbone.2.scale' (relative L2 1); 2 cannot be compared, "
+        "'backbone.0.weight' (missing in FOUND), 'backbone.1.weight' (its shape is [3, 4], not [4, 3])"
     )
     assert lines[2:5] == [
-        f"gate broken: --expect-frozen 'backbone.*': 3 of 8 tensors are not frozen, {broken}",
+        f"gate broken: --expect-frozen 'backbone.*': {broken}",
         "gate broken: --expect-changed 'head.*': 1 of 2 tensors is not changed, 'head.bias' (its values are equal)",
         "gate holds: --expect-changed '*.2.scale', 1 tensor",
     ]
@@ -141,7 +141,11 @@ def test_broken_gates_name_the_tensors(saved: Saved, capsys: pytest.CaptureFixtu
         ("expect_changed", ("head.bias",)),
     ]
     assert [one["keys"] for one in document["unmet"]] == [list(one.keys) for one in result.unmet]
-    assert "gate broken: expect_frozen='backbone.*': 3 of 8 tensors are not frozen" in str(result)
+    for text in (str(result), f"gate broken: {result.unmet[0]}"):
+        assert "gate broken: expect_frozen='backbone.*': 1 of 8 tensors is not frozen" in text
+    assert not result.ok
+    assert ckptkit.diff(*paths, expect_changed="*.2.scale").ok
+    assert not ckptkit.diff(*paths).ok
 
 
 def test_what_cannot_be_compared_breaks_a_gate_and_is_not_called_equal() -> None:
@@ -167,6 +171,82 @@ def test_a_gate_that_matches_nothing_is_refused(option: str, saved: Saved, capsy
     assert (ran.code, ran.out) == (2, "")
     assert f"{option} 'bakcbone.*' matches none of 10 keys" in ran.err
     assert "hint: did you mean 'backbone.*'?" in ran.err
+    ran = run_ckpt(capsys, "diff", *paths, option, "head.*", "--keep", "backbone.*")
+    assert (ran.code, ran.out) == (2, "")
+    assert (
+        f"{option} 'head.*' matches only keys that --keep or --drop leaves out, 'head.bias', 'head.weight'" in ran.err
+    )
+
+
+def test_a_gate_that_matches_nothing_is_refused_before_a_value_is_read(saved: Saved) -> None:
+    """A typo costs the time to read headers."""
+    read: list[int] = []
+    with pytest.raises(RuleError, match="matches none"):
+        ckptkit.diff(base(), saved("b.safetensors", tuned()), expect_frozen="bakcbone.*", progress=read.append)
+    assert read == []
+
+
+def _normalised(*, training: bool) -> State:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if training:
+        model(torch.randn(2, 3, 8, 8))
+    return {f"backbone.{key}": tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+RENAMED_HEAD = {key.replace("head", "classifier"): tensor for key, tensor in tuned().items()}
+HINTS: dict[str, tuple[State, State, dict[str, Any], str]] = {
+    "buffers of BatchNorm": (
+        _normalised(training=False),
+        _normalised(training=True),
+        {"expect_frozen": "backbone.*"},
+        "3 of 3 changed tensors can be buffers of BatchNorm",
+    ),
+    "rounding": (
+        base(),
+        {key: tensor.bfloat16() for key, tensor in tuned().items()},
+        {"expect_frozen": "backbone.*"},
+        "rounding to BF16 can explain 8 of 8 changed tensors: compare with rtol=0.004, or give the side in BF16 first",
+    ),
+    "another prefix": (
+        base(),
+        {f"student.net.{key}": tensor for key, tensor in tuned().items()},
+        {"expect_frozen": "backbone.*"},
+        "all 10 keys match after rules=['student.net.*=*']",
+    ),
+    "a renamed head": (base(), RENAMED_HEAD, {"expect_changed": "head.*"}, "looks for rules that rename them"),
+    "a real change": (base(), changed(backbone__2__scale=torch.zeros(4, 3)), {"expect_frozen": "backbone.*"}, ""),
+}
+
+
+@pytest.mark.parametrize(("expected", "found", "gate", "hint"), HINTS.values(), ids=HINTS.keys())
+def test_a_broken_gate_says_what_may_explain_it(expected: State, found: State, gate: dict[str, Any], hint: str) -> None:
+    """The hint stands below the gate, once; following it makes the gate hold."""
+    result = ckptkit.diff(expected, found, **gate)
+    assert not result.ok
+    assert str(result).count(hint) == 1 if hint else "hint" not in str(result)
+
+
+def test_the_hints_about_a_broken_gate_can_be_followed() -> None:
+    """Without the buffers, with the tolerance, and with the sides swapped, the gate holds."""
+    before, after = _normalised(training=False), _normalised(training=True)
+    rules = ckptkit.parse_rules(drop=["*.running_*", "*.num_batches_tracked"])
+    result = ckptkit.diff(before, after, rules, expect_frozen="backbone.*")
+    assert (result.ok, result.gates[0].tensors, result.gates[0].left_out) == (True, 4, 3)
+    assert "4 tensors, 3 left out by the rules" in str(result)
+    half = {key: tensor.bfloat16() for key, tensor in tuned().items()}
+    assert ckptkit.diff(base(), half, expect_frozen="backbone.*", rtol=0.004).ok
+    assert ckptkit.diff(half, base(), expect_frozen="backbone.*").ok
+
+
+def test_what_keep_leaves_out_is_said_and_does_not_count_for_gates() -> None:
+    """Also where the other names of the file have a prefix, which the rules strip."""
+    found = {f"module.{key}": tensor for key, tensor in tuned().items()}
+    rules = ckptkit.parse_rules(keep=["module.backbone.*"], strip=["module."])
+    result = ckptkit.diff(base(), found, rules, expect_frozen="*")
+    assert (result.ok, result.gates[0].tensors, set(result.left_out)) == (True, 8, {"head.weight", "head.bias"})
+    assert str(result).count("left out by the rules") == 3
+    assert ckptkit.diff(base(), found, ckptkit.parse_rules(strip=["module."])).left_out == frozenset()
 
 
 def test_the_worst_tensors_are_first_and_ten(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:

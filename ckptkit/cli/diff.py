@@ -15,7 +15,7 @@ from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
-from ckptkit.render.diff import answers_first
+from ckptkit.render.diff import answers_first, hints_below
 from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
@@ -115,10 +115,9 @@ def diff(
         )
         if not quiet:
             # The JSON document and the beginning of the page have them.
-            hints = () if report_format is ReportFormat.JSON or is_answered else result.hints
+            hints = () if report_format is ReportFormat.JSON or is_answered else hints_below(result)
             if is_answered and report_format is not ReportFormat.JSON:
                 print_message("ckpt: --expand lists every key")
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
                 print_message(message)
-    # With gates on values, the exit code is that of what was required.
-    context.exit(1 if result.unmet or (result.different and not result.gates) else 0)
+    context.exit(0 if result.ok else 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-from ckptkit.comparison.gates import Gates, judge, parse_gates
+from ckptkit.comparison.gates import Gates, Subject, judge, parse_gates, refuse_unmatched
+from ckptkit.comparison.hints import joined_hint
 from ckptkit.comparison.matching import diff_checkpoints
+from ckptkit.comparison.parts import align_command
 from ckptkit.comparison.same_ranges import keys_with_same_range, share_a_file
 from ckptkit.comparison.state_dict_diff import (
     KeyPair,
@@ -18,12 +20,14 @@ from ckptkit.comparison.state_dict_diff import (
 )
 from ckptkit.comparison.values import ValueDiff, compare_named
 from ckptkit.core.arguments import require_flags, require_number, require_progress, takes_rules
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.progress import Progress
 from ckptkit.core.ties import tied_keys
+from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import KeyMap, RulesLike
+from ckptkit.rules.model import KeyMap, Rule, Rules, RulesLike
 
 __all__ = ["KeyPair", "StateDictDiff", "diff", "diff_checkpoints", "find_unmet_in", "loaded_keys"]
 
@@ -62,8 +66,8 @@ def diff(
         rtol: The tolerance relative to the expected value, as in ``torch.allclose``; 0 where only ``atol`` is given.
         atol: The absolute tolerance, as in ``torch.allclose``; 0 where only ``rtol`` is given.
         expect_frozen: A pattern or a list of patterns: the values of every matching tensor must be equal. A matching
-            tensor without a partner of the same shape breaks the gate. ``gates`` of the result has all judgements,
-            ``unmet`` the broken gates.
+            tensor without a partner of the same shape breaks the gate, unless ``keep`` or ``drop`` of the rules leaves
+            it out. ``gates`` of the result has all judgements, ``unmet`` the broken gates.
         expect_changed: As ``expect_frozen``, for tensors whose values must differ.
         max_rel_l2: The largest relative L2 change that a tensor of both sides may have.
         progress: Called with the number of bytes of each step while values are compared.
@@ -89,8 +93,11 @@ def diff(
             require_number(tolerance, name, "a number of at least 0, such as 1e-5", at_least=0)
     require_progress(progress)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
-        key_map = apply_rules(rules_for(rules, found_side, expected_side), found_side, expected_side)
+        all_rules = rules_for(rules, found_side, expected_side)
+        key_map = apply_rules(all_rules, found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
+        if result.missing and key_map.dropped:
+            result = replace(result, left_out=_left_out(result, all_rules, key_map, found_side, expected_side))
         unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint") if requirements else []
         if share_a_file(expected_side, found_side):  # few pairs do
             sources = _unchanged_sources(result, key_map)
@@ -99,9 +106,11 @@ def diff(
             result = replace(result, unmet=tuple(unmet))
         if not (values or gates or rtol is not None or atol is not None):
             return result
+        keys = _keys_of_both(result)
+        refuse_unmatched(gates, keys, result.left_out)
         names = {pair.key: result.moved.get(pair.key, pair.key) for pair in result.matched}
         compared = compare_named(expected_side, found_side, key_map, names, rtol=rtol, atol=atol, progress=progress)
-    return _with_values(result, gates, compared)
+    return _with_values(result, gates, compared, keys)
 
 
 def _unchanged_sources(result: StateDictDiff, key_map: KeyMap) -> dict[str, str]:
@@ -110,12 +119,52 @@ def _unchanged_sources(result: StateDictDiff, key_map: KeyMap) -> dict[str, str]
     return {pair.key: pair.found.key for pair in result.matched if result.moved.get(pair.key, pair.key) not in computed}
 
 
-def _with_values(result: StateDictDiff, gates: Gates, values: ValueDiff) -> StateDictDiff:
+def _left_out(
+    result: StateDictDiff, rules: Rules, key_map: KeyMap, found: Checkpoint, expected: Checkpoint
+) -> frozenset[str]:
+    """Return the missing keys that the found side has, but that ``keep`` or ``drop`` of the rules leave out."""
+    stages = tuple(replace(stage, keep=(), rules=tuple(filter(_is_kept, stage.rules))) for stage in rules.stages)
+    try:
+        unfiltered = apply_rules(Rules(stages, allow_unused=True), found, expected).renamed
+    except RuleError:  # two keys get one name where none is left out
+        return frozenset()
+    names = {unfiltered[key] for key in key_map.dropped if key in unfiltered}
+    return frozenset(info.key for info in result.missing if info.key in names)
+
+
+def _is_kept(rule: Rule) -> bool:
+    """Return whether a rule is none of the filters; rules of a file have a place, and belong to the model."""
+    return bool(rule.where) or not rule.drops
+
+
+def _keys_of_both(result: StateDictDiff) -> Collection[str]:
+    """Return the names of all tensors of both sides, after the rules."""
+    return dict.fromkeys((*result.expected, *(result.names.get(info.key, info.key) for info in result.unexpected)))
+
+
+def _rename_hint(result: StateDictDiff, keys: Collection[str]) -> str:
+    """Return what may explain that some of these keys are missing on one side; an empty string if nothing does."""
+    unexpected = {result.names.get(info.key, info.key): info.shape for info in result.unexpected}
+    missing = {info.key: info.shape for info in result.missing}
+    lone = [
+        (side[key], others)
+        for side, others in ((missing, unexpected), (unexpected, missing))
+        for key in keys
+        if key in side
+    ]
+    if not lone:
+        return ""
+    if result.hints:
+        return joined_hint(result.hints)
+    if all(shape in others.values() for shape, others in lone):
+        return f"{align_command(result.expected_checkpoint, result.found_checkpoint)} looks for rules that rename them"
+    return ""
+
+
+def _with_values(result: StateDictDiff, gates: Gates, values: ValueDiff, keys: Collection[str]) -> StateDictDiff:
     """Return the result with the compared values, and with the judgement of each gate."""
     if not gates:
         return replace(result, values=values)
-    unexpected = (result.names.get(info.key, info.key) for info in result.unexpected)
-    keys = dict.fromkeys((*result.expected, *unexpected))
     why = {
         **dict.fromkeys(result.expected, "missing in FOUND"),
         **dict.fromkeys(result.computed, "made by the model's own code"),
@@ -126,7 +175,9 @@ def _with_values(result: StateDictDiff, gates: Gates, values: ValueDiff) -> Stat
     ties = _ties_to_compared(result, compared)
     reasons = {key: why.get(key, "missing in EXPECTED") for key in keys if key not in compared and key not in ties}
     reasons |= skipped
-    judged = judge(gates, values, keys, reasons, ties)
+    left_out = result.left_out - ties.keys()
+    subject = Subject(keys, left_out, reasons, ties, lambda missing: _rename_hint(result, missing))
+    judged = judge(gates, values, subject)
     broken = (gate.broken for gate in judged if gate.broken)
     return replace(result, values=values, gates=tuple(judged), unmet=(*result.unmet, *broken))
 

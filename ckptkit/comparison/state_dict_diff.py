@@ -75,7 +75,8 @@ class StateDictDiff(Result):
             code removes.
         quantized: Weights that only one side has quantised, or in another way. Their codes are not ``matched`` with
             numbers, although ``load_state_dict`` copies the codes where shapes are equal.
-        unmet: The requirements of ``require`` and ``min_coverage`` that the checkpoint does not meet.
+        unmet: What does not hold: requirements of ``require`` and ``min_coverage``, and gates on values. Printed, each
+            names the arguments of Python.
         moved: Expected keys that the model's own code loads from a tensor of another name, each with that name. It is
             the name after the rules.
         computed: Expected keys that the model's own code makes of found tensors, each with their names after the rules.
@@ -92,6 +93,7 @@ class StateDictDiff(Result):
             are equal: of a file and itself, or of two directories with links to the same shards.
         values: How the values of the matched tensors differ; None where they were not compared.
         gates: The gates on values, each with its judgement; ``unmet`` has the broken ones too.
+        left_out: Missing keys that the found side has, but that ``keep`` or ``drop`` of the rules leave out.
 
     Example:
         >>> result = ckptkit.diff("py:fixtures.lenet:build", "fixtures/lenet_10class.pth")
@@ -101,7 +103,7 @@ class StateDictDiff(Result):
         [('fc3.weight', (4, 84), (10, 84)), ('fc3.bias', (4,), (10,))]
     """
 
-    _truth: ClassVar[str] = "ask for .different, .loads or .loads_strict"
+    _truth: ClassVar[str] = "ask for .ok, .different, .loads or .loads_strict"
 
     expected: Mapping[str, TensorInfo]
     found: Mapping[str, TensorInfo]
@@ -132,6 +134,7 @@ class StateDictDiff(Result):
     same_ranges: frozenset[str] = frozenset()
     values: ValueDiff | None = None
     gates: tuple[Gate, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     @property
     def in_short(self) -> str:
@@ -170,6 +173,14 @@ class StateDictDiff(Result):
         )  # fmt: skip
 
     @property
+    def ok(self) -> bool:
+        """Whether all that was required holds; without gates on values, also whether nothing is different.
+
+        It is what the exit code of ``ckpt diff`` says.
+        """
+        return not self.unmet and (bool(self.gates) or not self.different)
+
+    @property
     def coverage(self) -> float:
         """The share of the expected elements that would get a value, between 0 and 1; 1 if nothing is expected."""
         return measure_coverage(self.expected, loaded_keys(self)).share
@@ -185,7 +196,7 @@ class StateDictDiff(Result):
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """What explains the differences, and the way out: see ``find_hints``."""
+        """What explains the differences, and the way out, such as renames; printed, a hint is for Python."""
         return find_hints(self)
 
 

@@ -100,7 +100,8 @@ def shell_word(text: str) -> str:
 
     Characters that cannot be printed are written as in ``$'\x1b'``, which bash and zsh understand.
     """
-    if printable(text) == text and "'" not in text:
+    plain = text.replace("\\", "/")
+    if printable(plain) == plain and "'" not in text and not text.endswith("\\"):
         return f"'{text}'"
     if printable(text) == text and not any(char in text for char in '"$`\\!'):
         return f'"{text}"'

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptkit.comparison import KeyPair, StateDictDiff
+from ckptkit.comparison.hints import Hint as DiffHint
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable, shell_word
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, name_beside, table_rows
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 from ckptkit.render.values import values_in_diff, values_page
 
-__all__ = ["answers_first", "diff_document", "diff_page"]
+__all__ = ["answers_first", "diff_document", "diff_page", "hints_below"]
 
 _BY_OWN_CODE = ", by the model's own code"
 _AS = "  as "
@@ -141,7 +142,7 @@ def diff_page(
 
 def _hints(result: StateDictDiff, *, is_first: bool) -> list[str]:
     """Return the hints, and after the first of a page that begins with them the whole command that follows it."""
-    messages = [hint.message for hint in result.hints]
+    messages = [hint.message for hint in hints_below(result)]
     sides = result.expected_checkpoint.argument, result.found_checkpoint.argument
     # The command does not have the rules that the user gave: they dropped nothing, and renames exclude such hints.
     if is_first and messages and result.hints[0].rename and all(sides) and len(result.names) == len(result.found):
@@ -162,6 +163,12 @@ def answers_first(result: StateDictDiff, *, expand: bool = False, everything: bo
     return is_nothing or explained >= _NEARLY_ALL * len(result.missing)
 
 
+def hints_below(result: StateDictDiff) -> list[DiffHint]:
+    """Return the hints that do not stand below a broken gate."""
+    above = {gate.hint for gate in result.gates}
+    return [hint for hint in result.hints if hint.message not in above]
+
+
 def _few_of(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return the first rows of both sides: missing keys, and all others."""
     missing = [row for row in rows if row[0] == "-"]
@@ -180,12 +187,16 @@ def _unread_line(result: StateDictDiff) -> Line:
 
 def _gate_lines(result: StateDictDiff) -> list[Line]:
     """Return a line for each gate, the broken ones first."""
-    broken = [Line(("gate broken: ", Message(gate.broken.message))) for gate in result.gates if gate.broken]
-    return broken + [
-        Line(("gate holds: ", Message(f"{gate.option}, {plural(gate.tensors, 'tensor')}")))
-        for gate in result.gates
-        if not gate.broken
-    ]
+    lines = []
+    for gate in sorted(result.gates, key=lambda gate: gate.broken is None):
+        if gate.broken is None:
+            left_out = f", {gate.left_out:,} left out by the rules" if gate.left_out else ""
+            lines.append(Line(("gate holds: ", Message(f"{gate.option}, {plural(gate.tensors, 'tensor')}{left_out}"))))
+            continue
+        lines.append(Line(("gate broken: ", Message(gate.broken.message))))
+        if gate.hint:
+            lines.append(Line(("hint: ", Hint(gate.hint)), indented=True))
+    return lines
 
 
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:
@@ -201,6 +212,7 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     remarks = {name: f"  {key.remark}" for key in result.quantized for name in (key.key, *key.parts)}
     rows += [_row("≈", pair, remarks[pair.key]) for pair in _codes_for_numbers(result)]
     remarks_on_missing = {key: remark.strip() for key, remark in remarks.items()}
+    remarks_on_missing |= dict.fromkeys(result.left_out, "left out by the rules")
     remarks_on_missing |= dict.fromkeys(result.excused, "load_state_dict does not report it")
     blocked = set(result.blocked)
     rows += [

@@ -55,7 +55,9 @@ def values_in_diff(values: ValueDiff, gates: Iterable[Gate]) -> dict[str, object
             "gate": gate.name,
             "value": gate.value if isinstance(gate.value, str) else json_number(gate.value),
             "tensors": gate.tensors,
+            "left_out": gate.left_out,
             "holds": gate.broken is None,
+            "hint": gate.hint or None,
         }
         for gate in gates
     ]

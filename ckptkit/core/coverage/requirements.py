@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
 from ckptkit.core.text import listed, percent, plural, quoted, shell_word, short_number
-from ckptkit.errors import RuleError
+from ckptkit.errors import RuleError, message_for_python
 
 __all__ = ["Requirements", "Unmet", "find_unmet", "parse_requirements"]
 
@@ -35,12 +35,17 @@ class Requirements:
 class Unmet:
     """A requirement that is not met: the requirement, a sentence about it, and the keys that would not be filled.
 
-    ``requirement`` is ``"require"`` or ``"min_coverage"``. The sentence names the options of ``ckpt``.
+    ``requirement`` is ``"require"`` or ``"min_coverage"``, or the name of a gate of ``diff``. ``message`` names the
+    options of ``ckpt``; printed, it names the arguments of Python.
     """
 
     requirement: str
     message: str
     keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return the sentence for Python."""
+        return message_for_python(self.message)
 
 
 def parse_requirements(require: str | Sequence[str], min_coverage: float) -> Requirements:
