@@ -154,6 +154,16 @@ def test_rows_are_joined_with_the_other_name_beside_the_key(tmp_path: Path, caps
     assert join_rows([("a.0.w", (other,)), ("a.1.w", (other,))]) == [("a.{0,1}.w ×2", "b.1.w")]
 
 
+def read_all(terminal: int) -> str:
+    """Return what was printed on a terminal until all its writers were closed, and close it."""
+    printed = b""
+    with contextlib.suppress(OSError):  # Linux reports the end as an error
+        while some := os.read(terminal, 1 << 16):
+            printed += some
+    os.close(terminal)
+    return printed.decode()
+
+
 def in_terminal(width: int, *arguments: object, **variables: str) -> list[str]:
     """Return what ``ckpt`` prints on a terminal of that width, line by line."""
     terminal, end = pty.openpty()
@@ -162,14 +172,10 @@ def in_terminal(width: int, *arguments: object, **variables: str) -> list[str]:
     command = [sys.executable, "-m", "ckptkit", *map(str, arguments)]
     with subprocess.Popen(command, stdout=end, stderr=subprocess.PIPE, env=environment, cwd=ROOT) as process:
         os.close(end)
-        printed = b""
-        with contextlib.suppress(OSError):  # Linux reports the end of the program as an error
-            while some := os.read(terminal, 1 << 16):
-                printed += some
-        os.close(terminal)
+        printed = read_all(terminal)
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
-    return click.unstyle(printed.decode()).splitlines()
+    return click.unstyle(printed).splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +221,7 @@ def test_a_progress_bar_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             assert progress is not None
             progress(10)
         monkeypatch.undo()
-        drawn = click.unstyle(os.read(terminal, 1 << 16).decode()).split("\r")
-    os.close(terminal)
+    drawn = click.unstyle(read_all(terminal)).split("\r")
     assert "100%" in "".join(drawn)
     assert max(map(len, drawn)) <= 40
 
