@@ -78,6 +78,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/adapters/ties.py: which --carry writes": "a note; tests/test_plan_lora_ties.py runs it with --carry",
     "plans/adapters/ties.py: leave it out: --drop": "followed by tests/test_plan_lora_ties.py",
     "render/page/width.py: XX; --wide shows all": "followed by tests/test_terminal.py",
+    "comparison/matching.py: were not compared: ckpt optim diff compares the options": _MESSAGE,
     "render/diff.py: ckpt diff XX --rename XX": "followed by tests/test_cli.py",
     "render/diff.py: --values compares them": "followed by tests/test_diff_values.py",
     "comparison/gates.py: or leave them out with --drop": "followed by tests/test_diff_values.py",

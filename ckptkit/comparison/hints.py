@@ -168,6 +168,8 @@ def joined_hint(hints: Sequence[Hint]) -> str:
 
 
 def _hint_message(matches: int, wanted: int, rename: str) -> str:
+    if wanted == 1:
+        return f"the key matches after --rename {shell_word(rename)}"
     share = f"all {wanted:,}" if matches == wanted else f"{matches:,} of {wanted:,}"
     return f"{share} keys match after --rename {shell_word(rename)}"
 
