@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.core.patterns import literal, matches_any, parse_pattern, parse_rename, parse_template
+from ckptkit.core.patterns import literal, matches_any, parse_pattern, parse_rename, parse_template, suggest_pattern
 from ckptkit.core.patterns.matching import match_tokens
 from ckptkit.errors import RuleError
+from ckptkit.render.page import join_rows
 from tests.helpers_cli import ROOT
 
 KEYS = st.text(string.ascii_lowercase + string.digits + "._", min_size=1, max_size=20)
@@ -34,6 +35,9 @@ KEYS = st.text(string.ascii_lowercase + string.digits + "._", min_size=1, max_si
         pytest.param("{a}.{b}.{a}", ["x.y.x", "1.1.1"], ["x.y.z", "x.y.xx"], id="repeated capture"),
         pytest.param("{i:int}.{i:int}", ["3.3"], ["3.03", "3.4"], id="repeated int capture"),
         pytest.param("a.b+c(d)[e]?^$|\\", ["a.b+c(d)[e]?^$|\\"], ["aXb+c(d)[e]?^$|\\"], id="all else is literal"),
+        pytest.param("h.{0..12}.w", ["h.0.w", "h.7.w", "h.12.w"], ["h.13.w", "h.07.w", "h.1.2.w", "h.w"], id="range"),
+        pytest.param("h{2,4..6}*", ["h2", "h5.w"], ["h3", "h25", "h55.w", "2"], id="list of numbers and ranges"),
+        pytest.param("*.{0..99999}.{7}", ["a.0.7", "h.99999.7"], ["h.100000.7", "h.5.8", "h.05.7"], id="long range"),
         pytest.param("layer{i}.w", ["layer12.w"], ["layer.w", "layer1.2.w"], id="capture inside a segment"),
         pytest.param("re:h\\.\\d+", ["h.1", "h.12"], ["h.1.w", "xh.1", "h.x"], id="regex, full match"),
         pytest.param("re:a.b", ["a\nb"], ["ab"], id="regex, dot is any character"),
@@ -59,6 +63,9 @@ def test_a_pattern_fits_whole_keys(pattern: str, fits: list[str], fits_not: list
         pytest.param("a.}", "brace", id="closing brace"),
         pytest.param("a.{}", "brace", id="no name"),
         pytest.param("a.{1x}", "brace", id="name begins with a digit"),
+        pytest.param("a.{0-5}", "brace", id="range with a hyphen"),
+        pytest.param("a.{00..05}", "brace", id="leading zeros"),
+        pytest.param("a.{5..0}", "ends before it begins", id="range that ends before it begins"),
         pytest.param("a.{_0}.*", "brace", id="name of a star's own group"),
         pytest.param("a.{x:float}", "brace", id="unknown kind"),
         pytest.param("a.{x+1}", "brace", id="arithmetic on the left"),
@@ -120,6 +127,7 @@ def test_a_rename_says_the_new_name(rename: str, old: str, new: str | None) -> N
         pytest.param("a.{i:int}=b.{i+}", "brace", id="nothing to add"),
         pytest.param("a.{i:int}=b.{i*2}", "brace", id="no multiplication"),
         pytest.param("a.{i:int}=b.{i+" + "9" * 5000 + "}", "brace", id="a number without end"),
+        pytest.param("a.{0..3}=b.{0..3}", "brace", id="a range on the right"),
         pytest.param("a=b}", "brace", id="stray brace on the right"),
         pytest.param("re:a=\\1", "is not a valid template for", id="regex, no such group"),
         pytest.param("re:a=\\g<x>", "is not a valid template for", id="regex, no such name"),
@@ -162,7 +170,9 @@ def test_adding_a_prefix_then_stripping_it_is_identity(key: str, prefix: str) ->
 @settings(max_examples=500)
 @given(
     st.lists(
-        st.sampled_from(["*", "a", "b", ".", "ab", "1", "{x}", "{y}", "{i:int}", "{j:int}"]), min_size=1, max_size=7
+        st.sampled_from(["*", "a", "b", ".", "ab", "1", "{x}", "{y}", "{i:int}", "{j:int}", "{0..2}", "{1,11}"]),
+        min_size=1,
+        max_size=7,
     ),
     st.lists(st.text("ab.1é", max_size=12), min_size=1, max_size=8),
 )
@@ -244,6 +254,28 @@ def test_a_regex_with_an_unusual_set_causes_no_warning() -> None:
     """The tests turn every warning into an error, and Python warns of a set that could mean another in future."""
     assert parse_pattern("re:[[a]").match("[") is not None
     assert parse_rename("re:([[a])=\\1x").apply("a") == "ax"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("h.[23].w", "did you mean 'h.{2,3}.w'?"),
+        ("h.[0-1].*", "did you mean 'h.{0..1}.*'?"),
+        ("h.*,head.*", "these are 2 patterns, and each needs its own option: 'h.*', 'head.*'"),
+    ],
+)
+def test_a_hint_has_the_pattern_that_was_meant(pattern: str, hint: str) -> None:
+    names = [f"h.{number}.w" for number in range(12)] + ["head.w"]
+    assert suggest_pattern(parse_pattern(pattern), names) == hint
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [2, 3], [0, 1, 2, 5, 7, 8, 9]])
+def test_a_joined_row_is_a_pattern_for_its_keys(indices: list[int]) -> None:
+    """What a table shows for several keys, without its count, can be pasted as a pattern."""
+    keys = [f"h.{number}.w" for number in range(12)]
+    ((row,),) = join_rows((keys[number], ()) for number in indices)
+    pattern = parse_pattern(row.partition(" ")[0])
+    assert [key for key in keys if pattern.match(key)] == [keys[number] for number in indices]
 
 
 @given(st.text() | st.text("a*{}.:r=e", max_size=12))

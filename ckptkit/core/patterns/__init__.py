@@ -22,6 +22,7 @@ from ckptkit.core.patterns.matching import (
     match_regex,
     match_stars,
     match_tokens,
+    ranges_of,
     repetitions,
 )
 from ckptkit.core.text import listed, nearest, quoted, shell_word
@@ -43,14 +44,22 @@ __all__ = [
 
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"  # names with a leading underscore are for the groups of stars
+_NUMBER = r"(?:0|[1-9][0-9]{0,17})"
+_RANGE = rf"{_NUMBER}(?:\.\.{_NUMBER})?"
 _PATTERN_TOKEN = re.compile(
-    rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<int>:int)?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
+    rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<int>:int)?\}}|\{{(?P<numbers>{_RANGE}(?:,{_RANGE})*)\}}"
+    r"|(?P<literal>[^*{}]+)|(?P<bad>[{}])"
 )
 _TEMPLATE_TOKEN = re.compile(
     rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<shift>[+-][0-9]{{1,18}})?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
 )
 _SPECIAL = re.compile(r"[*{}]|^re:")  # not literal in a pattern
+_DIGIT_SET = re.compile(r"\[((?:[0-9](?:-[0-9])?)+)\]")
+_OUTSIDE_BRACES = re.compile(r",\s*(?![^{]*\})")
 _MOST_COMPARED = 10_000  # names that are compared with a pattern that matches none
+_MOST_NUMBERS = 1000  # of a range that the regex of a pattern spells
+_NAMED_NUMBER = "to keep a number, name it on both sides, as in 'h.{i:int}.*=layers.{i}.*'; --keep selects numbers"
+_RANGES = "several numbers are written {0..5} or {2,3}; "
 _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
 
@@ -59,8 +68,8 @@ class Pattern:
     """A parsed pattern, which matches whole keys only.
 
     ``stars`` is the number of stars. ``captures`` maps the name of each capture to whether it is an int. ``literals``
-    are the texts between stars and captures. ``repetitions`` is the number of parts that can match several lengths at
-    one place. The regex is fast for keys of at most ``longest`` characters.
+    are the texts between stars, captures and numbers. ``repetitions`` is the number of parts that can match several
+    lengths at one place. The regex is fast for keys of at most ``longest`` characters.
     """
 
     text: str
@@ -79,7 +88,7 @@ class Pattern:
         """
         if len(self.literals) > 2:
             stars = match_stars(self.literals, key)
-            if stars is None or not self.captures:
+            if stars is None or self.stars == len(self.literals) - 1:
                 return None if stars is None else KeyMatch(key, stars)
         if len(key) <= self.longest:
             return self.regex.fullmatch(key)
@@ -95,7 +104,7 @@ class Pattern:
     @property
     def is_literal(self) -> bool:
         """Whether the pattern is the only key that it matches."""
-        return not (self.stars or self.captures or self.is_regex)
+        return not (self.is_regex or len(self.literals) > 1)
 
 
 @lru_cache(maxsize=4096)
@@ -103,8 +112,9 @@ def parse_pattern(text: str) -> Pattern:
     """Return the pattern that ``text`` describes.
 
     ``*`` matches any characters, dots included. ``{name}`` matches one dot-separated segment, ``{name:int}`` a segment
-    of digits. After ``re:`` the rest is a Python regex. Any other text is literal. Raises ``RuleError`` for an empty
-    pattern, for a brace outside of a capture, and for a regex that does not compile.
+    of digits. ``{0..5}``, ``{2,3}`` and ``{0..5,7}`` match one of these numbers, with all its digits. After ``re:`` the
+    rest is a Python regex. Any other text is literal. Raises ``RuleError`` for an empty pattern, for any other brace,
+    for a range that ends before it begins, and for a regex that does not compile.
     """
     if text.startswith("re:"):
         try:
@@ -119,9 +129,10 @@ def parse_pattern(text: str) -> Pattern:
     literals = [""]
     tokens: list[Token] = []
     stars = 0
+    is_long = False
     for token in _PATTERN_TOKEN.finditer(text):
         if token["bad"]:
-            raise RuleError(f"{quoted(text)} has a brace that is not part of a capture", hint=_AS_REGEX)
+            raise RuleError(f"{quoted(text)} has a brace that is not part of a capture", hint=_RANGES + _AS_REGEX)
         if token["literal"]:
             parts.append(re.escape(token["literal"]))
             literals[-1] = token["literal"]
@@ -132,6 +143,11 @@ def parse_pattern(text: str) -> Pattern:
             parts.append(f"(?P<_{stars}>.*)")
             tokens.append(Token("star"))
             stars += 1
+        elif token["numbers"]:
+            numbers = _spelled(token["numbers"], text)
+            is_long = is_long or not numbers
+            parts.append(f"(?<![0-9])(?:{numbers})(?![0-9])")
+            tokens.append(Token("numbers", token["numbers"]))
         elif (name := token["name"]) in captures:
             parts.append(f"(?P={name})")
             tokens.append(Token("repeat", name))
@@ -141,12 +157,23 @@ def parse_pattern(text: str) -> Pattern:
             tokens.append(Token("digits" if captures[name] else "segment", name))
     count = 1 + sum(map(_has_several_lengths, tokens, (*tokens[1:], None)))  # the last part can have any length too
     regex = re.compile("".join(parts), re.DOTALL)
-    return Pattern(text, stars, captures, regex, tuple(literals), tuple(tokens), count, longest_fast_key(count))
+    longest = -1 if is_long else longest_fast_key(count)
+    return Pattern(text, stars, captures, regex, tuple(literals), tuple(tokens), count, longest)
+
+
+def _spelled(numbers: str, text: str) -> str:
+    """Return a regex of all numbers, such as ``0|1|2``, or an empty string where they are too many for a regex."""
+    ranges = ranges_of(numbers)
+    if wrong := next((pair for pair in ranges if pair[0] > pair[1]), None):
+        raise RuleError(f"{quoted(text)} has the range {wrong[0]}..{wrong[1]}, which ends before it begins")
+    if sum(last - first + 1 for first, last in ranges) > _MOST_NUMBERS:
+        return ""
+    return "|".join(str(number) for first, last in ranges for number in range(first, last + 1))
 
 
 def _has_several_lengths(token: Token, following: Token | None) -> bool:
     """Return whether a part of a pattern can end at several positions of a key, and the next part allows this."""
-    if token.kind in ("literal", "repeat") or following is None:
+    if token.kind in ("literal", "repeat", "numbers") or following is None:
         return False
     if token.kind == "star" or following.kind != "literal":
         return True
@@ -236,7 +263,8 @@ def parse_template(text: str, pattern: Pattern) -> Template:
     stars = 0
     for token in _TEMPLATE_TOKEN.finditer(text):
         if token["bad"]:
-            raise RuleError(f"{quoted(text)} has a brace that is not part of a capture", hint=_AS_REGEX)
+            hint = _NAMED_NUMBER if _PATTERN_TOKEN.match(text, token.start())["numbers"] else _AS_REGEX  # type: ignore[index]
+            raise RuleError(f"{quoted(text)} has a brace that is not part of a capture", hint=hint)
         if token["literal"]:
             parts.append(("literal", token["literal"], None))
         elif token["star"]:
@@ -296,6 +324,13 @@ def suggest_pattern(
     ``owner`` is what has the names. It must be such that the request ``accepts`` all
     names that it matches.
     """
+    parts = [] if pattern.is_regex else _OUTSIDE_BRACES.split(pattern.text)
+    if len(parts) > 1 and all(parts):
+        with contextlib.suppress(RuleError):
+            patterns = [parse_pattern(part) for part in parts]
+            found = [[name for name in names if one.match(name)] for one in patterns]
+            if all(found) and accepts([name for matched in found for name in matched]):
+                return f"these are {len(parts)} patterns, and each needs its own option: {listed(parts, 3)}"
     for text in _variants(pattern, names):
         try:
             variant = parse_pattern(text)
@@ -317,6 +352,9 @@ def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
         body = f"(?:{text[3:]})"
         yield from (f"re:{body}.*", f"re:.*{body}", f"re:.*{body}.*")
         return
+    ranges = _DIGIT_SET.sub(_as_numbers, text)
+    if ranges != text:
+        yield ranges
     yield from (f"{text.rstrip('.')}.*", f"{text}*", f"*.{text}", f"*.{text}.*")
     prefix, _, inner = text.partition(".")
     if inner[:1] not in ("", "*", "{") and not {"*", "{"} & set(prefix):
@@ -326,6 +364,11 @@ def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
     for close in difflib.get_close_matches(stem, prefixes, n=3):
         yield close + text[len(stem) :]
         yield f"{close}.*"
+
+
+def _as_numbers(found: re.Match[str]) -> str:
+    """Return the digits of a set of characters, such as ``[0-5]`` or ``[23]``, as numbers of a pattern."""
+    return "{" + ",".join(re.findall("[0-9]-[0-9]|[0-9]", found[1])).replace("-", "..") + "}"
 
 
 def _ends(name: str) -> Iterator[int]:

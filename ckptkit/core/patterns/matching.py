@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from types import FrameType, MappingProxyType
 from typing import Final
@@ -29,6 +30,7 @@ __all__ = [
     "match_regex",
     "match_stars",
     "match_tokens",
+    "ranges_of",
     "repetitions",
 ]
 
@@ -37,6 +39,7 @@ _MOST_VALUES = 50_000  # of captures that are repeated in a pattern, tried on on
 _MOST_COMPARED = 8_000_000  # texts that are counted to find these values
 _SECONDS = 0.5  # of processor time for one key and one regex
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+_MOST_DIGITS = 18  # of a number in a pattern
 _SEGMENT, _DIGITS = re.compile("[^.]+"), re.compile("[0-9]+")
 
 
@@ -67,9 +70,10 @@ _set_string, _set_stars, _set_captures = slot_setters(KeyMatch)
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A part of a pattern: its kind is ``literal``, ``star``, ``segment``, ``digits`` or ``repeat``.
+    """A part of a pattern: its kind is ``literal``, ``star``, ``segment``, ``digits``, ``repeat`` or ``numbers``.
 
-    ``text`` is the literal, or the name of the capture. A ``repeat`` is a capture that was captured before.
+    ``text`` is the literal, or the name of the capture, or the numbers, such as ``0..5,7``. A ``repeat`` is a capture
+    that was captured before.
     """
 
     kind: str
@@ -160,6 +164,8 @@ def _ends(tokens: Sequence[Token], key: str) -> list[int] | None:
         elif token.kind == "star":
             lowest = rest & -rest
             rest = (1 << (size + 1)) - lowest if rest else 0
+        elif token.kind == "numbers":
+            rest = _starts_of_numbers(token.text, key, rest)
         else:
             if token.kind not in members_of:
                 members_of[token.kind] = int("0" + key.translate(_MEMBERS[token.kind]), 2) << 1
@@ -178,6 +184,8 @@ def _ends(tokens: Sequence[Token], key: str) -> list[int] | None:
             at += len(token.text)
         elif token.kind == "star":
             at = size - (rest & -rest).bit_length() + 1
+        elif token.kind == "numbers":
+            at += len(_DIGITS.match(key, at)[0])  # type: ignore[index]  # a number starts here
         else:
             run = (_DIGITS if token.kind == "digits" else _SEGMENT).match(key, at)
             shift = size - (run.end() if run else at)
@@ -185,6 +193,28 @@ def _ends(tokens: Sequence[Token], key: str) -> list[int] | None:
             at = size - shift - (reachable & -reachable).bit_length() + 1
         ends.append(at)
     return ends
+
+
+def _starts_of_numbers(numbers: str, key: str, rest: int) -> int:
+    """Return the set of the positions of whole runs of digits that are one of the numbers and end in ``rest``."""
+    size, ranges, found = len(key), ranges_of(numbers), 0
+    for run in _DIGITS.finditer(key):
+        if rest >> (size - run.end()) & 1 and _is_in(ranges, run[0]):
+            found |= 1 << (size - run.start())
+    return found
+
+
+@lru_cache(maxsize=256)
+def ranges_of(numbers: str) -> tuple[tuple[int, int], ...]:
+    """Return the first and the last number of each range of a text such as ``0..5,7``."""
+    ends = (part.partition("..") for part in numbers.split(","))
+    return tuple((int(first), int(last or first)) for first, _, last in ends)
+
+
+def _is_in(ranges: Sequence[tuple[int, int]], digits: str) -> bool:
+    if len(digits) > _MOST_DIGITS or (digits[0] == "0" and len(digits) > 1):
+        return False
+    return any(first <= int(digits) <= last for first, last in ranges)
 
 
 def _occurrences(literal: str, key: str) -> int:
