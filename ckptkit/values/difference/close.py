@@ -51,10 +51,12 @@ def _close_in(bits: tuple[Array, Array], distance: Array, code: str, tolerance: 
     expected, found = (_values(side, real, workers) for side in bits)
     if parts == 2:
         expected, found = (side.view(f"c{2 * side.itemsize}") for side in (expected, found))
-        return _is_close(expected, found, tolerance, lambda numbers: numbers)
-    if real != "F16":
+    if parts == 2 or real != "F16":
+        is_rounded = real in ("F16", "BF16")
+        if real == "F16":  # torch rounds rtol too where numbers are complex
+            tolerance = tolerance._replace(rtol=float(np.float16(tolerance.rtol)))
         return _is_close(
-            expected, found, tolerance, lambda numbers: _rounded(numbers, real, workers) if real == "BF16" else numbers
+            expected, found, tolerance, lambda numbers: _rounded(numbers, real, workers) if is_rounded else numbers
         )
     # Torch rounds each step to F16, which takes long, and matters only where a difference is near the limit.
     actual = np.abs(found - expected)
@@ -70,9 +72,12 @@ def _close_in(bits: tuple[Array, Array], distance: Array, code: str, tolerance: 
 def _is_close(expected: Array, found: Array, tolerance: Tolerance, rounded: Callable[[Array], Array]) -> Array:
     import numpy as np
 
+    def size_of(numbers: Array) -> Array:
+        return rounded(np.abs(numbers)) if numbers.dtype.kind == "c" else np.abs(numbers)
+
     kind = expected.real.dtype.type
-    allowed = rounded(kind(tolerance.atol) + np.abs(rounded(kind(tolerance.rtol) * expected)))
-    actual = np.abs(rounded(found - expected))
+    allowed = rounded(kind(tolerance.atol) + size_of(rounded(kind(tolerance.rtol) * expected)))
+    actual = size_of(rounded(found - expected))
     close: Array = (found == expected) | (np.isfinite(actual) & (actual <= allowed))
     return close
 
@@ -93,4 +98,6 @@ def _rounded(numbers: Array, code: str, workers: Workers) -> Array:
     import numpy as np
 
     narrow = cast_bytes(numbers.view(np.uint8).data, "F32", code, workers, "narrow")
-    return np.array(np.frombuffer(cast_bytes(narrow, code, "F32", workers, "as float32"), np.float32))
+    wide = np.array(np.frombuffer(cast_bytes(narrow, code, "F32", workers, "as float32"), np.float32))
+    rounded: Array = wide.view(numbers.dtype)
+    return rounded
