@@ -35,6 +35,12 @@ def test_a_checkpoint_that_fits_has_nothing_to_report() -> None:
     assert result.hints == ()
 
 
+def test_a_shape_may_be_a_list_as_json_has_it() -> None:
+    info = TensorInfo("fc1.weight", "F32", [5, 4])
+    assert info == NET["fc1.weight"]
+    assert not diff({**NET, "fc1.weight": info}, NET).different
+
+
 def test_each_difference_is_listed_under_its_own_word() -> None:
     """Missing keys are only expected, unexpected keys only found; mismatches have both descriptions."""
     found = {

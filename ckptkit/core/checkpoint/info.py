@@ -63,7 +63,7 @@ class TensorInfo:
         self,
         key: str,
         dtype: str,
-        shape: tuple[int, ...],
+        shape: tuple[int, ...] | list[int],
         view: View | None = None,
         kind: str = "dense",
         stored_bytes: int = 0,
@@ -71,7 +71,7 @@ class TensorInfo:
         """Set all fields through their slots, in half the time that the ``__init__`` of a frozen dataclass takes."""
         _set_key(self, key)
         _set_dtype(self, dtype)
-        _set_shape(self, shape)
+        _set_shape(self, tuple(shape) if type(shape) is list else shape)  # as from JSON; a list equals no shape
         _set_view(self, view)
         _set_kind(self, kind)
         _set_stored_bytes(self, stored_bytes)
