@@ -6,10 +6,11 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import kind_of, look_alikes
+from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
 from ckptkit.formats.shard_names import is_index, one_shard_warnings
@@ -29,6 +30,10 @@ __all__ = [
 
 # Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
+_MOST_NEAR = 10_000  # names of a folder that are compared with the name of a missing file
+_HUB_NAME = lazy_pattern(
+    r"(?!.*\.(?:pth?|ckpt|bin|safetensors|gguf|npz)$)(?:[A-Za-z]\w*-[\w.-]+|\w[\w-]*/\w[\w.-]*)", re.ASCII
+)
 _IMPORTABLE = lazy_pattern(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", re.DOTALL)
 
 
@@ -66,10 +71,25 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
         try:
             opened = _open_path(path, Selection(key), listing_parts=listing_parts)
         except PathError as error:
-            if error.hint is None and _IMPORTABLE.fullmatch(name) and not os.path.lexists(name):
-                error.hint = f"for a live model write {LIVE_PREFIX}{name}"
+            if error.hint is None and not os.path.lexists(path):
+                near = _near_path(path)
+                if _IMPORTABLE.fullmatch(name):
+                    error.hint = f"for a live model write {LIVE_PREFIX}{name}"
+                elif near:
+                    error.hint = f"did you mean {shell_word(near)}?"
+                elif _HUB_NAME.fullmatch(name):
+                    error.hint = f"to read a model of the Hugging Face Hub, download it first: hf download {name}"
             raise
         return _note_positions(_warn_of_adapter(_warn_of_similar_keys(_leave_out_optimizers(opened, key))))
+
+
+def _near_path(path: str) -> str:
+    """Return the path in the same folder whose name is most like that of ``path``, or an empty string."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+        near = nearest(name, (entry.name for entry in islice(entries, _MOST_NEAR)), cutoff=0.8)
+        return os.path.join(folder, near) if near else ""
+    return ""
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 
 from ckptkit.core.files import LocalFile
@@ -212,6 +213,9 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
         return FormatError("only zero bytes (an interrupted write?)", hint="copy it again")
     if len(head) < 8:
         return FormatError(f"too short to be a checkpoint: {file.size} bytes")
+    if file.path.endswith(".py"):
+        module = os.path.basename(file.path).removesuffix(".py")
+        return FormatError("Python source, not a checkpoint", hint=f"for a live model write py:{module}:callable")
     return FormatError(f"unknown format: the first bytes are {head[:8].hex(' ')}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.text import first_line, kind_of, quoted
+from ckptkit.core.text import first_line, kind_of, nearest, quoted, shell_word
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
@@ -86,14 +86,24 @@ def _import(target: str) -> Any:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            searched = "searched in the current directory and on sys.path" if isinstance(error, ImportError) else None
+            searched = _hint_for_import(module_name, name) if isinstance(error, ImportError) else None
             raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=searched) from error
         for part in name.split("."):
             with _code_of_the_user(f"looking up {quoted(name)}"):
                 if not hasattr(found, part):
-                    raise ModelError(f"{quoted(module_name)} has no {quoted(name)}")
+                    near = nearest(part, [one for one in dir(found) if not one.startswith("_")])
+                    hint = f"did you mean {quoted(near)}?" if near else None
+                    raise ModelError(f"{quoted(module_name)} has no {quoted(name)}", hint=hint)
                 found = getattr(found, part)
     return found
+
+
+def _hint_for_import(module_name: str, name: str) -> str:
+    """Return the name of the module where a path of its file was given, or where it was searched."""
+    dotted = module_name.removesuffix(".py").replace("/", ".").lstrip(".")
+    if module_name.endswith(".py") and os.path.isfile(f"{dotted.replace('.', '/')}.py"):
+        return f"did you mean {shell_word(f'{LIVE_PREFIX}{dotted}:{name}')}?"
+    return "searched in the current directory and on sys.path"
 
 
 @contextlib.contextmanager

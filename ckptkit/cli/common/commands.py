@@ -48,6 +48,14 @@ class Command(click.Command):
         self._shows_all = False
         self.params.append(_help_all_option(hidden=len(self._options()) <= MOST_OPTIONS))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Return the arguments; every error names the command, also that of an option without its value."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; the hint of an error names only what this command takes."""
         try:

@@ -18,7 +18,13 @@ _NOT_ONE_OF = lazy_pattern(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choic
 _QUOTED = lazy_pattern(r"'([^']*)'")
 _ALIKE = 0.74  # the least likeness of a word to a right one: --strict is not --strip
 _ALIKE_AT_START = 0.6  # where one of both words begins with all of the other
+_CHOICE_INDENT = lazy_pattern(r"\s*\n\t")
 _REMAP = "ckpt remap PATH -o OUT"
+_OTHER_NAMES = {
+    "compare": "diff", "info": "show", "inspect": "show", "ls": "show", "list": "show", "summary": "show",
+    "hash": "digest", "checksum": "digest", "sha256": "digest", "verify": "check", "validate": "check",
+    "rename": "remap",
+}  # fmt: skip
 
 
 def hint_for_command(hint: str, options: Container[str], known: Collection[str]) -> str:
@@ -60,11 +66,15 @@ class NoSuchCommandError(click.UsageError):
 
 def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     """Return what is wrong with the words of a command line, and the hint: the nearest right word, or the help page."""
-    reason, wrong = error.format_message(), ""
+    reason, wrong = _CHOICE_INDENT.sub(" ", error.format_message()), ""
     right: Sequence[str] = ()
     context = error.ctx
     if isinstance(error, NoSuchCommandError):
+        if error.name == "help":
+            return reason, "see ckpt --help, or ckpt COMMAND --help"
         wrong, right = error.name, error.names
+        if _OTHER_NAMES.get(wrong) in right:
+            wrong = _OTHER_NAMES[wrong]
     elif isinstance(error, click.NoSuchOption):
         reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
         right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
@@ -77,6 +87,7 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
 
 def _nearest(wrong: str, right: Sequence[str]) -> str | None:
     """Return the right word that a wrong one stands for, or None: a wrong suggestion is worse than none."""
-    near = nearest(wrong, right, _ALIKE)
+    whole = [one for one in right if wrong and wrong in one.split("-")]
+    near = whole[0] if len(whole) == 1 else nearest(wrong, right, _ALIKE)
     close = near or nearest(wrong, right, _ALIKE_AT_START)
     return close if close and (wrong.startswith(close) or close.startswith(wrong)) else near

@@ -46,7 +46,9 @@ def add_options(command: CommandFunction, *options: Decorator) -> CommandFunctio
     return command
 
 
-quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print errors only on stderr.")
+quiet_option: Decorator = click.option(
+    "-q", "--quiet", is_flag=True, help="Print no progress, notes or hints; the report and errors stay."
+)
 skip_unread_option: Decorator = click.option(
     "--skip-unread",
     is_flag=True,
