@@ -348,6 +348,12 @@ def _no_mapping_inside(folder: Path) -> list[str]:
     return ["show", f"{folder / 'w.safetensors'}::net"]
 
 
+@situation("formats/torch/tree.py: selects keys by their names")
+def _no_mapping_in_weights(folder: Path) -> list[str]:
+    torch.save({"net.a": randn(2), "b": randn(2)}, folder / "w.pt")
+    return ["show", f"{folder / 'w.pt'}::net"]
+
+
 @situation("formats/torch/checkpoint.py: shows the value")
 def _a_number_inside(folder: Path) -> list[str]:
     torch.save({"model": {"a": randn(2)}, "epoch": 3}, folder / "run.pt")

@@ -58,7 +58,7 @@ _DIGIT_SET = re.compile(r"\[((?:[0-9](?:-[0-9])?)+)\]")
 _OUTSIDE_BRACES = re.compile(r",\s*(?![^{]*\})")
 _MOST_COMPARED = 10_000  # names that are compared with a pattern that matches none
 _MOST_NUMBERS = 1000  # of a range that the regex of a pattern spells
-_NAMED_NUMBER = "to keep a number, name it on both sides, as in 'h.{i:int}.*=layers.{i}.*'; --keep selects numbers"
+_NAMED_NUMBER = "to keep a number, name it on both sides, as in 'h.{i:int}.*=layers.{i}.*'"
 _RANGES = "several numbers are written {0..5} or {2,3}; "
 _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 

@@ -222,8 +222,8 @@ def _descend(tree: object, wanted: str) -> tuple[object, KeyPath]:
         meant = shell_word(f"::{dotted_key((*path, keys[near]))}{dot}{rest}") if near else ""
         hint = f"the keys at that level: {', '.join(map(printable, list(keys)[:12])) or 'none'}"
         if any(key.startswith(f"{left}.") for key in keys):
-            place = f" at ::{dotted_key(path)}" if path else ""
-            hint = f"the keys{place} begin with it: --keep {shell_word(left + '.*')} selects them"
+            where = f"with {shell_word(f'::{dotted_key(path)}')} alone" if path else "without the :: part"
+            hint = f"{where}, --keep {shell_word(left + '.*')} selects keys by their names"
         raise FormatError(f"holds nothing at {quoted(wanted)}", hint=f"did you mean {meant}? {hint}" if near else hint)
     return matches[0]
 
