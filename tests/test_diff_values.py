@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 import ckptkit
 from ckptkit.errors import ArgumentError, ModelError, RuleError
+from ckptkit.render.page import as_text
+from ckptkit.render.page.width import fitted
+from ckptkit.render.values import values_page
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_own_loading import rename_old, with_hook
 
@@ -286,6 +289,49 @@ def test_change_by_layer_has_a_bar_for_each_layer(saved: Saved, capsys: pytest.C
     paths = saved("a.safetensors", base()), saved("b.safetensors", found)
     out = run_ckpt(capsys, "diff", *paths, "--values").out
     assert "\n  backbone.{0..3}  ·▂·█  up to 0.04 in layer 3\n" in out
+
+
+def test_depth_lists_modules_in_the_order_of_the_model(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head is there too; a module without a change has no numbers, and NaN has no size."""
+    found = changed(
+        backbone__1__scale=base()["backbone.1.scale"] * 1.25, backbone__2__scale=torch.full((4, 3), math.nan)
+    )
+    paths = saved("a.safetensors", base()), saved("b.safetensors", found)
+    out = run_ckpt(capsys, "diff", *paths, "--depth", "2", "--format", "tsv").out
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert rows[0] == ["module", "tensors", "differ", "largest rel L2", "largest abs"]
+    assert [row[:4] for row in rows[1:]] == [
+        ["backbone.0", "2", "0", ""],
+        ["backbone.1", "2", "1", "0.25"],
+        ["backbone.2", "2", "1", "NaN or Inf"],
+        ["backbone.3", "2", "0", ""],
+        ["head", "2", "2", "0.5"],
+    ]
+
+
+def test_beside_values_other_dtypes_are_a_line(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer is about values; ``--expand`` lists the keys."""
+    paths = saved("a.safetensors", base()), saved("b.pt", {key: tensor.half() for key, tensor in tuned().items()})
+    ran = run_ckpt(capsys, "diff", *paths, *FROZEN)
+    assert "another dtype: 10 tensors F32 -> F16" in ran.out.splitlines()
+    assert "≈" not in ran.out
+    assert "≈" in run_ckpt(capsys, "diff", *paths, *FROZEN, "--expand").out
+
+
+def test_a_model_that_is_built_for_the_comparison_may_be_random(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the numbers of a new model look like those of a checkpoint."""
+    ran = run_ckpt(capsys, "diff", "py:fixtures.lenet:build(num_classes=10)", "fixtures/lenet_10class.pth", "--values")
+    assert "expected is built for this comparison: values that its code does not load are random" in ran.out
+
+
+def test_columns_give_way_before_the_name_of_a_tensor() -> None:
+    """In 80 columns, a name of usual length is whole; the units in the last place are left out first."""
+    key = "model.layers.23.self_attn.q_proj.weight"
+    result = ckptkit.compare_values({key: torch.ones(9)}, {key: torch.arange(9.0)})
+    lines = [*as_text(fitted(values_page(result), 80))]
+    assert any(line.startswith(f"{key} ") for line in lines)
+    assert "rel L2    max abs    changed" in "\n".join(lines)
+    assert "max ulp" not in "\n".join(lines)
 
 
 def test_same_file_ranges_are_counted_without_reading(

@@ -139,9 +139,14 @@ def _with_moments(stats: Mapping[str, Extremes]) -> dict[str, ValueStats]:
 
 def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyPair], bool]) -> Iterator[Finding]:
     """Yield an ``as-expected`` note on the tensors that equal the tensors of EXPECTED bit by bit."""
-    equal = [pair.key for pair in pairs if pair.expected.elements and have_equal_bytes(pair)]
+    compared = [pair for pair in pairs if pair.expected.elements]
+    equal = [pair.key for pair in compared if have_equal_bytes(pair)]
     if equal:
-        message = f"{plural(len(equal), 'tensor')} bit by bit equal to EXPECTED: {listed(equal)}"
+        is_all = len(equal) == len(compared)
+        count = (
+            plural(len(equal), "tensor") if is_all else f"{len(equal):,} of {plural(len(compared), 'compared tensor')}"
+        )
+        message = f"{count} bit by bit equal to EXPECTED: {listed(equal)}"
         yield codes.AS_EXPECTED.finding(equal[0], message, keys=equal)
 
 

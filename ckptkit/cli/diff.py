@@ -16,6 +16,7 @@ from ckptkit.comparison import diff as compare
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
 from ckptkit.render.diff import answers_first, hints_below
+from ckptkit.render.values import lists_all
 from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
@@ -54,6 +55,9 @@ def _parse_size(context: click.Context, option: click.Parameter, text: str | Non
 @click.option(
     "--max-rel-l2", callback=_parse_size, metavar="X", help="Gate: no tensor changes by more, relative to its norm."
 )
+@click.option(
+    "--depth", type=click.IntRange(0), help="Compare values, and list modules down to this depth, not tensors."
+)
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
 @report_options
@@ -73,6 +77,7 @@ def diff(
     expect_frozen: tuple[str, ...],
     expect_changed: tuple[str, ...],
     max_rel_l2: float | None,
+    depth: int | None,
     everything: bool,
     expand: bool,
     report_format: ReportFormat,
@@ -81,7 +86,8 @@ def diff(
     """Compare the tensors that a model expects with those that a checkpoint has.
 
     EXPECTED is the model or a checkpoint of it, FOUND the checkpoint to load. The rules rename and filter the keys of
-    FOUND first. No tensor is read without --values, or an option that needs values. Exit code 0 if nothing differs and
+    FOUND first: a key that --keep or --drop leaves out is missing, and does not count for gates. No tensor is read
+    without --values, or an option that needs values. Exit code 0 if nothing differs and
     every requirement is met, else 1. With a gate on values, differences do not count: 0 if all gates hold, else 1.
 
     \b
@@ -94,6 +100,7 @@ def diff(
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
             has_gates = bool(expect_frozen or expect_changed) or max_rel_l2 is not None
+            values = values or depth is not None
             reads = values or has_gates or rtol is not None or atol is not None
             size = (
                 sum(info.nbytes for info in (*left.values(), *right.values()) if has_stored_bytes(info)) if reads else 0
@@ -104,6 +111,7 @@ def diff(
                     atol=atol, expect_frozen=expect_frozen, expect_changed=expect_changed, max_rel_l2=max_rel_l2,
                     progress=progress,
                 )  # fmt: skip
+        is_all = expand or everything
         is_answered = answers_first(result, expand=expand, everything=everything)
         echo_result(
             report_format,
@@ -112,12 +120,18 @@ def diff(
             expand=expand,
             everything=everything,
             with_hints=is_answered and not quiet,
+            depth=depth,
         )
         if not quiet:
             # The JSON document and the beginning of the page have them.
             hints = () if report_format is ReportFormat.JSON or is_answered else hints_below(result)
-            if is_answered and report_format is not ReportFormat.JSON:
-                print_message("ckpt: --expand lists every key")
+            if report_format in (ReportFormat.TABLE, ReportFormat.PLAIN, ReportFormat.GITHUB):
+                if is_answered:
+                    print_message("ckpt: --expand lists every key")
+                elif not (
+                    is_all or depth is not None or has_gates or result.values is None or lists_all(result.values)
+                ):
+                    print_message("ckpt: --expand lists every tensor, and --depth N every module down to a depth")
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
                 print_message(message)
     context.exit(0 if result.ok else 1)

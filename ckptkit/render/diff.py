@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ckptkit.comparison import KeyPair, StateDictDiff
@@ -18,6 +19,7 @@ _BY_OWN_CODE = ", by the model's own code"
 _AS = "  as "
 _FEW_ROWS = 10  # below an answer that explains all of them
 _NEARLY_ALL = 0.9
+_BUILT = "py:"
 
 
 def diff_document(result: StateDictDiff) -> dict[str, object]:
@@ -97,11 +99,13 @@ def diff_page(
     expand: bool = False,
     everything: bool = False,
     with_hints: bool = True,
+    depth: int | None = None,
 ) -> Page:
     """Return the page of ``ckpt diff``: one row per difference, then the counts, the verdict and the hints.
 
     A mark begins each row: ``-`` missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
-    Where ``answers_first``, the rows are last, and only a few of them.
+    Where ``answers_first``, the rows are last, and only a few of them. Beside values, the keys that only have another
+    dtype are counted; ``depth`` is that of ``values_page``.
     """
     rows = _rows(result, expand=expand, everything=everything)
     is_short = answers_first(result, expand=expand, everything=everything)
@@ -123,9 +127,11 @@ def diff_page(
         Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
         Line(("found     ", *describe(result.found_checkpoint, "found"))),
         *_gate_lines(result),
-        *([] if result.values is None else values_page(result.values, expand=expand or everything)),
+        *_random_lines(result),
+        *([] if result.values is None else values_page(result.values, expand=expand or everything, depth=depth)),
         *(() if is_short else [table]),
         Line((", ".join(counts),)),
+        *([] if _lists_dtypes(result, is_all=expand or everything) else _dtype_lines(result)),
         Line((f"coverage {percent(result.coverage)} of {elements}",)),
         *([_unread_line(result)] if result.values is None and result.matched else []),
         *(Line(("not met: ", Message(one.message))) for one in unmet),
@@ -185,6 +191,28 @@ def _unread_line(result: StateDictDiff) -> Line:
     return Line((f"values were not compared; the bytes of {count} are the same file range",))
 
 
+def _lists_dtypes(result: StateDictDiff, *, is_all: bool) -> bool:
+    """Return whether the page has a row for each key that only has another dtype; beside values it has a line."""
+    return result.values is None or is_all
+
+
+def _dtype_lines(result: StateDictDiff) -> list[Line]:
+    pairs = Counter((pair.expected.dtype, pair.found.dtype) for pair in result.dtype_mismatched)
+    texts = [f"{plural(count, 'tensor')} {expected} -> {found}" for (expected, found), count in pairs.most_common()]
+    return [Line((f"another dtype: {', '.join(texts)}",))] if texts else []
+
+
+def _random_lines(result: StateDictDiff) -> list[Line]:
+    """Return a line for each live model that was built for the comparison and differs: its values may be random."""
+    sides = {"expected": result.expected_checkpoint, "found": result.found_checkpoint}
+    built = [name for name, side in sides.items() if side.path.startswith(_BUILT)]
+    if result.values is None or not result.values.different:
+        return []
+    return [
+        Line((f"{name} is built for this comparison: values that its code does not load are random",)) for name in built
+    ]
+
+
 def _gate_lines(result: StateDictDiff) -> list[Line]:
     """Return a line for each gate, the broken ones first."""
     lines = []
@@ -223,7 +251,8 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [(info.key, ("+", "", str(info))) for info in result.unexpected]
     rows += [_row("~", pair, remarks.get(pair.key, "")) for pair in result.shape_mismatched]
     uncopyable = {pair.key for pair in result.uncopyable}
-    rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in uncopyable]
+    if _lists_dtypes(result, is_all=expand or everything):
+        rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in uncopyable]
     rows += [_row("≈", pair, "  torch cannot copy it") for pair in result.uncopyable]
     rows += [(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
     rows += [(key, ("+", "", "no tensor")) for key in result.foreign]

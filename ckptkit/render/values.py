@@ -15,8 +15,9 @@ from ckptkit.core.text import listed, percent, plural, printable, quoted, short_
 from ckptkit.render.page import Code, Line, Listing, Page, Table
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import describe, json_number
+from ckptkit.statistics.state_dict_stats import module_name
 
-__all__ = ["value_page", "values_document", "values_in_diff", "values_page"]
+__all__ = ["lists_all", "value_page", "values_document", "values_in_diff", "values_page"]
 
 _SHOWN = 10
 _FEW_LAYERS = 3  # with fewer, the table says it all
@@ -29,8 +30,13 @@ _LEAST = 5e-324  # a change without a size
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,6})(?=\.|$)")
 
 
-def values_page(result: ValueDiff, *, expand: bool = False) -> Page:
-    """Return the page of ``compare_values``: the answer, the ten worst tensors or all, and the change by layer."""
+def values_page(result: ValueDiff, *, expand: bool = False, depth: int | None = None) -> Page:
+    """Return the page of ``compare_values``: the answer, the ten worst tensors or all, and the change by layer.
+
+    With ``depth``, a row for each module down to it takes the place of tensors and layers.
+    """
+    if depth is not None:
+        return [*_answer(result), *_remarks(result), _module_table(result, depth)]
     shown = result.different if expand else result.different[:_SHOWN]
     more = len(result.different) - len(shown)
     layers = _layer_lines(result)
@@ -41,6 +47,11 @@ def values_page(result: ValueDiff, *, expand: bool = False) -> Page:
         *([Line((f"and {plural(more, 'more tensor')}",))] if more else []),
         *([Listing(layers)] if layers else []),
     ]
+
+
+def lists_all(result: ValueDiff) -> bool:
+    """Return whether the page lists all tensors that differ without ``expand`` too."""
+    return len(result.different) <= _SHOWN
 
 
 def values_document(result: ValueDiff) -> dict[str, object]:
@@ -156,6 +167,7 @@ def _remarks(values: ValueDiff) -> list[Line]:
 
 _HEADERS = ("key", "rel L2", "max abs", "changed", "cosine", "max ulp", "mean abs")
 _GIVES_WAY = ("mean abs", "max ulp", "cosine", "max abs")
+_WHOLE = 48  # columns of a key for which others give way
 _BEYOND, _NAN, _INF = "beyond", "NaN", "Inf"
 
 
@@ -165,7 +177,9 @@ def _table(differences: Sequence[ValueDifference]) -> Table:
     has_beyond = any(one.beyond is not None for one in differences)
     extra = [name for name, needed in ((_BEYOND, has_beyond), (_NAN, has_nan), (_INF, has_inf)) if needed]
     headers = (_HEADERS[0], *extra, *_HEADERS[1:])
-    return Table(headers, tuple(_cells(one, extra) for one in differences), frozenset(headers[1:]), _GIVES_WAY)
+    return Table(
+        headers, tuple(_cells(one, extra) for one in differences), frozenset(headers[1:]), _GIVES_WAY, name_width=_WHOLE
+    )
 
 
 def _cells(one: ValueDifference, extra: Sequence[str]) -> tuple[str, ...]:
@@ -184,6 +198,30 @@ def _cells(one: ValueDifference, extra: Sequence[str]) -> tuple[str, ...]:
         _ulps(one.max_ulp),
         _number(one.mean_abs),
     )
+
+
+def _module_table(values: ValueDiff, depth: int) -> Table:
+    """Return a row for each module with the largest changes of its tensors, in the order of the model."""
+    modules: dict[str, list[ValueDifference | None]] = {}
+    changes = {name: one for one in (*values.within, *values.different) for name in one.names}
+    for key in values.keys:
+        modules.setdefault(module_name(key, depth), []).append(changes.get(key))
+    headers = ("module", "tensors", "differ", "largest rel L2", "largest abs")
+    rows = (
+        (printable(name) or "(the model)", f"{len(ones):,}", *_largest([one for one in ones if one is not None]))
+        for name, ones in modules.items()
+    )
+    return Table(headers, tuple(rows), frozenset(headers[1:]), ("tensors", "differ"))
+
+
+def _largest(changed: Sequence[ValueDifference]) -> tuple[str, str, str]:
+    """Return how many tensors of a module differ, and their largest changes; NaN and Inf have no size."""
+    if any(one.nonfinite for one in changed):
+        return f"{len(changed):,}", "NaN or Inf", "NaN or Inf"
+    sizes = [one.rel_l2 for one in changed if one.rel_l2 is not None]
+    finite = [size for size in sizes if size < math.inf]
+    most = max((one.max_abs for one in changed if one.max_abs is not None), default=None)
+    return f"{len(changed):,}", _number(max(finite or sizes, default=None)), _number(most)
 
 
 def _ulps(count: int | None) -> str:

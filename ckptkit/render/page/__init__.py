@@ -70,7 +70,8 @@ class Table:
     """Rows of printable cells below headers; the columns named in ``right`` are aligned to the right.
 
     ``gives_way`` names the columns that a narrow terminal leaves out first, the least important first. After them go
-    the others from the right, and never the first that has a name. A page shows no table without rows, and none that
+    the others from the right, and never the first that has a name. They are left out before a name gets shorter than
+    ``name_width``. A page shows no table without rows, and none that
     is ``only_tsv``, which has for scripts what the lines of the page say to people.
     """
 
@@ -79,6 +80,7 @@ class Table:
     right: frozenset[str] = frozenset()
     gives_way: tuple[str, ...] = ()
     only_tsv: bool = False
+    name_width: int = 32
 
     @property
     def is_shown(self) -> bool:

@@ -21,7 +21,7 @@ __all__ = ["fitted"]
 
 _GAP = 2  # spaces between two columns
 _INDENT = 2
-_COMFORTABLE = (32, 24)  # columns that give way are left out before the name, and other cells, become shorter
+_COMFORTABLE = 24  # columns that give way are left out before cells other than names become shorter
 _LEAST = (16, 8)  # columns that do not give way are left out before they become shorter
 # A name or a sentence. A number, a dtype with a shape, a bar or a digest is never cut.
 _CUTTABLE = re.compile(r"[a-z].*[ ._/]|[ ._/].*[a-z]")
@@ -113,7 +113,7 @@ def _fit_table(table: Table, width: int) -> Table:
     named = next((at for at, header in enumerate(table.headers) if header), 0)
     first = dict.fromkeys(table.headers.index(header) for header in table.gives_way if header in table.headers)
     others = [at for at in reversed(range(named + 1, len(natural))) if at not in first]
-    steps = [(at, _COMFORTABLE) for at in first] + [(at, _LEAST) for at in others]
+    steps = [(at, (table.name_width, _COMFORTABLE)) for at in first] + [(at, _LEAST) for at in others]
     shown = list(range(len(natural)))
     for leaving, sizes in [*((at, sizes) for at, sizes in steps if at != named), (None, _LEAST)]:
         least = [_least(table, at, natural[at], sizes[at != named]) for at in shown]
