@@ -149,6 +149,11 @@ def _lines_lost(folder: Path) -> list[str]:
     return ["digest", TEN, "--check", str(folder / "a.digest")]
 
 
+@situation("digests/check.py: ckpt digest PATH -o OUT writes the digests of a checkpoint", ends=True)
+def _checkpoint_as_digest_file(_folder: Path) -> list[str]:
+    return ["digest", TEN, "--check", TEN]
+
+
 @situation()
 def _too_little(folder: Path) -> list[str]:
     return [*_other_head(folder), "--on-mismatch", "skip", "--require", "fc3.*"]

@@ -735,9 +735,12 @@ SCHEMAS: dict[str, Schema] = dict(
                 "new": _texts("Keys that were not recorded."),
                 "skipped": _SKIPPED,
                 "contents": _flag("Whether keys and digests are the recorded ones."),
-                "names_and_shapes": _flag(
-                    "Whether keys and shapes are the recorded ones. The exit code is 0 if both are true."
-                ),
+                "names_and_shapes": {
+                    "description": "Whether keys and shapes are the recorded ones; null where that is not known, since "
+                    "recorded keys were left out. The exit code is 0 if contents is true and this is not false.",
+                    "type": ["boolean", "null"],
+                },
+                "left_out": _texts("Recorded keys that the rules leave out: they were not compared."),
             },
         ),
         _schema(

@@ -353,7 +353,8 @@ def test_a_checkpoint_is_checked_against_recorded_digests(
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     save_file(after, tmp_path / "b.safetensors")
     ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest")
-    assert (ran.code, ran.out, ran.err) == (1, CHECK, "")
+    hint = f"hint: with the recorded checkpoint, ckpt diff EXPECTED {tmp_path}/b.safetensors --values says how much"
+    assert (ran.code, ran.out, ran.err) == (1, f"{CHECK}{hint} changed\n", "")
     ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest", "-q")
     assert (ran.code, ran.out, ran.err) == (1, CHECK.replace('"b": OK\n', ""), "")
     ran = run_ckpt(capsys, "digest", tmp_path / "b.safetensors", "--check", tmp_path / "a.pt.digest", "--format", "tsv")
@@ -386,11 +387,86 @@ def test_a_file_of_xxh3_digests_is_checked_with_xxh3(tmp_path: Path, capsys: pyt
 def test_check_without_a_path_needs_a_file_that_is_named_after_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "d.digest").write_text("", encoding="ascii")
-    ran = run_ckpt(capsys, "digest", "--check", tmp_path / "d.digest")
-    assert (ran.code, ran.out) == (2, "")
-    assert "without its last suffix is not a path that exists.\nhint: see ckpt digest --help\n" in ran.err
+    (tmp_path / "d.digest").write_text(f"{ckptkit.digest(TEN)}\n", encoding="ascii")
+    for given, said in (
+        ("d.digest", f"give the checkpoint: ckpt digest --check '{tmp_path / 'd.digest'}' PATH\n"),
+        ("gone.digest", f"'{tmp_path / 'gone.digest'}' does not exist either."),
+    ):
+        ran = run_ckpt(capsys, "digest", "--check", tmp_path / given)
+        assert (ran.code, ran.out, said in ran.err) == (2, "", True)
     assert run_ckpt(capsys, "digest").code == 2
+
+
+def test_a_checkpoint_and_a_digest_file_in_the_place_of_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A forgotten --check, swapped arguments, and a checkpoint as FILE: the error says what each is."""
+    recorded = tmp_path / "d"
+    recorded.write_text(f"{ckptkit.digest(TEN)}\n", encoding="ascii")
+    not_checkpoint = f"ckpt: {recorded}: is a digest file, not a checkpoint\nhint: ckpt digest --check '{recorded}' "
+    assert run_ckpt(capsys, "digest", recorded).err.startswith(f"{not_checkpoint}PATH ")
+    assert run_ckpt(capsys, "digest", recorded, "--check", TEN).err.startswith(f"{not_checkpoint}'{TEN}' ")
+    for arguments in (["--check", TEN], ["--check", TEN, TEN]):
+        ran = run_ckpt(capsys, "digest", *arguments)
+        assert (ran.code, ran.err.splitlines()[0]) == (2, f"ckpt: {TEN}: is a checkpoint, not a digest file")
+    with pytest.raises(FormatError, match="is a checkpoint, not a digest file"):
+        ckptkit.check_digests(TEN, TEN)
+
+
+def test_what_is_beside_the_weights_of_a_training_checkpoint_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.pt"
+    torch.save({"model": {"a": torch.ones(2)}, "optimizer": {"state": {}}, "epoch": 3}, path)
+    note = f"ckpt: {path}: note: only ::model is hashed, not what is beside it: 'optimizer', 'epoch'\n"
+    assert run_ckpt(capsys, "digest", path).err == note
+    assert run_ckpt(capsys, "digest", f"{path}::model").err == ""
+    compared = run_ckpt(capsys, "diff", path, path, "--values").err
+    assert compared == note.replace("hashed", "compared") * 2
+    assert run_ckpt(capsys, "diff", path, path).err == ""
+
+
+def test_another_prefix_of_all_tensors_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of equal tensors the one that ends alike is named; the option that the line names makes the check pass."""
+    state = {f"layers.{at}.bias": torch.zeros(2) for at in range(12)} | {"head": torch.ones(2)}
+    recorded = tmp_path / "d"
+    for old, new, where in (
+        ("", "module.", "under 'module.'"), ("module.", "", "without 'module.'"), ("a.b.", "c.", "under 'c.'"),
+    ):  # fmt: skip
+        recorded.write_text(f"{ckptkit.digest({f'{old}{key}': one for key, one in state.items()})}\n", encoding="ascii")
+        torch.save({f"{new}{key}": one for key, one in state.items()}, tmp_path / "a.pt")
+        found = ckptkit.check_digests(recorded, tmp_path / "a.pt")
+        assert dict(found.moved) == {f"{old}{key}": f"{new}{key}" for key in state}
+        ran = run_ckpt(capsys, "digest", "--check", recorded, tmp_path / "a.pt", "-q")
+        assert ran.out.splitlines() == [
+            "contents: FAILED", "names and shapes: FAILED", "",
+            "0 OK, 0 FAILED, 13 missing, 13 new of 13 recorded",
+            f"all 13 missing tensors have the recorded contents {where}: --rename '{new}*={old}*' compares them",
+        ]  # fmt: skip
+        rename = ["--rename", f"{new}*={old}*"]
+        assert run_ckpt(capsys, "digest", "--check", recorded, tmp_path / "a.pt", "-q", *rename) == Ran(0, "", "")
+    assert run_ckpt(capsys, "digest", tmp_path / "a.pt", *rename).out == recorded.read_text(encoding="ascii")
+
+
+def test_filters_restrict_what_was_recorded_too() -> None:
+    """A full record checks a part. A recorded tensor that the filters keep is missing where the checkpoint lacks it."""
+    before = {"body.a": torch.zeros(2), "body.b": torch.ones(2), "head.w": torch.ones(3)}
+    after = {"body.a": torch.zeros(2), "body.b": torch.ones(2), "other.w": torch.ones(4)}
+    recorded = ckptkit.digest(before)
+    found = ckptkit.check_digests(recorded, after, ckptkit.parse_rules(keep=["body.*"]))
+    assert (found.ok, found.equal, found.left_out) == (True, ("body.a", "body.b"), ("head.w",))
+    assert found.in_short == "2 OK, 0 FAILED, 0 missing, 0 new"
+    assert ckptkit.check_digests(recorded, after, ckptkit.parse_rules(drop=["other.*"])).missing == ("head.w",)
+    lost = ckptkit.check_digests(recorded, {"body.a": after["body.a"]}, ckptkit.parse_rules(keep=["body.*"]))
+    assert (lost.ok, lost.missing, lost.same_names_and_shapes) == (False, ("body.b",), False)
+    changed = after | {"body.b": torch.zeros(2)}
+    other = ckptkit.check_digests(recorded, changed, ckptkit.parse_rules(keep=["body.*"]))
+    assert (other.ok, other.different, other.same_names_and_shapes) == (False, ("body.b",), None)
+    wrapped = {f"module.{key}": one for key, one in (before | {"head.w": torch.zeros(3)}).items()}
+    rules = ckptkit.parse_rules(strip=["auto"], keep=["module.body.*"])
+    assert ckptkit.check_digests(recorded, wrapped, rules).ok
+    del wrapped["module.body.b"]
+    assert ckptkit.check_digests(recorded, wrapped, rules).missing == ("body.b",)
 
 
 def test_a_file_is_written_whole_and_replaced_only_with_force(

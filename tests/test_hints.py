@@ -80,6 +80,8 @@ NOT_FOLLOWED: dict[str, str] = {
     "render/page/width.py: XX; --wide shows all": "followed by tests/test_terminal.py",
     "comparison/matching.py: were not compared: ckpt optim diff compares the options": _MESSAGE,
     "render/diff.py: ckpt diff XX --rename XX": "followed by tests/test_cli.py",
+    "render/digests.py: --rename XX compares XX": "followed by tests/test_digests.py",
+    "render/digests.py: with the recorded checkpoint, ckpt diff": "only the user knows where that checkpoint is",
     "render/diff.py: --values compares them": "followed by tests/test_diff_values.py",
     "comparison/gates.py: or leave them out with --drop": "followed by tests/test_diff_values.py",
     "comparison/gates.py: rounding to XX can explain": "followed by tests/test_diff_values.py",

@@ -8,7 +8,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_expected_keys
-from ckptkit.cli.common.inputs import open_checkpoints
+from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options, requirement_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
@@ -112,6 +112,9 @@ def diff(
                     progress=progress,
                 )  # fmt: skip
         is_all = expand or everything
+        if reads:
+            for side, path in ((left, expected), (right, found)):
+                note_what_is_beside(side, path, "compared", quiet=quiet)
         is_answered = answers_first(result, expand=expand, everything=everything)
         echo_result(
             report_format,

@@ -7,37 +7,32 @@ import os
 import click
 
 from ckptkit.cli.common.commands import Command
-from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import (
-    PATH_TYPE,
-    filter_options,
-    path_argument,
-    quiet_option,
-    report_options,
-    skip_unread_option,
-)
+from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
+from ckptkit.cli.common.options import PATH_TYPE, path_argument, quiet_option, report_options, skip_unread_option
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.digests import Digests
 from ckptkit.digests import digest as digest_of
-from ckptkit.digests.check import DigestCheck, check_digests
+from ckptkit.digests.check import DigestCheck, check_digests, is_digest_file, refuse_checkpoint
 from ckptkit.digests.hashing import ALGORITHMS
+from ckptkit.errors import FormatError
 from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
-from ckptkit.rules.parse import parse_rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["digest"]
 
 
-@click.command(cls=Command, first=("--check", "--algorithm", "--output", "--force", "--keep", "--drop"))
+@click.command(cls=Command, first=("--check", "--algorithm", "--output", "--force", "--rename", "--keep", "--drop"))
 @path_argument("path", required=False)
 @click.option("--check", "recorded", type=PATH_TYPE, metavar="FILE",
               help="Compare with the digests in FILE, as sha256sum -c does.")  # fmt: skip
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), help="Default: sha256. xxh3 needs the extra [fast].")
 @click.option("-o", "--output", type=PATH_TYPE, metavar="FILE", help="Write the digests to a file.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@filter_options
+@rule_options(beside="path")
 @skip_unread_option
 @report_options
 @quiet_option
@@ -50,8 +45,7 @@ def digest(
     algorithm: str | None,
     output: str | None,
     force: bool,
-    keep: tuple[str, ...],
-    drop: tuple[str, ...],
+    rules: Rules,
     skip_unread: bool,
     report_format: ReportFormat,
     quiet: bool,
@@ -59,9 +53,9 @@ def digest(
     """Print a hash of each tensor, of all contents, and of all names and shapes.
 
     The hash of a tensor covers its dtype, shape and bytes. It is the same in every format, under any name, and in one
-    file or many. What is not a tensor is not hashed. --check needs no second checkpoint: it says which keys have the
-    recorded hash, and which are missing or new; with -q only those that are not OK. Without PATH, it checks the path of
-    FILE without its last suffix. Exit code 1 if one key is not OK.
+    file or many. Only tensors are hashed, and of a training checkpoint only the weights. --check needs no second
+    checkpoint: it says which keys have the recorded hash, and which are missing or new; with -q only those that are not
+    OK. Without PATH, it checks the path of FILE without its last suffix. Exit code 1 if one key is not OK.
 
     \b
     ckpt digest model.safetensors -o model.safetensors.digest
@@ -71,10 +65,14 @@ def digest(
     if recorded is not None and (algorithm or output):
         raise click.UsageError("--check takes the algorithm from FILE, and writes nothing")
     path = _beside(recorded) if path is None else path
+    if is_digest_file(path):
+        others = "PATH" if recorded is None or is_digest_file(recorded) else shell_word(recorded)
+        hint = f"ckpt digest --check {shell_word(path)} {others} compares a checkpoint with these digests"
+        raise FormatError("is a digest file, not a checkpoint", path=path, hint=hint)
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         target = None if output is None else prepare_side_file(output, checkpoint.files, force=force)
         size = sum(info.nbytes for info in checkpoint.values() if has_stored_bytes(info))
-        rules = parse_rules(keep=keep, drop=drop)
+        note_what_is_beside(checkpoint, path, "hashed", quiet=quiet)
         result: Digests | DigestCheck
         with progress_bar(size, "reading", hidden=quiet) as progress:
             if recorded is not None:
@@ -106,8 +104,12 @@ def _beside(recorded: str | None) -> str:
     if recorded is None:
         raise click.UsageError("Missing argument 'PATH'.")
     path, suffix = os.path.splitext(recorded)
-    if not suffix or not os.path.exists(path):
-        raise click.UsageError(
-            f"Missing argument 'PATH': {quoted(recorded)} without its last suffix is not a path that exists."
-        )
-    return path
+    if suffix and os.path.exists(path):
+        return path
+    if not os.path.exists(recorded):
+        raise click.UsageError(f"Missing argument 'PATH': {quoted(recorded)} does not exist either.")
+    if not is_digest_file(recorded):
+        refuse_checkpoint(recorded)
+    given = f"ckpt digest --check {shell_word(recorded)} PATH"
+    missing = f"{quoted(path)} does not exist" if suffix else f"{quoted(recorded)} has no suffix"
+    raise click.UsageError(f"Missing argument 'PATH': {missing}; give the checkpoint: {given}")

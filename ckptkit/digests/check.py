@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple
 
 from ckptkit.core.arguments import refuse
-from ckptkit.core.checkpoint import MOST_TENSORS
+from ckptkit.core.checkpoint import MOST_TENSORS, Checkpoint
 from ckptkit.core.config_files import default_error_path, read_text_file
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
-from ckptkit.core.text import listed, quoted
+from ckptkit.core.text import listed, quoted, shared_start
 from ckptkit.digests import digest
 from ckptkit.digests.hashing import ALGORITHMS, HEX_DIGITS
 from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests, contents_digest
-from ckptkit.errors import FormatError, RuleError
-from ckptkit.inputs import CheckpointLike
-from ckptkit.rules.model import RulesLike
+from ckptkit.errors import CkptkitError, FormatError, RuleError
+from ckptkit.formats import open_checkpoint
+from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules, RulesLike
 
-__all__ = ["DigestCheck", "check_digests"]
+__all__ = ["DigestCheck", "check_digests", "is_digest_file", "refuse_checkpoint"]
 
 _AGAIN: Final = "a digest file has all lines that ckpt digest PATH prints"
+_START_BYTES: Final = 64
+_START: Final = re.compile(rb"(\xef\xbb\xbf)?(sha256|xxh3):[0-9A-Fa-f]{20}")
 _NOT_HEX: Final = re.compile(r"[^0-9a-f]")
 _LINE: Final = re.compile(r"(?P<algorithm>[A-Za-z0-9_-]+):(?P<hex>[0-9A-Za-z]*)  (?P<name>.+)")
 
@@ -40,11 +45,14 @@ class DigestCheck(Result):
         different: Keys of tensors with another digest: another dtype, shape or value.
         missing: Recorded keys that the checkpoint does not have.
         new: Keys of the checkpoint that were not recorded.
-        moved: The first new key of a tensor with the digest of a missing key, by missing key.
-        same_names_and_shapes: Whether all keys and shapes are the recorded ones.
+        moved: A new key of a tensor with the digest of a missing key, by missing key. Of several, it is the one whose
+            last parts are those of the missing key.
+        same_names_and_shapes: Whether all keys and shapes are the recorded ones; None where that is not known, since
+            ``left_out`` has keys and a digest differs.
         algorithm: ``"sha256"`` or ``"xxh3"``.
         skipped: Why a tensor was left out, by key; empty unless ``skip_unread`` was given.
         checkpoint: Path, format and size of the checkpoint.
+        left_out: Recorded keys that the rules leave out. They are in no other field.
 
     Example:
         >>> recorded = ckptkit.digest("fixtures/lenet_10class.pth")
@@ -59,10 +67,11 @@ class DigestCheck(Result):
     missing: tuple[str, ...]
     new: tuple[str, ...]
     moved: Mapping[str, str]
-    same_names_and_shapes: bool
+    same_names_and_shapes: bool | None
     algorithm: str
     skipped: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     checkpoint: CheckpointSummary = NO_CHECKPOINT
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -70,12 +79,23 @@ class DigestCheck(Result):
 
         False where only the recorded digest of names and shapes is another: the record is then damaged.
         """
-        return self.same_contents and self.same_names_and_shapes
+        return self.same_contents and self.same_names_and_shapes is not False
 
     @property
     def same_contents(self) -> bool:
         """Whether the checkpoint has exactly the recorded keys, each with the recorded digest."""
         return not (self.different or self.missing or self.new)
+
+    @property
+    def prefixes(self) -> tuple[str, str] | None:
+        """The prefix of all missing keys, and the one that their tensors have instead; None if that explains not all.
+
+        Either may be empty, and both end with a dot otherwise.
+        """
+        if not self.missing or len(self.moved) < len(self.missing):
+            return None
+        found = {_prefixes(key, place) for key, place in self.moved.items()}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def in_short(self) -> str:
@@ -98,7 +118,8 @@ def check_digests(
         recorded: The path of a file that ``ckpt digest`` wrote, or what ``digest`` returned. The algorithm is the
             recorded one.
         checkpoint: As in ``digest``.
-        rules: As in ``digest``. They must keep and rename the same keys as when the digests were recorded.
+        rules: As in ``digest``: they make the recorded names of the names in the checkpoint. Recorded tensors that
+            ``keep`` and ``drop`` leave out are not compared.
         skip_unread: As in ``digest``.
         progress: As in ``digest``.
 
@@ -126,8 +147,11 @@ def check_digests(
         known = _read(os.fsdecode(recorded))
     else:
         refuse(recorded, "recorded", "the path of a digest file, or the result of digest()")
-    found = digest(checkpoint, rules, algorithm=known.algorithm, skip_unread=skip_unread, progress=progress)
-    return _compare(known, found)
+    with opened(checkpoint, "checkpoint") as opened_checkpoint:
+        parsed = rules_for(rules, opened_checkpoint)
+        found = digest(opened_checkpoint, parsed, algorithm=known.algorithm, skip_unread=skip_unread, progress=progress)
+        left_out = _left_out(known.digests, parsed, opened_checkpoint) - found.tensors.keys()
+    return _compare(known, found, left_out)
 
 
 class _Recorded(NamedTuple):
@@ -138,24 +162,89 @@ class _Recorded(NamedTuple):
     names_and_shapes: str
 
 
-def _compare(recorded: _Recorded, found: Digests) -> DigestCheck:
-    both = [key for key in found.tensors if key in recorded.digests]
-    equal = tuple(key for key in both if found.tensors[key].digest == recorded.digests[key])
-    missing = tuple(sorted(recorded.digests.keys() - found.tensors.keys()))
-    new = tuple(key for key in found.tensors if key not in recorded.digests)
-    places: dict[str, str] = {}
-    for key in new:
-        places.setdefault(found.tensors[key].digest, key)
+def _left_out(recorded: Iterable[str], rules: Rules, found: Checkpoint) -> set[str]:
+    """Return the recorded keys that the filters of ``rules`` leave out.
+
+    Filters without renames apply to the recorded names as to those of the checkpoint. Beside renames, they apply to
+    names from before: then the recorded name of each key that was dropped is known, and no other.
+    """
+    filters = [stage for stage in rules.stages if stage.keep or any(rule.drops for rule in stage.rules)]
+    if not filters:
+        return set()
+    renames = [replace(stage, keep=(), rules=tuple(rule for rule in stage.rules if not rule.drops))
+               for stage in rules.stages]  # fmt: skip
+    if not any(stage.rules or stage.strip or stage.made for stage in renames):
+        kept = apply_rules(replace(rules, allow_unused=True), recorded).renamed
+        return {key for key in recorded if key not in kept}
+    dropped = apply_rules(rules, found).dropped
+    try:
+        names = apply_rules(Rules(tuple(renames), allow_unused=True), found).renamed
+    except RuleError:  # two keys get one name, and the filters leave one of them out
+        return set()
+    return {names[key] for key in dropped if key in names}.intersection(recorded)
+
+
+def _compare(known: _Recorded, found: Digests, left_out: Collection[str]) -> DigestCheck:
+    recorded = {key: one for key, one in known.digests.items() if key not in left_out}
+    both = [key for key in found.tensors if key in recorded]
+    equal = tuple(key for key in both if found.tensors[key].digest == recorded[key])
+    different = tuple(key for key in both if found.tensors[key].digest != recorded[key])
+    missing = tuple(sorted(recorded.keys() - found.tensors.keys()))
+    new = tuple(key for key in found.tensors if key not in recorded)
+    is_same: bool | None = known.names_and_shapes == found.names_and_shapes
+    if left_out:  # the recorded digest of names and shapes covers them
+        is_same = False if missing or new else None if different else True
     return DigestCheck(
-        equal,
-        tuple(key for key in both if found.tensors[key].digest != recorded.digests[key]),
-        missing,
-        new,
-        {key: places[recorded.digests[key]] for key in missing if recorded.digests[key] in places},
-        recorded.names_and_shapes == found.names_and_shapes,
-        found.algorithm,
-        found.skipped,
-        found.checkpoint,
+        equal, different, missing, new,
+        dict(_moved(missing, recorded, {key: found.tensors[key].digest for key in new})),
+        is_same, found.algorithm, found.skipped, found.checkpoint, tuple(sorted(left_out)),
+    )  # fmt: skip
+
+
+def _moved(missing: Iterable[str], recorded: Mapping[str, str], new: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield missing keys with the new key of the same digest that ends as they do; of several, the first in order."""
+    places: dict[str, list[tuple[list[str], str]]] = {}
+    for key, found in new.items():
+        places.setdefault(found, []).append((key.split(".")[::-1], key))
+    for candidates in places.values():
+        candidates.sort()
+    for key in missing:
+        candidates = places.get(recorded[key], [])
+        parts = key.split(".")[::-1]
+        at = bisect_left(candidates, (parts, key))  # the longest common end is that of a neighbour
+        near = candidates[max(at - 1, 0) : at + 1]
+        if near:
+            yield key, max(near, key=lambda one: shared_start(one[0], parts))[1]
+
+
+def _prefixes(key: str, place: str) -> tuple[str, str]:
+    """Return what is before the last parts that two keys share."""
+    parts, others = key.split("."), place.split(".")
+    shared = shared_start(parts[::-1], others[::-1])
+    return "".join(f"{part}." for part in parts[: len(parts) - shared]), "".join(
+        f"{part}." for part in others[: len(others) - shared]
+    )
+
+
+def is_digest_file(path: str) -> bool:
+    """Return whether a file begins as a digest file does; False for a path that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return _START.match(file.read(_START_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def refuse_checkpoint(path: str) -> None:
+    """Raise ``FormatError`` if a path that should be a digest file is a checkpoint."""
+    try:
+        open_checkpoint(path).close()
+    except CkptkitError:
+        return
+    raise FormatError(
+        "is a checkpoint, not a digest file",
+        path=path,
+        hint="ckpt digest PATH -o OUT writes the digests of a checkpoint",
     )
 
 
@@ -163,9 +252,11 @@ def _read(path: str) -> _Recorded:
     with default_error_path(path):
         try:
             text = read_text_file(path, "digests")
-        except RuleError as error:  # too large, or not UTF-8
-            raise FormatError(error.reason) from None
-        return _parse(text)
+            return _parse(text)
+        except (RuleError, FormatError) as error:  # RuleError: too large, or not UTF-8
+            if not is_digest_file(path):
+                refuse_checkpoint(path)
+            raise FormatError(error.reason, hint=error.hint) from None
 
 
 def _parse(text: str) -> _Recorded:

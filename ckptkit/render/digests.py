@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptkit.core.text import printable
+from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.digests.check import DigestCheck
 from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests, key_text
-from ckptkit.render.page import Block, Line, Listing, Page, Table
+from ckptkit.render.page import Block, Hint, Line, Listing, Message, Page, Table
 from ckptkit.render.summary import checkpoint_document, tensor_document
 
 __all__ = ["check_document", "check_page", "digests_document", "digests_page"]
@@ -39,18 +39,52 @@ def digests_document(result: Digests) -> dict[str, object]:
 def check_page(result: DigestCheck, *, quiet: bool = False) -> Page:
     """Return the page of ``ckpt digest --check``: a line for each key in order, as sha256sum prints it, and the counts.
 
-    With ``quiet``, only what is not OK is printed.
+    With ``quiet``, only what is not OK is printed, and what explains it. Where all missing tensors have another prefix,
+    one sentence says so in place of their lines.
     """
+    prefixes = result.prefixes
+    explained = {*result.moved, *result.moved.values()} if prefixes else ()
     rows = [row for row in _states(result) if not (quiet and row[1] == _OK)]
     lines = [
-        f"{key_text(key)}: {state}{where and f', and {key_text(where)} has its contents'}" for key, state, where in rows
+        f"{key_text(key)}: {state}{where and f', and {key_text(where)} has its contents'}"
+        for key, state, where in rows
+        if key not in explained
     ]
-    for is_equal, name in ((result.same_contents, CONTENTS), (result.same_names_and_shapes, NAMES_AND_SHAPES)):
-        lines += [] if quiet and is_equal else [f"{name}: {_OK if is_equal else _FAILED}"]
+    is_explaining = not result.same_contents  # the same names and shapes are then worth a line
+    for is_equal, name, is_shown in (
+        (result.same_contents, CONTENTS, not quiet),
+        (result.same_names_and_shapes, NAMES_AND_SHAPES, not quiet or is_explaining),
+    ):
+        if is_equal is not None and (is_shown or not is_equal):
+            lines.append(f"{name}: {_OK if is_equal else _FAILED}")
     counts = f"{result.in_short} of {len(result.equal) + len(result.different) + len(result.missing):,} recorded"
-    page: list[Block] = [Listing(tuple(lines)), Line((counts,))] if lines or not quiet else []
+    left_out = f"; {len(result.left_out):,} recorded not compared" if result.left_out else ""
+    page: list[Block] = [Listing(tuple(lines)), Line((f"{counts}{left_out}",))] if lines or not quiet else []
+    if prefixes:
+        page.append(_renamed(result, *prefixes))
+    if result.different and not quiet:
+        argument = result.checkpoint.argument or "FOUND"
+        page.append(
+            Line(
+                (
+                    "hint: ",
+                    Hint(f"with the recorded checkpoint, ckpt diff EXPECTED {argument} --values says how much changed"),
+                )
+            )
+        )
     cells = tuple((printable(key), state, printable(where)) for key, state, where in rows)
     return [*page, Table(("key", "state", "moved to"), cells, only_tsv=True)]
+
+
+def _renamed(result: DigestCheck, recorded: str, found: str) -> Line:
+    """Return the sentence about tensors that only have another prefix, with the option that undoes it."""
+    count = len(result.missing)
+    every = "all " if count == len(result.missing) + len(result.equal) + len(result.different) and count > 1 else ""
+    verb = "has" if count == 1 else "have"
+    where = f"under {quoted(found)}" if found else f"without {quoted(recorded)}"
+    said = f"{every}{plural(count, 'missing tensor')} {verb} the recorded contents {where}: "
+    rename = shell_word(f"{found}*={recorded}*")
+    return Line((Message(said), Hint(f"--rename {rename} compares {'it' if count == 1 else 'them'}")))
 
 
 def _states(result: DigestCheck) -> Iterator[tuple[str, str, str]]:
@@ -74,6 +108,7 @@ def check_document(result: DigestCheck) -> dict[str, object]:
         "skipped": _skipped(result),
         "contents": result.same_contents,
         "names_and_shapes": result.same_names_and_shapes,
+        "left_out": list(result.left_out),
     }
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from ckptkit.cli.common.printing import print_message
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Code, ReaderWarning
-from ckptkit.core.text import printable
+from ckptkit.core.text import listed, printable
 from ckptkit.formats import open_checkpoint, open_checkpoint_or_parts
 
-__all__ = ["open_checkpoints", "open_with_warnings"]
+__all__ = ["note_what_is_beside", "open_checkpoints", "open_with_warnings"]
 
 
 @contextlib.contextmanager
@@ -37,6 +37,19 @@ def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet:
     with opener(path) as checkpoint:
         _print_warnings(checkpoint, quiet=quiet)
         yield checkpoint
+
+
+def note_what_is_beside(checkpoint: Checkpoint, given: str, verb: str, *, quiet: bool) -> None:
+    """Say which mapping of a training checkpoint is read, and which entries beside it are not, unless ``quiet``.
+
+    ``verb`` says what is done with the mapping, such as ``hashed``. A user who has ``given`` the mapping knows it.
+    """
+    envelope = checkpoint.envelope
+    beside = [entry.path for entry in checkpoint.entries if entry.is_outside]
+    if quiet or not envelope or not beside or given.endswith(f"::{envelope}"):
+        return
+    read = f"only {printable(f'::{envelope}')} is {verb}, not what is beside it: {listed(beside)}"
+    print_message(f"ckpt: {printable(checkpoint.path)}: note: {read}")
 
 
 def _print_warnings(checkpoint: Checkpoint, *, quiet: bool, expected: Collection[Code] = ()) -> None:
