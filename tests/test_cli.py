@@ -115,6 +115,13 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "align digests": (["align", TEN, DDP, "--digests"], 0, "equal bytes", ""),
     "align no bytes": (["align", "nowhere.pt", TEN], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "align over a file": (["align", TEN, DDP, "-o", "README.md"], 2, "", "ckpt: README.md: already exists"),
+    "long hint": (
+        ["merge", MODEL, TEN, "-o", "o.pt", "-n"],
+        2,
+        "",
+        "\n      without a pattern, the action is for all other keys\n",
+    ),
+    "bytes of each": (["show", "fixtures/encoder_sharded"], 0, "bytes each\n", ""),
     "other name": (["compare", TEN, TEN], 2, "", "hint: did you mean diff? see ckpt --help"),
     "help of a command": (["help", "diff"], 2, "", "hint: see ckpt --help, or ckpt COMMAND --help"),
     "part of an option": (["diff", TEN, TEN, "--frozen", "x"], 2, "", "did you mean --expect-frozen? see ckpt diff"),

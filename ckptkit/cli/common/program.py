@@ -34,6 +34,7 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
         context.exit()
 
 
+_LONG_HINT = 120  # characters, above which each way out has its own line
 _SUMMARIES = {
     "show": "List the tensors, other entries and warnings of a checkpoint.",
     "check": "Read every stored byte, and report what is damaged or unusual.",
@@ -179,7 +180,9 @@ def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
     where = f"{printable(path)}: " if path else ""
     _print_error_line(f"ckpt: {where}{reason}")
     if hint:
-        _print_error_line(f"hint: {hint}")
+        ways = hint.split("; ") if len(hint) > _LONG_HINT else [hint]
+        for number, way in enumerate(ways):
+            _print_error_line(f"{'      ' if number else 'hint: '}{way}")
     return 2
 
 

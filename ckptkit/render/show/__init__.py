@@ -87,10 +87,11 @@ def show_page(
         rows.append((key, (*cells, _ties(key, shared.get(key, ()))) if has_ties else cells))
     has_digests = digests is not None
     more = [*["sha256"] * has_digests, *(["shares memory with"] if has_ties else [])]
-    headers = ("key", "dtype", "shape", "bytes", *more)
     table = tuple(table_rows(rows, expand=expand))
+    size = "bytes" if len(table) == len(rows) else "bytes each"  # where a row stands for several tensors
+    headers = ("key", "dtype", "shape", size, *more)
     tensors = (
-        Table(headers, table, frozenset({"bytes"}), ("shares memory with", "bytes", "dtype", *["shape"] * has_digests))
+        Table(headers, table, frozenset({size}), ("shares memory with", size, "dtype", *["shape"] * has_digests))
         if rows
         else Listing(("no tensors",))
     )
