@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import ckptkit
 from ckptkit import TensorInfo, diff, load_into, parse_rules, plan_merge, run_checks
 from ckptkit.errors import CkptkitError, ModelError, RuleError
 from tests.helpers_outputs import described
@@ -351,3 +352,14 @@ def test_a_model_and_a_mapping_in_memory_are_named_once() -> None:
     assert page[1].startswith("found     state_dict, 2 tensors")
     assert len({line.index("  as m.") for line in page if "  as m." in line}) == 1
     assert str(run_checks({"w": torch.ones(2)})).startswith("checkpoint: no findings; held in memory")
+
+
+def test_strip_auto_names_the_whole_prefix_that_the_model_lacks() -> None:
+    """Its note agrees with the hint, and says nothing where all keys of the model begin with the same module."""
+    state = {"a.weight": torch.ones(2), "b.weight": torch.ones(3)}
+    rules = ckptkit.parse_rules(strip=["auto"])
+    wrapped = {f"student.net.{key}": tensor for key, tensor in state.items()}
+    (_, note) = ckptkit.diff(state, wrapped, rules).notes
+    assert note.endswith("--strip 'student.net.' removes it")
+    assert ckptkit.diff(state, wrapped, ckptkit.parse_rules(strip=["student.net."])).loads_strict
+    assert len(ckptkit.diff(wrapped, wrapped, rules).notes) == 1

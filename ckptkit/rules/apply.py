@@ -83,7 +83,7 @@ def apply_rules(rules: Rules, keys: Iterable[str], expected: Checkpoint | None =
         if stage.keep:
             state = run(Stage(stage.keep))
         for prefix in stage.strip:
-            stages, messages = _strip_stages(prefix, state, entries)
+            stages, messages = _strip_stages(prefix, state, entries, expected)
             notes.extend(messages)
             for strip_stage in stages:
                 state = run(strip_stage)
@@ -123,17 +123,20 @@ def _described(state: Mapping[str, Derivation], keys: Iterable[str]) -> dict[str
     return {name: derivation.describe(name, keys) for name, derivation in state.items()}
 
 
-def _strip_stages(prefix: str, keys: Collection[str], entries: Collection[str]) -> tuple[list[Stage], list[str]]:
+def _strip_stages(
+    prefix: str, keys: Collection[str], entries: Collection[str], expected: Checkpoint | None
+) -> tuple[list[Stage], list[str]]:
     """Return the stages that remove a prefix, or with ``auto`` the marks of known wrappers, and notes for the user.
 
-    ``entries`` names the entries of the file that are not tensors. Raises ``RuleError`` where a key lacks the prefix.
+    ``entries`` names the entries of the file that are not tensors, and ``expected`` has the keys of the model. Raises
+    ``RuleError`` where a key lacks the prefix.
     """
     from ckptkit.wrappers.explain import AUTO, explain_wrappers, strip_prefix
 
     if prefix != AUTO:
         wrapping = strip_prefix(prefix, keys)
         return [_strip_stage(wrapping, f"--strip {shell_word(prefix)}")], [f"--strip: {wrapping}"]
-    explanation = explain_wrappers(keys, entries)
+    explanation = explain_wrappers(keys, entries, expected)
     notes = [f"--strip auto: {wrapping}" for wrapping in explanation.wrappings]
     notes = notes or [f"--strip auto: none of {plural(len(keys), 'key')} has the mark of a known wrapper"]
     notes += [f"--strip auto: {note}" for note in explanation.notes]

@@ -49,9 +49,12 @@ class WrapperExplanation:
     notes: tuple[str, ...]
 
 
-def explain_wrappers(keys: Collection[str], other_entries: Collection[str] = ()) -> WrapperExplanation:
+def explain_wrappers(
+    keys: Collection[str], other_entries: Collection[str] = (), expected: Collection[str] | None = None
+) -> WrapperExplanation:
     """Return the known wrappers that these keys show; ``other_entries`` names the other entries of the file.
 
+    ``expected`` has the keys of the model, where they are known; a note then names only a prefix that it lacks.
     A mark is the prefix or segment that a wrapper adds to keys. Raises ``RuleError`` if some keys lack a mark, or if
     renaming cannot undo a wrapper. The error names an example with the mark and an example without.
     """
@@ -69,7 +72,7 @@ def explain_wrappers(keys: Collection[str], other_entries: Collection[str] = ())
         found.append(wrapping)
         names = [wrapping.undo(name) for name in names if name not in wrapping.drops]
     return WrapperExplanation(
-        tuple(found), (*_parametrization_notes(names), *_average_notes(names), *_prefix_notes(names, found))
+        tuple(found), (*_parametrization_notes(names), *_average_notes(names), *_prefix_notes(names, found, expected))
     )
 
 
@@ -207,13 +210,31 @@ def _shared_segment(names: Sequence[str]) -> str | None:
     return next(iter(heads)) or None if len(heads) == 1 else None
 
 
-def _prefix_notes(names: Sequence[str], found: Sequence[Wrapping]) -> Iterator[str]:
+def _prefix_notes(names: Sequence[str], found: Sequence[Wrapping], expected: Collection[str] | None) -> Iterator[str]:
     shared = None if found else _shared_segment(names)
-    if shared is not None:
-        yield (
-            f"every key begins with {quoted(f'{shared}.')}, which may be a module of the model: "
-            f"--strip {shell_word(f'{shared}.')} removes it"
-        )
+    if shared is None:
+        return
+    prefix, why = f"{shared}.", "which may be a module of the model"
+    if expected is not None:
+        prefix, why = _unexpected_prefix(names, expected), "and without it, keys match those of the model"
+    if prefix:
+        yield f"every key begins with {quoted(prefix)}, {why}: --strip {shell_word(prefix)} removes it"
+
+
+def _unexpected_prefix(names: Sequence[str], expected: Collection[str]) -> str:
+    """Return the shortest prefix of all names without which one is expected; empty if there is none, or none is needed.
+
+    Names that are expected as they are need none.
+    """
+    first, last = min(names), max(names)  # what these share, all share
+    end = 0
+    for _ in range(_MOST_SEGMENTS):
+        if any(name[end:] in expected for name in names):
+            return first[:end]
+        end = first.find(".", end) + 1
+        if not end or first[:end] != last[:end]:
+            break
+    return ""
 
 
 def _parametrization_notes(names: Sequence[str]) -> Iterator[str]:

@@ -61,14 +61,6 @@ ignore_option: Decorator = click.option(
     help="Leave expected findings out, as in 'groups.decay:*.norm.*'. Repeatable.",
 )
 expand_option: Decorator = click.option("--expand", is_flag=True, help="List every tensor; do not join layers.")
-_keep_option = click.option(
-    "--keep", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
-    help="Keep only matching keys. Repeatable.",
-)  # fmt: skip
-_drop_option = click.option(
-    "--drop", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
-    help="Leave out matching keys. Repeatable.",
-)  # fmt: skip
 _FORMAT_HELP = (
     "Format of the report. table: fitted to the terminal. plain: whole names and all columns, as in a pipe. github: "
     "Markdown. tsv: the first table, without joined rows. json: one document."
@@ -106,9 +98,20 @@ def requirement_options(command: CommandFunction) -> CommandFunction:
     return add_options(command, _require_option, _min_coverage_option)
 
 
-def filter_options(command: CommandFunction) -> CommandFunction:
-    """Add --keep and --drop."""
-    return add_options(command, _keep_option, _drop_option)
+def filter_options(command: CommandFunction, *, of: str = "") -> CommandFunction:
+    """Add --keep and --drop, which filter the keys of the argument ``of`` where there are several."""
+    keys = f"matching keys of {of}" if of else "matching keys"
+    return add_options(
+        command,
+        click.option(
+            "--keep", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+            help=f"Keep only {keys}. Repeatable.",
+        ),
+        click.option(
+            "--drop", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+            help=f"Leave out {keys}. Repeatable.",
+        ),
+    )  # fmt: skip
 
 
 def report_options(command: CommandFunction) -> CommandFunction:

@@ -50,8 +50,9 @@ def rule_options(beside: str, or_beside: str | None = None) -> Callable[[Command
                 rules = replace(rules, stages=rules.stages + loaded.stages)
             return command(*args, rules=rules, **others)
 
+        filters = functools.partial(filter_options, of="FOUND" if beside == "found" else "")
         return add_options(
-            with_rules, _rename_option, filter_options, _strip_option, _rules_option, _set_option, _allow_unused_option
+            with_rules, _rename_option, filters, _strip_option, _rules_option, _set_option, _allow_unused_option
         )
 
     return decorate
