@@ -18,6 +18,7 @@ from ckptkit.values.extremes import Extremes
 __all__ = ["check_buffers"]
 
 _ARRAY_TYPES: Final = {"I8": "b", "U8": "B", "I16": "h", "U16": "H", "I32": "i", "U32": "I", "I64": "q", "U64": "Q"}
+_CHECKED_NAMES = frozenset({"num_batches_tracked", "running_var", "position_ids"})
 _IDS = re.compile(r"(?P<kind>\w*?)_ids?")
 _TOKENS = frozenset({"input", "token", "tokens"})
 _VOCABULARIES = ("embed_tokens", "word_embeddings", "tok_embeddings", "token_embedding", "wte", "shared", "embed_in")
@@ -36,6 +37,8 @@ def check_buffers(
     for key, found in stats.items():
         info = infos[key]
         prefix, _, name = key.rpartition(".")
+        if name not in _CHECKED_NAMES and info.dtype not in _ARRAY_TYPES:
+            continue
         if not found.finite or found.min is None or found.max is None:
             continue
         if name == "num_batches_tracked" and found.min < 0:

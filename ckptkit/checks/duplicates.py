@@ -17,6 +17,7 @@ from ckptkit.values.extremes import Extremes
 __all__ = ["Bytes", "check_duplicates", "check_recorded_ties", "equal_groups"]
 
 _MIN_BYTES = 1024  # smaller tensors can be equal by chance, and their copies cost nothing
+_LARGEST_NUMBER = 8  # bytes
 _MAX_COMPARED = 8  # distinct tensors with one fingerprint; further tensors are skipped
 # Buffers that every module computes for itself.
 _COMPUTED = re.compile(r"(?:cos|sin)_?cached?|inv_freq|freqs|coords|grid|anchor|kernel|window|sinusoid|A_log")
@@ -51,7 +52,11 @@ def equal_groups(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes],
     candidates = [
         key
         for key, found in stats.items()
-        if infos[key].dtype in FLOATS and infos[key].nbytes >= _MIN_BYTES and found.abs_max and not _is_computed(key)
+        if found.count * _LARGEST_NUMBER >= _MIN_BYTES  # much faster to ask than the size of a tensor
+        and infos[key].dtype in FLOATS
+        and infos[key].nbytes >= _MIN_BYTES
+        and found.abs_max
+        and not _is_computed(key)
     ]
     alike = _grouped(candidates, lambda key: _sign(infos[key], stats[key]))
     groups: list[list[str]] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 
 from ckptkit.checks import codes
@@ -55,8 +55,10 @@ def _check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
         yield codes.NOT_DENSE.finding(keys[0], message, keys=keys)
 
 
-def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
+def _check_dtype_mix(infos: Collection[TensorInfo]) -> Iterator[Finding]:
     """Yield a ``dtype-mix`` note that names the tensors without the usual dtype; only floating-point dtypes count."""
+    if len(FLOATS.intersection([info.dtype for info in infos])) < 2:
+        return
     by_dtype: dict[str, list[str]] = {}
     elements: Counter[str] = Counter()
     for info in infos:
@@ -76,28 +78,17 @@ def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
 
 def _numbered_modules(keys: Iterable[str]) -> _NumberedModules:
     """Return the numbered lists of modules in these keys: prefix → number → names of the tensors below it."""
-    lists: dict[str, dict[str, set[str]]] = {}
+    modules: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         for match in islice(_MODULE_NUMBER.finditer(key), _MAX_NESTED_LISTS):
-            begin, end = match.span()
-            members = lists.get(key[:begin])
-            if members is None:
-                members = lists[key[:begin]] = {}
-            number = key[begin + 1 : end]
-            names = members.get(number)
-            if names is None:
-                members[number] = {key[end + 1 :]}
-            else:
-                names.add(key[end + 1 :])
-    return {prefix: _by_number(members) for prefix, members in lists.items()}
-
-
-def _by_number(members: Mapping[str, set[str]]) -> dict[int, frozenset[str]]:
-    found: dict[int, frozenset[str]] = {}
-    for text, names in members.items():
-        number = int(text)
-        found[number] = found[number] | names if number in found else frozenset(names)  # "01" is the number 1, too
-    return found
+            end = match.end()
+            modules[key[:end]].add(key[end + 1 :])
+    lists: dict[str, dict[int, frozenset[str]]] = defaultdict(dict)
+    for module, names in modules.items():
+        prefix, _, text = module.rpartition(".")
+        members, number = lists[prefix], int(text)
+        members[number] = members[number] | names if number in members else frozenset(names)  # "01" is 1, too
+    return lists
 
 
 def _check_index_holes(lists: _NumberedModules, hint: str) -> Iterator[Finding]:

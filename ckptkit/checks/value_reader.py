@@ -181,7 +181,7 @@ class ValueReader:
 
     def _remaining(self) -> Iterator[Source[Tally[Any]]]:
         for key in self._supported_keys():
-            if key in self.stats or key in self.skipped:
+            if key in self.skipped:
                 continue
             info = self.checkpoint[key]
             try:
@@ -197,10 +197,11 @@ class ValueReader:
 
     def summary(self) -> str:
         """Return the number and dtypes of the checked tensors, and the reasons why other tensors were not checked."""
-        dtypes = sorted({self.checkpoint[key].dtype for key in self.stats})
+        infos = dict(self.checkpoint.items())
+        dtypes = sorted({infos[key].dtype for key in self.stats})
         checked = f"values of {plural(len(self.stats), 'tensor')} checked"
         parts = [f"{checked} ({', '.join(dtypes)})" if dtypes else checked]
-        unchecked = [key for key in self.keys if key not in self.stats and self.checkpoint[key].elements > 0]
+        unchecked = [key for key in self.keys if key not in self.stats and infos[key].elements > 0]
         reasons = Counter(self.skipped.get(key, _UNREAD) for key in unchecked)
         parts += [f"{count:,} not checked: {reason}" for reason, count in reasons.items()]
         return ", ".join(parts)
@@ -208,7 +209,7 @@ class ValueReader:
     def _supported_keys(self) -> Iterator[str]:
         for key in self.keys:
             info = self.checkpoint[key]
-            if info.elements:
+            if info.elements and key not in self.stats:
                 reason = why_unsupported(info)
                 if reason:
                     self.skipped[key] = reason

@@ -85,7 +85,7 @@ class Extremes:
     @property
     def constant(self) -> float | None:
         """The value of every element if all values are finite and equal, else None."""
-        return self.min if self.finite == self.count and self.min == self.max else None
+        return self.min if self.min == self.max and self.finite == self.count else None
 
     @property
     def zero_share(self) -> float:
