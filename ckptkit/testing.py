@@ -7,13 +7,16 @@ Each raises where something is not as promised, and the text of the failure is a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from ckptkit.comparison import StateDictDiff, diff_checkpoints
 from ckptkit.comparison.values import compare_named
-from ckptkit.core.arguments import require_flags, require_number
-from ckptkit.core.patterns import matches_any
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.arguments import require_flags, require_number, require_strings
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.patterns import Pattern, matches_any, parse_pattern, suggest_pattern
+from ckptkit.core.text import listed, plural, quoted, shell_word
+from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.param_groups.validate import assert_param_groups
 from ckptkit.readiness.init import fresh_patterns
@@ -21,7 +24,7 @@ from ckptkit.render.diff import diff_page
 from ckptkit.render.page import Page, as_text
 from ckptkit.render.values import value_page
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import RulesLike
+from ckptkit.rules.model import Rules, RulesLike, Stage
 
 __all__ = ["assert_loads", "assert_param_groups", "assert_same_weights"]
 
@@ -82,9 +85,16 @@ def assert_loads(
 
 
 def assert_same_weights(
-    a: CheckpointLike, b: CheckpointLike, *, rtol: float = 0.0, atol: float = 0.0, check_dtype: bool = True
+    a: CheckpointLike,
+    b: CheckpointLike,
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    check_dtype: bool = True,
+    rules: RulesLike | None = None,
+    keep: str | Sequence[str] = (),
 ) -> None:
-    """Assert that two checkpoints have the same keys, shapes, dtypes and values.
+    """Assert that two checkpoints, or the same part of both, have the same keys, shapes, dtypes and values.
 
     ``a`` is the expected side. Tensors are read one at a time, in pieces. What is beside the tensors, such as extra
     state and metadata, is not compared.
@@ -99,8 +109,12 @@ def assert_same_weights(
         rtol: The relative tolerance.
         atol: The absolute tolerance.
         check_dtype: Whether dtypes must be equal too. If not, a tensor of ``b`` is cast to the dtype in ``a`` first.
+        rules: Renames for the keys of ``b``, as in ``diff``.
+        keep: A pattern, or several, of the keys to compare, such as ``"backbone.*"`` for a part that must not train.
+            Other keys may differ, and be on one side only. The names are those of ``a``.
 
     Raises:
+        RuleError: A pattern of ``keep`` matches no key of ``a``, or a rule is not valid.
         AssertionError: The sides differ. The text is the page of ``diff``, or a page of the ten tensors that differ
             most, each with its largest absolute difference.
         CkptkitError: One side cannot be read.
@@ -118,7 +132,11 @@ def assert_same_weights(
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         require_number(tolerance, name, "a number of at least 0", at_least=0)
     with opened(a, "a") as expected, opened(b, "b") as found:
-        key_map = apply_rules(rules_for(None, found), found)
+        renames = rules_for(rules, found, expected)
+        if patterns := _kept(keep, expected):
+            renames = _with_filter(renames, patterns, found, expected)
+            expected = expected.without([key for key in expected if not matches_any(patterns, key)])  # noqa: PLW2901
+        key_map = apply_rules(renames, found, expected)
         _same_description(diff_checkpoints(expected, found, key_map), check_dtype=check_dtype)
         sizes = (rtol, atol) if rtol or atol else (None, None)  # 0 would take -0.0 for 0.0
         names = {key: key for key in expected}
@@ -136,6 +154,25 @@ def assert_same_weights(
                 f"{len(keys):,} of {plural(len(expected), 'tensor')} {verb}{beyond}: {listed(keys)}",
                 value_page(differences, expected, found),
             )
+
+
+def _kept(keep: str | Sequence[str], expected: Checkpoint) -> list[Pattern]:
+    """Return the patterns of the keys to compare. Raises ``RuleError`` for one that matches no expected key."""
+    patterns = list(map(parse_pattern, require_strings(keep, "keep", "a pattern or a list of patterns")))
+    for pattern in patterns:
+        if not any(map(pattern.match, expected)):
+            raise RuleError(
+                f"--keep {shell_word(pattern.text)} matches none of {plural(len(expected), 'key')} of a",
+                hint=suggest_pattern(pattern, expected, "a"),
+            )
+    return patterns
+
+
+def _with_filter(rules: Rules, patterns: Sequence[Pattern], found: Checkpoint, expected: Checkpoint) -> Rules:
+    """Return the rules with a filter of the names that they give; the rest of ``found`` has no name that matches."""
+    names = apply_rules(rules, found, expected).outputs()
+    used = tuple(pattern for pattern in patterns if any(map(pattern.match, names)))
+    return replace(rules, stages=(*rules.stages, Stage(used))) if used else rules
 
 
 def _loaded(result: StateDictDiff) -> dict[str, None]:

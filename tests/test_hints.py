@@ -69,6 +69,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "rules/apply.py: --keep XX matches none of": _MESSAGE,
     "rules/apply.py: matches no --keep": _MESSAGE,
     "rules/transformers/__init__.py: --rules XX: ": _MESSAGE,
+    "testing.py: --keep XX matches none of": _MESSAGE,
     "rules/transformers/skeleton.py: --rules transformers: needs": _MESSAGE,
     "wrappers/explain.py: --strip XX begins none of": _MESSAGE,
     "wrappers/explain.py: --strip XX would leave a dot": _MESSAGE,

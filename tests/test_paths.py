@@ -268,6 +268,7 @@ TAKES_RULES: Mapping[str, Callable[[Any], object]] = {
     "preflight": lambda rules: preflight(net(), init=DDP, rules=rules).init,
     "remap of a state": state_of,
     "assert_loads": lambda rules: assert_loads(net(), DDP, rules=rules),
+    "assert_same_weights": lambda rules: assert_same_weights(TEN, DDP, rules=rules),
 }
 
 

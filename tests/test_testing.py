@@ -262,3 +262,22 @@ def test_param_groups_are_the_same_assertion() -> None:
     import ckptkit
 
     assert assert_param_groups is ckptkit.assert_param_groups
+
+
+def test_a_part_of_two_checkpoints_is_the_same() -> None:
+    """With ``keep``, a trained head and a new one pass, and each other fault of the backbone fails."""
+    before = {"body.w": torch.zeros(2), "body.b": torch.ones(2), "head.w": torch.ones(3)}
+    after = before | {"head.w": torch.zeros(4), "new.w": torch.ones(1)}
+    assert_same_weights(before, after, keep="body.*")
+    wrapped = {f"module.{key}": value for key, value in after.items()}
+    assert_same_weights(before, wrapped, keep=["body.*"], rules=["module.*=*"])
+    with pytest.raises(AssertionError, match="2 keys missing"):
+        assert_same_weights(before, wrapped, keep=["body.*"])
+    with pytest.raises(AssertionError, match=r"1 of 2 tensors differs: 'body\.b'"):
+        assert_same_weights(before, after | {"body.b": torch.zeros(2)}, keep="body.*")
+    with pytest.raises(AssertionError, match="1 key unexpected"):
+        assert_same_weights(before, after | {"body.more": torch.zeros(2)}, keep="body.*")
+    with pytest.raises(AssertionError, match="1 key missing"):
+        assert_same_weights(before, {"body.w": torch.zeros(2)}, keep=["body.w", "body.b"])
+    with pytest.raises(RuleError, match=r"keep='new\.\*' matches none of 3 keys of a"):
+        assert_same_weights(before, after, keep=["body.*", "new.*"])
