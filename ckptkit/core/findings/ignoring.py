@@ -40,38 +40,38 @@ class IgnoreEntry:
         return self.key is None or self.key.match(key) is not None
 
 
-def parse_ignore(entries: IgnoreLike) -> tuple[IgnoreEntry, ...]:
+def parse_ignore(entries: IgnoreLike, name: str = "--ignore") -> tuple[IgnoreEntry, ...]:
     """Return the entries of an ignore list: one text, or several.
 
     An entry is ``CODE`` or ``CODE:KEY-PATTERN``. ``CODE`` is a code of docs/codes.md, or a pattern such as
     ``groups.*``. ``KEY-PATTERN`` is a pattern of the pattern language, and matches the whole key of a finding.
-    Raises ``RuleError`` for a code that no check has, with similar codes as the hint, and for a pattern that is not
-    valid.
+    ``name`` is what messages call the list. Raises ``RuleError`` for a code that no check has, with similar codes as
+    the hint, and for a pattern that is not valid.
 
     >>> [entry.text for entry in parse_ignore(["groups.state-steps", "groups.decay:*.norm.*"])]
     ['groups.state-steps', 'groups.decay:*.norm.*']
     """
     texts = [entries] if isinstance(entries, str) else entries
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise RuleError(f"ignore is {kind_of(entries)}, not a list of codes", hint=_FORM)
-    return tuple(map(_entry, texts))
+        raise RuleError(f"{name.lstrip('-')} is {kind_of(entries)}, not a list of codes", hint=_FORM)
+    return tuple(_entry(text, name) for text in texts)
 
 
-def _entry(text: str) -> IgnoreEntry:
+def _entry(text: str, name: str) -> IgnoreEntry:
     code, separator, key = text.partition(":")
     if separator and not key:
-        raise RuleError(f"ignore: {quoted(text)} has no pattern after the colon", hint=_FORM)
-    codes = None if code in CODE_NAMES else _parse(code, text) if "*" in code else None
-    if code not in CODE_NAMES and (codes is None or all(codes.match(name) is None for name in CODE_NAMES)):
-        raise RuleError(f"ignore: no finding has the code {quoted(code)}", hint=_similar(code))
-    return IgnoreEntry(text, codes or parse_pattern(code), _parse(key, text) if separator else None)
+        raise RuleError(f"{name}: {quoted(text)} has no pattern after the colon", hint=_FORM)
+    codes = None if code in CODE_NAMES else _parse(code, text, name) if "*" in code else None
+    if code not in CODE_NAMES and (codes is None or all(codes.match(one) is None for one in CODE_NAMES)):
+        raise RuleError(f"{name}: no finding has the code {quoted(code)}", hint=_similar(code))
+    return IgnoreEntry(text, codes or parse_pattern(code), _parse(key, text, name) if separator else None)
 
 
-def _parse(pattern: str, entry: str) -> Pattern:
+def _parse(pattern: str, entry: str, name: str) -> Pattern:
     try:
         return parse_pattern(pattern)
     except RuleError as error:
-        raise RuleError(f"ignore: {quoted(entry)}: {error.reason}", hint=error.hint) from None
+        raise RuleError(f"{name}: {quoted(entry)}: {error.reason}", hint=error.hint) from None
 
 
 def _similar(code: str) -> str:

@@ -28,7 +28,7 @@ LAYERS = 'layers = [["embed.*"], "blocks.{i:int}.*", ["norm.*", "head.*"]]'
 def ignore_list(given: Any) -> tuple[str, ...]:
     """Return the texts of an ignore list, checked."""
     try:
-        return tuple(entry.text for entry in parse_ignore(given))
+        return tuple(entry.text for entry in parse_ignore(given, "ignore"))
     except RuleError as error:
         raise GroupsError(error.reason, hint=error.hint) from None
 
