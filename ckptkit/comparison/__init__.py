@@ -124,6 +124,8 @@ def _left_out(
 ) -> frozenset[str]:
     """Return the missing keys that the found side has, but that ``keep`` or ``drop`` of the rules leave out."""
     stages = tuple(replace(stage, keep=(), rules=tuple(filter(_is_kept, stage.rules))) for stage in rules.stages)
+    if stages == rules.stages:
+        return frozenset()
     try:
         unfiltered = apply_rules(Rules(stages, allow_unused=True), found, expected).renamed
     except RuleError:  # two keys get one name where none is left out
