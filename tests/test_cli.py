@@ -130,6 +130,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "missing choice": (["completion"], 2, "", "Choose from: bash, zsh, fish"),
     "near path": (["show", "fixtures/lenet_10clas.pth"], 2, "", "hint: did you mean 'fixtures/lenet_10class.pth'?"),
     "hub": (["show", "bert-base-uncased"], 2, "", "hint: to read a model of the Hugging Face Hub, download it first"),
+    "folder": (["show", "fixtures/bert-base"], 2, "", "ckpt: fixtures/bert-base: no such file or directory\n"),
     "python source": (["show", "fixtures/lenet.py"], 2, "", "hint: for a live model write py:lenet:callable"),
     "near callable": (["show", "py:fixtures.lenet:biuld"], 2, "", "hint: did you mean 'build'?"),
     "path of module": (["show", "py:fixtures/lenet.py:build"], 2, "", "did you mean 'py:fixtures.lenet:build'?"),

@@ -77,7 +77,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
                     error.hint = f"for a live model write {LIVE_PREFIX}{name}"
                 elif near:
                     error.hint = f"did you mean {shell_word(near)}?"
-                elif _HUB_NAME.fullmatch(name):
+                elif _HUB_NAME.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
                     error.hint = f"to read a model of the Hugging Face Hub, download it first: hf download {name}"
             raise
         return _note_positions(_warn_of_adapter(_warn_of_similar_keys(_leave_out_optimizers(opened, key))))

@@ -90,7 +90,7 @@ def _value_findings(result: StateValues) -> Iterator[Finding]:
             hint = f"the largest change is that of {quoted(values.worst_name)}, {_relative(change)}"
         if values.changed:
             message = f"loading changes {printable(slot)} of {listed(values.changed)}"
-            yield codes.VALUES.finding(values.changed[0], message, hint, keys=values.changed)
+            yield codes.VALUES.finding(next(iter(values.changed)), message, hint, keys=values.changed)
         for names, side in ((values.saved, "saved"), (values.live, "live")):
             if names:
                 message = f"only the {side} state has {printable(slot)} of {listed(names)}"

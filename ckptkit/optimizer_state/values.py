@@ -23,7 +23,7 @@ class SlotValues:
     why the tensor of a parameter was not compared.
     """
 
-    changed: list[str] = field(default_factory=list)
+    changed: dict[str, None] = field(default_factory=dict)
     worst: ValueDifference | None = None
     worst_name: str = ""
     saved: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def compare_states(saved: OptimizerState, live: OptimizerState, progress: Progre
             if tensors[0] and len(tensors[0]) == len(tensors[1]):
                 pairs += [(name, slot, now, then) for now, then in zip(*tensors, strict=True)]
             elif not same_value(before[slot], after[slot]):
-                values.changed.append(name)
+                values.changed[name] = None
     keys = [str(number) for number in range(len(pairs))]
     found = dict(zip(keys, (pair[3] for pair in pairs), strict=True))
     expected = dict(zip(keys, (pair[2] for pair in pairs), strict=True))
@@ -75,14 +75,12 @@ def compare_states(saved: OptimizerState, live: OptimizerState, progress: Progre
             values = slots[slot]
             if values.worst is None:
                 values.worst, values.worst_name = difference, name
-            if name not in values.changed:
-                values.changed.append(name)
+            values.changed[name] = None
     for skipped in result.skipped:
         name, slot, *_ = pairs[int(skipped.key)]
         slots[slot].skipped[name] = skipped.reason
-    place = {name: number for number, name in enumerate(live.state)}
     for values in slots.values():
-        values.changed.sort(key=place.__getitem__)
+        values.changed = dict.fromkeys(name for name in live.state if name in values.changed)
     return StateValues(slots, len(result.keys), tuple(_changed_more(saved, live)))
 
 
