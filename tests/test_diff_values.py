@@ -466,3 +466,5 @@ def test_a_tie_of_one_side_is_judged_as_its_tensor() -> None:
     renamed = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
     state = {"embedding.weight": weight.detach().clone()}
     assert ckptkit.diff(state, renamed, ["module.*=*"], expect_frozen="*").unmet == ()
+    dropped = ckptkit.diff(model, model, ckptkit.parse_rules(drop=["head.*"]), expect_frozen="head.*")
+    assert (dropped.ok, dropped.gates[0].tensors, dropped.gates[0].left_out) == (True, 1, 0)

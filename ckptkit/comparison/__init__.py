@@ -107,7 +107,8 @@ def diff(
         if not (values or gates or rtol is not None or atol is not None):
             return result
         keys = _keys_of_both(result)
-        refuse_unmatched(gates, keys, result.left_out)
+        ties = _ties_to_compared(result, {pair.key for pair in result.matched}) if result.left_out else {}
+        refuse_unmatched(gates, keys, result.left_out - ties.keys())
         names = {pair.key: result.moved.get(pair.key, pair.key) for pair in result.matched}
         compared = compare_named(expected_side, found_side, key_map, names, rtol=rtol, atol=atol, progress=progress)
     return _with_values(result, gates, compared, keys)
