@@ -38,7 +38,7 @@ def opened(value: CheckpointLike, role: str, *, warn: bool = True) -> Iterator[C
     Raises:
         PathError: The path cannot be read.
         FormatError: The file is not a valid checkpoint.
-        ModelError: ``value`` is none of these, or a live model cannot be built.
+        ModelError: ``value`` is none of these, such as a mapping of arrays, or a live model cannot be built.
 
     Example:
         >>> with opened("fixtures/lenet_10class.pth", "base") as checkpoint:

@@ -17,9 +17,10 @@ import xxhash
 from safetensors.torch import save_file
 
 import ckptkit
+import ckptkit.testing
 from ckptkit.core.checkpoint import Payload, TensorInfo
 from ckptkit.digests.hashing import hash_tensors
-from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, FormatError, PlanError
+from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, FormatError, ModelError, PlanError
 from ckptkit.values.workers import Workers
 from tests.helpers_cli import ROOT, Ran, run_ckpt
 
@@ -270,6 +271,17 @@ def test_a_tensor_without_bytes_is_refused_or_left_out(tmp_path: Path, capsys: p
     assert str(found) == str(ckptkit.digest({"a": torch.ones(2)}))
     ran = run_ckpt(capsys, "digest", path, "--skip-unread")
     assert (ran.code, ran.err) == (0, "1 tensor left out: 's': it is a sparse tensor\n")
+
+
+@pytest.mark.parametrize("value", [np.ones(2), {"a": torch.ones(2)}])
+def test_weights_in_another_form_are_not_nothing(value: object) -> None:
+    """Arrays of numpy, and the weights of a training checkpoint one key deeper: no result about no tensor."""
+    given: Any = {"w": value, "epoch": 3}
+    for read in (ckptkit.digest, ckptkit.stats, lambda one: ckptkit.testing.assert_same_weights(one, one)):
+        with pytest.raises(ModelError, match="has no tensor: its 'w' is a"):
+            read(given)
+    given.pop("w")
+    assert not ckptkit.digest(given).tensors
 
 
 @pytest.mark.parametrize("options", [[], ["--tree"]])

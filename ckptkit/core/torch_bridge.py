@@ -337,12 +337,32 @@ def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     if isinstance(given, Mapping):
         if all(isinstance(value, TensorInfo) for value in given.values()):
             return Checkpoint(given, Access(_no_bytes), Description(role, "description"))
-        return describe_state_dict(given, role, "state_dict")
+        described = describe_state_dict(given, role, "state_dict")
+        if not described:
+            _refuse_other_arrays(given, role)
+        return described
     if not callable(getattr(given, "state_dict", None)) or not _is_module(given):
         raise ModelError(
             f"{role} is a {type(given).__name__}", hint="give a path, a Module, a Checkpoint or a dict of tensors"
         )
     return _describe_module(given, role)
+
+
+def _refuse_other_arrays(state: Mapping[str, object], role: str) -> None:
+    """Raise ``ModelError`` where a mapping without a tensor has its weights in another form: the result would be empty.
+
+    These are arrays, and a mapping of tensors at a key of a training checkpoint.
+    """
+    import torch
+
+    for key, value in state.items():
+        if hasattr(value, "__array__") and getattr(value, "ndim", False):  # numbers of numpy stand beside weights
+            kind, hint = "an array", "give a mapping of keys to tensors of torch, as of torch.from_numpy(array)"
+        elif isinstance(value, Mapping) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
+            kind, hint = "a mapping", f"give the mapping of tensors inside it, such as {role}[{quoted(str(key))}]"
+        else:
+            continue
+        raise ModelError(f"{role} has no tensor: its {quoted(str(key))} is {kind}", hint=hint)
 
 
 def _describe_module(model: Module, role: str) -> Checkpoint:
