@@ -17,6 +17,7 @@ from rich.text import Text
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "_static" / "terminal.svg"
 COMMANDS = (
+    "ckpt diff fixtures/lenet_10class.pth fixtures/lenet_tuned.safetensors --values -q",
     "ckpt diff py:fixtures.lenet:build fixtures/lenet_ddp.pt --strip auto -q",
     "ckpt groups validate --model py:fixtures.lenet:build fixtures/groups.toml",
 )

@@ -49,7 +49,8 @@ def cast_bytes(data: memoryview, found: str, out: str, workers: Workers, buffer:
     numbers: Array = np.frombuffer(data, bits_dtype(old))
     if out == "BOOL" and DTYPES[found].parts == 2:
         marks = workers.buffer("parts", bits_dtype(out), len(numbers))
-        _kernel(old, out)(numbers, marks, workers)
+        with np.errstate(all="ignore"):
+            _kernel(old, out)(numbers, marks, workers)
         either: Array = workers.buffer(buffer, bits_dtype(out), len(numbers) // 2)
         np.bitwise_or(marks[::2], marks[1::2], out=either)
         return either.view(np.uint8).data
