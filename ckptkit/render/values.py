@@ -15,7 +15,6 @@ from ckptkit.core.text import listed, percent, plural, printable, quoted, short_
 from ckptkit.render.page import Code, Line, Listing, Page, Table
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import describe, json_number
-from ckptkit.statistics.state_dict_stats import module_name
 
 __all__ = ["lists_all", "value_page", "values_document", "values_in_diff", "values_page"]
 
@@ -202,6 +201,8 @@ def _cells(one: ValueDifference, extra: Sequence[str]) -> tuple[str, ...]:
 
 def _module_table(values: ValueDiff, depth: int) -> Table:
     """Return a row for each module with the largest changes of its tensors, in the order of the model."""
+    from ckptkit.statistics.state_dict_stats import module_name  # which only --depth needs
+
     modules: dict[str, list[ValueDifference | None]] = {}
     changes = {name: one for one in (*values.within, *values.different) for name in one.names}
     for key in values.keys:
