@@ -24,7 +24,7 @@ from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, FormatErro
 from ckptkit.values.workers import Workers
 from tests.helpers_cli import ROOT, Ran, run_ckpt
 
-TEN = str(ROOT / "fixtures" / "lenet_10class.pth")
+TEN, DDP = (str(ROOT / "fixtures" / name) for name in ("lenet_10class.pth", "lenet_ddp.pt"))
 
 
 def text_of(key: str) -> str:
@@ -457,6 +457,8 @@ def test_another_prefix_of_all_tensors_is_one_line(tmp_path: Path, capsys: pytes
         ]  # fmt: skip
         rename = ["--rename", f"{new}*={old}*"]
         assert run_ckpt(capsys, "digest", "--check", recorded, tmp_path / "a.pt", "-q", *rename) == Ran(0, "", "")
+    ran = run_ckpt(capsys, "digest", "--check", recorded, DDP, "--strip", "auto")
+    assert ran.err.splitlines()[1:] == ["--strip auto: 'module.' (DataParallel, DistributedDataParallel) from 10 keys"]
     assert run_ckpt(capsys, "digest", tmp_path / "a.pt", *rename).out == recorded.read_text(encoding="ascii")
 
 

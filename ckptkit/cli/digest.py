@@ -8,7 +8,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
-from ckptkit.cli.common.options import PATH_TYPE, path_argument, quiet_option, report_options, skip_unread_option
+from ckptkit.cli.common.options import PATH_TYPE, path_argument, report_options, skip_unread_option
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint.stored import has_stored_bytes
@@ -20,6 +20,7 @@ from ckptkit.digests.check import DigestCheck, check_digests, is_digest_file, re
 from ckptkit.digests.hashing import ALGORITHMS
 from ckptkit.errors import FormatError
 from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
+from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
 
 __all__ = ["digest"]
@@ -35,7 +36,8 @@ __all__ = ["digest"]
 @rule_options(beside="path")
 @skip_unread_option
 @report_options
-@quiet_option
+@click.option("-q", "--quiet", is_flag=True,
+              help="Print no progress, notes or hints, and of a check only what is not OK.")  # fmt: skip
 @click.pass_context
 def digest(
     context: click.Context,
@@ -73,6 +75,8 @@ def digest(
         target = None if output is None else prepare_side_file(output, checkpoint.files, force=force)
         size = sum(info.nbytes for info in checkpoint.values() if has_stored_bytes(info))
         note_what_is_beside(checkpoint, path, "hashed", quiet=quiet)
+        for note in () if quiet or not rules.stages else apply_rules(rules, checkpoint).notes:
+            print_message(note)
         result: Digests | DigestCheck
         with progress_bar(size, "reading", hidden=quiet) as progress:
             if recorded is not None:

@@ -228,6 +228,8 @@ def _prefixes(key: str, place: str) -> tuple[str, str]:
 
 def is_digest_file(path: str) -> bool:
     """Return whether a file begins as a digest file does; False for a path that cannot be read."""
+    if not os.path.isfile(path):  # what a pipe gives once is for its reader
+        return False
     try:
         with open(path, "rb") as file:
             return _START.match(file.read(_START_BYTES)) is not None
