@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Final, cast
 
 __all__ = ["APPENDS", "Batch", "are_new_numbers", "find_batch", "is_text", "items_in"]
@@ -20,12 +21,18 @@ _WINDOW = 1 << 20  # bytes of a pickle that are looked at for one batch, so that
 _TEXTS = b"|".join(re.escape(struct.pack("<I", size)) + b".{%d}" % size for size in range(_LONGEST_TEXT + 1))
 _LONGS = b"|".join(re.escape(bytes([size])) + b".{%d}" % size for size in range(9))
 _NUMBER = rb"[N\x88\x89]|K.|M..|J.{4}|G.{8}|\x8a(?:" + _LONGS + rb")"  # or None, True, False
-_ITEM = _NUMBER + rb"|X(?:" + _TEXTS + rb")"
+_STRING = rb"X(?:" + _TEXTS + rb")"
+_ITEM = _NUMBER + rb"|" + _STRING
 _PUT = rb"q.|r.{4}"  # gives the item before it a number in the memo
 _ITEMS: Final = re.compile(rb"(" + _ITEM + rb")(" + _PUT + rb")?", re.DOTALL)
 _ITEMS_ALONE: Final = re.compile(_ITEM, re.DOTALL)
 _BATCH: Final = re.compile(rb"(?:(?:" + _ITEM + rb")(?:" + _PUT + rb")?){%d,}+[eu]" % _FEWEST, re.DOTALL)
 _BATCH_OF_NUMBERS: Final = re.compile(rb"(?:" + _NUMBER + rb"){%d,}+[eu]" % _FEWEST, re.DOTALL)
+# The items of a dict from strings to numbers.
+_NAMED_NUMBERS: Final = re.compile(rb"(" + _STRING + rb")(" + _PUT + rb"|)(" + _NUMBER + rb")", re.DOTALL)
+_BATCH_OF_NAMED: Final = re.compile(
+    rb"(?:" + _STRING + rb"(?:" + _PUT + rb")?(?:" + _NUMBER + rb")){%d,}+u" % (_FEWEST // 2), re.DOTALL
+)
 _NUMBERS: Final = {
     b"J": struct.Struct("<xi"),
     b"G": struct.Struct(">xd"),
@@ -41,27 +48,39 @@ _CONSTANTS: Final = {b"N": None, b"\x88": True, b"\x89": False}
 class Batch:
     """The items of one batch, each as its opcode, the PUTs behind them, and the opcode that takes them.
 
-    ``puts`` has an entry for each item, or none at all where the batch has no PUT. ``small`` is the number of items
-    that take at most 80 bytes of memory: numbers, and strings of up to 31 bytes.
+    ``puts`` has an entry for each item, or none at all where the batch has no PUT.
     """
 
-    __slots__ = ("end", "items", "opcode", "puts", "small")
+    __slots__ = ("_pattern", "end", "items", "opcode", "puts")
 
-    def __init__(self, data: bytes, start: int, end: int, *, only_numbers: bool) -> None:
-        """Take the range of a pickle from the first item to the opcode behind the last one."""
+    def __init__(self, data: bytes, start: int, end: int, pattern: re.Pattern[bytes]) -> None:
+        """Take the range of a pickle from the first item to the opcode behind the last one, which ``pattern`` found."""
         self.end = end
         self.opcode = data[end - 1]
         self.puts: list[bytes] = []
-        if only_numbers:
+        self._pattern = pattern
+        if pattern is _BATCH_OF_NUMBERS:
             self.items = items_in(data, start, end - 1)
-            self.small = len(self.items)
-            return
-        found = _ITEMS.findall(data, start, end - 1)
-        self.items = [item for item, _ in found]
-        puts = [put for _, put in found]
-        self.small = sum(size <= _LONGEST_SMALL for size in map(len, self.items))
-        if any(puts):
-            self.puts = puts
+        elif pattern is _BATCH_OF_NAMED:
+            self.items = list(chain.from_iterable(_NAMED_NUMBERS.findall(data, start, end - 1)))
+            puts = self.items[1::3]
+            del self.items[1::3]
+            if any(puts):
+                self.puts = [b""] * len(self.items)
+                self.puts[::2] = puts
+        else:
+            found = _ITEMS.findall(data, start, end - 1)
+            self.items = [item for item, _ in found]
+            puts = [put for _, put in found]
+            if any(puts):
+                self.puts = puts
+
+    @property
+    def small(self) -> int:
+        """Number of items that take at most 80 bytes of memory: numbers, and strings of up to 31 bytes."""
+        if self._pattern is _BATCH_OF_NUMBERS or max(map(len, self.items)) <= _LONGEST_SMALL:
+            return len(self.items)
+        return sum(size <= _LONGEST_SMALL for size in map(len, self.items))
 
     @property
     def opcodes(self) -> int:
@@ -79,7 +98,10 @@ class Batch:
 
     def has_counted_puts(self, first: int) -> bool:
         """Return whether exactly the strings have numbers in the memo, which count from ``first``."""
-        if list(map(bool, self.puts)) != list(map(_TEXT.__eq__, map(_KIND, self.items))):
+        if self._pattern is _BATCH_OF_NAMED:
+            if not all(self.puts[::2]):
+                return False
+        elif list(map(bool, self.puts)) != list(map(_TEXT.__eq__, map(_KIND, self.items))):
             return False
         puts, count = b"".join(self.puts), len(self.puts) - self.puts.count(b"")
         if len(puts) == _LONG_PUT * count and puts[::_LONG_PUT] == b"r" * count:
@@ -91,10 +113,11 @@ class Batch:
 
 def find_batch(data: bytes, start: int) -> Batch | None:
     """Return the batch that begins at byte ``start``, or None for a short one and one with other items."""
-    found = _BATCH_OF_NUMBERS.match(data, start, start + _WINDOW)
-    only_numbers = found is not None
-    found = found or _BATCH.match(data, start, start + _WINDOW)
-    return None if found is None else Batch(data, start, found.end(), only_numbers=only_numbers)
+    for pattern in (_BATCH_OF_NUMBERS, _BATCH_OF_NAMED, _BATCH):
+        found = pattern.match(data, start, start + _WINDOW)
+        if found is not None:
+            return Batch(data, start, found.end(), pattern)
+    return None
 
 
 def items_in(opcodes: bytes, start: int = 0, end: int = sys.maxsize) -> list[bytes]:
@@ -119,11 +142,20 @@ def are_new_numbers(values: Sequence[object]) -> bool:
 def _values_of(items: Sequence[bytes]) -> list[object]:
     kinds = set(map(_KIND, items))
     if kinds == {_TEXT}:
-        return [item[5:].decode("utf-8", "surrogatepass") for item in items]
+        return _texts_of([item[5:] for item in items])
     layout = _NUMBERS.get(items[0][:1]) if len(kinds) == 1 else None
     if layout is not None:
         return [value for (value,) in layout.iter_unpack(b"".join(items))]
     return [item[5:].decode("utf-8", "surrogatepass") if item[0] == _TEXT else _number(item) for item in items]
+
+
+def _texts_of(raw: Sequence[bytes]) -> list[object]:
+    """Return each string; all are decoded at once where no string has a line break and each is text."""
+    try:
+        texts: list[object] = [*b"\n".join(raw).decode("utf-8", "surrogatepass").split("\n")]
+    except UnicodeDecodeError:
+        texts = []
+    return texts if len(texts) == len(raw) else [one.decode("utf-8", "surrogatepass") for one in raw]
 
 
 def _number(item: bytes) -> object:
