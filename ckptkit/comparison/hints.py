@@ -78,8 +78,13 @@ def find_hints(result: Differences) -> tuple[Hint, ...]:
 
     There are no renames if the rules rename keys. The last hints are about quantised weights.
     """
+    open_shapes = _open_shapes(result)
     return (
-        *(_fold_hints(result) or _hints(result, _candidate_renames(result)) or _align_hints(result)),
+        *(
+            _fold_hints(result)
+            or _hints(result, _candidate_renames(result, *open_shapes))
+            or _align_hints(result, *open_shapes)
+        ),
         *(Hint(message, "") for message in quantized_messages(result.quantized)),
     )
 
@@ -110,10 +115,9 @@ def _fold_hints(result: Differences) -> list[Hint]:
     return [Hint(f"the tensors are an adapter; {command} adds it to its base", "")]
 
 
-def _align_hints(result: Differences) -> list[Hint]:
+def _align_hints(result: Differences, missing: Shapes, unexpected: Shapes) -> list[Hint]:
     sides = result.expected_checkpoint, result.found_checkpoint
     is_open = bool(result.missing and result.unexpected)
-    missing, unexpected = _open_shapes(result)
     alike = count_common_shapes(missing, unexpected) if is_open and not _is_renamed(result) else 0
     has_other_names = not result.quantized and alike >= least_of_many(len(result.expected))
     if is_open and (result.parted or has_other_names or not result.matched):
@@ -149,7 +153,7 @@ def _open_shapes(result: Differences) -> tuple[Shapes, Shapes]:
 def _replacing_renames(keys: Iterable[str], missing: Shapes, unexpected: Shapes) -> dict[str, dict[str, str]]:
     """Return renames that replace one prefix by another, each with the new name of every found key."""
     return {
-        f"{old}*={new}*": {key: f"{new}{key.removeprefix(old)}" if key.startswith(old) else key for key in keys}
+        f"{old}*={new}*": {key: f"{new}{key[len(old) :]}" if key.startswith(old) else key for key in keys}
         for (old, new), _ in count_replaced_prefixes(missing, unexpected).most_common(_MAX_HINTS)
     }
 
@@ -174,11 +178,10 @@ def _hint_message(matches: int, wanted: int, rename: str) -> str:
     return f"{share} keys match after --rename {shell_word(rename)}"
 
 
-def _candidate_renames(result: Differences) -> dict[str, dict[str, str]]:
+def _candidate_renames(result: Differences, missing: Shapes, unexpected: Shapes) -> dict[str, dict[str, str]]:
     """Return renames that remove or add one prefix, each with the new name of every found key."""
     if not result.missing or not result.unexpected or _is_renamed(result):
         return {}
-    missing, unexpected = _open_shapes(result)
     removed, added = count_prefixes(missing, unexpected)
     first_segments = {key.partition(".")[0] for key in unexpected}
     prefixes = {name for name, _ in removed.most_common(3)}

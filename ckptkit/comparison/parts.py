@@ -67,7 +67,8 @@ def find_parted(missing: Mapping[str, TensorInfo], unexpected: Mapping[str, Tens
     """
     results = [PartedTensor(whole, parts, True) for whole, parts in _wholes(missing, unexpected)]
     taken = {key for result in results for key in (result.whole, *result.parts)}
-    for whole, parts in _wholes(unexpected, {key: info for key, info in missing.items() if key not in taken}):
+    others = {key: info for key, info in missing.items() if key not in taken} if taken else missing
+    for whole, parts in _wholes(unexpected, others):
         if whole not in taken:
             results.append(PartedTensor(whole, parts, False))
     return tuple(results)
@@ -158,6 +159,8 @@ def _of_fitting_shapes(
     if len(of_wholes) * len(of_pieces) > _MOST_PAIRS_OF_SHAPES or any(0 in shape for shape in of_pieces):
         return wholes, pieces
     pairs = [(whole, part) for whole in of_wholes for part in of_pieces if _can_be_part(whole, part)]
+    if not pairs:
+        return {}, {}
     fitting, parts = {whole for whole, _ in pairs}, {part for _, part in pairs}
     return (
         {key: info for key, info in wholes.items() if info.shape in fitting},
