@@ -150,7 +150,9 @@ def assert_refused(directory: Path, case: Refused, *, command: str = "show") -> 
     ran, argument, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
     lines = [line for line in ran.err.split("\n") if ": warning: " not in line and ": note: " not in line]
-    hint = [line for line in lines[1:] if not line.startswith("      ")]  # further ways out are indented below the first
+    hint = [
+        line for line in lines[1:] if not line.startswith("      ")
+    ]  # further ways out are indented below the first
     assert [line.partition(":")[0] for line in (lines[0], *hint)] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
     where = lines[0].removeprefix("ckpt: ")
     # The error names the given path, or the part that is wrong, such as a shard.
