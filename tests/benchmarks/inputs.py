@@ -236,7 +236,7 @@ def _write_weights(path: Path, made: Weights) -> None:
         name: {"dtype": "F32", "shape": [made.elements], "data_offsets": [number * width, number * width + width]}
         for number, name in enumerate(_names(made))
     }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()  # as the safetensors library writes it
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
