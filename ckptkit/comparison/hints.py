@@ -76,7 +76,7 @@ class Hint:
 def find_hints(result: Differences) -> tuple[Hint, ...]:
     """Return how to fold an adapter; else renames that make the most keys match; else where ``align`` helps.
 
-    There are no renames if the rules rename keys. The last hints are about quantised weights.
+    Renames are left out if the rules rename keys. The last hints are about quantised weights.
     """
     open_shapes = _open_shapes(result)
     return (

@@ -346,7 +346,7 @@ def _why_skipped(expected: TensorInfo, found: TensorInfo) -> str:
     if expected.dtype == found.dtype:
         return "" if expected.nbytes == found.nbytes else "the sizes in bytes differ"
     unknown = next((info.dtype for info in (expected, found) if info.dtype not in CASTABLE), None)
-    return f"there is no cast between {expected.dtype} and {found.dtype}" if unknown else ""
+    return f"ckptkit cannot cast {found.dtype} to {expected.dtype}" if unknown else ""
 
 
 def _first_of_all_ties(side: Checkpoint) -> dict[str, str]:

@@ -150,7 +150,7 @@ def _measures(listed: StatsTable) -> list[list[str]]:
     for start in range(0, len(numbers), _AT_ONCE):
         values = numbers[start : start + _AT_ONCE].ravel().tolist()
         texts = (_FORMAT * (len(values) // len(_MEASURES)) % tuple(values)).split("\n")[:-1]
-        cells += [  # as short_number writes them, if there is no exponent
+        cells += [  # as short_number writes them, but for numbers with an exponent
             short_number(value, 4) if "e" in text or "0.000" in text else text
             for text, value in zip(texts, values, strict=True)
         ]

@@ -245,7 +245,7 @@ def fitting_presets(expected: Mapping[str, TensorInfo], found: Mapping[str, Tens
 def _is_fitting(name: str, expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> bool:
     variables = tomllib.loads(preset_text(name)).get("vars", {})
     rules = preset_rules(name, dict.fromkeys(variables, 1))  # the number of heads changes no shape
-    if not _matches_many(rules, found) or not _may_name(rules, expected, found):
+    if not _matches_many(rules, found) or not _may_name(rules, expected, found) or _is_unused_in_part(rules, found):
         return False
     try:
         infos = apply_rules(rules, found).describe(found)
@@ -270,6 +270,20 @@ def _may_name(rules: Rules, expected: Iterable[str], found: Container[str]) -> b
     }
     forms = [parse_pattern(text) for text in texts]
     return all(key in found or matches_any(forms, key) for key in expected)
+
+
+def _is_unused_in_part(rules: Rules, found: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a rule of the first stage, which must match, matches no key: then the rules are refused.
+
+    To apply them would also look for the name that was meant, which takes longer than the rest of the search.
+    """
+    first = rules.stages[0]
+    if first.strip or first.made or rules.allow_unused:
+        return False
+    return any(
+        not rule.optional and not any(pattern.match(key) for pattern in rule.sources for key in found)
+        for rule in first.rules
+    )
 
 
 def _matches_many(rules: Rules, found: Mapping[str, TensorInfo]) -> bool:
