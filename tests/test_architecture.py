@@ -242,7 +242,16 @@ def test_values_of_files_need_no_torch(code: str) -> None:
 UNUSED_PACKAGES = {
     "help": (
         "main(['--help'])",
-        {"core.checkpoint", "core.files", "core.findings", "core.patterns", "formats", "render", "rules", "wrappers"},
+        {
+            "core.checkpoint",
+            "core.files.local",
+            "core.findings",
+            "core.patterns",
+            "formats",
+            "render",
+            "rules",
+            "wrappers",
+        },
     ),
     "show": (
         "main(['show', 'fixtures/lenet_10class.safetensors'])",

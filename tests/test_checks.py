@@ -22,7 +22,7 @@ from torch import nn
 
 from ckptkit import Finding, Report, open_checkpoint, run_checks
 from ckptkit.core.checkpoint import Access, Checkpoint, Description
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.local import LocalFile
 from ckptkit.errors import RuleError
 from ckptkit.formats.zip_archive import read_zip_directory
 from tests.features import require

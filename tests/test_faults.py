@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckptkit import Output, Plan, choose_output, execute, open_checkpoint, plan_remap
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.local import LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats import open_optimizer

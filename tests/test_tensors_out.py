@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from ckptkit import CkptkitError, PathError, convert, open_checkpoint
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, part_of, read_into
-from ckptkit.core.files import ByteSwapped, Extent, LocalFile
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import ByteSwapped, Extent
 from ckptkit.core.torch_bridge import TensorPayload, as_checkpoint
 from ckptkit.formats.layout import Block, BlockTensor, Box, InMemory, Strided
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptkit.core.crc32 import joined_crc32
-from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import Extent
 from ckptkit.values.arrays import array_of, bits_of
 from ckptkit.values.reading import Source, Span, read_bytes, reads
 from ckptkit.values.workers import Workers, pieces

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from ckptkit import TensorInfo, choose_output, execute, open_checkpoint, plan_merge, plan_remap
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, View, is_contiguous, storage_range
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import Extent
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import ChangedError, OutputError, PlanError
 from ckptkit.formats.safetensors import layout_safetensors

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
-from ckptkit.core.files import Extent, Inflated, LocalFile
+from ckptkit.core.files.payloads import Extent, Inflated
+from ckptkit.core.files.source import ByteSource, Section
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
-from ckptkit.formats.file_pool import Section
 from ckptkit.formats.layout import BlockTensor, Strided
 from ckptkit.values.arrays import real_code
 from ckptkit.values.extremes import Extremes
@@ -61,7 +61,7 @@ def _byte_range(payload: Payload) -> _ByteRange | None:
     if not isinstance(payload, Extent | Inflated):
         return None
     extent = payload if isinstance(payload, Extent) else payload.packed
-    file: LocalFile = extent.file
+    file: ByteSource = extent.file
     offset = extent.offset
     while isinstance(file, Section):
         offset += file.offset

@@ -11,7 +11,7 @@ from ckptkit.checks.quantized_weights import has_numbers
 from ckptkit.checks.single_tensors import check_finite, check_single_tensors
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.checkpoint.payload import part_of
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.findings import Finding
 from ckptkit.errors import CkptkitError
 from ckptkit.quantized import Quantized

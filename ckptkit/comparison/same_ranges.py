@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.files import is_same_range
+from ckptkit.core.files.payloads import is_same_range
 
 __all__ = ["keys_with_same_range", "share_a_file"]
 

@@ -11,7 +11,7 @@ from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.stored import StoredBytes, is_in_blocks
-from ckptkit.core.files import is_same_range, place_of
+from ckptkit.core.files.payloads import is_same_range, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result

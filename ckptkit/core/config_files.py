@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NoReturn
 
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.places import open_source
 from ckptkit.core.text import human_bytes, kind_of, quoted
 from ckptkit.errors import CkptkitError, FormatError, PathError, RuleError
 from ckptkit.lazy_patterns import lazy_pattern
@@ -148,7 +148,7 @@ def read_text_file(path: str, text_format: str = "text") -> str:
     Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is too large or its bytes are not UTF-8.
     """
     with default_error_path(path):
-        file = LocalFile(path)  # refuses a FIFO, which could block forever
+        file = open_source(path)  # refuses a FIFO, which could block forever
         try:
             check_size(file.size, text_format)
             return file.read(0, file.size).decode()
@@ -252,7 +252,7 @@ def toml_value(value: object) -> str:
 
 def read_json(directory: str, name: str) -> Mapping[str, object]:
     """Return the JSON object in a file of the directory. Raises ``CkptkitError`` if the file holds no JSON object."""
-    file = LocalFile(os.path.join(directory, name))
+    file = open_source(os.path.join(directory, name))
     try:
         if file.size > _LARGEST_JSON:
             raise FormatError(f"{human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")

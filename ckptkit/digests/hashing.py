@@ -13,7 +13,7 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Payload, TensorInfo
-from ckptkit.core.files import Extent, is_seekable, place_of
+from ckptkit.core.files.payloads import Extent, is_seekable, place_of
 from ckptkit.errors import ArgumentError, CkptkitError, FormatError
 from ckptkit.values.reading import READ_BYTES, neighbours
 from ckptkit.values.workers import Workers

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import is_url
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
 from ckptkit.errors import CkptkitError, FormatError, PathError
@@ -220,7 +221,7 @@ def split_path(name: str) -> tuple[str, str]:
 
 
 def _open_path(name: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
-    if "://" in name and not os.path.exists(name):
+    if is_url(name):
         raise PathError("remote paths are not supported", hint="download the checkpoint first", path=name)
     if os.path.isdir(name):
         from ckptkit.formats.directories.opening import open_directory

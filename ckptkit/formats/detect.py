@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.places import open_source
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError, FormatError
@@ -23,14 +24,14 @@ __all__ = [
     "could_hold_tensors",
     "has_no_storages",
     "has_suffix",
+    "open_content",
     "open_file",
-    "open_local",
     "open_zip",
     "read_torch",
 ]
 
 
-def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
+def open_zip(file: ByteSource, selection: Selection) -> Checkpoint:
     """Return the Checkpoint in a zip archive; the Checkpoint closes the file.
 
     Raises ``FormatError`` if the archive contradicts itself, or its kind is unknown.
@@ -88,10 +89,10 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
 
     Raises ``PathError`` if the file cannot be read, and ``FormatError`` if the checkpoint is not valid or not complete.
     """
-    return open_local(LocalFile(name), selection)
+    return open_content(open_source(name), selection)
 
 
-def open_local(file: LocalFile, selection: Selection) -> Checkpoint:
+def open_content(file: ByteSource, selection: Selection) -> Checkpoint:
     """Return the checkpoint in an open file, as ``open_file`` does; the file is closed after an error."""
     name = file.path
     try:
@@ -111,7 +112,7 @@ def open_local(file: LocalFile, selection: Selection) -> Checkpoint:
     return checkpoint.with_warnings(*_empty_weights_warning(checkpoint))
 
 
-def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
+def _open_by_content(file: ByteSource, selection: Selection) -> Checkpoint:
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
         return open_zip(file, selection)
@@ -153,7 +154,7 @@ def _empty_weights_warning(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (ReaderWarning(text, codes.EMPTY_WEIGHTS),) if empty else ()
 
 
-def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
+def read_torch(file: ByteSource, *, largest: int) -> TorchFile:
     """Return the tree of values in a file of ``torch.save``, without running any code.
 
     Raises ``FormatError`` if torch did not save the file, the file is incomplete, or the pickle is larger than
@@ -191,7 +192,7 @@ def could_hold_tensors(name: str, head: bytes) -> bool:
     return head[8:9] == b"{" and _looks_like_safetensors(head)
 
 
-def has_no_storages(file: LocalFile) -> bool:
+def has_no_storages(file: ByteSource) -> bool:
     """Return whether a small file of ``torch.save`` has no storage, and so no tensor. Larger files are not examined."""
     if file.size > _LARGEST_EXAMINED or file.read(0, min(file.size, 4)) != _ZIP_MAGIC:
         return False
@@ -204,7 +205,7 @@ def has_no_storages(file: LocalFile) -> bool:
     return bool(archive.roots("data.pkl")) and not any("/data/" in name for name in archive.entries)
 
 
-def _head(file: LocalFile) -> bytes:
+def _head(file: ByteSource) -> bytes:
     if file.size == 0:
         raise FormatError("the file is empty", hint="download or copy it again")
     return file.read(0, min(file.size, 512))

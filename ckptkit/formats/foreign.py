@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.lazy_patterns import lazy_pattern
@@ -186,7 +186,7 @@ def is_torch_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (name.encode() for name in TAR_MEMBERS)
 
 
-def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
+def unsupported_format(file: ByteSource, head: bytes) -> FormatError:
     """Return the error that names the format of ``file``, which begins with ``head``, and says what to do."""
     for magic, description, hint in _KNOWN_MAGICS:
         if head.startswith(magic):
@@ -233,6 +233,6 @@ def refuse_selection(selection: Selection, path: str | None = None) -> None:
         )
 
 
-def _has_content(file: LocalFile) -> bool:
+def _has_content(file: ByteSource) -> bool:
     size = min(file.size, 1 << 20)
     return any(file.read(0, size))

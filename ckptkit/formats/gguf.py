@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import only_listed_error
@@ -46,7 +47,7 @@ _U64 = struct.Struct("<Q")
 class Cursor:
     """Read a file forward through a window. Raises ``FormatError`` at the end of the file."""
 
-    def __init__(self, file: LocalFile, start: int) -> None:
+    def __init__(self, file: ByteSource, start: int) -> None:
         """Start at byte ``start``."""
         self._file = file
         self._base = start  # offset of the window in the file
@@ -270,7 +271,7 @@ class _StoredTensor(NamedTuple):
     offset: int
 
 
-def open_gguf(file: LocalFile) -> Checkpoint:
+def open_gguf(file: ByteSource) -> Checkpoint:
     """Return the Checkpoint in a GGUF file, with shapes in the order of torch; the Checkpoint closes the file.
 
     Plain numbers can be read. Quantised tensors are listed with their stored size and the type name of GGUF.

@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 
 from ckptkit.core.checkpoint import Part, Payload, TensorInfo, row_major, storage_range
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import CHUNK, ByteSwapped, Inflated, Region, is_seekable
+from ckptkit.core.files.payloads import CHUNK, ByteSwapped, Inflated, Region, is_seekable
 from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import FormatError
 

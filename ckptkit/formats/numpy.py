@@ -21,7 +21,8 @@ from ckptkit.core.checkpoint import (
     row_major,
 )
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import ByteSwapped, Extent, Inflated, LocalFile
+from ckptkit.core.files.payloads import ByteSwapped, Extent, Inflated
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Strided
@@ -148,7 +149,7 @@ class _Array:
         return self.stored() if is_contiguous(self.info) else Strided(self.stored(), self.info)
 
 
-def open_npy(file: LocalFile) -> Checkpoint:
+def open_npy(file: ByteSource) -> Checkpoint:
     """Return the Checkpoint of a ``.npy`` file: one tensor with an empty key. The Checkpoint closes the file.
 
     Raises ``FormatError`` where the array is cut off, or its elements are not plain numbers.
@@ -210,7 +211,7 @@ def _array(key: str, header: NpyHeader, storage: int, region: Extent | Inflated)
 
 
 def _checkpoint(
-    file: LocalFile,
+    file: ByteSource,
     arrays: dict[str, _Array],
     *,
     format: str,  # noqa: A002 - the name of the JSON field

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import first_line, quoted
 from ckptkit.errors import FormatError, PlanError
@@ -37,7 +38,7 @@ __all__ = [
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
-def open_safetensors(file: LocalFile) -> Checkpoint:
+def open_safetensors(file: ByteSource) -> Checkpoint:
     """Return the Checkpoint in a safetensors file; the Checkpoint closes the file.
 
     Refuses every file that the safetensors library refuses, and also duplicate keys and a header that does not begin

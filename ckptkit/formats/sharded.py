@@ -12,13 +12,14 @@ from itertools import chain
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import json_value, parse_json
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.places import folder_at, open_source
+from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.shard_names import NumberedShards, group_shards, index_kind, is_index
 
 __all__ = [
@@ -41,7 +42,7 @@ _HUB_CACHE = "blobs"  # directory of a hub's cache that its snapshots link to
 
 
 def open_sharded(
-    directory: str, index_name: str, open_shard: Callable[[LocalFile], Checkpoint], *, whole: bool
+    directory: str, index_name: str, open_shard: Callable[[ByteSource], Checkpoint], *, whole: bool
 ) -> Checkpoint:
     """Return one Checkpoint of all shards that the index names; ``open_shard`` reads the shard in an open file.
 
@@ -67,7 +68,7 @@ def open_sharded(
             hint=f"{shell_word(index_path)} opens the shards that the index names{_ways_to_open(directory, extra)}",
             path=directory,
         )
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     try:
         opened = {name: _open_shard(pool, name, keys, open_shard) for name, keys in shards.items()}
         checkpoint = _join(pool, weight_map, opened, [index_path])
@@ -77,14 +78,16 @@ def open_sharded(
     return checkpoint.with_warnings(*_total_warning(index, checkpoint), *_shard_warnings(list(shards), extra))
 
 
-def open_unindexed(directory: str, shards: NumberedShards, open_shard: Callable[[LocalFile], Checkpoint]) -> Checkpoint:
+def open_unindexed(
+    directory: str, shards: NumberedShards, open_shard: Callable[[ByteSource], Checkpoint]
+) -> Checkpoint:
     """Return one Checkpoint of numbered shards that have no index; ``open_shard`` reads the shard in an open file.
 
     Raises ``FormatError`` where two shards have the same key. A missing shard is a warning.
     """
     opened: dict[str, Checkpoint] = {}
     weight_map: dict[str, str] = {}
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     try:
         for name in shards.names:
             opened[name] = open_shard(pool.get(name))
@@ -108,7 +111,7 @@ def open_unindexed(directory: str, shards: NumberedShards, open_shard: Callable[
 
 
 def _read_index(path: str) -> Mapping[str, object]:
-    file = LocalFile(path)
+    file = open_source(path)
     try:
         if file.size > _LARGEST_INDEX:
             raise FormatError(
@@ -213,7 +216,7 @@ def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[Read
 
 
 def _open_shard(
-    pool: FilePool, name: str, keys: list[str], open_shard: Callable[[LocalFile], Checkpoint]
+    pool: FilePool, name: str, keys: list[str], open_shard: Callable[[ByteSource], Checkpoint]
 ) -> Checkpoint:
     # A link may point outside the directory, as in a hub's cache. This is safe because the file is only read.
     path = os.path.join(pool.directory, name)

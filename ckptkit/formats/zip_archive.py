@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Record
-from ckptkit.core.files import Extent, Inflated, LocalFile
+from ckptkit.core.files.payloads import Extent, Inflated
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
@@ -52,7 +53,7 @@ class ZipEntry:
 class ZipDirectory:
     """The entries of an archive by name, and the offset at which the bytes of each begin."""
 
-    file: LocalFile
+    file: ByteSource
     entries: dict[str, ZipEntry]
     starts: dict[str, int]  # in the order of the file
 
@@ -127,7 +128,7 @@ class ZipDirectory:
             )
 
 
-def read_zip_directory(file: LocalFile) -> ZipDirectory:
+def read_zip_directory(file: ByteSource) -> ZipDirectory:
     """Return the directory of the archive that begins at byte 0.
 
     Raises ``FormatError`` where the archive is truncated, contradicts itself or uses an unsupported feature.
@@ -143,7 +144,7 @@ def read_zip_directory(file: LocalFile) -> ZipDirectory:
     return ZipDirectory(file, entries, _check_local(file, entries, offset))
 
 
-def _find_end(file: LocalFile) -> tuple[int, int, int, int]:
+def _find_end(file: ByteSource) -> tuple[int, int, int, int]:
     start = max(file.size - 65557, 0)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\5\6")
@@ -252,7 +253,7 @@ def _check_entry(entry: ZipEntry, flags: int, attributes: int) -> None:
         raise FormatError(f"zip entry {quoted(name)} is marked as a directory and has content")
 
 
-def _check_local(file: LocalFile, entries: dict[str, ZipEntry], limit: int) -> dict[str, int]:
+def _check_local(file: ByteSource, entries: dict[str, ZipEntry], limit: int) -> dict[str, int]:
     starts: dict[str, int] = {}
     reached = 0
     for entry in sorted(entries.values(), key=lambda entry: entry.header):

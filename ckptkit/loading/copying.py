@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ckptkit.core.checkpoint.payload import self_writing
 from ckptkit.core.closing import Closing
-from ckptkit.core.files import Extent, PayloadReader
+from ckptkit.core.files.payloads import Extent, PayloadReader
 from ckptkit.core.torch_bridge import blocks, flat_bytes, libc, same_memory
 from ckptkit.core.torch_types import Tensor
 from ckptkit.loading.decision import Copy

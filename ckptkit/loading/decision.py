@@ -11,7 +11,7 @@ from functools import cached_property
 from ckptkit.comparison.own_code import is_below, modules_with_own_code
 from ckptkit.core.cast_losses import describe_overflow, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, memory_order
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import shared_keys, tied_keys
 from ckptkit.core.torch_bridge import TensorPayload, is_dtensor

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, part_of, row_major
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Region
+from ckptkit.core.files.payloads import Region
 from ckptkit.core.torch_bridge import is_dtensor, is_plain
 from ckptkit.core.torch_types import Tensor
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo, memory_order
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.findings import Finding
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary

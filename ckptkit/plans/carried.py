@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.core.checkpoint import Payload
-from ckptkit.core.files import Extent, LocalFile, is_same_file
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.places import is_same_file
 from ckptkit.core.text import quoted
 from ckptkit.formats.writing.atomic import AtomicFile, Target, prepare_target
 from ckptkit.plans.output import Output

@@ -16,7 +16,7 @@ from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES, is_float
-from ckptkit.core.files import is_same_file
+from ckptkit.core.files.places import is_same_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError

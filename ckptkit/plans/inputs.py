@@ -14,7 +14,7 @@ from ckptkit.core.cast_losses import CastLoss, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.checkpoint.reading import read_tensor, torch_dtype_of
 from ckptkit.core.checkpoint.state_dict import read_state_dict
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor

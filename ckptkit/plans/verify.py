@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import Checkpoint, Payload
 from ckptkit.core.dtypes import DTYPES, torch_shape
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.text import first_line, listed, printable, quoted
 from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.core.arguments import require_number, require_progress, takes_rules
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
-from ckptkit.core.files import Extent, place_of
+from ckptkit.core.files.payloads import Extent, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result

@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Payload, TensorInfo
 from ckptkit.core.checkpoint.payload import Sink, read_into
 from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, is_seekable
+from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.errors import ChangedError
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.losses import Losses, count_losses

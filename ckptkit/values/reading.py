@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from ckptkit.core.checkpoint.payload import Payload
-from ckptkit.core.files import Extent, is_seekable
+from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.workers import Workers
 

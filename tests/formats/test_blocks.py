@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.core.files import CHUNK, Extent, LocalFile
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import CHUNK, Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Block, BlockTensor, Box, InMemory, check_cover, step_budget
 from tests.helpers_formats import bits, random_tensor

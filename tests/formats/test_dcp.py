@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.files import Extent
+from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
 from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.dcp_metadata import read_metadata

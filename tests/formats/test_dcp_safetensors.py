@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptkit.core.files import Extent
+from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.distributed.dcp import open_dcp

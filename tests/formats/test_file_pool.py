@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files import pool as file_pool
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
 from ckptkit.errors import ChangedError, PathError
-from ckptkit.formats import file_pool
-from ckptkit.formats.file_pool import FilePool
 
 
 def _pool(folder: Path, count: int) -> FilePool:
     for number in range(count):
         (folder / str(number)).write_bytes(bytes([number]) * 4096)
-    return FilePool(str(folder))
+    return FilePool(folder_at(str(folder)))
 
 
 def test_threads_read_the_right_bytes_though_files_are_opened_again(
@@ -79,7 +80,9 @@ def test_a_file_is_not_closed_while_the_kernel_copies_it(tmp_path: Path, monkeyp
     """Otherwise its descriptor could belong to another file, whose bytes would be copied."""
     monkeypatch.setattr(file_pool, "_MOST_OPEN", 1)
     pool = _pool(tmp_path, 3)
-    with pool.get("1").descriptor() as descriptor:
+    file = pool.get("1")
+    assert isinstance(file, LocalFile)
+    with file.descriptor() as descriptor:
         for name in ("0", "2"):
             assert pool.get(name).read(0, 1) == bytes([int(name)])
         assert os.pread(descriptor, 4, 0) == b"\1" * 4
@@ -126,7 +129,7 @@ def test_a_file_is_opened_again_after_the_process_changed_its_directory(
     (tmp_path / "model").mkdir()
     _pool(tmp_path / "model", 2)
     monkeypatch.chdir(tmp_path)
-    pool = FilePool("model")
+    pool = FilePool(folder_at("model"))
     first = pool.get("0")
     pool.get("1")
     monkeypatch.chdir("/")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from ckptkit.checks import run_checks
-from ckptkit.core.files import Extent
+from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from tests.helpers_cli import run_ckpt
@@ -361,6 +361,6 @@ def test_opening_inflates_headers_alone(tmp_path: Path, monkeypatch: pytest.Monk
     """Twenty compressed arrays of 8 MB are listed without inflating one."""
     path = tmp_path / "x.npz"
     path.write_bytes(npz({f"w{index}": np.zeros(1 << 20) for index in range(20)}, compressed=True))
-    monkeypatch.setattr("ckptkit.core.files.Inflated.chunks", lambda _: pytest.fail("a tensor was inflated"))
+    monkeypatch.setattr("ckptkit.core.files.payloads.Inflated.chunks", lambda _: pytest.fail("a tensor was inflated"))
     with open_checkpoint(str(path)) as checkpoint:
         assert len(checkpoint) == 20

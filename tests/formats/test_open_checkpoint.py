@@ -16,7 +16,7 @@ from typing import NoReturn
 import pytest
 import torch
 
-from ckptkit.core.files import Extent
+from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import CkptkitError, FormatError, ModelError, PathError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.live import build_model
@@ -161,7 +161,7 @@ def test_the_content_decides_and_a_warning_names_a_wrong_suffix(
         assert warning in "".join(checkpoint.warnings)
 
 
-@pytest.mark.parametrize("name", ["a b.pt", "ü.pt", "a::b.pt", "a://b.pt", "-x.pt", "a\nb.pt", os.fsdecode(b"\xff.pt")])
+@pytest.mark.parametrize("name", ["a b.pt", "ü.pt", "a::b.pt", "./a://b.pt", "-x.pt", "a\nb.pt", os.fsdecode(b"\xff")])
 def test_a_path_may_have_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = Path(name)

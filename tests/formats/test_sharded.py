@@ -46,7 +46,7 @@ def test_an_index_in_the_current_directory_is_opened_by_its_name(
 @pytest.mark.parametrize("has_index", [True, False])
 def test_few_of_many_shards_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_index: bool) -> None:
     """Otherwise a checkpoint of more shards than a process may have open files cannot be read."""
-    monkeypatch.setattr("ckptkit.formats.file_pool._MOST_OPEN", 2)
+    monkeypatch.setattr("ckptkit.core.files.pool._MOST_OPEN", 2)
     names = [f"model-{number:05}-of-00009.safetensors" for number in range(1, 10)]
     for number, name in enumerate(names):
         save({f"w{number}": torch.full((2,), float(number))}, tmp_path / name)

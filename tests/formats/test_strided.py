@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import TensorInfo, View
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import CHUNK, Extent, Inflated, LocalFile, Region
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import CHUNK, Extent, Inflated, Region
 from ckptkit.errors import FormatError
 from ckptkit.formats import layout as strided
 from ckptkit.formats.layout import InMemory, Strided

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.files import Extent
+from ckptkit.core.files.payloads import Extent
 from ckptkit.core.ties import shared_keys
 from ckptkit.errors import ChangedError, CkptkitError, FormatError
 from ckptkit.formats import open_checkpoint, open_optimizer

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.places import open_source
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors, has_no_storages, has_suffix
 from ckptkit.formats.directories.trainer_files import is_trainer_file
@@ -127,7 +127,7 @@ def _could_hold_tensors(directory: str, name: str) -> bool:
     if name in MODEL_NAMES or name in ADAPTER_NAMES:
         return True
     try:
-        file = LocalFile(os.path.join(directory, name))
+        file = open_source(os.path.join(directory, name))
     except CkptkitError:
         return False
     try:
@@ -181,7 +181,7 @@ def read_module_folders(listing: Listing) -> list[str]:
     if _MODULES not in listing.files:
         return []
     try:
-        file = LocalFile(listing.join(_MODULES))
+        file = open_source(listing.join(_MODULES))
     except CkptkitError:
         return []
     try:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.places import open_source
 from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import WEIGHT_SUFFIXES, has_suffix, open_file, open_local
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, has_suffix, open_content, open_file
 from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
 from ckptkit.formats.directories.beside import unread_warnings
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, MODEL_NAMES, Listing, list_directory
@@ -42,7 +42,7 @@ def open_index(directory: str, index: str, selection: Selection, *, whole: bool 
     With ``whole``, a shard in the directory that the index does not name is an error.
     """
     refuse_selection(selection)
-    return open_sharded(directory or ".", index, lambda file: open_local(file, WEIGHTS), whole=whole)
+    return open_sharded(directory or ".", index, lambda file: open_content(file, WEIGHTS), whole=whole)
 
 
 def open_directory(directory: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
@@ -100,7 +100,7 @@ def _without_parts(listing: Listing, error: FormatError) -> FormatError:
 
 def _open_part(listing: Listing, part: str | NumberedShards, key: str, *, listing_parts: bool) -> Checkpoint:
     if isinstance(part, NumberedShards):
-        return open_unindexed(listing.path, part, lambda file: open_local(file, WEIGHTS))
+        return open_unindexed(listing.path, part, lambda file: open_content(file, WEIGHTS))
     path = listing.join(part)
     try:
         checkpoint = _open_anything(path, Selection(key), listing_parts=listing_parts)
@@ -149,7 +149,7 @@ def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
     adapter = [name for name in known if name in ADAPTER_NAMES]
     if index is None and not known and (shards := _only_numbered_shards(listing)) is not None:
         refuse_selection(selection)
-        return open_unindexed(directory, shards, lambda file: open_local(file, WEIGHTS))
+        return open_unindexed(directory, shards, lambda file: open_content(file, WEIGHTS))
     chosen = index or next(iter(known), None) or _only_weights_file(listing)
     if adapter and chosen not in adapter:
         raise FormatError(
@@ -218,7 +218,7 @@ def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequen
 def _latest_save(directory: str, latest: str) -> str:
     """Return the directory that the file ``latest`` of DeepSpeed names: the last save."""
     path = os.path.join(directory, latest)
-    file = LocalFile(path)
+    file = open_source(path)
     try:
         tag = file.read(0, min(file.size, _LONGEST_TAG)).decode("utf-8", "replace").strip()
     finally:

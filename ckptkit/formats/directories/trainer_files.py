@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Entry
 from ckptkit.core.config_files import read_json
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.places import open_source
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
@@ -101,7 +101,7 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         )
     from ckptkit.formats.torch.checkpoint import code_warnings
 
-    file = LocalFile(os.path.join(directory, name))
+    file = open_source(os.path.join(directory, name))
     try:
         saved = read_torch(file, largest=left[0])
         left[0] -= saved.pickle_size

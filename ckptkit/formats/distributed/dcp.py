@@ -19,13 +19,15 @@ from typing import NoReturn
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, Inflated, Region
+from ckptkit.core.files.payloads import Extent, Inflated, Region
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import Section
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
 from ckptkit.formats.distributed.dcp_metadata import DCP_VERSION, DcpMetadata, DcpTensor, Place, read_metadata
 from ckptkit.formats.distributed.dcp_safetensors import open_dcp_safetensors
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
-from ckptkit.formats.file_pool import FilePool, Section
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.sharded import is_plain_name
 from ckptkit.formats.torch.checkpoint import TorchFile, build_checkpoint
@@ -67,7 +69,7 @@ def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
             hint="use the previous checkpoint",
             path=directory,
         )
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     with pool.closed_on_error():
         return _open(pool, selection, [name for name in names if name.endswith(DCP_SUFFIX)])
 

@@ -17,12 +17,13 @@ from typing import NamedTuple
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.distributed.file_names import DCP_SHARD
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.safetensors import open_safetensors
@@ -61,7 +62,7 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Select
         raise FormatError("holds no shard of a distributed checkpoint", path=directory)
     numbers = {shard.rank for shard in shards}
     missing = _missing(numbers, "shard-{:05}-*.safetensors")
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     try:
         files = [_open_shard(pool, shard.name) for shard in shards]
         infos, opened = _join([piece for file in files for piece in _pieces(file)], missing, directory)

@@ -9,12 +9,12 @@ from itertools import chain
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.layout import Block, BlockTensor
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_checkpoint
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection

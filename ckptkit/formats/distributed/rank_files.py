@@ -8,6 +8,8 @@ from functools import partial
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import FormatError
@@ -22,7 +24,6 @@ from ckptkit.formats.distributed.parts import (
     joined_checkpoint,
     open_part,
 )
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.layout import Block, Box, check_cover, step_budget
 from ckptkit.formats.torch.checkpoint import build_checkpoint
 from ckptkit.formats.torch.dtensor import DTENSOR, DTensorLayout, Mesh, piece_of, ranks_without_copies, read_layout
@@ -44,7 +45,7 @@ def open_rank_files(directory: str, files: RankFiles, selection: Selection = WEI
     Values that are equal on several ranks are read from the first of them. Raises ``FormatError`` if the file of a rank
     is missing, if the files do not belong together, and for a placement that is not read.
     """
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     with pool.closed_on_error():
         first = min(files.names)
         try:

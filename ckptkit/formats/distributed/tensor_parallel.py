@@ -16,6 +16,8 @@ from typing import Final
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.distributed.file_names import CONSOLIDATED
@@ -28,7 +30,6 @@ from ckptkit.formats.distributed.parts import (
     joined_checkpoint,
     open_part,
 )
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.layout import Block, Box
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
@@ -55,7 +56,7 @@ def open_tensor_parallel(
     ``params`` is the content of ``params.json``, or None. Raises ``FormatError`` if a file is missing, or the files
     do not belong together, or a tensor does not have exactly one reading.
     """
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     with pool.closed_on_error():
         parts = [open_part(pool, name, selection) for name in _in_order(names)]
         check_same_keys(parts)

@@ -13,6 +13,8 @@ from functools import partial
 from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, View, row_major
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
@@ -21,7 +23,6 @@ from ckptkit.formats.detect import read_torch
 from ckptkit.formats.distributed.file_names import UNIVERSAL, ZERO_MODEL_STATES
 from ckptkit.formats.distributed.parts import JoinedTensor, Part, joined_checkpoint
 from ckptkit.formats.distributed.zero import Model, model_entries, read_model
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, build_checkpoint
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.wrappers.envelopes import Selection
@@ -61,7 +62,7 @@ def open_universal(directory: str, selection: Selection) -> Checkpoint:
     """
     if selection.optimizer:
         raise FormatError("holds one optimizer state for each parameter", hint="add ::exp_avg or another state")
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     with pool.closed_on_error():
         return _open(pool, os.listdir(directory), selection.key or _WEIGHTS)
 

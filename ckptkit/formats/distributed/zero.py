@@ -24,7 +24,9 @@ from ckptkit.core.checkpoint import (
     module_versions,
     row_major,
 )
-from ckptkit.core.files import Extent, Inflated, Region
+from ckptkit.core.files.payloads import Extent, Inflated, Region
+from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
@@ -43,7 +45,6 @@ from ckptkit.formats.distributed.zero_files import (
     read_optim_states,
     split_vector,
 )
-from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.pickle.values import is_harmless, is_suspicious
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_checkpoint, code_warnings
 from ckptkit.formats.torch.objects import TensorRef
@@ -62,7 +63,7 @@ def open_zero(directory: str, names: Sequence[str]) -> Checkpoint:
     Keys and their order are as in the state_dict of the model. Buffers and frozen parameters keep their dtype. Raises
     ``FormatError`` if the file of a rank is missing or from another step, or the partitions do not fit the shapes.
     """
-    pool = FilePool(directory)
+    pool = FilePool(folder_at(directory))
     with pool.closed_on_error():
         return _open(pool, names)
 

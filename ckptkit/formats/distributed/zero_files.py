@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 from ckptkit.core.checkpoint import Payload, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Region
+from ckptkit.core.files.payloads import Region
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Block, BlockTensor, Box, InMemory

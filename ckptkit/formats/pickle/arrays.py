@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ckptkit.core.checkpoint import row_major
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import ByteSwapped, Extent, Region
+from ckptkit.core.files.payloads import ByteSwapped, Extent, Region
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import InMemory
 from ckptkit.formats.numpy_dtypes import DTYPE_CODES, OTHER_KINDS, SCALAR_CODES

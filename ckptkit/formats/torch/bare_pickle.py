@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn, overload
 
 from ckptkit.core.checkpoint import Checkpoint, Record
-from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import plural
 from ckptkit.errors import FormatError
 from ckptkit.formats.foreign import unsupported_format
@@ -27,7 +28,7 @@ _MOST_OPERATIONS = 2_000_000  # a pickle takes about 40 for each array
 class _FileBytes:
     """The bytes of a file for a parser, which are read in windows: the elements of arrays are never read."""
 
-    def __init__(self, file: LocalFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         self._start = 0
         self._window = b""
@@ -64,7 +65,7 @@ class _FileBytes:
         return found if found < 0 else start + found
 
 
-def open_bare_pickle(file: LocalFile, head: bytes, selection: Selection = WEIGHTS) -> Checkpoint:
+def open_bare_pickle(file: ByteSource, head: bytes, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of a pickle with numpy arrays; the Checkpoint closes the file.
 
     ``head`` is the beginning of the file. Raises ``FormatError`` for a pickle that is damaged or holds no array.

@@ -28,7 +28,8 @@ from ckptkit.core.checkpoint import (
     storage_range,
 )
 from ckptkit.core.dtypes import DTYPES, unpack_float4
-from ckptkit.core.files import LocalFile, Region
+from ckptkit.core.files.payloads import Region
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
@@ -130,7 +131,7 @@ class TorchFile:
 
 def build_file_checkpoint(
     made: TorchFile,
-    file: LocalFile,
+    file: ByteSource,
     format: str,  # noqa: A002 - the name of the JSON field
     selection: Selection,
 ) -> Checkpoint:

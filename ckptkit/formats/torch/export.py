@@ -21,7 +21,7 @@ from ckptkit.core.checkpoint import (
 )
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, Inflated
+from ckptkit.core.files.payloads import Extent, Inflated
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint, Record
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, LocalFile, Region
+from ckptkit.core.files.payloads import Extent, Region
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.machine import TruncatedPickleError, parse_pickle
@@ -27,7 +28,7 @@ _UNTYPED = "it was written on a big-endian machine, and the byte order of some n
 _LENGTH = struct.Struct("<q")
 
 
-def open_torch_legacy(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoint:
+def open_torch_legacy(file: ByteSource, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a legacy torch file; the Checkpoint closes the file.
 
     Raises ``FormatError`` for a file that contradicts itself or ends too early.
@@ -35,7 +36,7 @@ def open_torch_legacy(file: LocalFile, selection: Selection = WEIGHTS) -> Checkp
     return build_file_checkpoint(read_torch_legacy(file), file, "torch-legacy", selection)
 
 
-def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:
+def read_torch_legacy(file: ByteSource, *, largest: int = LARGEST_PICKLE) -> TorchFile:
     """Return the parsed pickle of a legacy torch file.
 
     Raises ``FormatError`` as ``open_torch_legacy`` does, and for a pickle of more than ``largest`` bytes.
@@ -88,7 +89,7 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
 
 
 def read_pickle(
-    file: LocalFile,
+    file: ByteSource,
     interpreter: Interpreter,
     start: int,
     *,
@@ -116,7 +117,7 @@ def read_pickle(
             return value, start + end
 
 
-def _storage_starts(file: LocalFile, objects: TorchObjects, keys: object, pos: int) -> dict[str, int]:
+def _storage_starts(file: ByteSource, objects: TorchObjects, keys: object, pos: int) -> dict[str, int]:
     if not isinstance(keys, list) or not all(
         isinstance(key, str) or (type(key) is int and 0 <= key < 2**64) for key in keys
     ):

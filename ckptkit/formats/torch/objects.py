@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final
 
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Region
+from ckptkit.core.files.payloads import Region
 from ckptkit.core.frozen import slot_setters
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from ckptkit.core.checkpoint import Checkpoint, Record
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, LocalFile, Region
+from ckptkit.core.files.payloads import Extent, Region
+from ckptkit.core.files.source import ByteSource, Section
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.file_pool import Section
 from ckptkit.formats.foreign import TAR_MEMBERS
 from ckptkit.formats.pickle.values import Interpreter
 from ckptkit.formats.torch.checkpoint import TorchFile, build_file_checkpoint
@@ -39,7 +39,7 @@ _COUNT = struct.Struct("<q")
 _RANK = struct.Struct("<i4x")  # the number of dimensions, which old versions wrote as 8 bytes
 
 
-def open_torch_tar(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoint:
+def open_torch_tar(file: ByteSource, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a tar archive of torch; the Checkpoint closes the file.
 
     Raises ``FormatError`` unless the archive holds each of the four members of the format once, as a plain file.
@@ -70,7 +70,7 @@ def open_torch_tar(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoin
     )
 
 
-def _members(file: LocalFile) -> dict[str, Section]:
+def _members(file: ByteSource) -> dict[str, Section]:
     members: dict[str, Section] = {}
     pos = 0
     while True:

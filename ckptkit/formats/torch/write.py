@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
 from ckptkit.core.dtypes import DTYPES, torch_view
-from ckptkit.core.files import Extent
+from ckptkit.core.files.payloads import Extent
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.errors import PlanError

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, Record
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import ByteSwapped, Region
+from ckptkit.core.files.payloads import ByteSwapped, Region
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from ckptkit.core.files import FileState, file_state, is_same_file
+from ckptkit.core.files.local import FileState, file_state
+from ckptkit.core.files.places import is_same_file
 from ckptkit.core.text import human_bytes, printable, quoted
 from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats.writing.copying import OffsetWriter

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ckptkit.core.checkpoint import Payload
 from ckptkit.core.checkpoint.payload import joining, self_writing
 from ckptkit.core.crc32 import joined_crc32
-from ckptkit.core.files import Extent
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import ChangedError
 from ckptkit.formats.writing.reflink import clone_range
 
@@ -87,11 +88,12 @@ class OffsetWriter:
 
     def _share(self, extent: Extent, offset: int) -> tuple[int, int]:
         """Share the whole blocks of a range; return the bytes before them and their number, or zeros."""
-        if self._block and (extent.offset - offset) % self._block == 0:
+        file = extent.file
+        if self._block and isinstance(file, LocalFile) and (extent.offset - offset) % self._block == 0:
             before = -offset % self._block
             whole = (extent.nbytes - before) // self._block * self._block
             if whole > 0:
-                with extent.file.descriptor() as source:
+                with file.descriptor() as source:
                     is_shared = clone_range(source, extent.offset + before, whole, self._fd, offset + before)
                 if is_shared:
                     self.shared += whole
@@ -123,12 +125,13 @@ class OffsetWriter:
         return crc
 
     def _copy_bytes(self, extent: Extent, offset: int) -> Iterator[int]:
-        done = 0
+        done, file = 0, extent.file
         # Where the bytes begin at another place of a page, the kernel takes half as long again as reading and writing.
-        while self._by_kernel and (extent.offset - offset) % _PAGE == 0 and done < extent.nbytes:
+        in_pages = (extent.offset - offset) % _PAGE == 0
+        while self._by_kernel and in_pages and isinstance(file, LocalFile) and done < extent.nbytes:
             count = min(extent.nbytes - done, _EARLY)
             try:
-                with extent.file.descriptor() as source:
+                with file.descriptor() as source:
                     copied = os.copy_file_range(source, self._fd, count, extent.offset + done, offset + done)
             except OSError:
                 copied = 0
@@ -141,7 +144,7 @@ class OffsetWriter:
         buffer = memoryview(bytearray(min(_PIECE, extent.nbytes - done)))
         while done < extent.nbytes:
             piece = buffer[: extent.nbytes - done]
-            extent.file.read_into(piece, extent.offset + done)
+            file.read_into(piece, extent.offset + done)
             self.write(piece, offset + done)
             done += len(piece)
             yield len(piece)

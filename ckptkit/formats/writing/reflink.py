@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from typing import Final, Literal, TypeAlias
 
 from ckptkit.core.checkpoint import Payload
-from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.files.local import LocalFile
+from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import printable
 from ckptkit.errors import OutputError
 
@@ -48,7 +50,7 @@ def shared_block(payloads: Iterable[Payload], path: str, reflink: Reflink) -> in
     if reflink == "never":
         return 0
     directory = os.path.dirname(path)
-    files: dict[int, tuple[LocalFile, int]] = {}
+    files: dict[int, tuple[ByteSource, int]] = {}
     for payload in payloads:
         if isinstance(payload, Extent):
             file, largest = files.get(id(payload.file), (payload.file, 0))
@@ -83,7 +85,9 @@ def shifted_by(payloads: Iterable[Payload], block: int, alignment: int) -> int:
     return max(weights, key=weights.__getitem__, default=0)
 
 
-def _block_of(file: LocalFile, directory: str) -> int:
+def _block_of(file: ByteSource, directory: str) -> int:
+    if not isinstance(file, LocalFile):
+        return 0
     devices = file.identity[0], os.stat(directory).st_dev
     if devices not in _blocks:
         _blocks[devices] = _try_to_share(file, directory)

@@ -11,7 +11,7 @@ from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
 from ckptkit.core.coverage.requirements import Requirements, parse_requirements
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.patterns import literal, pattern_for
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, listed, quoted, shell_word

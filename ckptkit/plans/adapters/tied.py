@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files.payloads import same_bytes
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.files import is_same_file
+from ckptkit.core.files.places import is_same_file
 from ckptkit.core.text import listed, printable
 from ckptkit.errors import OutputError
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files import Extent, PayloadReader, is_seekable
+from ckptkit.core.files.payloads import Extent, PayloadReader, is_seekable
 from ckptkit.values.difference.numbers import BLOCK, has_numbers
 from ckptkit.values.workers import Workers
 

@@ -7,32 +7,38 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
-from ckptkit.core.files import LocalFile
+from ckptkit.core.files.local import LocalFile, LocalFolder
+from ckptkit.core.files.places import join
+from ckptkit.core.files.source import ByteSource, Folder
 from ckptkit.errors import ChangedError, CkptkitError
 
-__all__ = ["FilePool", "PooledFile", "Section"]
+__all__ = ["FilePool", "PooledFile"]
 
 _MOST_OPEN = 64  # a thousand ranks save a thousand files, and some systems let a process open 256
 
 
 class FilePool:
-    """The files of one directory by name. Each file is opened at the first request."""
+    """The files of one folder by name. Each file is opened at the first request.
 
-    def __init__(self, directory: str) -> None:
-        """Take the path of the directory, and open no file yet."""
-        self.directory = directory
-        self.files: dict[str, PooledFile] = {}
+    Files of this machine are closed and opened again, since the system limits their number. Files of stores stay open.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        """Take the folder, and open no file yet."""
+        self.folder = folder
+        self.directory = folder.path
+        self.files: dict[str, ByteSource] = {}
         self._recent: dict[PooledFile, None] = {}
         self._in_use: Counter[PooledFile] = Counter()
         self._closed = False
         self._lock = threading.Lock()  # held while files are opened and closed, not while they are read
 
-    def get(self, name: str) -> PooledFile:
+    def get(self, name: str) -> ByteSource:
         """Return the file of this name. Raises ``PathError`` where it is missing or not a regular file."""
         if name not in self.files:
-            self.files[name] = PooledFile(os.path.join(self.directory, name), self)
+            is_local = isinstance(self.folder, LocalFolder)
+            self.files[name] = PooledFile(join(self.directory, name), self) if is_local else self.folder.open(name)
         return self.files[name]
 
     @contextmanager
@@ -139,34 +145,3 @@ class PooledFile(LocalFile):
         if now != seen:
             self.close()
             raise ChangedError("the file changed while it was read", path=path)
-
-
-class Section(LocalFile):
-    """A range of a file that a reader can use like a whole file."""
-
-    def __init__(self, file: LocalFile, offset: int, size: int) -> None:
-        """Take ``size`` bytes of ``file`` from ``offset``; the caller has checked that the range is in the file."""
-        # LocalFile.__init__ is not called, since there is nothing to open.
-        self.path = file.path
-        self.size = size
-        self.file = file
-        self.offset = offset
-
-    def descriptor(self) -> NoReturn:
-        """Raise ``ValueError``: the kernel would count from the start of the whole file."""
-        raise ValueError("a section of a file has no descriptor")
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Return exactly ``count`` bytes of the section."""
-        return self.file.read(self.offset + offset, count)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset`` of the section."""
-        self.file.read_into(buffer, self.offset + offset)
-
-    def check_unchanged(self, *, by_path: bool = False) -> None:
-        """Raise ``ChangedError`` where the whole file changed."""
-        self.file.check_unchanged(by_path=by_path)
-
-    def close(self) -> None:
-        """Do nothing: the owner of the whole file closes it."""

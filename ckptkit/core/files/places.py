@@ -1,0 +1,142 @@
+"""The door from a path to a file or folder: a path of this machine, or the URL of a store."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ckptkit.core.files.local import LocalFile, LocalFolder, is_same_local
+from ckptkit.core.files.source import ByteSource, Folder
+
+__all__ = [
+    "clean_path",
+    "folder_at",
+    "is_same_file",
+    "is_url",
+    "join",
+    "kind_at",
+    "name_of",
+    "open_source",
+    "parent_of",
+    "real_path",
+    "split",
+]
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_FILE = "file://"
+
+
+def is_url(path: str) -> bool:
+    """Return whether ``path`` is the URL of a store, and not a path of this machine; nothing is asked.
+
+    A name with ``::`` before its ``://`` is a URL of several filesystems, which fsspec chains.
+    """
+    if "://" not in path or path[:7].lower() == _FILE:
+        return False
+    return any(_SCHEME.match(part) for part in path.split("::"))
+
+
+def clean_path(path: str) -> str:
+    """Return the path that messages and all other functions take. Call it once, where a path enters.
+
+    ``file://`` becomes a path of this machine. Credentials are taken out of a URL, and kept for its requests.
+    """
+    if is_url(path):
+        from ckptkit.core.files.remote import clean_url
+
+        return clean_url(path)
+    if path[:7].lower() == _FILE:
+        from urllib.parse import unquote
+
+        return unquote(path[7:].removeprefix("localhost"))
+    return path
+
+
+def open_source(path: str) -> ByteSource:
+    """Return the open file at ``path``. Raises ``PathError`` where it is missing or cannot be read."""
+    if is_url(path):
+        from ckptkit.core.files.remote import open_remote
+
+        return open_remote(path)
+    return LocalFile(path)
+
+
+def folder_at(path: str) -> Folder:
+    """Return the folder at ``path``; nothing is asked, and it need not exist. The empty path is the current folder."""
+    if is_url(path):
+        from ckptkit.core.files.remote import remote_folder
+
+        return remote_folder(path)
+    return LocalFolder(path)
+
+
+def kind_at(path: str) -> str:
+    """Return ``"file"``, ``"folder"``, or an empty string where nothing is found.
+
+    A store keeps what it answers, so that the file or folder that is opened next costs no second request.
+    """
+    if is_url(path):
+        from ckptkit.core.files.remote import remote_kind
+
+        return remote_kind(path)
+    if os.path.isdir(path):
+        return "folder"
+    return "file" if os.path.exists(path) else ""
+
+
+def is_same_file(first: str, second: str) -> bool:
+    """Return whether two paths name the same file or folder; a path that does not exist is another file.
+
+    URLs are compared as they are written. Raises ``PathError`` where the state of a local path cannot be read.
+    """
+    if is_url(first) or is_url(second):
+        return first.rstrip("/") == second.rstrip("/")
+    return is_same_local(first, second)
+
+
+def join(path: str, *names: str) -> str:
+    """Return the path of a name in the folder ``path``."""
+    if not is_url(path):
+        return os.path.join(path, *names)
+    before, own, after = _parts(path)
+    return before + "/".join([own.rstrip("/"), *names]) + after
+
+
+def split(path: str) -> tuple[str, str]:
+    """Return the folder in which ``path`` is, and its name there."""
+    if not is_url(path):
+        return os.path.split(path)
+    before, own, after = _parts(path)
+    scheme, mark, rest = own.rstrip("/").partition("://")
+    parent, slash, name = rest.rpartition("/")
+    if not slash:  # the name of a bucket or a server
+        return path, ""
+    return f"{before}{scheme}{mark}{parent}{after}", name
+
+
+def name_of(path: str) -> str:
+    """Return the last name of ``path``."""
+    return split(path)[1]
+
+
+def parent_of(path: str) -> str:
+    """Return the folder in which ``path`` is; it is empty for a name in the current folder."""
+    return split(path)[0]
+
+
+def real_path(path: str) -> str:
+    """Return ``path`` without links and relative parts; a URL stays as it is."""
+    return path if is_url(path) else os.path.realpath(path)
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """Return what is before, in and after the part of a URL that holds its names: the first part with a scheme.
+
+    A query is after it.
+    """
+    parts = url.split("::")
+    number = next(number for number, part in enumerate(parts) if _SCHEME.match(part))
+    before = "".join(f"{part}::" for part in parts[:number])
+    after = "".join(f"::{part}" for part in parts[number + 1 :])
+    own, mark, query = parts[number].partition("?") if parts[number][:4].lower() == "http" else (parts[number], "", "")
+    return before, own, mark + query + after
