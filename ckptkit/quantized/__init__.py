@@ -25,6 +25,8 @@ class QuantizedWeight:
         coded: The key of the tensor that holds the codes.
         way_out: How to get a plain weight, as a sentence for hints.
         missing: The keys of the parts that the scheme needs and the checkpoint does not have; usually empty.
+        family: The family of decoders that the scheme belongs to, or empty if ckptkit cannot decode it.
+        roles: The key of the part that has each role for the decoder.
     """
 
     key: str
@@ -33,6 +35,8 @@ class QuantizedWeight:
     coded: str
     way_out: str
     missing: tuple[str, ...] = ()
+    family: str = ""
+    roles: tuple[tuple[str, str], ...] = ()
 
     def renamed_key(self, coded: str) -> str | None:
         """Return the key that the weight has if its codes have the key ``coded``, or None if the endings differ."""
@@ -89,6 +93,8 @@ def quantized_weights(checkpoint: Checkpoint) -> Quantized:
                 found.stem + found.scheme.coded,
                 found.scheme.way_out,
                 found.missing,
+                found.scheme.coding.family if found.scheme.coding else "",
+                found.roles,
             )
             for found in find_weights(checkpoint)
         ]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
+from ckptkit.core.dtypes import dtype_code
 from ckptkit.errors import CkptkitError
 from ckptkit.lazy_patterns import lazy_pattern
 
 if TYPE_CHECKING:
     from ckptkit.core.patterns import Pattern
 
-__all__ = ["CONFIGURATION_FILES", "Configuration", "read_configuration"]
+__all__ = ["CONFIGURATION_FILES", "Configuration", "configured_dtype", "read_configuration"]
 
 CONFIGURATION_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
@@ -37,13 +38,15 @@ _DEEPEST = 16  # no model nests deeper
 class Configuration:
     """The quantisation methods that configuration files name, and the modules that stay plain.
 
-    ``is_unclear`` is true if some modules are excluded by a regular expression, which is never evaluated.
+    ``is_unclear`` is true if some modules are excluded by a regular expression, which is never evaluated. ``sections``
+    are the sections of the files themselves.
     """
 
     methods: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
     patterns: tuple[Pattern, ...] = ()
     is_unclear: bool = False
+    sections: tuple[Mapping[str, object], ...] = field(default=(), compare=False)
 
     def leaves_plain(self, key: str) -> bool:
         """Return whether the weight may be in a module that is not quantised."""
@@ -63,6 +66,7 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
     """Return what the configuration files in the directory say; a file that cannot be read is left out."""
     methods: set[str] = set()
     ignored: list[str] = []
+    sections: list[Mapping[str, object]] = []
     directory = os.path.dirname(checkpoint.files[0]) or "." if checkpoint.files else ""
     for name in CONFIGURATION_FILES if directory else ():
         if os.path.isfile(os.path.join(directory, name)):
@@ -72,10 +76,29 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
                 continue
             for title, section in _sections(name, content):
                 methods.add(_method(title, section))
+                sections.append(section)
                 for key in _IGNORE_LISTS:
                     listed = section.get(key)
                     ignored += [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
-    return _configuration(frozenset(methods) - {""}, ignored[:_MOST_IGNORED])
+    return replace(_configuration(frozenset(methods) - {""}, ignored[:_MOST_IGNORED]), sections=tuple(sections))
+
+
+def configured_dtype(checkpoint: Checkpoint) -> str | None:
+    """Return the code of the dtype that ``config.json`` beside a checkpoint names for its weights, or None."""
+    directory = os.path.dirname(checkpoint.files[0]) or "." if checkpoint.files else ""
+    if not directory or not os.path.isfile(os.path.join(directory, "config.json")):
+        return None
+    try:
+        content = read_json(directory, "config.json")
+    except (CkptkitError, OSError):
+        return None
+    for outer in (content, *(content.get(key) for key in _NESTED)):
+        names = [outer.get("dtype"), outer.get("torch_dtype")] if isinstance(outer, Mapping) else []
+        for name in names:
+            code = dtype_code(name) if isinstance(name, str) else None
+            if code in {"F16", "BF16", "F32", "F64"}:
+                return code
+    return None
 
 
 def _sections(name: str, content: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, object]]]:

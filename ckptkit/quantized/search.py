@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.quantized.configuration import Configuration, read_configuration
-from ckptkit.quantized.table import SCHEMES, Part, Scheme
+from ckptkit.quantized.table import SCHEMES, Coding, Part, Scheme
 
 __all__ = ["Found", "find_weights"]
 
@@ -52,6 +52,14 @@ class Found(NamedTuple):
         parent, dot, name = self.stem.rpartition(".")
         stem = f"{parent}{dot}{name.removeprefix('_')}" if self.scheme.is_private else self.stem
         return stem + self.scheme.weight
+
+    @property
+    def roles(self) -> tuple[tuple[str, str], ...]:
+        """Return the key of the part that has each role for the decoder."""
+        coding = self.scheme.coding
+        keys = [(role, [self.stem + ending for ending in endings]) for role, endings in coding.roles] if coding else []
+        found = ((role, next((key for key in several if key in self.parts), None)) for role, several in keys)
+        return tuple((role, key) for role, key in found if key is not None)
 
 
 def find_weights(checkpoint: Checkpoint) -> list[Found]:
@@ -133,13 +141,17 @@ class _Search:
 
     def _add_single(self, info: TensorInfo) -> None:
         """Add a tensor that holds codes and scales together."""
-        if info.kind == "quantized":
-            name, way_out = (f"torch {info.dtype}", _TORCH) if info.dtype in DTYPES else (f"GGUF {info.dtype}", _GGUF)
+        coding: Coding | None = None
+        if info.kind == "quantized" and info.dtype in DTYPES:
+            name, way_out = f"torch {info.dtype}", _TORCH
+        elif info.kind == "quantized":
+            name, way_out, coding = f"GGUF {info.dtype}", _GGUF, _OF_GGUF
         elif info.kind == "subclass" and self._is_torchao:
             name, way_out = "torchao", _TORCHAO
         else:
             return
-        self.found.append(Found(Scheme(name, _WHOLE, (), way_out, coded="", weight=""), info.key, (info.key,)))
+        scheme = Scheme(name, _WHOLE, (), way_out, coded="", weight="", coding=coding)
+        self.found.append(Found(scheme, info.key, (info.key,)))
 
     def _match(self, scheme: Scheme, stem: str) -> Found | None:
         """Return the parts and missing parts of a stem, or None if a tensor has the name of a part and does not fit."""
@@ -217,6 +229,7 @@ class _Search:
 
 
 _WHOLE = Part(("",), frozenset())
+_OF_GGUF = Coding("gguf", (("codes", ("",)),))
 
 
 def _ends_with(ending: str) -> Callable[[str], bool]:

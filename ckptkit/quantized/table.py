@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["SCHEMES", "Part", "Scheme"]
+__all__ = ["SCHEMES", "Coding", "Part", "Scheme"]
 
 Shape = tuple[int, ...]
 Fits = Callable[[Shape, Shape], bool]  # of the shape of the codes and the shape of a companion
@@ -26,6 +26,14 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Coding:
+    """The decoder of a scheme: its family in ``values.dequantize``, and the endings of the part that has each role."""
+
+    family: str
+    roles: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """One way to store a quantised weight, found by the key and dtype of ``anchor``.
 
@@ -34,7 +42,8 @@ class Scheme:
     stem has an underscore that the weight does not have. ``methods`` are the values of ``quant_method`` that name the
     scheme in a configuration. ``way_out`` says which library makes plain weights. ``is_ordinary`` is true if codes
     without scales can be ordinary numbers, as fp8 can. ``is_certain`` is true if the anchor alone shows the scheme.
-    ``absent`` are the last segments of keys that no tensor of the checkpoint has if it has this scheme.
+    ``absent`` are the last segments of keys that no tensor of the checkpoint has if it has this scheme. ``coding`` is
+    None if ckptkit cannot decode the scheme.
     """
 
     name: str
@@ -49,6 +58,7 @@ class Scheme:
     is_ordinary: bool = False
     is_certain: bool = False
     absent: frozenset[str] = frozenset()
+    coding: Coding | None = None
 
 
 def _is_scale(codes: Shape, companion: Shape) -> bool:
@@ -115,6 +125,11 @@ _GPTQ = "load it with GPTQModel, and dequantise the weight of each layer with de
 _TORCHAO = "load it with torchao, call dequantize() on each tensor, and save the state_dict"
 _DEQUANTIZE = "load it with transformers, call model.dequantize(), and save it with save_pretrained"
 
+
+def _scaled(*scales: str, codes: str = "weight", zeros: tuple[str, ...] = ()) -> Coding:
+    return Coding("scaled", (("codes", (codes,)), ("scales", scales), *([("zeros", zeros)] if zeros else [])))
+
+
 _OF_FP8 = Scheme(
     "fp8",
     Part(("weight",), _F8),
@@ -123,6 +138,7 @@ _OF_FP8 = Scheme(
     _dtypes("fp8 finegrained_fp8 fbgemm_fp8 quark"),
     (_OF_WEIGHT, _OF_INPUT),
     is_ordinary=True,
+    coding=_scaled("weight_scale_inv", "weight_scale"),
 )
 _BY_SCALE = replace(_OF_FP8, needed=(Part(("weight_scale", "weight_scale_inv"), _FLOATS | _E8M0, is_telling=True),))
 
@@ -207,25 +223,28 @@ SCHEMES = (
     _OF_FP8,
     replace(_BY_SCALE, name="fp8 (compressed-tensors)", way_out=_COMPRESSED, methods=_dtypes("compressed-tensors")),
     replace(_BY_SCALE, name="fp8 (modelopt)", way_out=_MODELOPT, methods=_dtypes("modelopt")),
-    replace(_OF_FP8, needed=(Part(("scale",), _FLOATS | _E8M0, _is_matrix),)),  # the names of DeepSeek's own code
+    replace(  # the names of DeepSeek's own code
+        _OF_FP8, needed=(Part(("scale",), _FLOATS | _E8M0, _is_matrix),), coding=_scaled("scale"),
+    ),
     Scheme(
         "fp8 (ComfyUI)", Part(("weight",), _F8), (Part(("scale_weight",), _FLOATS, is_telling=True),), _COMFY,
-        optional=(_OF_INPUT,), is_ordinary=True,
+        optional=(_OF_INPUT,), is_ordinary=True, coding=_scaled("scale_weight"),
     ),
     Scheme(
         "fp8 (Mistral)", Part(("weight",), _F8), (Part(("qscale_weight",), _FLOATS, is_telling=True),), _FP8,
-        optional=(_OF_INPUT,), is_ordinary=True,
+        optional=(_OF_INPUT,), is_ordinary=True, coding=_scaled("qscale_weight"),
     ),
     # The experts of a layer are one tensor, such as experts.gate_up_proj.
     replace(
         _OF_FP8, anchor=Part(("",), _F8), coded="", weight="",
         needed=(Part(("_scale_inv", "_weight_scale", "_scale"), _FLOATS | _E8M0, _is_of_matrices),),
         optional=(Part(("_input_scale", "_activation_scale"), _FLOATS),),
+        coding=_scaled("_scale_inv", "_weight_scale", "_scale", codes=""),
     ),
     Scheme(
         "fp8 (TensorRT-LLM)", Part(("weight",), _F8), (Part(("weights_scaling_factor",), _FLOATS, is_telling=True),),
         "convert the original weights instead: TensorRT-LLM does not write plain weights",
-        optional=(_OF_INPUT,), is_ordinary=True,
+        optional=(_OF_INPUT,), is_ordinary=True, coding=_scaled("weights_scaling_factor"),
     ),
     _sparse("weight."),
     _sparse(""),

@@ -1,0 +1,89 @@
+"""Make the decoders of the quantised weights of a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint.stored import StoredBytes
+from ckptkit.core.text import listed, quoted
+from ckptkit.errors import FormatError, PlanError
+from ckptkit.quantized import QuantizedWeight
+from ckptkit.quantized.configuration import Configuration, configured_dtype, read_configuration
+
+if TYPE_CHECKING:
+    from ckptkit.values.dequantize.model import Decoder, Setting
+
+__all__ = ["SETTINGS", "Decoded", "Decoding", "SettingsOf"]
+
+Sections = Sequence[Mapping[str, object]]  # of the configuration files
+# Of the parts by role, the sections, and a function that reads the bytes of a part.
+SettingsOf = Callable[[Mapping[str, TensorInfo], Sections, Callable[[str], bytes]], "Mapping[str, Setting]"]
+
+# The module and the function that find the settings of a family: what the headers of the parts do not say.
+SETTINGS: Mapping[str, tuple[str, str]] = {
+    "scaled": ("settings", "of_scaled"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A quantised weight with its decoder, and what a plan records of it: the family and the settings."""
+
+    weight: QuantizedWeight
+    decoder: Decoder
+    family: str
+    settings: tuple[tuple[str, Setting], ...]
+
+
+class Decoding:
+    """The decoders of the quantised weights of one checkpoint, and the dtype that its configuration names."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Read nothing yet."""
+        self.checkpoint = checkpoint
+        self._stored = StoredBytes(checkpoint)
+
+    @functools.cached_property
+    def _configuration(self) -> Configuration:
+        return read_configuration(self.checkpoint)
+
+    @functools.cached_property
+    def dtype(self) -> str | None:
+        """The dtype of the weights that the configuration names, or None."""
+        return configured_dtype(self.checkpoint)
+
+    def decoded(self, weight: QuantizedWeight) -> Decoded:
+        """Return a weight with its decoder.
+
+        Raises ``PlanError`` for a scheme that ckptkit cannot decode, and ``FormatError`` for missing or broken parts.
+        """
+        from ckptkit.values.dequantize.model import BrokenPartError
+        from ckptkit.values.dequantize.payload import broken_part
+        from ckptkit.values.dequantize.schemes import make_decoder
+
+        if weight.missing:
+            raise FormatError(f"{quoted(weight.key)} cannot be dequantised: it lacks {listed(weight.missing)}")
+        if not weight.family:
+            reason = f"{quoted(weight.key)} is quantised ({weight.scheme}), which ckptkit cannot dequantise"
+            raise PlanError(reason, hint=weight.way_out)
+        parts = {role: self.checkpoint[key] for role, key in weight.roles}
+        keys = dict(weight.roles)
+        settings: Mapping[str, Setting] = {}
+        try:
+            if weight.family in SETTINGS:
+                module, function = SETTINGS[weight.family]
+                find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.{module}"), function)
+                settings = find(
+                    parts,
+                    self._configuration.sections,
+                    lambda role: b"".join(map(bytes, self._stored.payload(keys[role]).chunks())),
+                )
+            decoder = make_decoder(weight.family, parts, settings)
+        except BrokenPartError as error:
+            raise broken_part(weight.key, parts, error) from None
+        return Decoded(weight, decoder, weight.family, tuple(settings.items()))

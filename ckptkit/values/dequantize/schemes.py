@@ -1,0 +1,29 @@
+"""The families of schemes, and the function that makes the decoder of each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+
+from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.values.dequantize.model import Decoder, Settings
+
+__all__ = ["FAMILIES", "make_decoder"]
+
+# The module and the function of each family: a family is imported when a weight needs it.
+FAMILIES: Mapping[str, tuple[str, str]] = {
+    "scaled": ("fp8", "scaled"),
+}
+
+
+def make_decoder(family: str, parts: Mapping[str, TensorInfo], settings: Settings) -> Decoder:
+    """Return the decoder of a weight with these parts by role.
+
+    ``settings`` has what the headers of the parts do not say. Raises ``BrokenPartError`` where the parts do not fit,
+    and ``KeyError`` for an unknown family.
+    """
+    module, function = FAMILIES[family]
+    maker: Callable[[Mapping[str, TensorInfo], Settings], Decoder] = getattr(
+        importlib.import_module(f"ckptkit.values.dequantize.{module}"), function
+    )
+    return maker(parts, settings)

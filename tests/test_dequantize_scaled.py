@@ -1,0 +1,110 @@
+"""Weights of 8-bit floats with scales are the numbers that torch computes of them, with every form of scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.torch_bridge import TensorPayload, code_of
+from ckptkit.errors import FormatError
+from ckptkit.values.dequantize.model import BrokenPartError, Settings
+from ckptkit.values.dequantize.payload import DequantizedPayload
+from ckptkit.values.dequantize.schemes import make_decoder
+
+ROWS, COLUMNS = 300, 270  # of blocks of 128, the last ones are smaller
+FP8 = [getattr(torch, f"float8_{name}") for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")]
+
+
+def payload(
+    family: str, parts: Mapping[str, torch.Tensor], dtype: str = "F32", settings: Settings | None = None
+) -> DequantizedPayload:
+    """Return the payload of a weight with these parts by role."""
+    infos = {role: TensorInfo(role, code_of(part.dtype), tuple(part.shape)) for role, part in parts.items()}
+    decoder = make_decoder(family, infos, settings or {})
+    sources = {role: TensorPayload(part, infos[role].nbytes) for role, part in parts.items()}
+    return DequantizedPayload(decoder, sources, TensorInfo("w", dtype, decoder.shape), {})
+
+
+def decoded(
+    family: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32, settings: Settings | None = None
+) -> torch.Tensor:
+    """Return a weight with these parts by role."""
+    made = payload(family, parts, code_of(dtype), settings)
+    buffer = bytearray(made.nbytes)
+    made.readinto(memoryview(buffer))
+    return torch.frombuffer(buffer, dtype=dtype).reshape(made.decoder.shape)
+
+
+def spread(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales of blocks of 128 for each number."""
+    return scales.repeat_interleave(128, -2)[..., :ROWS, :].repeat_interleave(128, -1)[..., :COLUMNS]
+
+
+SCALES = {  # a scale, and the same for each number
+    "per tensor": ((), ()),
+    "per tensor, in a vector": ((1,), (1,)),
+    "per row": ((ROWS, 1), (ROWS, 1)),
+    "per row, in a vector": ((ROWS,), (ROWS, 1)),
+    "per column": ((1, COLUMNS), (1, COLUMNS)),
+    "per column, in a vector": ((COLUMNS,), (1, COLUMNS)),
+    "per group of columns": ((ROWS, 3), None),
+    "per block": ((3, 3), None),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("dtype", FP8)
+def test_each_number_is_its_code_times_its_scale(name: str, dtype: torch.dtype) -> None:
+    """Equal bit for bit to the product in float32, and after one rounding to bfloat16."""
+    torch.manual_seed(0)
+    shape, wide = SCALES[name]
+    codes, scales = torch.randn(ROWS, COLUMNS).to(dtype), torch.rand(shape)
+    if wide is not None:
+        expected = codes.float() * scales.reshape(wide)
+    elif name == "per block":
+        expected = codes.float() * spread(scales)
+    else:
+        expected = codes.float() * scales.repeat_interleave(128, 1)[:, :COLUMNS]
+    settings: Settings = {"block": (1, 128)} if name == "per group of columns" else {}
+    assert torch.equal(decoded("scaled", {"codes": codes, "scales": scales}, settings=settings), expected)
+    narrow = decoded("scaled", {"codes": codes, "scales": scales}, torch.bfloat16, settings)
+    assert torch.equal(narrow, expected.bfloat16())
+
+
+def test_scales_of_experts_and_powers_of_two() -> None:
+    """Several matrices in one tensor have scales of their own, which can be exponents."""
+    codes = torch.randn(2, ROWS, COLUMNS).to(torch.float8_e4m3fn)
+    for shape in ((2,), (2, 1, 1), (2, ROWS, 1), (2, 1, COLUMNS)):
+        scales = torch.rand(shape)
+        expected = codes.float() * (scales.reshape(2, 1, 1) if len(shape) == 1 else scales)
+        assert torch.equal(decoded("scaled", {"codes": codes, "scales": scales}), expected)
+    exponents = torch.randint(110, 140, (2, 3, 3), dtype=torch.uint8)
+    expected = codes.float() * spread(2.0 ** (exponents.float() - 127))
+    assert torch.equal(decoded("scaled", {"codes": codes, "scales": exponents}), expected)
+
+
+def test_any_range_has_the_bytes_of_the_whole() -> None:
+    """Chunks, ranges and threads give the same bytes; the losses of the rounding are counted."""
+    parts = {"codes": torch.full((3, 5000), 448.0).to(torch.float8_e4m3fn), "scales": torch.full((3,), 1e3)}
+    made = payload("scaled", parts, "F16")
+    whole = b"".join(map(bytes, made.chunks()))
+    assert np.frombuffer(whole, np.float16).max() == np.inf
+    assert made.losses is not None
+    assert made.losses["w"].overflowed == 15_000
+    for start, count in ((0, 30_000), (9_998, 4), (1, 12_345)):
+        buffer = bytearray(count)
+        made.slice(start, count).readinto(memoryview(buffer))  # type: ignore[attr-defined]
+        assert bytes(buffer) == whole[start : start + count]
+
+
+def test_broken_scales_are_refused_with_the_name_of_the_part() -> None:
+    """A shape that fits in no way is found from the header, NaN when the scales are read."""
+    codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(BrokenPartError, match=r"scales is F32 \[3, 3\], which does not fit a weight of \[4, 4\]"):
+        decoded("scaled", {"codes": codes, "scales": torch.ones(3, 3)})
+    with pytest.raises(FormatError, match=r"'w' cannot be dequantised: 'scales' has 1 of 4 values that are NaN"):
+        decoded("scaled", {"codes": codes, "scales": torch.tensor([1, 1, float("nan"), 1])})
