@@ -89,7 +89,7 @@ _BY_PATTERN: Final = (
     "on-missing",
     "on-unexpected",
 )  # a mapping of patterns in Python
-_OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format"))
+_OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format", "repo-type", "revision"))
 _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
 _PLANS: Final = {  # what a dry run makes
     "merge": "plan_merge", "merge_lora": "plan_lora", "extract_lora": "plan_extract_lora"

@@ -14,7 +14,9 @@ from ckptkit.errors import COMMAND, OPTION
 
 __all__ = ["FOREIGN", "all_options", "commands", "commands_in", "options_in", "problems_of_hint"]
 
-FOREIGN = frozenset({"--dist-ckpt-format", "--dequantize", "--help", "--help-all"})  # of other programs, and of all
+FOREIGN = frozenset(  # of other programs, and of all
+    {"--dist-ckpt-format", "--dequantize", "--repo-type", "--revision", "--help", "--help-all"}
+)
 _LONG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 

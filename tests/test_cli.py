@@ -129,7 +129,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "option without value": (["diff", TEN, TEN, "--rtol"], 2, "", "hint: see ckpt diff --help"),
     "missing choice": (["completion"], 2, "", "Choose from: bash, zsh, fish"),
     "near path": (["show", "fixtures/lenet_10clas.pth"], 2, "", "hint: did you mean 'fixtures/lenet_10class.pth'?"),
-    "hub": (["show", "bert-base-uncased"], 2, "", "hint: to read a model of the Hugging Face Hub, download it first"),
+    "hub": (
+        ["show", "bert-base-uncased"],
+        2,
+        "",
+        "hint: for a model of the Hugging Face Hub write hf:ORG/bert-base-uncased",
+    ),
     "folder": (["show", "fixtures/bert-base"], 2, "", "ckpt: fixtures/bert-base: no such file or directory\n"),
     "python source": (["show", "fixtures/lenet.py"], 2, "", "hint: for a live model write py:lenet:callable"),
     "near callable": (["show", "py:fixtures.lenet:biuld"], 2, "", "hint: did you mean 'build'?"),

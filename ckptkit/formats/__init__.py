@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.hub import is_hub_path, suggest_hub_path
 from ckptkit.core.files.places import is_url
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
@@ -68,6 +69,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
+        name, notes = _located(name)
         path, key = split_path(name)
         try:
             opened = _open_path(path, Selection(key), listing_parts=listing_parts)
@@ -79,9 +81,20 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
                 elif near:
                     error.hint = f"did you mean {shell_word(near)}?"
                 elif _HUB_NAME.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
-                    error.hint = f"to read a model of the Hugging Face Hub, download it first: hf download {name}"
+                    error.hint = f"for a model of the Hugging Face Hub write {suggest_hub_path(name)}"
             raise
+        opened = opened.with_warnings(*notes)
         return _note_positions(_warn_of_adapter(_warn_of_similar_keys(_leave_out_optimizers(opened, key))))
+
+
+def _located(name: str) -> tuple[str, tuple[ReaderWarning, ...]]:
+    """Return the path or URL of a name as ``hf:org/name``, with a note of where it is; any other path stays."""
+    if not is_hub_path(name):
+        return name, ()
+    from ckptkit.formats.hub import locate_hub_checkpoint
+
+    path, note = locate_hub_checkpoint(name)
+    return path, (note,)
 
 
 def _near_path(path: str) -> str:
@@ -113,11 +126,11 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
             hint="give the file that holds the state of the optimizer",
             path=name,
         )
-    saved, key = split_path(name)
-    if key:
-        return open_checkpoint(name)
     with errors_about(name):
-        return _open_path(saved, OPTIMIZER)
+        name, notes = _located(name)
+        saved, key = split_path(name)
+        opened = _open_checkpoint(name, listing_parts=False) if key else _open_path(saved, OPTIMIZER)
+        return opened.with_warnings(*notes)
 
 
 def open_inside(path: str, selection: Selection) -> Checkpoint:

@@ -91,6 +91,9 @@ NUMPY_ARRAYS = Code(
 )
 NOT_WEIGHTS = Code("not-weights", ("note",), "The file holds values beside the weights, such as an optimizer state.")
 POSITIONS = Code("positions", ("note",), "The tensors are numbered in the order of the parameters, and have no names.")
+HUB = Code(
+    "hub", ("note",), "Says whether a repository of the Hugging Face Hub was read in the local cache, or at the hub."
+)
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 
 CODES = codes_in(globals())

@@ -146,7 +146,8 @@ def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
         if os.path.islink(path):
             target = os.path.realpath(path)
             target_directory = os.path.dirname(target)
-            if target_directory != real_directory and os.path.basename(target_directory) != _HUB_CACHE:
+            folders = target_directory.split(os.sep)[-2:]  # repositories may share blobs in blobs/ab
+            if target_directory != real_directory and _HUB_CACHE not in folders:
                 found.append((name, target))
     if not found:
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from typing import Final
 
@@ -11,6 +12,7 @@ import click
 
 from ckptkit.cli.common.completing import complete_expected_keys, complete_keys
 from ckptkit.cli.common.printing import ReportFormat
+from ckptkit.core.files.places import clean_path
 
 __all__ = [
     "PATH_TYPE",
@@ -30,8 +32,17 @@ __all__ = [
 CommandFunction = Callable[..., object]
 Decorator = Callable[[CommandFunction], CommandFunction]
 
+
+class _PathType(click.Path):
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        path = super().convert(value, param, ctx)
+        return clean_path(path) if isinstance(path, str) else path  # no message may show the credentials of a URL
+
+
 # The readers and writers say which permission is missing. click would call it a wrong value.
-PATH_TYPE: Final = click.Path(readable=False)
+PATH_TYPE: Final = _PathType(readable=False)
 
 
 def path_argument(name: str, *, nargs: int = 1, required: bool = True, metavar: str | None = None) -> Decorator:

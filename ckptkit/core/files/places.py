@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+from ckptkit.core.files.hub import hub_path, is_hub_path
 from ckptkit.core.files.local import LocalFile, LocalFolder, is_same_local
 from ckptkit.core.files.source import ByteSource, Folder
 
@@ -54,6 +55,8 @@ def clean_path(path: str) -> str:
 
 def open_source(path: str) -> ByteSource:
     """Return the open file at ``path``. Raises ``PathError`` where it is missing or cannot be read."""
+    if is_hub_path(path):
+        path = hub_path(path)
     if is_url(path):
         from ckptkit.core.files.remote import open_remote
 
@@ -63,6 +66,8 @@ def open_source(path: str) -> ByteSource:
 
 def folder_at(path: str) -> Folder:
     """Return the folder at ``path``; nothing is asked, and it need not exist. The empty path is the current folder."""
+    if is_hub_path(path):
+        path = hub_path(path)
     if is_url(path):
         from ckptkit.core.files.remote import remote_folder
 
@@ -75,6 +80,8 @@ def kind_at(path: str) -> str:
 
     A store keeps what it answers, so that the file or folder that is opened next costs no second request.
     """
+    if is_hub_path(path):
+        path = hub_path(path)
     if is_url(path):
         from ckptkit.core.files.remote import remote_kind
 

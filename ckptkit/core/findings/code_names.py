@@ -108,6 +108,7 @@ CODE_NAMES = frozenset(
         "groups.unordered",
         "groups.unowned",
         "groups.unregistered",
+        "hub",
         "ignore-unused",
         "index-dtype",
         "index-hole",
