@@ -1,4 +1,4 @@
-"""The dtypes of tensors: safetensors code, size and name in torch; and the shapes of float4 tensors in torch."""
+"""The dtypes of tensors: safetensors code, size and name in torch; float4 tensors in torch; the block types of GGUF."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "DType", "dtype_code", "is_float", "torch_shape", "torch_view", "unpack_float4"]
+__all__ = [
+    "BLOCK_TYPES", "DTYPES", "BlockType", "DType", "dtype_code", "is_float", "torch_shape", "torch_view",
+    "unpack_float4",
+]  # fmt: skip
 
 
 class DType(NamedTuple):
@@ -63,6 +66,29 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
             DType("BITS2X4", 8, "bits2x4", storable=False),
             DType("BITS4X2", 8, "bits4x2", storable=False),
         )
+    }
+)
+
+
+class BlockType(NamedTuple):
+    """A type of GGUF that stores a row of numbers in blocks: the numbers and the bytes of a block."""
+
+    elements: int
+    nbytes: int
+
+
+BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
+    {
+        name: BlockType(elements, nbytes)
+        for elements, sizes in (
+            (32, {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q8_1": 40, "IQ4_NL": 18, "MXFP4": 17}),
+            (64, {"NVFP4": 36}),
+            (128, {"Q1_0": 18}),
+            (256, {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_K": 292}),
+            (256, {"IQ1_S": 50, "IQ1_M": 56, "IQ2_XXS": 66, "IQ2_XS": 74, "IQ2_S": 82, "IQ3_XXS": 98, "IQ3_S": 110}),
+            (256, {"IQ4_XS": 136, "TQ1_0": 54, "TQ2_0": 66}),
+        )
+        for name, nbytes in sizes.items()
     }
 )
 

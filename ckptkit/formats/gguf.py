@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.dtypes import BLOCK_TYPES, DTYPES
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import plural, quoted
@@ -217,51 +217,13 @@ _MOST_DIMENSIONS = 64  # the format has four, and reserves more
 _SMALLEST_INFO = 24  # a tensor without a name and without dimensions
 
 
-class _Type(NamedTuple):
-    """A type of tensor: its name, the elements in a block and the bytes of a block."""
-
-    name: str
-    elements: int = 1
-    nbytes: int = 0
-
-
 # The missing numbers were removed from the format.
 _TYPES: Final = {
-    0: _Type("F32"),
-    1: _Type("F16"),
-    2: _Type("Q4_0", 32, 18),
-    3: _Type("Q4_1", 32, 20),
-    6: _Type("Q5_0", 32, 22),
-    7: _Type("Q5_1", 32, 24),
-    8: _Type("Q8_0", 32, 34),
-    9: _Type("Q8_1", 32, 40),
-    10: _Type("Q2_K", 256, 84),
-    11: _Type("Q3_K", 256, 110),
-    12: _Type("Q4_K", 256, 144),
-    13: _Type("Q5_K", 256, 176),
-    14: _Type("Q6_K", 256, 210),
-    15: _Type("Q8_K", 256, 292),
-    16: _Type("IQ2_XXS", 256, 66),
-    17: _Type("IQ2_XS", 256, 74),
-    18: _Type("IQ3_XXS", 256, 98),
-    19: _Type("IQ1_S", 256, 50),
-    20: _Type("IQ4_NL", 32, 18),
-    21: _Type("IQ3_S", 256, 110),
-    22: _Type("IQ2_S", 256, 82),
-    23: _Type("IQ4_XS", 256, 136),
-    24: _Type("I8"),
-    25: _Type("I16"),
-    26: _Type("I32"),
-    27: _Type("I64"),
-    28: _Type("F64"),
-    29: _Type("IQ1_M", 256, 56),
-    30: _Type("BF16"),
-    34: _Type("TQ1_0", 256, 54),
-    35: _Type("TQ2_0", 256, 66),
-    39: _Type("MXFP4", 32, 17),
-    40: _Type("NVFP4", 64, 36),
-    41: _Type("Q1_0", 128, 18),
-}
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
+    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
 
 
 class _StoredTensor(NamedTuple):
@@ -348,14 +310,13 @@ def _read_tensor(cursor: Cursor, number: int, alignment: int) -> _StoredTensor:
     if code not in _TYPES:
         return _StoredTensor(TensorInfo(key, f"TYPE_{code}", shape, kind="unknown"), offset)
     kind = _TYPES[code]
-    if kind.name in DTYPES:
-        return _StoredTensor(TensorInfo(key, kind.name, shape), offset)
-    row = shape[-1] if shape else 1
-    if row % kind.elements:
-        raise FormatError(f"{quoted(key)}: rows of {row} elements do not divide into {kind.name} blocks of "
-                          f"{kind.elements}")  # fmt: skip
-    stored = math.prod(shape) // kind.elements * kind.nbytes
-    return _StoredTensor(TensorInfo(key, kind.name, shape, kind="quantized", stored_bytes=stored), offset)
+    if kind in DTYPES:
+        return _StoredTensor(TensorInfo(key, kind, shape), offset)
+    row, block = shape[-1] if shape else 1, BLOCK_TYPES[kind]
+    if row % block.elements:
+        raise FormatError(f"{quoted(key)}: rows of {row} elements do not divide into {kind} blocks of {block.elements}")
+    stored = math.prod(shape) // block.elements * block.nbytes
+    return _StoredTensor(TensorInfo(key, kind, shape, kind="quantized", stored_bytes=stored), offset)
 
 
 def _check_offsets(tensors: list[_StoredTensor], base: int, size: int) -> int:

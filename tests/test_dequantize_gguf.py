@@ -1,0 +1,121 @@
+"""The blocks of GGUF become the numbers that gguf-py makes of them, bit for bit."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf.constants import GGML_QUANT_SIZES
+
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.dtypes import BLOCK_TYPES
+from ckptkit.values.dequantize.gguf import BLOCK_DECODERS
+from ckptkit.values.dequantize.model import BrokenPartError
+from ckptkit.values.dequantize.schemes import make_decoder
+from ckptkit.values.workers import Workers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def theirs(blocks: Array, kind: Kind) -> Array | None:
+    """Return what gguf-py makes of blocks; None if it does not dequantise this type."""
+    try:
+        with np.errstate(all="ignore"):
+            return gguf.quants.dequantize(blocks, kind)
+    except NotImplementedError:
+        return None
+
+
+def ours(blocks: Array, kind: Kind, pieces: Sequence[tuple[int, int]] = ()) -> Array:
+    elements = BLOCK_TYPES[kind.name].elements
+    info = TensorInfo("w", kind.name, (len(blocks), elements), kind="quantized", stored_bytes=blocks.nbytes)
+    decoder = make_decoder("gguf", {"codes": info}, {})
+    out = np.full(decoder.grid, np.nan, np.float32)
+    with Workers(1) as workers:
+        for first, last in pieces or [(0, len(blocks))]:
+            start, count = decoder.range_of("codes", first, last)
+            data = memoryview(blocks.tobytes())[start : start + count]
+            decoder.decode(first, last, {"codes": data}, None, out[first:last], workers)
+    return out
+
+
+def random_blocks(kind: Kind, count: int) -> Array:
+    seed = zlib.crc32(kind.name.encode())
+    return np.random.default_rng(seed).integers(0, 256, (count, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+
+
+IN_BLOCKS = [kind for kind, (elements, _) in GGML_QUANT_SIZES.items() if elements > 1]
+QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]  # by gguf-py
+KNOWN = [kind for kind in IN_BLOCKS if theirs(random_blocks(kind, 1), kind) is not None]
+
+
+def test_every_type_that_the_library_reads_is_read() -> None:
+    assert {kind.name for kind in KNOWN} <= BLOCK_DECODERS.keys() <= BLOCK_TYPES.keys()
+
+
+@pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.name)
+def test_random_blocks_become_the_same_numbers(kind: Kind) -> None:
+    """Every bit is the same, in one piece and in several; a block whose scale is not finite is refused."""
+    blocks = random_blocks(kind, 700)
+    expected = theirs(blocks, kind)
+    assert expected is not None
+    is_finite = np.isfinite(expected).all(axis=1)
+    blocks, expected = blocks[is_finite], expected[is_finite]
+    assert len(blocks) > 500
+    assert ours(blocks, kind).tobytes() == expected.tobytes()
+    pieces = [(40, len(blocks)), (0, 1), (1, 40)]
+    assert ours(blocks, kind, pieces).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KNOWN if kind not in {Kind.MXFP4, Kind.NVFP4}],  # whose scales of one byte are finite
+    ids=lambda kind: kind.name,
+)
+def test_a_scale_that_is_not_finite_is_refused(kind: Kind) -> None:
+    blocks = random_blocks(kind, 700)
+    expected = theirs(blocks, kind)
+    assert expected is not None
+    bad = blocks[~np.isfinite(expected).all(axis=1)]
+    assert len(bad) > 0
+    for block in bad:
+        with pytest.raises(BrokenPartError, match="has 1 block with a scale that is NaN or infinite"):
+            ours(block[None], kind)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_what_the_library_quantises_is_read(name: str) -> None:
+    kind = Kind[name]
+    numbers = np.random.default_rng(0).standard_normal((8, 512), np.float32)
+    blocks = gguf.quants.quantize(numbers, kind).reshape(-1, BLOCK_TYPES[name].nbytes)
+    expected = theirs(blocks, kind)
+    assert expected is not None
+    assert ours(blocks, kind).tobytes() == expected.tobytes()
+
+
+def test_one_bit_and_the_type_of_intermediate_results_follow_their_definitions() -> None:
+    """gguf-py dequantises neither; ggml-quants.c gives +d or -d for a bit of Q1_0, and d times a code for Q8_K."""
+    one_bit = np.frombuffer(np.float16(0.5).tobytes() + bytes([0b101, *[0] * 15]), np.uint8)[None]
+    assert ours(one_bit, Kind.Q1_0)[0].tolist() == [0.5, -0.5, 0.5, *[-0.5] * 125]
+    codes = np.arange(256).astype(np.int8)
+    wide = np.frombuffer(np.float32(1.5).tobytes() + codes.tobytes() + bytes(32), np.uint8)[None]
+    assert ours(wide, Kind.Q8_K)[0].tolist() == (codes * np.float32(1.5)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (TensorInfo("w", "Q8_1", (32,), kind="quantized", stored_bytes=40), "is stored as Q8_1, which is not decoded"),
+        (TensorInfo("w", "TYPE_99", (32,), kind="unknown"), "is stored as TYPE_99, which"),
+        (TensorInfo("w", "Q4_K", (255,), kind="quantized", stored_bytes=144), "do not divide into blocks of 256"),
+        (TensorInfo("w", "Q4_K", (256,), kind="quantized", stored_bytes=143), "has 143 bytes"),
+    ],
+)
+def test_what_is_not_blocks_of_a_known_type_is_refused(info: TensorInfo, reason: str) -> None:
+    with pytest.raises(BrokenPartError, match=reason):
+        make_decoder("gguf", {"codes": info}, {})
