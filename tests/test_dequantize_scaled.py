@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
 import torch
 
-from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.torch_bridge import TensorPayload, code_of
 from ckptkit.errors import FormatError
 from ckptkit.values.dequantize.model import BrokenPartError, Settings
-from ckptkit.values.dequantize.payload import DequantizedPayload
-from ckptkit.values.dequantize.schemes import make_decoder
+from tests.helpers_dequantize import decoded, payload
 
 ROWS, COLUMNS = 300, 270  # of blocks of 128, the last ones are smaller
 FP8 = [getattr(torch, f"float8_{name}") for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")]
-
-
-def payload(
-    family: str, parts: Mapping[str, torch.Tensor], dtype: str = "F32", settings: Settings | None = None
-) -> DequantizedPayload:
-    """Return the payload of a weight with these parts by role."""
-    infos = {role: TensorInfo(role, code_of(part.dtype), tuple(part.shape)) for role, part in parts.items()}
-    decoder = make_decoder(family, infos, settings or {})
-    sources = {role: TensorPayload(part, infos[role].nbytes) for role, part in parts.items()}
-    return DequantizedPayload(decoder, sources, TensorInfo("w", dtype, decoder.shape), {})
-
-
-def decoded(
-    family: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32, settings: Settings | None = None
-) -> torch.Tensor:
-    """Return a weight with these parts by role."""
-    made = payload(family, parts, code_of(dtype), settings)
-    buffer = bytearray(made.nbytes)
-    made.readinto(memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=dtype).reshape(made.decoder.shape)
 
 
 def spread(scales: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.values.casting import cast_bytes
@@ -18,16 +18,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Scaled", "scaled"]
 
+_INTEGERS = frozenset({"I8", "I16", "I32", "I64"})
+
+
+class _Held(NamedTuple):
+    scales: npt.NDArray[np.float32]
+    zeros: npt.NDArray[np.float32] | None
+
 
 @dataclass(frozen=True, slots=True)
 class Scaled(Decoder):
-    """Numbers of 8 bits, each times its scale.
+    """Numbers of 8 bits, each less its zero point if there is one, and times its scale.
 
     Whatever the scales are called, they multiply: ``weight_scale_inv`` is the inverse of what the weight was multiplied
     by when it was quantised. Scales can be powers of two of F8_E8M0.
     """
 
     layout: ScaleLayout
+    zeros: ScaleLayout | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,9 +48,12 @@ class Scaled(Decoder):
         found = self.parts["scales"].dtype
         return found if found in {"F16", "BF16"} else None
 
-    def prepare(self, whole: Mapping[str, memoryview]) -> npt.NDArray[np.float32]:
-        """Return the scales in their layout."""
-        return self.layout.spread(floats_of("scales", self.parts["scales"], whole["scales"]))
+    def prepare(self, whole: Mapping[str, memoryview]) -> _Held:
+        """Return the scales and zero points in their layouts."""
+        scales = self.layout.spread(floats_of("scales", self.parts["scales"], whole["scales"]))
+        if self.zeros is None:
+            return _Held(scales, None)
+        return _Held(scales, self.zeros.spread(floats_of("zeros", self.parts["zeros"], whole["zeros"])))
 
     def decode(  # noqa: PLR0917
         self,
@@ -53,11 +64,15 @@ class Scaled(Decoder):
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Widen the codes, and multiply them."""
+        """Widen the codes, subtract the zero points, and multiply."""
         import numpy as np
 
         wide = cast_bytes(streamed["codes"], self.parts["codes"].dtype, "F32", workers, "wide")
-        self.layout.multiply(np.frombuffer(wide, np.float32).reshape(out.shape), held, first, out)
+        numbers = np.frombuffer(wide, np.float32).reshape(out.shape)
+        if self.zeros is not None:
+            self.zeros.apply(np.subtract, numbers, held.zeros, first, out)
+            numbers = out
+        self.layout.multiply(numbers, held.scales, first, out)
 
 
 def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:
@@ -65,4 +80,8 @@ def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:
     codes = require_part(parts, "codes", FP8 | {"I8"})
     scales = require_part(parts, "scales", FLOATS | E8M0)
     block = settings.get("block", ())
-    return Scaled(parts, scale_layout("scales", codes.shape, scales, block if isinstance(block, tuple) else ()))
+    usual = block if isinstance(block, tuple) else ()
+    layout, zeros = scale_layout("scales", codes.shape, scales, usual), None
+    if "zeros" in parts:
+        zeros = scale_layout("zeros", codes.shape, require_part(parts, "zeros", FLOATS | FP8 | _INTEGERS), usual)
+    return Scaled(parts, layout, zeros)

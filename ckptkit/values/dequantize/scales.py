@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.values.dequantize.model import BrokenPartError
@@ -42,12 +42,25 @@ class ScaleLayout:
 
     def multiply(
         self,
-        numbers: npt.NDArray[np.float32],
+        numbers: npt.NDArray[Any],
         spread: npt.NDArray[np.float32],
         first: int,
         out: npt.NDArray[np.float32],
     ) -> None:
         """Multiply the rows of a block, which begins at the row ``first``, by their scales, into ``out``."""
+        import numpy as np
+
+        self.apply(np.multiply, numbers, spread, first, out)
+
+    def apply(
+        self,
+        operation: np.ufunc,
+        numbers: npt.NDArray[Any],
+        spread: npt.NDArray[np.float32],
+        first: int,
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        """Combine the rows of a block, which begins at the row ``first``, with their scales or zero points."""
         import numpy as np
 
         rows = self.shape[-2] if len(self.shape) > 1 else 1
@@ -65,12 +78,12 @@ class ScaleLayout:
                 scales = spread[matrix, row // tall : row // tall + 1]
             block = slice(at - first, end - first)
             if scales.shape[1] in (1, columns):
-                np.multiply(numbers[block], scales, out=out[block])
+                operation(numbers[block], scales, out=out[block])
             elif columns % wide == 0:
                 grouped = (end - at, scales.shape[1], wide)
-                np.multiply(numbers[block].reshape(grouped), scales[:, :, None], out=out[block].reshape(grouped))
+                operation(numbers[block].reshape(grouped), scales[:, :, None], out=out[block].reshape(grouped))
             else:
-                np.multiply(numbers[block], np.repeat(scales, wide, axis=1)[:, :columns], out=out[block])
+                operation(numbers[block], np.repeat(scales, wide, axis=1)[:, :columns], out=out[block])
             at = end
 
 

@@ -1,0 +1,45 @@
+"""Decode quantised weights that are tensors, for tests of the decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.torch_bridge import TensorPayload, code_of
+from ckptkit.values.dequantize.model import Settings
+from ckptkit.values.dequantize.payload import DequantizedPayload
+from ckptkit.values.dequantize.schemes import make_decoder
+
+
+def payload(
+    family: str, parts: Mapping[str, torch.Tensor], dtype: str = "F32", settings: Settings | None = None
+) -> DequantizedPayload:
+    """Return the payload of a weight with these parts by role."""
+    infos = {role: TensorInfo(role, code_of(part.dtype), tuple(part.shape)) for role, part in parts.items()}
+    decoder = make_decoder(family, infos, settings or {})
+    sources = {role: TensorPayload(part, infos[role].nbytes) for role, part in parts.items()}
+    return DequantizedPayload(decoder, sources, TensorInfo("w", dtype, decoder.shape), {})
+
+
+def decoded(
+    family: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32, settings: Settings | None = None
+) -> torch.Tensor:
+    """Return a weight with these parts by role."""
+    made = payload(family, parts, code_of(dtype), settings)
+    buffer = bytearray(made.nbytes)
+    made.readinto(memoryview(buffer))
+    return torch.frombuffer(buffer, dtype=dtype).reshape(made.decoder.shape)
+
+
+def decoded_by_rows(
+    family: str, parts: Mapping[str, torch.Tensor], settings: Settings | None = None, rows: int = 1
+) -> torch.Tensor:
+    """Return a weight in F32 of which blocks of this many rows are decoded one by one."""
+    made = payload(family, parts, settings=settings)
+    buffer = bytearray(made.nbytes)
+    step = made.decoder.grid[1] * 4 * rows
+    for start in range(0, made.nbytes, step):
+        made.read_range(start, memoryview(buffer)[start : start + step])
+    return torch.frombuffer(buffer, dtype=torch.float32).reshape(made.decoder.shape)
