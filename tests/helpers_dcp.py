@@ -27,13 +27,20 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import start_processes
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import folder_at
 from ckptkit.errors import CkptkitError
-from ckptkit.formats.distributed.dcp import open_dcp
-from ckptkit.wrappers.envelopes import Selection
+from ckptkit.formats.distributed import dcp
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 from tests.features import Replicate, Shard, distribute_tensor, has_module
 from tests.helpers_cli import ROOT
 
 Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
+
+
+def open_dcp(path: str, selection: Selection = WEIGHTS) -> Checkpoint:
+    """Open a folder by the reader of DCP, without looking for other formats in it."""
+    return dcp.open_dcp(folder_at(path), selection)
 
 
 def save(path: Path, state: Mapping[str, Any]) -> str:

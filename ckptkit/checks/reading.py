@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.checks import codes
 from ckptkit.core.checkpoint import Checkpoint, Record
 from ckptkit.core.crc32 import joined_crc32
+from ckptkit.core.files.places import name_of
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
@@ -202,7 +202,7 @@ class Scan:
         return self._record_finding(codes.CHECKSUM, record, message, _COPY_AGAIN)
 
     def _record_finding(self, code: Code, record: Record, message: str, hint: str) -> Finding:
-        file = "" if record.path == self.checkpoint.path else f" of {quoted(os.path.basename(record.path))}"
+        file = "" if record.path == self.checkpoint.path else f" of {quoted(name_of(record.path))}"
         holds = f"; it holds {listed(record.keys)}" if record.keys else ""
         key = record.keys[0] if record.keys else ""
         return code.finding(key, f"{quoted(record.name)}{file} {message}{holds}", hint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, 
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path
+from ckptkit.core.files.places import size_at
 from ckptkit.core.findings.codes import IGNORE_UNUSED
 from ckptkit.core.findings.ignoring import IgnoreEntry, ignore_findings, parse_ignore
 from ckptkit.core.result.summary import CheckpointSummary
@@ -82,7 +82,7 @@ def _check_all(
     for path in paths:
         try:
             with open_checkpoints(path, quiet=True) as (checkpoint,), default_error_path(path):
-                size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
+                size = sum(map(size_at, checkpoint.files))
                 with progress_bar(size, "reading", hidden=hidden) as progress:
                     checked.append(run(checkpoint, progress=progress))
         except CkptkitError as error:

@@ -13,6 +13,7 @@ from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
+from ckptkit.core.files.places import kind_at
 from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.digests import Digests
 from ckptkit.digests import digest as digest_of
@@ -107,10 +108,10 @@ def _beside(recorded: str | None) -> str:
     """Return the checkpoint that a digest file is named after."""
     if recorded is None:
         raise click.UsageError("Missing argument 'PATH'.")
-    path, suffix = os.path.splitext(recorded)
-    if suffix and os.path.exists(path):
+    path, suffix = os.path.splitext(recorded)  # of a URL too: nothing is asked
+    if suffix and kind_at(path):
         return path
-    if not os.path.exists(recorded):
+    if not kind_at(recorded):
         raise click.UsageError(f"Missing argument 'PATH': {quoted(recorded)} does not exist either.")
     if not is_digest_file(recorded):
         refuse_checkpoint(recorded)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.payloads import is_same_range
+from ckptkit.core.files.places import identity_at
 
 __all__ = ["keys_with_same_range", "share_a_file"]
 
@@ -30,13 +30,6 @@ def keys_with_same_range(expected: Checkpoint, found: Checkpoint, sources: Mappi
     )
 
 
-def _files(paths: Iterable[str]) -> set[tuple[int, int]]:
-    """Return device and inode of each file; one that is gone can still be read, but is not known to be the same."""
-    known = set()
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue
-        known.add((status.st_dev, status.st_ino))
-    return known
+def _files(paths: Iterable[str]) -> set[Hashable]:
+    """Return the identity of each file; one that is gone can still be read, but is not known to be the same."""
+    return {identity_at(path) for path in paths} - {None}

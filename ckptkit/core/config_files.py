@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NoReturn
 
-from ckptkit.core.files.places import open_source
+from ckptkit.core.files.places import clean_path, join, kind_at, open_source
+from ckptkit.core.files.source import Folder
 from ckptkit.core.text import human_bytes, kind_of, quoted
-from ckptkit.errors import CkptkitError, FormatError, PathError, RuleError
+from ckptkit.errors import CkptkitError, FormatError, RuleError
 from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = [
@@ -74,6 +75,7 @@ def read_table_file(path: str, text: str | None = None, *, as_json: bool = False
     ``text`` is the content of the file if the caller has read it. Raises ``PathError`` if the file cannot be read, and
     ``RuleError`` if the content is not valid.
     """
+    path = clean_path(path)
     text_format = "json" if as_json else format_of(path)
     text = read_text_file(path, text_format) if text is None else text
     with default_error_path(path):
@@ -88,8 +90,8 @@ def read_settings(given: object, name: str) -> Mapping[str, object]:
     is not valid, and if ``given`` is anything else.
     """
     if isinstance(given, str | os.PathLike):
-        path = os.fsdecode(given)
-        return read_table_file(os.path.join(path, name) if os.path.isdir(path) else path, as_json=True)
+        path = clean_path(os.fsdecode(given))
+        return read_table_file(join(path, name) if kind_at(path) == "folder" else path, as_json=True)
     table = given.to_dict() if hasattr(given, "to_dict") and not isinstance(given, type) else given
     if not isinstance(table, Mapping):
         raise RuleError(
@@ -147,13 +149,12 @@ def read_text_file(path: str, text_format: str = "text") -> str:
 
     Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is too large or its bytes are not UTF-8.
     """
+    path = clean_path(path)
     with default_error_path(path):
         file = open_source(path)  # refuses a FIFO, which could block forever
         try:
             check_size(file.size, text_format)
             return file.read(0, file.size).decode()
-        except OSError as error:
-            raise PathError((error.strerror or str(error)).lower()) from None
         except UnicodeDecodeError as error:
             raise RuleError(f"not UTF-8 text: {error}") from None
         finally:
@@ -250,9 +251,9 @@ def toml_value(value: object) -> str:
     raise RuleError(f"TOML has no {kind}", hint="leave the key out, or write JSON")
 
 
-def read_json(directory: str, name: str) -> Mapping[str, object]:
-    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` if the file holds no JSON object."""
-    file = open_source(os.path.join(directory, name))
+def read_json(folder: Folder, name: str) -> Mapping[str, object]:
+    """Return the JSON object in a file of the folder. Raises ``CkptkitError`` if the file holds no JSON object."""
+    file = folder.open(name)
     try:
         if file.size > _LARGEST_JSON:
             raise FormatError(f"{human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")

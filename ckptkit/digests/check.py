@@ -7,6 +7,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple
@@ -14,6 +15,7 @@ from typing import ClassVar, Final, NamedTuple
 from ckptkit.core.arguments import refuse
 from ckptkit.core.checkpoint import MOST_TENSORS, Checkpoint
 from ckptkit.core.config_files import default_error_path, read_text_file
+from ckptkit.core.files.places import clean_path, is_file, open_source
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
@@ -144,7 +146,7 @@ def check_digests(
             recorded.names_and_shapes,
         )
     elif isinstance(recorded, str | os.PathLike):
-        known = _read(os.fsdecode(recorded))
+        known = _read(clean_path(os.fsdecode(recorded)))
     else:
         refuse(recorded, "recorded", "the path of a digest file, or the result of digest()")
     with opened(checkpoint, "checkpoint") as opened_checkpoint:
@@ -228,12 +230,12 @@ def _prefixes(key: str, place: str) -> tuple[str, str]:
 
 def is_digest_file(path: str) -> bool:
     """Return whether a file begins as a digest file does; False for a path that cannot be read."""
-    if not os.path.isfile(path):  # what a pipe gives once is for its reader
+    if not is_file(path):  # what a pipe gives once is for its reader
         return False
     try:
-        with open(path, "rb") as file:
-            return _START.match(file.read(_START_BYTES)) is not None
-    except OSError:
+        with closing(open_source(path)) as file:
+            return _START.match(file.read(0, min(file.size, _START_BYTES))) is not None
+    except CkptkitError:
         return False
 
 

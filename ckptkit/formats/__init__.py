@@ -6,11 +6,10 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.hub import is_hub_path, suggest_hub_path
-from ckptkit.core.files.places import is_url
+from ckptkit.core.files.places import clean_path, folder_at, is_url, join, kind_at, name_of, parent_of, split
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
 from ckptkit.errors import CkptkitError, FormatError, PathError
@@ -32,6 +31,8 @@ __all__ = [
 
 # Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
+_LIKELY = ("model.safetensors.index.json", "model.safetensors")  # a store sends them together with its listing
+_SUFFIX = lazy_pattern(r"\.[A-Za-z]\w{1,11}$")
 _MOST_NEAR = 10_000  # names of a folder that are compared with the name of a missing file
 _HUB_NAME = lazy_pattern(
     r"(?!.*\.(?:pth?|ckpt|bin|safetensors|gguf|npz)$)(?:[A-Za-z]\w*-[\w.-]+|\w[\w-]*/\w[\w.-]*)", re.ASCII
@@ -64,23 +65,26 @@ def open_checkpoint_or_parts(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
-    with errors_about(name):
-        if name.startswith(LIVE_PREFIX):
+    if name.startswith(LIVE_PREFIX):
+        with errors_about(name):
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
+    with errors_about(name):
         name, notes = _located(name)
-        path, key = split_path(name)
+    path, key = split_path(name)
+    name = _joined(path, key)
+    with errors_about(name):
         try:
             opened = _open_path(path, Selection(key), listing_parts=listing_parts)
         except PathError as error:
-            if error.hint is None and not os.path.lexists(path):
+            if error.hint is None and not _exists(path):
                 near = _near_path(path)
                 if _IMPORTABLE.fullmatch(name):
                     error.hint = f"for a live model write {LIVE_PREFIX}{name}"
                 elif near:
                     error.hint = f"did you mean {shell_word(near)}?"
-                elif _HUB_NAME.fullmatch(name) and not os.path.isdir(os.path.dirname(name)):
+                elif _HUB_NAME.fullmatch(name) and not kind_at(parent_of(name)):
                     error.hint = f"for a model of the Hugging Face Hub write {suggest_hub_path(name)}"
             raise
         opened = opened.with_warnings(*notes)
@@ -99,11 +103,20 @@ def _located(name: str) -> tuple[str, tuple[ReaderWarning, ...]]:
 
 def _near_path(path: str) -> str:
     """Return the path in the same folder whose name is most like that of ``path``, or an empty string."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
-        near = nearest(name, (entry.name for entry in islice(entries, _MOST_NEAR)), cutoff=0.8)
-        return os.path.join(folder, near) if near else ""
+    folder, name = split(path)
+    with contextlib.suppress(CkptkitError):
+        near = nearest(name, folder_at(folder).names(_MOST_NEAR).all, cutoff=0.8)
+        return join(folder, near) if near else ""
     return ""
+
+
+def _exists(path: str) -> bool:
+    """Return whether a path that cannot be opened is there all the same; a link without a target is."""
+    folder, name = split(path)
+    try:
+        return bool(kind_at(path)) or folder_at(folder).has_link(name)
+    except CkptkitError:  # the store says no more than in the first error
+        return True
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -128,7 +141,8 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
         )
     with errors_about(name):
         name, notes = _located(name)
-        saved, key = split_path(name)
+    saved, key = split_path(name)
+    with errors_about(saved):
         opened = _open_checkpoint(name, listing_parts=False) if key else _open_path(saved, OPTIMIZER)
         return opened.with_warnings(*notes)
 
@@ -223,33 +237,47 @@ def _warn_of_adapter(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def split_path(name: str) -> tuple[str, str]:
-    """Return the path and the key after ``::``. File names can contain ``::``, so the longest path that exists wins."""
+    """Return the path, without credentials, and the key after ``::``.
+
+    File names can contain ``::``, so the longest path of this machine that exists wins. fsspec chains URLs with ``::``,
+    so the key of a URL begins after the last part that holds ``://``. A store is not asked.
+    """
+    if is_url(name):
+        parts = name.split("::")
+        count = max(number for number, part in enumerate(parts, start=1) if "://" in part)
+        return clean_path("::".join(parts[:count])), "::".join(parts[count:])
+    name = clean_path(name)
     parts = name.split("::")
     for count in range(len(parts), 0, -1):
         path = "::".join(parts[:count])
-        if os.path.exists(path):
+        if kind_at(path):
             return path, "::".join(parts[count:])
     path, _, key = name.rpartition("::")
     return (path, key) if path else (name, "")
 
 
+def _joined(path: str, key: str) -> str:
+    return f"{path}::{key}" if key else path
+
+
 def _open_path(name: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
-    if is_url(name):
-        raise PathError("remote paths are not supported", hint="download the checkpoint first", path=name)
-    if os.path.isdir(name):
+    folder, file_name = folder_at(name), name_of(name)
+    if is_url(name) and not _SUFFIX.search(file_name):
+        folder.will_open(_LIKELY)
+    if kind_at(name) == "folder":
         from ckptkit.formats.directories.opening import open_directory
 
-        return _warn_of_parts(open_directory(name, selection, listing_parts=listing_parts), name)
-    if name.endswith(".json") and (name.endswith(".index.json") or is_index(os.path.basename(name))):
+        return _warn_of_parts(open_directory(folder, selection, listing_parts=listing_parts), name, is_folder=True)
+    if name.endswith(".json") and (name.endswith(".index.json") or is_index(file_name)):
         from ckptkit.formats.directories.opening import open_index
 
-        return open_index(*os.path.split(name), selection)
+        return open_index(folder_at(parent_of(name) or "."), file_name, selection)
     from ckptkit.formats.detect import open_file
 
     return _warn_of_parts(open_file(name, selection).with_warnings(*one_shard_warnings(name)), name)
 
 
-def _warn_of_parts(checkpoint: Checkpoint, path: str) -> Checkpoint:
+def _warn_of_parts(checkpoint: Checkpoint, path: str, *, is_folder: bool = False) -> Checkpoint:
     from ckptkit.formats.part_names import part_warnings
 
-    return checkpoint.with_warnings(*part_warnings(path, checkpoint))
+    return checkpoint.with_warnings(*part_warnings(path, checkpoint, is_folder=is_folder))

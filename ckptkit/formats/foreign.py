@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 
+from ckptkit.core.files.places import name_of
 from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import FormatError
@@ -214,7 +214,7 @@ def unsupported_format(file: ByteSource, head: bytes) -> FormatError:
     if len(head) < 8:
         return FormatError(f"too short to be a checkpoint: {file.size} bytes")
     if file.path.endswith(".py"):
-        module = os.path.basename(file.path).removesuffix(".py")
+        module = name_of(file.path).removesuffix(".py")
         return FormatError("Python source, not a checkpoint", hint=f"for a live model write py:{module}:callable")
     return FormatError(f"unknown format: the first bytes are {head[:8].hex(' ')}")
 

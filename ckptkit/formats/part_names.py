@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import absolute, folder_at, parent_of, split
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable
+from ckptkit.errors import PathError
 from ckptkit.formats import codes
 from ckptkit.lazy_patterns import lazy_pattern
 
@@ -74,24 +74,25 @@ def siblings_of(name: str, names: Iterable[str]) -> list[str]:
     return [found[number] for number in numbers if number != own.number]
 
 
-def part_warnings(path: str, checkpoint: Checkpoint) -> Iterator[ReaderWarning]:
+def part_warnings(path: str, checkpoint: Checkpoint, *, is_folder: bool = False) -> Iterator[ReaderWarning]:
     """Yield a warning if the name of a file, or of its directory, says that the file holds a part of a model.
 
-    ``checkpoint`` is what the file holds. A name that the reader has explained already gives no warning.
+    ``checkpoint`` is what the file holds. ``is_folder`` says that ``path`` is a directory. A name that the reader has
+    explained already gives no warning.
     """
     if any(getattr(text, "code", None) is codes.PART_OF_SEVERAL for text in checkpoint.warnings):
         return
-    places = [path] if os.path.isdir(path) else [path, os.path.dirname(os.path.abspath(path))]
-    for place in places:
-        directory, name = os.path.split(os.path.abspath(place))
+    whole = absolute(path)
+    places = [(whole, True)] if is_folder else [(whole, False), (parent_of(whole), True)]
+    for place, is_directory in places:
+        directory, name = split(place)
         own = part_name(name)
-        if own is None or (os.path.isdir(place) and not _FOLDER.fullmatch(name)):
+        if own is None or (is_directory and not _FOLDER.fullmatch(name)):
             continue
         try:
-            with os.scandir(directory) as listing:
-                names = [entry.name for entry in islice(listing, _MOST_LISTED)]
-        except OSError:
-            names = []
+            names = folder_at(directory).names(_MOST_LISTED).all
+        except PathError:
+            names = ()
         others = siblings_of(name, names)
         if others or (own.total or 0) > 1:
             count = max(len(others) + 1, own.total or 0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ckptkit.core.files.places import name_of
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import FormatError
@@ -120,7 +120,7 @@ def find_index(names: Iterable[str]) -> str | None:
 
 def one_shard_warnings(path: str) -> list[ReaderWarning]:
     """Return a warning if the name of the file says that it is one of several shards."""
-    name = os.path.basename(path)
+    name = name_of(path)
     return [
         ReaderWarning(
             f"{quoted(name)} is one of {shards.count:,} shards, by its name: no other shard is read", codes.ONE_SHARD

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import json_value, parse_json
-from ckptkit.core.files.places import folder_at, open_source
+from ckptkit.core.files.places import join, kind_at, parent_of, real_path
 from ckptkit.core.files.pool import FilePool
-from ckptkit.core.files.source import ByteSource
+from ckptkit.core.files.source import ByteSource, Folder
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
 from ckptkit.formats.shard_names import NumberedShards, group_shards, index_kind, is_index
 
@@ -35,6 +34,7 @@ __all__ = [
 ]
 
 
+_MOST_NAMES = 1_000_000
 _MOST_OTHER_KEYS = 1000  # of an index, beside the names of tensors
 _LARGEST_INDEX = 256 << 20
 _WHOLE_MODEL = re.compile(r"(?!adapter_).*(?:model|consolidated).*\.(?:safetensors|bin|pt|pth)")
@@ -42,7 +42,7 @@ _HUB_CACHE = "blobs"  # directory of a hub's cache that its snapshots link to
 
 
 def open_sharded(
-    directory: str, index_name: str, open_shard: Callable[[ByteSource], Checkpoint], *, whole: bool
+    folder: Folder, index_name: str, open_shard: Callable[[ByteSource], Checkpoint], *, whole: bool
 ) -> Checkpoint:
     """Return one Checkpoint of all shards that the index names; ``open_shard`` reads the shard in an open file.
 
@@ -50,8 +50,10 @@ def open_sharded(
     another save. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard lacks
     a tensor that the index places in the shard.
     """
-    index_path = os.path.join(directory, index_name)
-    index = _read_index(index_path)
+    folder.will_open([index_name])
+    names = _names_beside(folder)
+    index_path = join(folder.path, index_name)
+    index = _read_index(folder, index_name)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("the index has no weight_map", path=index_path)
@@ -59,16 +61,16 @@ def open_sharded(
     for key, name in weight_map.items():
         _check_shard_name(key, name, index_name, index_path)
         shards.setdefault(name, []).append(key)
-    names = sorted(os.listdir(directory))
-    _refuse_stale_index(directory, index_path, list(shards), names)
+    _refuse_stale_index(folder, index_path, list(shards), names)
     extra = _unnamed_shards(names, shards)
     if whole and extra:
         raise FormatError(
             f"the index does not name shard {quoted(extra[0])} in its directory: from another save?",
-            hint=f"{shell_word(index_path)} opens the shards that the index names{_ways_to_open(directory, extra)}",
-            path=directory,
+            hint=f"{shell_word(index_path)} opens the shards that the index names{_ways_to_open(folder.path, extra)}",
+            path=folder.path,
         )
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
+    folder.will_open(list(shards))
     try:
         opened = {name: _open_shard(pool, name, keys, open_shard) for name, keys in shards.items()}
         checkpoint = _join(pool, weight_map, opened, [index_path])
@@ -79,7 +81,7 @@ def open_sharded(
 
 
 def open_unindexed(
-    directory: str, shards: NumberedShards, open_shard: Callable[[ByteSource], Checkpoint]
+    folder: Folder, shards: NumberedShards, open_shard: Callable[[ByteSource], Checkpoint]
 ) -> Checkpoint:
     """Return one Checkpoint of numbered shards that have no index; ``open_shard`` reads the shard in an open file.
 
@@ -87,7 +89,8 @@ def open_unindexed(
     """
     opened: dict[str, Checkpoint] = {}
     weight_map: dict[str, str] = {}
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
+    folder.will_open(shards.names)
     try:
         for name in shards.names:
             opened[name] = open_shard(pool.get(name))
@@ -96,7 +99,7 @@ def open_unindexed(
                 raise FormatError(
                     f"{quoted(twice)} is in this shard and in {quoted(weight_map[twice])}",
                     hint="give the path of one file",
-                    path=os.path.join(directory, name),
+                    path=join(folder.path, name),
                 )
             weight_map |= dict.fromkeys(opened[name], name)
         checkpoint = _join(pool, weight_map, opened, [])
@@ -110,8 +113,18 @@ def open_unindexed(
     return checkpoint.with_warnings(*([ReaderWarning(text, codes.NO_INDEX)] if shards.count > 1 else []))
 
 
-def _read_index(path: str) -> Mapping[str, object]:
-    file = open_source(path)
+def _names_beside(folder: Folder) -> list[str]:
+    """Return the names in the folder of an index, or nothing where it cannot be listed: the index names the shards."""
+    try:
+        names = folder.names(_MOST_NAMES)
+    except PathError:
+        return []
+    return sorted(names.all) if len(names.all) <= _MOST_NAMES else []
+
+
+def _read_index(folder: Folder, name: str) -> Mapping[str, object]:
+    file = folder.open(name)
+    path = file.path
     try:
         if file.size > _LARGEST_INDEX:
             raise FormatError(
@@ -137,16 +150,15 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name
 
 
-def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
+def link_warnings(folder: Folder, names: Iterable[str]) -> list[ReaderWarning]:
     """Return a warning if some of these files are links out of the directory. Links into a hub's cache are allowed."""
-    real_directory = os.path.realpath(directory)
+    real_directory = real_path(folder.path)
     found = []
     for name in names:
-        path = os.path.join(directory, name)
-        if os.path.islink(path):
-            target = os.path.realpath(path)
-            target_directory = os.path.dirname(target)
-            folders = target_directory.split(os.sep)[-2:]  # repositories may share blobs in blobs/ab
+        if folder.has_link(name):
+            target = real_path(join(folder.path, name))
+            target_directory = parent_of(target)
+            folders = target_directory.split("/")[-2:]  # repositories may share blobs in blobs/ab
             if target_directory != real_directory and _HUB_CACHE not in folders:
                 found.append((name, target))
     if not found:
@@ -166,9 +178,10 @@ def _check_shard_name(key: str, name: object, index_name: str, path: str) -> Non
         raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
 
 
-def _refuse_stale_index(directory: str, index_path: str, named: Sequence[str], names: Sequence[str]) -> None:
+def _refuse_stale_index(folder: Folder, index_path: str, named: Sequence[str], names: Collection[str]) -> None:
     """Raise ``FormatError`` if named shards are missing, and the directory has other shards: the index is stale."""
-    missing = [name for name in named if not os.path.lexists(os.path.join(directory, name))]
+    present = set(names)
+    missing = [name for name in named if name not in present and not folder.has_file(name)] if names else []
     if not missing:
         return
     numbered = {name for shards in group_shards(names) for name in shards.names}
@@ -178,7 +191,7 @@ def _refuse_stale_index(directory: str, index_path: str, named: Sequence[str], n
         raise FormatError(
             f"the index names {listed(missing, 1)}, which {verb} missing; "
             f"the directory has {listed(others, 2)}: is the index from another save?",
-            hint=_ways_to_open(directory, others).removeprefix("; "),
+            hint=_ways_to_open(folder.path, others).removeprefix("; "),
             path=index_path,
         )
 
@@ -220,13 +233,13 @@ def _open_shard(
     pool: FilePool, name: str, keys: list[str], open_shard: Callable[[ByteSource], Checkpoint]
 ) -> Checkpoint:
     # A link may point outside the directory, as in a hub's cache. This is safe because the file is only read.
-    path = os.path.join(pool.directory, name)
+    path = join(pool.folder.path, name)
     try:
         shard = open_shard(pool.get(name))
     except CkptkitError as error:
         raise FormatError(
             f"{error.reason} (a shard that should hold {quoted(keys[0])})",
-            hint=error.hint or (None if os.path.lexists(path) else "download or copy it again"),
+            hint=error.hint or (None if kind_at(path) or pool.folder.has_link(name) else "download or copy it again"),
             path=error.path or path,
         ) from None
     absent = [key for key in keys if key not in shard]
@@ -239,7 +252,7 @@ def _open_shard(
         )
         raise FormatError(
             reason,
-            hint=f"if the index is from another save: {_ways_to_open(pool.directory, [name]).removeprefix('; ')}",
+            hint=f"if the index is from another save: {_ways_to_open(pool.folder.path, [name]).removeprefix('; ')}",
             path=path,
         )
     return shard
@@ -248,7 +261,7 @@ def _open_shard(
 def _join(
     pool: FilePool, weight_map: Mapping[str, str], opened: Mapping[str, Checkpoint], other_files: Sequence[str]
 ) -> Checkpoint:
-    directory, order = pool.directory, list(opened)
+    folder, order = pool.folder, list(opened)
     infos: dict[str, TensorInfo] = {}
     for number, shard in enumerate(opened.values()):
         for key, info in shard.items():
@@ -258,7 +271,7 @@ def _join(
             else:
                 infos[key] = info
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
-    warnings += link_warnings(directory, order)
+    warnings += link_warnings(folder, order)
     folded = {name.casefold(): name for name in order}
     similar = next((name for name in order if folded[name.casefold()] != name), None)
     if similar is not None:
@@ -280,7 +293,7 @@ def _join(
         infos,
         Access(payload, span, records, pool.check_unchanged, pool.close),
         Description(
-            directory,
+            folder.path,
             f"sharded {'/'.join(sorted(formats))} ({plural(len(opened), 'shard')})",
             files=[*other_files, *(file for shard in opened.values() for file in shard.files)],
             entries=[entry for shard in opened.values() for entry in shard.entries],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.core.config_files import MOST_NAMES, json_value, read_text_file
+from ckptkit.core.files.places import clean_path
 from ckptkit.errors import RuleError
 
 __all__ = ["read_names_file"]
@@ -13,6 +14,7 @@ def read_names_file(path: str) -> list[str]:
 
     Raises ``PathError`` if the file cannot be read, and ``RuleError`` if its content is not a list of names.
     """
+    path = clean_path(path)
     text = read_text_file(path)
     if not text.lstrip().startswith("["):
         names = text.split(maxsplit=MOST_NAMES)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from ckptkit.core.arguments import require_type
 from ckptkit.core.config_files import default_error_path, read_table_file
+from ckptkit.core.files.places import clean_path
 from ckptkit.core.result import Result
 from ckptkit.core.text import kind_of, plural, quoted
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
@@ -300,7 +301,7 @@ def parse_lock(document: object) -> ParamGroupsLock:
         True
     """
     if isinstance(document, str | os.PathLike):
-        path = os.fsdecode(document)
+        path = clean_path(os.fsdecode(document))
         with default_error_path(path):
             return parse_lock(read_table_file(path, as_json=True))
     if not isinstance(document, Mapping) or not is_lock(document):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ckptkit.core.config_files import default_error_path, read_table_file
+from ckptkit.core.files.places import clean_path, kind_at
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, PathError
 from ckptkit.param_groups.spec import ParamGroupSpec
@@ -31,7 +32,7 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
     wrong option. Raises ``PathError`` where the file cannot be read, and ``RuleError`` where it is not a valid table.
     """
     if isinstance(spec, str | os.PathLike):
-        return _parse_file(os.fsdecode(spec))
+        return _parse_file(clean_path(os.fsdecode(spec)))
     if isinstance(spec, ParamGroupSpec):
         return checked(spec)
     table: Mapping[Any, Any] = spec if isinstance(spec, Mapping) else {"group": spec}
@@ -62,7 +63,7 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
 
 
 def _parse_file(path: str) -> ParamGroupSpec:
-    if "\n" in path and not os.path.lexists(path):
+    if "\n" in path and not kind_at(path):
         raise GroupsError("the spec is a text, not the path of a file", hint="parse it first: tomllib.loads(text)")
     try:
         with default_error_path(path):

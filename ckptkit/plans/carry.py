@@ -16,7 +16,7 @@ from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES, is_float
-from ckptkit.core.files.places import is_same_file
+from ckptkit.core.files.places import folder_at, is_same_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError
@@ -69,7 +69,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     config: Mapping[str, object] = {}
     if MODEL_CONFIG in names:
         with errors_about(os.path.join(directory, MODEL_CONFIG)):
-            config = read_json(directory, MODEL_CONFIG)
+            config = read_json(folder_at(directory), MODEL_CONFIG)
         new = dict(config)
         adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
         notes += about_dtype
@@ -103,7 +103,7 @@ def _follow_modules(plan: Plan, role: str, directory: str, contents: dict[str, b
     pairs = [(step.sources[0].key, step.out.key) for step in plan.steps if step.sources[0].role == role]
     moved = moved_modules_of(pairs)
     with errors_about(os.path.join(directory, ADAPTER_CONFIG)):
-        config = read_json(directory, ADAPTER_CONFIG)
+        config = read_json(folder_at(directory), ADAPTER_CONFIG)
     changes = dict(rename_in_config(config, moved))
     if changes:
         contents[ADAPTER_CONFIG] = (json.dumps({**config, **changes}, indent=2) + "\n").encode()
@@ -122,7 +122,7 @@ def _find_owner(sources: Mapping[str, Checkpoint], *, is_adapter: bool) -> tuple
         if parents and os.path.isdir(checkpoint.path):
             parents.append(checkpoint.path)
         for directory in parents:
-            names = find_model_files(list_directory(directory).files)
+            names = find_model_files(list_directory(folder_at(directory)).files)
             if not is_adapter:  # beside whole weights, this file would make transformers look for an adapter
                 names = [name for name in names if name != ADAPTER_CONFIG]
             if names:
@@ -219,7 +219,7 @@ def _untie(config: dict[str, object]) -> Iterator[Adapted]:
 
 
 def _notes_about_code(directory: str, config: Mapping[str, object]) -> Iterator[str]:
-    listing = list_directory(directory)
+    listing = list_directory(folder_at(directory))
     code = [name for name in listing.files if name.endswith(CODE_SUFFIX)]
     if code:
         yield f"not carried, because {'they are' if code[1:] else 'it is'} code: {listed(code, _MOST_NAMED)}"
@@ -266,7 +266,7 @@ def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Itera
     for name in carried.names:
         if name in CONFIGURATION_FILES or name == ADAPTER_CONFIG:
             changed = carried.contents.get(name)
-            content = read_json(carried.directory, name) if changed is None else json_value(changed.decode())
+            content = read_json(folder_at(carried.directory), name) if changed is None else json_value(changed.decode())
             found = stale.found_in(content)
             if found:
                 yield f"{name} {found}"

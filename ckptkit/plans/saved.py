@@ -12,6 +12,7 @@ from typing import Any
 from ckptkit.core.arguments import require_flags, require_path, require_type
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, json_bytes, read_table_file
+from ckptkit.core.files.places import clean_path
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
@@ -222,7 +223,7 @@ def load_plan(path: str | os.PathLike[str], sources: Sources, *, invert: bool = 
     """
     require_path(path, "path")
     require_flags(invert=invert)
-    name = os.fsdecode(path)
+    name = clean_path(os.fsdecode(path))
     with default_error_path(name):
         saved = plan_from_json(read_table_file(name, as_json=True))
         saved = invert_plan(saved) if invert else saved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
 from ckptkit.core.dtypes import dtype_code
+from ckptkit.core.files.places import folder_at, parent_of
 from ckptkit.errors import CkptkitError
 from ckptkit.lazy_patterns import lazy_pattern
 
@@ -67,12 +67,12 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
     methods: set[str] = set()
     ignored: list[str] = []
     sections: list[Mapping[str, object]] = []
-    directory = os.path.dirname(checkpoint.files[0]) or "." if checkpoint.files else ""
-    for name in CONFIGURATION_FILES if directory else ():
-        if os.path.isfile(os.path.join(directory, name)):
+    folder = folder_at(parent_of(checkpoint.files[0])) if checkpoint.files else None
+    for name in CONFIGURATION_FILES:
+        if folder is not None and folder.has_file(name):
             try:
-                content = read_json(directory, name)
-            except (CkptkitError, OSError):
+                content = read_json(folder, name)
+            except CkptkitError:
                 continue
             for title, section in _sections(name, content):
                 methods.add(_method(title, section))
@@ -85,12 +85,12 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
 
 def configured_dtype(checkpoint: Checkpoint) -> str | None:
     """Return the code of the dtype that ``config.json`` beside a checkpoint names for its weights, or None."""
-    directory = os.path.dirname(checkpoint.files[0]) or "." if checkpoint.files else ""
-    if not directory or not os.path.isfile(os.path.join(directory, "config.json")):
+    folder = folder_at(parent_of(checkpoint.files[0])) if checkpoint.files else None
+    if folder is None or not folder.has_file("config.json"):
         return None
     try:
-        content = read_json(directory, "config.json")
-    except (CkptkitError, OSError):
+        content = read_json(folder, "config.json")
+    except CkptkitError:
         return None
     for outer in (content, *(content.get(key) for key in _NESTED)):
         names = [outer.get("dtype"), outer.get("torch_dtype")] if isinstance(outer, Mapping) else []

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from ckptkit.core.arguments import require_path, require_strings, require_type
+from ckptkit.core.files.places import clean_path, is_url, kind_at
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import PathError, RuleError
 from ckptkit.rules.model import Rules, RulesLike
@@ -51,7 +52,7 @@ def load_rules(
     from ckptkit.core.config_files import default_error_path, read_settings, read_table_file
     from ckptkit.rules.variables import Settings
 
-    name = os.fsdecode(path)
+    name = clean_path(os.fsdecode(path))
     if name.startswith(LIBRARY_PREFIX):
         if variables:
             raise RuleError(f"{quoted(name)} has no variables", hint="its numbers are in config.json")
@@ -95,7 +96,7 @@ def as_rules(rules: RulesLike | None, *, config: object = None) -> Rules:
         _refuse_renames(rules)
         return parse_rules(file=rules)
     if isinstance(rules, str | os.PathLike):
-        return _rules_at(os.fsdecode(rules), config)
+        return _rules_at(clean_path(os.fsdecode(rules)), config)
     given: object = rules  # the caller may have passed anything
     renames: list[object] = list(given) if isinstance(given, Iterable) else [given]
     if not are_strings(renames):
@@ -116,9 +117,9 @@ def _refuse_renames(rules: Mapping[str, object]) -> None:
 
 def _rules_at(path: str, config: object) -> Rules:
     """Return the rules in the file ``path``; a text that is a rename, and not a file, raises an error that says so."""
-    if "\n" in path and not os.path.lexists(path):
+    if "\n" in path and not kind_at(path):
         raise RuleError("rules is a text, not the path of a file", hint="parse it first: tomllib.loads(text)")
-    if "=" in path and not os.path.exists(path):
+    if "=" in path and not is_url(path) and not kind_at(path):
         raise RuleError(
             f"rules is the string {quoted(path)}, which names no file", hint=f"pass a list: rules=[{path!r}]"
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from typing import Final
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, storage_range
+from ckptkit.core.files.places import size_at
 from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import PlanError
 
@@ -40,7 +40,7 @@ def why_endless(checkpoint: Checkpoint, infos: Collection[TensorInfo]) -> str:
 def _stored_bytes(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> int:
     """Return the size of the files; in memory, the bytes of the storages that the tensors use."""
     if checkpoint.files:
-        return sum(os.path.getsize(file) for file in checkpoint.files if os.path.isfile(file))
+        return sum(map(size_at, checkpoint.files))
     ends: dict[object, int] = {}
     for info in infos:
         place, end = (info.key, info.nbytes) if info.view is None else (info.view.storage, storage_range(info)[1])

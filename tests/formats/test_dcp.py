@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.metadata import (
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.dcp_metadata import read_metadata
 from ckptkit.formats.distributed.file_names import is_dcp
 from ckptkit.wrappers.envelopes import Selection
@@ -43,6 +42,7 @@ from tests.helpers_dcp import (
     full_tensors,
     loaded,
     metadata_of,
+    open_dcp,
     put_metadata,
     refusal,
     save,
@@ -274,9 +274,9 @@ class Config:
 def test_neither_torch_nor_numpy_is_imported(saved_by_ranks: Path) -> None:
     program = """if True:
         import sys
-        from ckptkit.formats.distributed.dcp import open_dcp
+        from ckptkit import open_checkpoint
         for path in sys.argv[1:]:
-            checkpoint = open_dcp(path)
+            checkpoint = open_checkpoint(path)
             keys = [key for key in checkpoint if key not in ("transposed",)]
             assert sum(len(checkpoint.read_bytes(key)) for key in keys) > 700, keys
         print(sorted({"torch", "numpy", "pickle"} & set(sys.modules)))"""

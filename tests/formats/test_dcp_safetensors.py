@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from ckptkit.core.files.payloads import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.file_names import is_dcp
 from tests.features import needs_dtype, needs_module
-from tests.helpers_dcp import FILE_OF, full_tensors, refusal
+from tests.helpers_dcp import FILE_OF, full_tensors, open_dcp, refusal
 from tests.helpers_formats import assert_same, random_tensor
 
 pytestmark = needs_module("torch.distributed.checkpoint.hf_storage")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from ckptkit.core.files.places import kind_at, name_of
 from ckptkit.core.text import nearest, plural, quoted
 
 __all__ = ["donor_weights"]
@@ -35,8 +36,8 @@ def donor_weights(given: Sequence[str], donors: Sequence[str]) -> list[float]:
 
 
 def _name(path: str) -> str:
-    base = os.path.basename(os.path.normpath(path))
-    return base if os.path.isdir(path) else os.path.splitext(base)[0]
+    base = name_of(path.rstrip("/"))
+    return base if kind_at(path) == "folder" else os.path.splitext(base)[0]
 
 
 def _position(name: str, donors: Sequence[str]) -> int:

@@ -214,6 +214,9 @@ class LocalFolder:
     def will_open(self, names: Sequence[str]) -> None:
         """Do nothing: a file is opened when it is read."""
 
+    def will_list(self, names: Sequence[str]) -> None:
+        """Do nothing: a folder is listed when its names are read."""
+
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Hashable
+from contextlib import closing, suppress
 
 from ckptkit.core.files.hub import hub_path, is_hub_path
 from ckptkit.core.files.local import LocalFile, LocalFolder, is_same_local
 from ckptkit.core.files.source import ByteSource, Folder
+from ckptkit.errors import PathError
 
 __all__ = [
+    "absolute",
     "clean_path",
     "folder_at",
+    "identity_at",
+    "is_file",
     "is_same_file",
     "is_url",
     "join",
@@ -20,6 +26,7 @@ __all__ = [
     "open_source",
     "parent_of",
     "real_path",
+    "size_at",
     "split",
 ]
 
@@ -91,6 +98,31 @@ def kind_at(path: str) -> str:
     return "file" if os.path.exists(path) else ""
 
 
+def is_file(path: str) -> bool:
+    """Return whether ``path`` is a file, or a link to one; a pipe is not one."""
+    return kind_at(path) == "file" if is_url(path) else os.path.isfile(path)
+
+
+def size_at(path: str) -> int:
+    """Return the number of bytes of the file at ``path``, or 0 where there is no file. An open one costs no request."""
+    if not is_url(path):
+        return os.path.getsize(path) if os.path.isfile(path) else 0
+    with suppress(PathError), closing(open_source(path)) as file:
+        return file.size
+    return 0
+
+
+def identity_at(path: str) -> Hashable:
+    """Return a value that is equal for two names of one file, or None where nothing is found. URLs are not asked."""
+    if is_url(path):
+        return path
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
 def is_same_file(first: str, second: str) -> bool:
     """Return whether two paths name the same file or folder; a path that does not exist is another file.
 
@@ -129,6 +161,11 @@ def name_of(path: str) -> str:
 def parent_of(path: str) -> str:
     """Return the folder in which ``path`` is; it is empty for a name in the current folder."""
     return split(path)[0]
+
+
+def absolute(path: str) -> str:
+    """Return ``path`` from the root, without relative parts; a URL stays as it is."""
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def real_path(path: str) -> str:

@@ -27,7 +27,6 @@ class FilePool:
     def __init__(self, folder: Folder) -> None:
         """Take the folder, and open no file yet."""
         self.folder = folder
-        self.directory = folder.path
         self.files: dict[str, ByteSource] = {}
         self._recent: dict[PooledFile, None] = {}
         self._in_use: Counter[PooledFile] = Counter()
@@ -38,7 +37,7 @@ class FilePool:
         """Return the file of this name. Raises ``PathError`` where it is missing or not a regular file."""
         if name not in self.files:
             is_local = isinstance(self.folder, LocalFolder)
-            self.files[name] = PooledFile(join(self.directory, name), self) if is_local else self.folder.open(name)
+            self.files[name] = PooledFile(join(self.folder.path, name), self) if is_local else self.folder.open(name)
         return self.files[name]
 
     @contextmanager
@@ -84,7 +83,7 @@ class FilePool:
         except BaseException as error:
             self.close()
             if isinstance(error, CkptkitError) and error.path is None:
-                error.path = self.directory
+                error.path = self.folder.path
             raise
 
     def close(self) -> None:

@@ -109,9 +109,14 @@ class Folder(Protocol):
     def will_open(self, names: Sequence[str]) -> None:
         """Take a hint: all these files are opened and their first bytes read next.
 
-        A store asks for the size and the first bytes of all of them at once, in one round. Nothing is raised: an error
-        comes when the file is opened. The names may hold a name twice, or one that does not exist. A disk does nothing.
+        A store begins to ask for the size and the first bytes of all of them, in one round, and does not wait for the
+        answers. Nothing is raised: an error comes when the file is opened. A name may be there twice, or not exist. A
+        disk does nothing.
         """
+        ...
+
+    def will_list(self, names: Sequence[str]) -> None:
+        """Take a hint: the names in all these folders of this folder are asked for next. It is as ``will_open``."""
         ...
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import folder_at, join, name_of, parent_of
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.formats import codes
@@ -38,14 +38,14 @@ def unread_warnings(listing: Listing, checkpoint: Checkpoint) -> Iterator[Reader
 
 def unread_beside(files: Sequence[str]) -> list[str]:
     """Return the paths of the weights in the directory of ``files``, the files of one checkpoint, that are not read."""
-    directory = os.path.dirname(files[0]) if files else ""
-    listing = list_directory(directory or ".") if files else None
-    names = _unread_files(listing, {os.path.basename(file) for file in files}) if listing is not None else []
-    return [os.path.join(directory, name) for name in names]
+    directory = parent_of(files[0]) if files else ""
+    listing = list_directory(folder_at(directory)) if files else None
+    names = _unread_files(listing, {name_of(file) for file in files}) if listing is not None else []
+    return [join(directory, name) for name in names]
 
 
 def _describe_read(checkpoint: Checkpoint, inside: Sequence[str]) -> str:
-    folders = {os.path.dirname(name) for name in inside}
+    folders = {name.replace("\\", "/").rpartition("/")[0] for name in inside}
     if "" not in folders:
         return f"the folder {listed(sorted(folders), 1)}"
     if len(inside) == 1:
@@ -69,7 +69,7 @@ def _unread_files(listing: Listing, read: Collection[str]) -> list[str]:
     represented = {
         name for group in group_shards(unread) if (group.stem, group.kind) in indexed for name in group.names
     }
-    return [*indexes, *find_weights_files(listing.path, [name for name in unread if name not in represented])]
+    return [*indexes, *find_weights_files(listing.folder, [name for name in unread if name not in represented])]
 
 
 def _folder_warnings(listing: Listing, read: Collection[str], what: str) -> Iterator[ReaderWarning]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 
-from ckptkit.core.files.places import open_source
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.core.files.places import join
+from ckptkit.core.files.source import Folder
+from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors, has_no_storages, has_suffix
 from ckptkit.formats.directories.trainer_files import is_trainer_file
 from ckptkit.formats.distributed.file_names import is_dcp, is_zero
@@ -58,11 +57,16 @@ class CheckpointFolders:
 
 @dataclass(frozen=True)
 class Listing:
-    """The names in the directory ``path``, in alphabetical order. Links to directories count as folders."""
+    """The names in a directory, in alphabetical order. Links to directories count as folders."""
 
-    path: str
+    folder: Folder
     files: tuple[str, ...]
     folders: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Return the path of the directory."""
+        return self.folder.path
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ class Listing:
 
     def join(self, name: str) -> str:
         """Return the path of a file or folder of the directory."""
-        return os.path.join(self.path, name)
+        return join(self.path, name)
 
     @cached_property
     def checkpoint_folders(self) -> CheckpointFolders:
@@ -79,32 +83,23 @@ class Listing:
         return _find_checkpoint_folders(self)
 
 
-def list_directory(path: str) -> Listing:
-    """Return the names in a directory. Raises ``FormatError`` if there are more than a million."""
-    listing = _list(path, _MOST_NAMES)
-    if len(listing.names) > _MOST_NAMES:
+def list_directory(folder: Folder) -> Listing:
+    """Return the names in a directory.
+
+    Raises ``PathError`` where it cannot be listed, and ``FormatError`` where it has more than a million names, or its
+    server does not list.
+    """
+    names = folder.names(_MOST_NAMES)
+    if not names.is_listed:
+        raise FormatError(
+            "a folder of a server that does not list its files", hint="give the URL of a file or of an index"
+        )
+    if len(names.all) > _MOST_NAMES:
         raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of one file")
-    return listing
+    return Listing(folder, names.files, names.folders)
 
 
-def _list(path: str, most: int) -> Listing:
-    """Return the first names in a directory: at most ``most``, and one more if there are more."""
-    files: list[str] = []
-    folders: list[str] = []
-    with os.scandir(path) as entries:
-        for entry in islice(entries, most + 1):
-            (folders if _is_folder(entry) else files).append(entry.name)
-    return Listing(path, tuple(sorted(files)), tuple(sorted(folders)))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def find_weights_files(directory: str, names: Iterable[str], most: int = _MOST_TESTED) -> list[str]:
+def find_weights_files(folder: Folder, names: Iterable[str], most: int = _MOST_TESTED) -> list[str]:
     """Return those of the files that hold weights, judging by their first bytes, or by their names after ``most``.
 
     Files of trainers, indexes, and files of other frameworks are not among them.
@@ -116,18 +111,23 @@ def find_weights_files(directory: str, names: Iterable[str], most: int = _MOST_T
     if most == _MOST_TESTED:
         taken = foreign.union(named)
         tested += [name for name in names if name not in taken and not has_suffix(name, _TEXT_SUFFIXES)][:_MOST_ODD]
-    found = [name for name in tested if _could_hold_tensors(directory, name)]
+    folder.will_open([name for name in tested if not _is_known(name)])
+    found = [name for name in tested if _could_hold_tensors(folder, name)]
     return sorted([*found, *named[most:]])
 
 
 _TEXT_SUFFIXES = (".json", ".txt", ".md", ".py", ".yaml", ".yml", ".log", ".png", ".jpg")
 
 
-def _could_hold_tensors(directory: str, name: str) -> bool:
-    if name in MODEL_NAMES or name in ADAPTER_NAMES:
+def _is_known(name: str) -> bool:
+    return name in MODEL_NAMES or name in ADAPTER_NAMES
+
+
+def _could_hold_tensors(folder: Folder, name: str) -> bool:
+    if _is_known(name):
         return True
     try:
-        file = open_source(os.path.join(directory, name))
+        file = folder.open(name)
     except CkptkitError:
         return False
     try:
@@ -141,15 +141,16 @@ def _could_hold_tensors(directory: str, name: str) -> bool:
 def _find_checkpoint_folders(listing: Listing) -> CheckpointFolders:
     """Search level by level, so that one folder of many folders does not use up the work that is allowed."""
     kinds: dict[str, str] = {}
-    waiting = [(name, listing.join(name)) for name in _shown(listing.folders)]
+    waiting = [(name, name) for name in _shown(listing.folders)]
     left = _MOST_FOLDERS
     for _ in range(_DEEPEST):
         deeper: list[tuple[str, str]] = []
+        listing.folder.will_list([path for _, path in waiting[:left]])
         for top, path in waiting[:left]:
             if kinds.get(top) != "readable":
-                inside, kind = _list_folder(path)
+                inside, kind = _list_folder(listing.folder.folder(path))
                 kinds[top] = kind or kinds.get(top, "")
-                deeper += [(top, os.path.join(path, name)) for name in inside]
+                deeper += [(top, f"{path}/{name}") for name in inside]
         left, waiting = max(left - len(waiting), 0), deeper
     return CheckpointFolders(
         tuple(sorted(name for name, kind in kinds.items() if kind == "readable")),
@@ -162,18 +163,18 @@ def _shown(folders: Collection[str]) -> list[str]:
     return [name for name in folders if not name.startswith(".") and name != "__pycache__"]
 
 
-def _list_folder(path: str) -> tuple[list[str], str]:
+def _list_folder(folder: Folder) -> tuple[list[str], str]:
     """Return the folders inside a folder, and whether its own files are ``readable``, ``foreign``, or neither."""
     try:
-        inside = _list(path, _MOST_NAMES_INSIDE)
-    except OSError:
+        inside = folder.names(_MOST_NAMES_INSIDE)
+    except PathError:
         return [], ""
     files = inside.files
     if is_dcp(files) or is_zero(files) or any(map(is_index, files)):
         return [], "readable"
-    if find_weights_files(path, files, _MOST_TESTED_INSIDE):
+    if find_weights_files(folder, files, _MOST_TESTED_INSIDE):
         return [], "readable"
-    return _shown(inside.folders), "foreign" if find_foreign_weights(inside.names) else ""
+    return _shown(inside.folders), "foreign" if find_foreign_weights(inside.all) else ""
 
 
 def read_module_folders(listing: Listing) -> list[str]:
@@ -181,7 +182,7 @@ def read_module_folders(listing: Listing) -> list[str]:
     if _MODULES not in listing.files:
         return []
     try:
-        file = open_source(listing.join(_MODULES))
+        file = listing.folder.open(_MODULES)
     except CkptkitError:
         return []
     try:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
-from ckptkit.core.files.places import open_source
+from ckptkit.core.files.places import absolute, join, name_of
+from ckptkit.core.files.source import Folder
 from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import WEIGHT_SUFFIXES, has_suffix, open_content, open_file
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, has_suffix, open_content
 from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
 from ckptkit.formats.directories.beside import unread_warnings
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, MODEL_NAMES, Listing, list_directory
@@ -36,17 +36,17 @@ _MEGATRON_METADATA = "metadata.json"
 _LATEST, _LONGEST_TAG = ("latest", "latest_universal"), 1000
 
 
-def open_index(directory: str, index: str, selection: Selection, *, whole: bool = False) -> Checkpoint:
-    """Return the checkpoint of the shards that the file ``index`` names.
+def open_index(folder: Folder, index: str, selection: Selection, *, whole: bool = False) -> Checkpoint:
+    """Return the checkpoint of the shards that the file ``index`` of the folder names.
 
     With ``whole``, a shard in the directory that the index does not name is an error.
     """
     refuse_selection(selection)
-    return open_sharded(directory or ".", index, lambda file: open_content(file, WEIGHTS), whole=whole)
+    return open_sharded(folder, index, lambda file: open_content(file, WEIGHTS), whole=whole)
 
 
-def open_directory(directory: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
-    """Return the checkpoint in ``directory``, or the selected mapping inside it.
+def open_directory(folder: Folder, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
+    """Return the checkpoint in ``folder``, or the selected mapping inside it.
 
     Files that trainers write next to the weights become entries of the checkpoint. A selected key that begins with the
     name of such a file, such as ``optimizer.pt`` or ``optimizer.pt.state``, opens that file. A key that begins with the
@@ -55,13 +55,13 @@ def open_directory(directory: str, selection: Selection, *, listing_parts: bool 
     tensors, with an entry for each part. Raises ``FormatError`` if the directory holds no checkpoint or several, or a
     file is missing.
     """
-    listing = list_directory(directory)
+    listing = list_directory(folder)
     names = listing.names
     trainer_file = find_trainer_file(names, selection.key)
     if trainer_file is None and selection.key:
         trainer_file = find_states_file(names, selection.key)
     if trainer_file is not None:
-        return _open_trainer_file(directory, *trainer_file)
+        return _open_trainer_file(folder, *trainer_file)
     part = find_part(listing, selection.key) if selection.key else None
     if part is not None:
         return _open_part(listing, *part, listing_parts=listing_parts)
@@ -75,11 +75,11 @@ def open_directory(directory: str, selection: Selection, *, listing_parts: bool 
             raise _without_parts(listing, error) from None
         if not listing_parts or selection.key or selection.optimizer:
             raise parts_error(listing, parts, selection.key) from None
-        checkpoint = list_parts(listing, parts, lambda path: _open_anything(path, WEIGHTS))
-        entries, warnings = read_trainer_files(directory, names)
+        checkpoint = list_parts(listing, parts, lambda part: _open_anything(folder, part, WEIGHTS))
+        entries, warnings = read_trainer_files(folder, names)
         return checkpoint.with_entries(*entries).with_warnings(*warnings)
     try:
-        entries, warnings = read_trainer_files(directory, names)
+        entries, warnings = read_trainer_files(folder, names)
         unread = tuple(unread_warnings(listing, checkpoint))
     except BaseException:
         checkpoint.close()
@@ -100,34 +100,34 @@ def _without_parts(listing: Listing, error: FormatError) -> FormatError:
 
 def _open_part(listing: Listing, part: str | NumberedShards, key: str, *, listing_parts: bool) -> Checkpoint:
     if isinstance(part, NumberedShards):
-        return open_unindexed(listing.path, part, lambda file: open_content(file, WEIGHTS))
+        return open_unindexed(listing.folder, part, lambda file: open_content(file, WEIGHTS))
     path = listing.join(part)
     try:
-        checkpoint = _open_anything(path, Selection(key), listing_parts=listing_parts)
-        return checkpoint.with_warnings(*part_warnings(path, checkpoint))
+        checkpoint = _open_anything(listing.folder, part, Selection(key), listing_parts=listing_parts)
+        return checkpoint.with_warnings(*part_warnings(path, checkpoint, is_folder=part in listing.folders))
     except CkptkitError as error:
         error.path = error.path or path
         raise
 
 
-def _open_anything(path: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
-    if os.path.isdir(path):
-        return open_directory(path, selection, listing_parts=listing_parts)
-    return open_file(path, selection).with_warnings(*one_shard_warnings(path))
+def _open_anything(folder: Folder, name: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
+    if folder.has_folder(name):
+        return open_directory(folder.folder(name), selection, listing_parts=listing_parts)
+    return open_content(folder.open(name), selection).with_warnings(*one_shard_warnings(name))
 
 
-def _open_trainer_file(directory: str, name: str, key: str) -> Checkpoint:
+def _open_trainer_file(folder: Folder, name: str, key: str) -> Checkpoint:
     if name.endswith(".json"):
         raise FormatError(
             "a JSON file, which holds no tensors",
-            hint=f"ckpt show {shell_word(directory)} lists the values of the file",
-            path=os.path.join(directory, name),
+            hint=f"ckpt show {shell_word(folder.path)} lists the values of the file",
+            path=join(folder.path, name),
         )
-    return open_file(os.path.join(directory, name), Selection(key))
+    return open_content(folder.open(name), Selection(key))
 
 
 def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
-    directory, names = listing.path, listing.names
+    folder, names = listing.folder, listing.names
     index = find_index(listing.files)
     known = [name for name in (*MODEL_NAMES, *ADAPTER_NAMES) if name in listing.files]
     if index is not None and is_variant_index(index) and known:
@@ -135,21 +135,21 @@ def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
     if index is None and is_dcp(names):
         from ckptkit.formats.distributed.dcp import open_dcp
 
-        return open_dcp(directory, selection)
+        return open_dcp(folder, selection)
     if index is None and not known:
-        if (universal := _open_universal(directory, names, selection)) is not None:
+        if (universal := _open_universal(folder, names, selection)) is not None:
             return universal
         if is_zero(names):
-            return _open_zero(directory, names, selection)
+            return _open_zero(folder, names, selection)
         for latest in _LATEST:
-            if latest in names and os.path.isfile(os.path.join(directory, latest)):
-                return open_directory(_latest_save(directory, latest), selection)
-    if index is None and (joined := open_numbered(directory, names, known, selection)) is not None:
+            if latest in names and folder.has_file(latest):
+                return open_directory(_latest_save(folder, latest), selection)
+    if index is None and (joined := open_numbered(folder, names, known, selection)) is not None:
         return joined
     adapter = [name for name in known if name in ADAPTER_NAMES]
     if index is None and not known and (shards := _only_numbered_shards(listing)) is not None:
         refuse_selection(selection)
-        return open_unindexed(directory, shards, lambda file: open_content(file, WEIGHTS))
+        return open_unindexed(folder, shards, lambda file: open_content(file, WEIGHTS))
     chosen = index or next(iter(known), None) or _only_weights_file(listing)
     if adapter and chosen not in adapter:
         raise FormatError(
@@ -157,11 +157,11 @@ def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
             hint="give the path of one of them",
         )
     if index:
-        return open_index(directory, index, selection, whole=True)
-    checkpoint = open_file(os.path.join(directory, chosen), selection)
-    checkpoint = checkpoint.with_warnings(*link_warnings(directory, [chosen]))
+        return open_index(folder, index, selection, whole=True)
+    checkpoint = open_content(folder.open(chosen), selection)
+    checkpoint = checkpoint.with_warnings(*link_warnings(folder, [chosen]))
     if chosen.startswith("adapter_model"):
-        checkpoint = checkpoint.with_warnings(*_read_adapter_warnings(checkpoint, directory, names))
+        checkpoint = checkpoint.with_warnings(*_read_adapter_warnings(checkpoint, folder, names))
     return checkpoint
 
 
@@ -189,53 +189,53 @@ def _only_numbered_shards(listing: Listing) -> NumberedShards | None:
     return shards
 
 
-def _open_universal(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint | None:
-    if UNIVERSAL not in (*names, os.path.basename(os.path.abspath(directory))):
+def _open_universal(folder: Folder, names: Sequence[str], selection: Selection) -> Checkpoint | None:
+    if UNIVERSAL not in (*names, name_of(absolute(folder.path))):
         return None
     from ckptkit.formats.distributed.universal import find_universal, open_universal
 
-    found = find_universal(directory, names)
+    found = find_universal(folder, names)
     return None if found is None else open_universal(found, selection)
 
 
-def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
+def _open_zero(folder: Folder, names: Sequence[str], selection: Selection) -> Checkpoint:
     from ckptkit.formats.distributed.zero import open_zero
 
     if selection.optimizer or selection.key:
         held = "one optimizer state for each rank" if selection.optimizer else f"nothing at {quoted(selection.key)}"
         raise FormatError(f"holds {held}", hint="add :: and the name of a *_states.pt file to the path")
-    return open_zero(directory, names)
+    return open_zero(folder, names)
 
 
-def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequence[str]) -> tuple[str, ...]:
+def _read_adapter_warnings(checkpoint: Checkpoint, folder: Folder, names: Sequence[str]) -> tuple[str, ...]:
     try:
-        config = read_json(directory, CONFIG) if CONFIG in names else None
+        config = read_json(folder, CONFIG) if CONFIG in names else None
     except CkptkitError:
         return ()  # read_trainer_files warns about the file
     return tuple(adapter_warnings(checkpoint, config))
 
 
-def _latest_save(directory: str, latest: str) -> str:
+def _latest_save(folder: Folder, latest: str) -> Folder:
     """Return the directory that the file ``latest`` of DeepSpeed names: the last save."""
-    path = os.path.join(directory, latest)
-    file = open_source(path)
+    file = folder.open(latest)
+    path = file.path
     try:
         tag = file.read(0, min(file.size, _LONGEST_TAG)).decode("utf-8", "replace").strip()
     finally:
         file.close()
     if not is_plain_name(tag):
         raise FormatError(f"names the unsafe directory {quoted(tag)}", path=path)
-    saved = os.path.join(directory, tag)
-    if not os.path.isdir(saved) or os.path.exists(os.path.join(saved, latest)):
+    saved = folder.folder(tag)
+    if not folder.has_folder(tag) or saved.has_file(latest) or saved.has_folder(latest):
         raise FormatError(f"names {quoted(tag)}, but there is no save of that name in the directory", path=path)
     return saved
 
 
-def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
+def _megatron_error(folder: Folder, names: Sequence[str]) -> FormatError | None:
     if _MEGATRON_METADATA not in names:
         return None
     try:
-        backend = read_json(directory, _MEGATRON_METADATA).get("sharded_backend")
+        backend = read_json(folder, _MEGATRON_METADATA).get("sharded_backend")
     except CkptkitError:
         return None
     if not isinstance(backend, str):
@@ -248,7 +248,7 @@ def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
 
 def _only_weights_file(listing: Listing) -> str:
     """Return the name of the only file of weights. Raises ``FormatError`` where there is none, or several."""
-    directory, names = listing.path, listing.names
+    folder, names = listing.folder, listing.names
     weights = [name for name in listing.files if has_suffix(name, WEIGHT_SUFFIXES) and not is_trainer_file(name)]
     foreign = find_foreign_weights(names)
     if len(weights) > 1:
@@ -259,7 +259,7 @@ def _only_weights_file(listing: Listing) -> str:
             hint=f"the file of weights must be called {' or '.join(ADAPTER_NAMES)}",
         )
     if not weights:
-        if (unsupported := unsupported_directory(names) or _megatron_error(directory, names)) is not None:
+        if (unsupported := unsupported_directory(names) or _megatron_error(folder, names)) is not None:
             raise unsupported
         if inside := listing.folders:
             raise _NoWeightsError(
@@ -271,7 +271,7 @@ def _only_weights_file(listing: Listing) -> str:
             hint="ckpt searched for an index (*.safetensors.index.json, *.bin.index.json) and for "
             + ", ".join(MODEL_NAMES[:2]),
         )
-    check_not_parts(directory, weights)
+    check_not_parts(folder, weights)
     if len(weights) > 1 and (chosen := _only_variant(weights)) is not None:
         return chosen
     if len(weights) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Entry, Payload, TensorInfo
@@ -29,10 +28,10 @@ def find_part(listing: Listing, key: str) -> tuple[str | NumberedShards, str] | 
         return groups[key], ""
     found = split_key(listing.folders, key)
     if found is not None:
-        only = Listing(listing.path, (), (found[0],))
+        only = Listing(listing.folder, (), (found[0],))
         return found if only.checkpoint_folders.readable else None
     found = split_key([name for name in listing.files if key.startswith(name)], key)
-    return found if found is not None and find_weights_files(listing.path, [found[0]]) else None
+    return found if found is not None and find_weights_files(listing.folder, [found[0]]) else None
 
 
 def is_pipeline(listing: Listing) -> bool:
@@ -47,7 +46,7 @@ def find_parts(listing: Listing) -> list[str]:
     The first part can be read. There are no parts if only other frameworks read them.
     """
     folders = listing.checkpoint_folders
-    readable = [*folders.readable, *find_weights_files(listing.path, listing.files)]
+    readable = [*folders.readable, *find_weights_files(listing.folder, listing.files)]
     return [*readable, *folders.foreign] if readable else []
 
 
@@ -68,13 +67,13 @@ def parts_error(listing: Listing, parts: Sequence[str], key: str = "") -> Format
 
 
 def list_parts(listing: Listing, parts: Sequence[str], open_part: Callable[[str], Checkpoint]) -> Checkpoint:
-    """Return a Checkpoint without tensors, with an entry for each part; ``open_part`` opens a part by its path."""
+    """Return a Checkpoint without tensors, with an entry for each part; ``open_part`` opens a part by its name."""
     classes = _component_classes(listing)
     entries = []
     for number, part in enumerate(parts[:_MOST_LISTED]):
         entry = Entry(part, "checkpoint", "not opened", is_outside=True, is_file=True)
         if number < _MOST_OPENED:
-            entry = _describe_part(part, listing.join(part), open_part)
+            entry = _describe_part(part, open_part)
         if part in classes:
             entry = entry._replace(value=f"{classes[part]}: {entry.value}")
         entries.append(entry)
@@ -93,16 +92,14 @@ def _no_payload(info: TensorInfo) -> Payload:
     raise KeyError(info.key)
 
 
-def _describe_part(part: str, path: str, open_part: Callable[[str], Checkpoint]) -> Entry:
+def _describe_part(part: str, open_part: Callable[[str], Checkpoint]) -> Entry:
     try:
-        with open_part(path) as checkpoint:
+        with open_part(part) as checkpoint:
             size = human_bytes(sum(info.nbytes for info in checkpoint.values()))
             value = f"{plural(len(checkpoint), 'tensor')}, {size}"
             return Entry(part, checkpoint.format, value, is_outside=True, is_file=True)
     except CkptkitError as error:
         return Entry(part, "not read", error.reason, is_outside=True, is_file=True)
-    except OSError as error:
-        return Entry(part, "not read", os.strerror(error.errno or 0).lower(), is_outside=True, is_file=True)
 
 
 def _component_classes(listing: Listing) -> dict[str, str]:
@@ -110,7 +107,7 @@ def _component_classes(listing: Listing) -> dict[str, str]:
     if PIPELINE not in listing.files:
         return {}
     try:
-        index = read_json(listing.path, PIPELINE)
+        index = read_json(listing.folder, PIPELINE)
     except CkptkitError:
         return {}
     return {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
+from ckptkit.core.files.places import folder_at, is_file, join, kind_at, parent_of
 from ckptkit.formats import split_path
 from ckptkit.formats.directories.keys import split_key
 
 __all__ = ["file_beside"]
+
+_MOST_NAMES = 1_000_000
 
 
 def file_beside(path: str, name: str) -> str | None:
@@ -16,16 +17,12 @@ def file_beside(path: str, name: str) -> str | None:
     For ``DIR::unet``, the directory of the checkpoint is the folder ``unet``.
     """
     directory, key = split_path(path)
-    if not os.path.exists(directory):
+    kind = kind_at(directory)
+    if not kind:
         return None
-    if not os.path.isdir(directory):
-        directory, key = os.path.dirname(directory), ""
-    while key and (part := split_key(_folders(directory), key)) is not None:
-        directory, key = os.path.join(directory, part[0]), part[1]
-    found = os.path.join(directory, name)
-    return found if os.path.isfile(found) else None
-
-
-def _folders(directory: str) -> list[str]:
-    with os.scandir(directory or ".") as entries:
-        return [entry.name for entry in entries if entry.is_dir()]
+    if kind == "file":
+        directory, key = parent_of(directory), ""
+    while key and (part := split_key(folder_at(directory).names(_MOST_NAMES).folders, key)) is not None:
+        directory, key = join(directory, part[0]), part[1]
+    found = join(directory, name)
+    return found if is_file(found) else None

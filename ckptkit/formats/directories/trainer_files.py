@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Entry
 from ckptkit.core.config_files import read_json
-from ckptkit.core.files.places import open_source
+from ckptkit.core.files.source import Folder
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
@@ -68,11 +67,12 @@ def find_trainer_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
     return split_key(filter(is_trainer_file, names), key)
 
 
-def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:
+def read_trainer_files(folder: Folder, names: Iterable[str]) -> TrainerFiles:
     """Return the trainers' files among the file names of a directory. A file that cannot be read becomes a warning."""
     families: dict[str, list[str]] = {}
     for name in sorted(filter(is_trainer_file, names)):
         families.setdefault(_NUMBER.sub("_*", name), []).append(name)
+    folder.will_open([members[0] for members in list(families.values())[:_MOST_FILES]])
     entries: list[Entry] = []
     warnings: list[str] = []
     left, outlined = [_LARGEST_PICKLES], [_MOST_OUTLINED]
@@ -81,7 +81,7 @@ def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:
             warnings.append(f"{plural(len(families) - _MOST_FILES, 'more file')} of the trainer are not listed")
             break
         try:
-            entry = _describe(directory, members[0], left, outlined, warnings)
+            entry = _describe(folder, members[0], left, outlined, warnings)
         except CkptkitError as error:
             warnings.append(ReaderWarning(f"{members[0]} cannot be read: {error.reason}", codes.BESIDE_UNREAD))
             entry = Entry("", "file", "not read")
@@ -91,9 +91,9 @@ def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:
     return TrainerFiles(tuple(entries), tuple(warnings))
 
 
-def _describe(directory: str, name: str, left: list[int], outlined: list[int], warnings: list[str]) -> Entry:
+def _describe(folder: Folder, name: str, left: list[int], outlined: list[int], warnings: list[str]) -> Entry:
     if name in _FIRST_KEYS:
-        found = read_json(directory, name)
+        found = read_json(folder, name)
         chosen = [key for key in _FIRST_KEYS[name] if found.get(key) is not None]
         chosen += [key for key, value in found.items() if key not in chosen and isinstance(value, str | int | float)]
         return Entry(
@@ -101,7 +101,7 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         )
     from ckptkit.formats.torch.checkpoint import code_warnings
 
-    file = open_source(os.path.join(directory, name))
+    file = folder.open(name)
     try:
         saved = read_torch(file, largest=left[0])
         left[0] -= saved.pickle_size

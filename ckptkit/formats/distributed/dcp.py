@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from typing import NoReturn
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, Inflated, Region
-from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.places import join
 from ckptkit.core.files.pool import FilePool
-from ckptkit.core.files.source import Section
+from ckptkit.core.files.source import Folder, Section
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
 from ckptkit.formats.distributed.dcp_metadata import DCP_VERSION, DcpMetadata, DcpTensor, Place, read_metadata
@@ -41,35 +40,37 @@ __all__ = ["open_dcp"]
 
 _METADATA_OF_RANK = re.compile(r"__\d+\.metadata")
 _LARGEST_METADATA = 256 << 20
+_MOST_FILES = 10_000_000
 _MOST_PLACES = 2_000_000  # in the nested state
 _LARGEST_OBJECT, _LARGEST_OBJECTS, _MOST_OBJECTS = 1 << 20, 16 << 20, 1000
 _MOST_PARTS = 1_000_000  # of all objects together
 
 
-def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
-    """Return the Checkpoint in a directory that ``torch.distributed.checkpoint`` wrote, in either of its forms.
+def open_dcp(folder: Folder, selection: Selection = WEIGHTS) -> Checkpoint:
+    """Return the Checkpoint in a folder that ``torch.distributed.checkpoint`` wrote, in either of its forms.
 
     Reading a tensor joins its chunks. ``selection`` can name a mapping in the saved state, such as ``model``. Raises
     ``FormatError`` if the save was interrupted, a file is missing or short, or chunks overlap or leave a gap. Reading a
     tensor raises ``FormatError`` if a chunk contradicts the metadata.
     """
-    names = os.listdir(directory)
+    folder.will_open([DCP_METADATA])
+    names = folder.names(_MOST_FILES).all
     if DCP_METADATA not in names:
         parts = sum(name.endswith(DCP_SUFFIX) for name in names)
         if not parts:
-            return open_dcp_safetensors(directory, names, selection)
+            return open_dcp_safetensors(folder, names, selection)
         if any(_METADATA_OF_RANK.fullmatch(name) for name in names):
             raise FormatError(
                 "saved with use_collectives=False: each rank has its own metadata, and there is no joined one",
                 hint="load it with torch, and save it again with collectives",
-                path=directory,
+                path=folder.path,
             )
         raise FormatError(
             f"{plural(parts, f'{DCP_SUFFIX} file')} and no {DCP_METADATA}, which is written last: an interrupted save?",
             hint="use the previous checkpoint",
-            path=directory,
+            path=folder.path,
         )
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
     with pool.closed_on_error():
         return _open(pool, selection, [name for name in names if name.endswith(DCP_SUFFIX)])
 
@@ -104,7 +105,7 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
             tuple(_warnings(metadata, objects, set(names) - pool.files.keys())),
             is_loaded_whole=False,
         ),
-        path=pool.directory,
+        path=pool.folder.path,
         format="dcp",
         selection=selection,
         files=[part.path for part in pool.files.values()],
@@ -123,6 +124,8 @@ def _warnings(metadata: DcpMetadata, objects: _Objects, extra: set[str]) -> Iter
 
 
 def _check_places(pool: FilePool, metadata: DcpMetadata) -> None:
+    names = dict.fromkeys(place.name for _, _, place in _all_places(metadata))
+    pool.folder.will_open([name for name in names if is_plain_name(name)])
     taken: dict[str, list[tuple[int, int, str]]] = {}
     for key, what, place in _all_places(metadata):
         if not is_plain_name(place.name):
@@ -282,7 +285,7 @@ def _records(metadata: DcpMetadata, items: _Items, keys: Mapping[str, Sequence[s
                 yield record._replace(name=f"{record.name} in {where}")
         except CkptkitError as error:
             yield Record(
-                os.path.join(items.pool.directory, place.name),
+                join(items.pool.folder.path, place.name),
                 where,
                 _BrokenPayload(error),
                 keys=tuple(keys.get(key, (key,))),

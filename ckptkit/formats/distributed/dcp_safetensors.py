@@ -7,7 +7,6 @@ such a gap with zeros.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from typing import NamedTuple
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.places import join
 from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import Folder
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
@@ -49,12 +49,13 @@ class _Piece:
     box: Box
 
 
-def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Selection = WEIGHTS) -> Checkpoint:
+def open_dcp_safetensors(folder: Folder, names: Iterable[str], selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of the whole tensors in a directory of unconsolidated shards.
 
     Raises ``FormatError`` with the missing rows, or the number of the missing shard. A missing last shard cannot be
     detected, and a warning says so.
     """
+    directory = folder.path
     refuse_selection(selection, directory)
     found = [match for name in names if (match := DCP_SHARD.fullmatch(name))]
     shards = sorted(_Shard(int(match[1]), int(match[2]), int(match[3]), match[0]) for match in found)
@@ -62,7 +63,8 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Select
         raise FormatError("holds no shard of a distributed checkpoint", path=directory)
     numbers = {shard.rank for shard in shards}
     missing = _missing(numbers, "shard-{:05}-*.safetensors")
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
+    folder.will_open([shard.name for shard in shards])
     try:
         files = [_open_shard(pool, shard.name) for shard in shards]
         infos, opened = _join([piece for file in files for piece in _pieces(file)], missing, directory)
@@ -129,7 +131,7 @@ def _open_shard(pool: FilePool, name: str) -> Checkpoint:
     try:
         return open_safetensors(pool.get(name))
     except FormatError as error:
-        error.path = error.path or os.path.join(pool.directory, name)
+        error.path = error.path or join(pool.folder.path, name)
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,6 +9,7 @@ from itertools import chain
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import same_bytes
+from ckptkit.core.files.places import parent_of
 from ckptkit.core.files.pool import FilePool
 from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
@@ -129,7 +129,7 @@ def copy_of_equals(key: str, parts: Sequence[Part]) -> JoinedTensor:
     Raises ``FormatError`` if shapes or checksums differ. Reading the tensor compares the bytes.
     """
     first = parts[0]
-    directory = os.path.dirname(first.checkpoint.path)
+    directory = parent_of(first.checkpoint.path)
     info = first.checkpoint[key]
     crc = checksum_of(first, key)
     for part in parts[1:]:
@@ -175,7 +175,7 @@ def joined_checkpoint(
         {key: tensor.info for key, tensor in tensors.items()},
         Access(payload, payload, records, check=pool.check_unchanged, close=pool.close),
         Description(
-            pool.directory,
+            pool.folder.path,
             f"{printable(form)} ({plural(len(parts), 'file')})",
             files=[file.path for file in pool.files.values()],
             envelope=first.envelope,

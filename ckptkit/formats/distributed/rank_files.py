@@ -8,8 +8,8 @@ from functools import partial
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files.places import folder_at
 from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import Folder
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import FormatError
@@ -39,13 +39,14 @@ _TWO_SAVES = "the directory holds files of two saves"
 _CONVERT = "load it with as many ranks as saved it, and save full_tensor() of each parameter"
 
 
-def open_rank_files(directory: str, files: RankFiles, selection: Selection = WEIGHTS) -> Checkpoint | None:
+def open_rank_files(folder: Folder, files: RankFiles, selection: Selection = WEIGHTS) -> Checkpoint | None:
     """Return the Checkpoint of the whole tensors, or None if the first file holds no piece of a DTensor.
 
     Values that are equal on several ranks are read from the first of them. Raises ``FormatError`` if the file of a rank
     is missing, if the files do not belong together, and for a placement that is not read.
     """
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
+    folder.will_open([files.names[rank] for rank in sorted(files.names)])
     with pool.closed_on_error():
         first = min(files.names)
         try:

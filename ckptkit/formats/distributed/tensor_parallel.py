@@ -16,8 +16,8 @@ from typing import Final
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files.places import folder_at
 from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import Folder
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.distributed.file_names import CONSOLIDATED
@@ -49,14 +49,15 @@ _COPY_AGAIN = "copy the whole directory again"
 
 
 def open_tensor_parallel(
-    directory: str, names: Sequence[str], params: Mapping[str, object] | None, selection: Selection = WEIGHTS
+    folder: Folder, names: Sequence[str], params: Mapping[str, object] | None, selection: Selection = WEIGHTS
 ) -> Checkpoint:
     """Return the Checkpoint of the whole tensors in the ``consolidated.NN.pth`` files among ``names``.
 
     ``params`` is the content of ``params.json``, or None. Raises ``FormatError`` if a file is missing, or the files
     do not belong together, or a tensor does not have exactly one reading.
     """
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
+    folder.will_open(names)
     with pool.closed_on_error():
         parts = [open_part(pool, name, selection) for name in _in_order(names)]
         check_same_keys(parts)

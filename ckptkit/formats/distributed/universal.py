@@ -6,18 +6,17 @@ of model states holds the buffers, the tied weights, and the order of the keys.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, View, row_major
-from ckptkit.core.files.places import folder_at
+from ckptkit.core.files.places import absolute, folder_at, name_of, parent_of
 from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import Folder
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable, quoted
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
 from ckptkit.formats.distributed.file_names import UNIVERSAL, ZERO_MODEL_STATES
@@ -33,42 +32,43 @@ _WEIGHTS = "fp32"
 _PARAM = "param"
 _MODEL_STATES = "mp_rank_00_model_states.pt"
 _MOST_PARAMETERS = 100_000
+_MOST_FILES = 10_000_000
 _MOST_TESTED = 16
 _MOST_STATES = 1000  # file names in the directory of one parameter
 _COPY_AGAIN = "copy the whole directory again, or run ds_to_universal.py again"
 
 
-def find_universal(directory: str, names: Sequence[str]) -> str | None:
-    """Return the directory of the universal checkpoint at ``directory``, which can be its part ``zero``, or None."""
-    at = os.path.abspath(directory)
-    if os.path.basename(at) == UNIVERSAL and _has_parameters(at):
-        return os.path.dirname(at)
-    return directory if UNIVERSAL in names and _has_parameters(os.path.join(directory, UNIVERSAL)) else None
+def find_universal(folder: Folder, names: Sequence[str]) -> Folder | None:
+    """Return the folder of the universal checkpoint at ``folder``, which can be its part ``zero``, or None."""
+    at = absolute(folder.path)
+    if name_of(at) == UNIVERSAL and _has_parameters(folder):
+        return folder_at(parent_of(at))
+    return folder if UNIVERSAL in names and _has_parameters(folder.folder(UNIVERSAL)) else None
 
 
-def _has_parameters(directory: str) -> bool:
-    if not os.path.isdir(directory):
+def _has_parameters(folder: Folder) -> bool:
+    try:
+        tested = folder.names(_MOST_TESTED).folders[:_MOST_TESTED]
+    except PathError:
         return False
-    with os.scandir(directory) as listing:
-        return any(
-            os.path.isfile(os.path.join(entry.path, f"{_WEIGHTS}.pt")) for entry in islice(listing, _MOST_TESTED)
-        )
+    folder.will_list(tested)
+    return any(folder.has_file(f"{name}/{_WEIGHTS}.pt") for name in tested)
 
 
-def open_universal(directory: str, selection: Selection) -> Checkpoint:
+def open_universal(folder: Folder, selection: Selection) -> Checkpoint:
     """Return the Checkpoint of the fp32 weights, or of the state that ``selection`` names, such as ``exp_avg``.
 
     Raises ``FormatError`` if a parameter has no file of that state, or a file does not hold one tensor.
     """
     if selection.optimizer:
         raise FormatError("holds one optimizer state for each parameter", hint="add ::exp_avg or another state")
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
     with pool.closed_on_error():
-        return _open(pool, os.listdir(directory), selection.key or _WEIGHTS)
+        return _open(pool, folder.names(_MOST_FILES).all, selection.key or _WEIGHTS)
 
 
 def _open(pool: FilePool, names: Sequence[str], state: str) -> Checkpoint:
-    states = _states_by_parameter(os.path.join(pool.directory, UNIVERSAL))
+    states = _states_by_parameter(pool.folder.folder(UNIVERSAL))
     found = sorted({name for held in states.values() for name in held} - {"step"})
     if state not in found:
         raise FormatError(
@@ -85,6 +85,7 @@ def _open(pool: FilePool, names: Sequence[str], state: str) -> Checkpoint:
     if missing:
         raise FormatError(f"{_MODEL_STATES} names {quoted(missing[0])}, but {UNIVERSAL} lacks this parameter",
                           hint=_COPY_AGAIN)  # fmt: skip
+    pool.folder.will_open([_file_of(name, state) for name in states])
     parts = {name: _read_part(pool, name, state) for name in states}
     tensors: dict[str, JoinedTensor] = {}
     for number, (name, part) in enumerate(parts.items()):
@@ -103,19 +104,16 @@ def _open(pool: FilePool, names: Sequence[str], state: str) -> Checkpoint:
     return whole.with_entries(*entries)
 
 
-def _states_by_parameter(directory: str) -> dict[str, set[str]]:
+def _states_by_parameter(folder: Folder) -> dict[str, set[str]]:
     """Return the names of the saved states by parameter, in the order of the names."""
-    states: dict[str, set[str]] = {}
-    with os.scandir(directory) as listing:
-        names = [entry.name for entry in islice(listing, _MOST_PARAMETERS + 1)]
-    if len(names) > _MOST_PARAMETERS:
-        raise FormatError(f"a universal checkpoint of more than {_MOST_PARAMETERS:,} parameters", path=directory)
-    for name in sorted(names):
-        path = os.path.join(directory, name)
-        if os.path.isdir(path):
-            with os.scandir(path) as files:
-                found = {file.name for file in islice(files, _MOST_STATES)}
-            states[name] = {file.removesuffix(".pt") for file in found if file.endswith(".pt")}
+    names = folder.names(_MOST_PARAMETERS)
+    if len(names.all) > _MOST_PARAMETERS:
+        raise FormatError(f"a universal checkpoint of more than {_MOST_PARAMETERS:,} parameters", path=folder.path)
+    folder.will_list(names.folders)
+    states = {}
+    for name in names.folders:
+        found = folder.folder(name).names(_MOST_STATES).all[:_MOST_STATES]
+        states[name] = {file.removesuffix(".pt") for file in found if file.endswith(".pt")}
     return states
 
 
@@ -125,8 +123,12 @@ def _read_model(pool: FilePool, names: Sequence[str]) -> Model | None:
     return read_model(pool, _MODEL_STATES, {}) if files == [_MODEL_STATES] else None
 
 
+def _file_of(name: str, state: str) -> str:
+    return f"{UNIVERSAL}/{name}/{state}.pt"
+
+
 def _read_part(pool: FilePool, name: str, state: str) -> Part:
-    file = pool.get(os.path.join(UNIVERSAL, name, f"{state}.pt"))
+    file = pool.get(_file_of(name, state))
     try:
         saved = read_torch(file, largest=LARGEST_PICKLE)
         tree = saved.tree.get(_PARAM) if isinstance(saved.tree, Mapping) else saved.tree

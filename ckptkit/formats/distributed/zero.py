@@ -25,8 +25,8 @@ from ckptkit.core.checkpoint import (
     row_major,
 )
 from ckptkit.core.files.payloads import Extent, Inflated, Region
-from ckptkit.core.files.places import folder_at
 from ckptkit.core.files.pool import FilePool
+from ckptkit.core.files.source import Folder
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
@@ -57,13 +57,14 @@ _CONVERT = "ds_to_universal.py of DeepSpeed converts it"
 _MOST_OUTLINED = 200_000
 
 
-def open_zero(directory: str, names: Sequence[str]) -> Checkpoint:
+def open_zero(folder: Folder, names: Sequence[str]) -> Checkpoint:
     """Return the Checkpoint of the fp32 weights in a directory that the ranks of DeepSpeed wrote.
 
     Keys and their order are as in the state_dict of the model. Buffers and frozen parameters keep their dtype. Raises
     ``FormatError`` if the file of a rank is missing or from another step, or the partitions do not fit the shapes.
     """
-    pool = FilePool(folder_at(directory))
+    pool = FilePool(folder)
+    folder.will_open([name for name in names if name.endswith("_states.pt")])
     with pool.closed_on_error():
         return _open(pool, names)
 
@@ -247,7 +248,7 @@ def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[Model],
         infos,
         Access(payload, payload, check=pool.check_unchanged, close=pool.close),
         Description(
-            pool.directory,
+            pool.folder.path,
             f"deepspeed zero stage {stage} ({plural(len(ranks), 'rank')})",
             files=[file.path for file in pool.files.values()],
             entries=model_entries(first),

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import format_of, read_table_file
+from ckptkit.core.files.places import clean_path
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import first_line, kind_of, listed, plural, quoted, short_number
 from ckptkit.core.torch_types import Module
@@ -186,7 +187,7 @@ def _bases(given: object) -> tuple[Mapping[str, Sequence[int | None]], bool]:
     A base-shape file has null for those dimensions. Between plain shapes, a dimension of equal size does not grow.
     """
     if isinstance(given, str | os.PathLike):
-        path = os.fsdecode(given)
+        path = clean_path(os.fsdecode(given))
         given = path if format_of(path) == "toml" else read_table_file(path)  # any other suffix is of a checkpoint
     if isinstance(given, Mapping) and given and all(isinstance(shape, list | tuple) for shape in given.values()):
         for name, shape in given.items():
