@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.quantized import QuantizedWeight
 from ckptkit.quantized.configuration import Configuration, configured_dtype, read_configuration
+from ckptkit.quantized.known import Known
 
 if TYPE_CHECKING:
     from ckptkit.values.dequantize.model import Decoder, Setting
 
 __all__ = ["SETTINGS", "Decoded", "Decoding", "SettingsOf"]
 
-Sections = Sequence[Mapping[str, object]]  # of the configuration files
-# Of the parts by role, the sections, and a function that reads the bytes of a part.
-SettingsOf = Callable[[Mapping[str, TensorInfo], Sections, Callable[[str], bytes]], "Mapping[str, Setting]"]
+SettingsOf = Callable[[Known], "Mapping[str, Setting]"]
 
 # The module and the function that find the settings of a family: what the headers of the parts do not say.
 SETTINGS: Mapping[str, tuple[str, str]] = {
     "scaled": ("settings", "of_scaled"),
+    "bitsandbytes 4bit": ("settings_bitsandbytes", "of_four_bits"),
+    "bitsandbytes int8": ("settings_bitsandbytes", "of_int8"),
+    "gptq": ("settings_gptq", "of_gptq"),
+    "awq": ("settings_gptq", "of_awq"),
+    "packed rows": ("settings_compressed", "of_packed_rows"),
 }
 
 
@@ -62,7 +66,7 @@ class Decoding:
 
         Raises ``PlanError`` for a scheme that ckptkit cannot decode, and ``FormatError`` for missing or broken parts.
         """
-        from ckptkit.values.dequantize.model import BrokenPartError
+        from ckptkit.values.dequantize.model import BrokenPartError, UnknownFormError
         from ckptkit.values.dequantize.payload import broken_part
         from ckptkit.values.dequantize.schemes import make_decoder
 
@@ -79,11 +83,18 @@ class Decoding:
                 module, function = SETTINGS[weight.family]
                 find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.{module}"), function)
                 settings = find(
-                    parts,
-                    self._configuration.sections,
-                    lambda role: b"".join(map(bytes, self._stored.payload(keys[role]).chunks())),
+                    Known(
+                        weight.key,
+                        parts,
+                        self._configuration.sections,
+                        self.checkpoint.metadata,
+                        lambda role: b"".join(map(bytes, self._stored.payload(keys[role]).chunks())),
+                    )
                 )
             decoder = make_decoder(weight.family, parts, settings)
+        except UnknownFormError as error:
+            reason = f"{quoted(weight.key)} is quantised ({weight.scheme} {error}), which ckptkit cannot dequantise"
+            raise PlanError(reason, hint=weight.way_out) from None
         except BrokenPartError as error:
             raise broken_part(weight.key, parts, error) from None
         return Decoded(weight, decoder, weight.family, tuple(settings.items()))

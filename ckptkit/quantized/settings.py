@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.quantized.known import Known
 
 if TYPE_CHECKING:
     from ckptkit.values.dequantize.model import Setting
@@ -13,15 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["of_scaled"]
 
 
-def of_scaled(
-    parts: Mapping[str, TensorInfo],
-    sections: Sequence[Mapping[str, object]],
-    read: Callable[[str], bytes],  # noqa: ARG001 - other families read a part
-) -> Mapping[str, Setting]:
+def of_scaled(known: Known) -> Mapping[str, Setting]:
     """Return the size of a block, if the configuration names it and the scales are of blocks."""
-    if "scales" not in parts or len(parts["scales"].shape) < 2:
+    if "scales" not in known.parts or len(known.parts["scales"].shape) < 2:
         return {}
-    for section in sections:
+    for section in known.sections:
         sizes = section.get("weight_block_size") or _block_of_groups(section)
         if isinstance(sizes, list) and 0 < len(sizes) <= 2 and all(type(size) is int and size > 0 for size in sizes):
             return {"block": tuple(sizes)}

@@ -126,8 +126,14 @@ _TORCHAO = "load it with torchao, call dequantize() on each tensor, and save the
 _DEQUANTIZE = "load it with transformers, call model.dequantize(), and save it with save_pretrained"
 
 
-def _scaled(*scales: str, codes: str = "weight", zeros: tuple[str, ...] = ()) -> Coding:
-    return Coding("scaled", (("codes", (codes,)), ("scales", scales), *([("zeros", zeros)] if zeros else [])))
+def _scaled(*scales: str, codes: str = "weight", zeros: tuple[str, ...] = (), index: tuple[str, ...] = ()) -> Coding:
+    others = [(role, endings) for role, endings in (("zeros", zeros), ("g_idx", index)) if endings]
+    return Coding("scaled", (("codes", (codes,)), ("scales", scales), *others))
+
+
+def _by_columns(family: str) -> Coding:
+    roles = (("codes", "qweight"), ("scales", "scales"), ("zeros", "qzeros"), ("g_idx", "g_idx"))
+    return Coding(family, tuple((role, (ending,)) for role, ending in roles))
 
 
 _OF_FP8 = Scheme(
@@ -158,6 +164,14 @@ def _bitsandbytes_4bit(kind: str) -> Scheme:
         coded="",
         weight="",
         is_certain=True,
+        coding=Coding(
+            "bitsandbytes 4bit",
+            (
+                ("codes", ("",)),
+                ("quant_state", (f".quant_state.bitsandbytes__{kind}",)),
+                *((name, (f".{name}",)) for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+            ),
+        ),
     )
 
 
@@ -219,6 +233,10 @@ SCHEMES = (
         (Part(("SCB", "weight.SCB"), _FLOATS, _is_scale, is_telling=True),),
         f"{_DEQUANTIZE}; or use bitsandbytes.functional.int8_vectorwise_dequant",
         _dtypes("bitsandbytes bitsandbytes_8bit"), (Part(("weight_format",), _dtypes("U8")),),
+        coding=Coding(
+            "bitsandbytes int8",
+            (("codes", ("weight",)), ("scales", ("SCB", "weight.SCB")), ("weight_format", ("weight_format",))),
+        ),
     ),
     _OF_FP8,
     replace(_BY_SCALE, name="fp8 (compressed-tensors)", way_out=_COMPRESSED, methods=_dtypes("compressed-tensors")),
@@ -286,6 +304,13 @@ SCHEMES = (
         "int (compressed-tensors)", Part(("weight_packed",), _dtypes("I32")),
         (_SCALE, Part(("weight_shape",), _dtypes("I64 I32"), is_telling=True)),
         _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+        coding=Coding(
+            "packed rows",
+            (
+                ("codes", ("weight_packed",)), ("scales", ("weight_scale",)), ("zeros", ("weight_zero_point",)),
+                ("g_idx", ("weight_g_idx",)), ("shape", ("weight_shape",)),
+            ),
+        ),
     ),
     Scheme(
         "marlin-24 (compressed-tensors)", Part(("weight_packed",), _dtypes("I32")),
@@ -299,6 +324,7 @@ SCHEMES = (
     Scheme(
         "int8", Part(("weight",), _dtypes("I8")), (_SCALE,), _COMPRESSED,
         _dtypes("compressed-tensors modelopt quark"), (_OF_WEIGHT, _OF_INPUT),
+        coding=_scaled("weight_scale", zeros=("weight_zero_point",), index=("weight_g_idx",)),
     ),
     Scheme(  # gpt-fast, TensorRT-LLM and others
         "int8", Part(("weight",), _dtypes("I8")),
@@ -327,17 +353,20 @@ SCHEMES = (
         "GPTQ", Part(("qweight",), _dtypes("I32")),
         (Part(("qzeros",), _dtypes("I32"), is_telling=True), Part(("scales",), _FLOATS, _has_same_columns)),
         _GPTQ, _dtypes("gptq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+        coding=_by_columns("gptq"),
     ),
     Scheme(
         "AWQ", Part(("qweight",), _dtypes("I32 I16")),
         (Part(("qzeros", "scaled_zeros"), _FLOATS | {"I32"}, is_telling=True), Part(("scales",), _FLOATS, _is_matrix)),
         "load it with AutoAWQ, and dequantise the weight of each layer with dequantize_gemm",
         _dtypes("awq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+        coding=_by_columns("awq"),
     ),
     Scheme(
         "GPTQ", Part(("qweight",), _dtypes("I32")), (Part(("scales",), _FLOATS, _is_matrix),),
         _GPTQ, _dtypes("gptq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
         absent=frozenset({"qzeros"}),  # symmetric: each zero point is known
+        coding=_by_columns("gptq"),
     ),
     Scheme(
         "GPTQ (Marlin)", Part(("B",), _dtypes("I32")), (Part(("s",), _FLOATS, _is_matrix, is_telling=True),),

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.dequantize.model import E8M0, FLOATS, FP8, Decoder, Settings, floats_of, require_part
+from ckptkit.values.dequantize.model import (
+    E8M0,
+    FLOATS,
+    FP8,
+    Decoder,
+    Settings,
+    UnknownFormError,
+    floats_of,
+    require_part,
+)
 from ckptkit.values.dequantize.scales import ScaleLayout, scale_layout
 from ckptkit.values.workers import Workers
 
@@ -79,6 +88,8 @@ def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:
     """Return the decoder of these parts; ``block`` of the settings has the sizes of a block."""
     codes = require_part(parts, "codes", FP8 | {"I8"})
     scales = require_part(parts, "scales", FLOATS | E8M0)
+    if "g_idx" in parts:
+        raise UnknownFormError("with columns in the order of activations")
     block = settings.get("block", ())
     usual = block if isinstance(block, tuple) else ()
     layout, zeros = scale_layout("scales", codes.shape, scales, usual), None

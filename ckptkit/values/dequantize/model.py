@@ -24,6 +24,7 @@ __all__ = [
     "Decoder",
     "Setting",
     "Settings",
+    "UnknownFormError",
     "floats_of",
     "require_part",
     "setting_int",
@@ -48,6 +49,10 @@ class BrokenPartError(Exception):
         super().__init__(f"{role} {reason}")
         self.role = role
         self.reason = reason
+
+
+class UnknownFormError(Exception):
+    """Raised for a form of a scheme that no decoder reads. Its text follows the name of the scheme: ``in planes``."""
 
 
 @dataclass(frozen=True, slots=True)

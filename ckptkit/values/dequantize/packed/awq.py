@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.values.dequantize.model import FLOATS, BrokenPartError, Decoder, Settings, floats_of, require_part
+from ckptkit.values.dequantize.model import (
+    FLOATS,
+    BrokenPartError,
+    Decoder,
+    Settings,
+    UnknownFormError,
+    floats_of,
+    require_part,
+)
 from ckptkit.values.dequantize.packed.grouped import Groups, rows_of_groups
 from ckptkit.values.workers import Workers
 
@@ -98,6 +106,8 @@ def _unpack(words: npt.NDArray[np.uint32], out: npt.NDArray[np.float32], workers
 
 def awq(parts: Mapping[str, TensorInfo], settings: Settings) -> Awq:  # noqa: ARG001 - of every family
     """Return the decoder of these parts; nothing in the settings is needed."""
+    if "g_idx" in parts:
+        raise UnknownFormError("with input features in the order of activations")
     codes = require_part(parts, "codes", ("I32",)).shape
     scales = require_part(parts, "scales", FLOATS).shape
     fits = len(codes) == len(scales) == 2 and scales[1] == codes[1] * _EACH

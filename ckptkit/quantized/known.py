@@ -1,0 +1,34 @@
+"""What a checkpoint tells about one quantised weight, beside the headers of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ckptkit.core.checkpoint import TensorInfo
+
+__all__ = ["Known"]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The parts of a weight by role, the configuration and metadata of its checkpoint, and how to read a part.
+
+    Attributes:
+        key: The name of the weight.
+        parts: The parts by role.
+        sections: The sections about quantisation of the configuration files.
+        metadata: The metadata of the files.
+        read: Returns the bytes of the part with a role.
+    """
+
+    key: str
+    parts: Mapping[str, TensorInfo]
+    sections: tuple[Mapping[str, object], ...]
+    metadata: Mapping[str, str]
+    read: Callable[[str], bytes]
+
+    def configured(self, *names: str) -> object:
+        """Return the value of the first of these names that a section has, or None."""
+        found = (section.get(name) for name in names for section in self.sections)
+        return next((value for value in found if value is not None), None)
