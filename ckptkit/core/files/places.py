@@ -137,15 +137,18 @@ def join(path: str, *names: str) -> str:
     """Return the path of a name in the folder ``path``."""
     if not is_url(path):
         return os.path.join(path, *names)
-    before, own, after = _parts(path)
-    return before + "/".join([own.rstrip("/"), *names]) + after
+    from ckptkit.core.files.remote.urls import join_url
+
+    return join_url(path, *names)
 
 
 def split(path: str) -> tuple[str, str]:
     """Return the folder in which ``path`` is, and its name there."""
     if not is_url(path):
         return os.path.split(path)
-    before, own, after = _parts(path)
+    from ckptkit.core.files.remote.urls import parts_of
+
+    before, own, after = parts_of(path)
     scheme, mark, rest = own.rstrip("/").partition("://")
     parent, slash, name = rest.rpartition("/")
     if not slash:  # the name of a bucket or a server
@@ -171,16 +174,3 @@ def absolute(path: str) -> str:
 def real_path(path: str) -> str:
     """Return ``path`` without links and relative parts; a URL stays as it is."""
     return path if is_url(path) else os.path.realpath(path)
-
-
-def _parts(url: str) -> tuple[str, str, str]:
-    """Return what is before, in and after the part of a URL that holds its names: the first part with a scheme.
-
-    A query is after it.
-    """
-    parts = url.split("::")
-    number = next(number for number, part in enumerate(parts) if _SCHEME.match(part))
-    before = "".join(f"{part}::" for part in parts[:number])
-    after = "".join(f"::{part}" for part in parts[number + 1 :])
-    own, mark, query = parts[number].partition("?") if parts[number][:4].lower() == "http" else (parts[number], "", "")
-    return before, own, mark + query + after

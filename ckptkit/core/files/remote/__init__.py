@@ -1,32 +1,59 @@
-"""Files and folders of stores, which are named by URLs."""
+"""Files and folders of stores, which are named by URLs.
+
+fsspec and its filesystems are imported by the first request.
+"""
 
 from __future__ import annotations
 
+from ckptkit.core.files.remote.urls import clean_url as _clean
 from ckptkit.core.files.source import ByteSource, Folder
-from ckptkit.errors import PathError
 
-__all__ = ["clean_url", "open_remote", "remote_folder", "remote_kind"]
+__all__ = ["clean_url", "forget", "open_remote", "remote_folder", "remote_kind"]
 
 
 def clean_url(url: str) -> str:
-    """Return the URL that messages show."""
-    return url
+    """Return the URL without credentials, which its requests still have; what was known of the URL is asked again.
+
+    Call it once, where a URL enters.
+    """
+    shown = _clean(url)
+    forget(shown)
+    return shown
+
+
+def forget(url: str) -> None:
+    """Ask again what is at the URL and below it: it was written or removed. A ``::KEY`` after the URL is left out."""
+    import sys
+
+    before, mark, key = url.rpartition("::")
+    url = before if mark and "://" not in key else url
+
+    kept = sys.modules.get("ckptkit.core.files.remote.kept")  # else nothing was asked
+    if kept is not None:
+        kept.forget(url)
 
 
 def open_remote(url: str) -> ByteSource:
-    """Return the open file at ``url``. Raises ``PathError``."""
-    raise _refusal(url)
+    """Return the open file at ``url``. Raises ``PathError`` where it is missing or cannot be read."""
+    from ckptkit.core.files.remote.kept import take_open
+    from ckptkit.core.files.remote.remote_file import RemoteFile
+    from ckptkit.core.files.remote.running import finish
+
+    return RemoteFile(url, finish(take_open(url)))
 
 
 def remote_folder(url: str) -> Folder:
-    """Return the folder at ``url``. Raises ``PathError``."""
-    raise _refusal(url)
+    """Return the folder at ``url``; nothing is asked."""
+    from ckptkit.core.files.remote.remote_folder import RemoteFolder
+
+    return RemoteFolder(url)
 
 
 def remote_kind(url: str) -> str:
-    """Return what is at ``url``: ``"file"``, ``"folder"``, or an empty string. Raises ``PathError``."""
-    raise _refusal(url)
+    """Return what is at ``url``: ``"file"``, ``"folder"``, or an empty string. The answer is kept for the next call.
 
+    Raises ``PathError`` where the store cannot be asked.
+    """
+    from ckptkit.core.files.remote.kinds import kind_of_url
 
-def _refusal(url: str) -> PathError:
-    return PathError("remote paths are not supported", hint="download the checkpoint first", path=url)
+    return kind_of_url(url)

@@ -1,0 +1,139 @@
+"""What was asked before it is needed: first bytes of files, and names in folders. Both are kept for a minute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ckptkit.core.files.remote.first_bytes import asked_next
+from ckptkit.core.files.remote.running import on_fork, start
+from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState
+from ckptkit.core.files.remote.stores import store_of
+
+__all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "known_state", "take_open"]
+
+T = TypeVar("T")
+_SECONDS = 60.0
+_MOST_FILES = 4096
+_MOST_FOLDERS = 256
+_MOST_AHEAD = 16 << 20  # bytes of all files that are opened at once
+_SMALLEST_HEAD = 4 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The size, the version and the first bytes of a file."""
+
+    state: ObjectState
+    pieces: tuple[tuple[int, bytes | bytearray], ...]  # each with its offset
+
+
+class _Kept(Generic[T]):
+    """Answers by URL, for a minute."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._answers: dict[str, tuple[float, Future[T]]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, url: str) -> Future[T] | None:
+        with self._lock:
+            since, answer = self._answers.get(url, (0.0, None))
+            return answer if answer is not None and time.monotonic() - since < _SECONDS else None
+
+    def begin(self, url: str, request: Coroutine[Any, Any, T]) -> Future[T]:
+        answer = start(request)
+        with self._lock:
+            self._answers.pop(url, None)
+            self._answers[url] = (time.monotonic(), answer)
+            if len(self._answers) > self._most:
+                del self._answers[next(iter(self._answers))]
+        return answer
+
+    def pop(self, url: str) -> Future[T] | None:
+        answer = self.get(url)
+        with self._lock:
+            self._answers.pop(url, None)
+        return answer
+
+    def forget(self, url: str) -> None:
+        below = url.rstrip("/") + "/"
+        with self._lock:
+            for other in [other for other in self._answers if f"{other}/".startswith(below)]:
+                del self._answers[other]
+
+    def below(self, url: str) -> list[Future[T]]:
+        with self._lock:
+            return [answer for other, (_, answer) in self._answers.items() if other.startswith(url.rstrip("/") + "/")]
+
+
+_files: _Kept[Opened] = _Kept(_MOST_FILES)
+_folders: _Kept[Listing] = _Kept(_MOST_FOLDERS)
+
+
+@on_fork
+def _forget_all() -> None:
+    _files.__init__(_MOST_FILES)  # type: ignore[misc]
+    _folders.__init__(_MOST_FOLDERS)  # type: ignore[misc]
+
+
+def forget(url: str) -> None:
+    """Keep nothing of this URL, of what is below it, and of the names in the folder that holds it."""
+    _files.forget(url)
+    _folders.forget(url)
+    _folders.pop(url.rstrip("/").rpartition("/")[0])
+
+
+def begin_open(url: str, *, of: int = 1) -> Future[Opened]:
+    """Ask for the size and the first bytes of a file, one of ``of`` files, unless that was done; do not wait."""
+    kept = _files.get(url)
+    if kept is not None:
+        return kept
+    count = max(min(HEAD, _MOST_AHEAD // of), _SMALLEST_HEAD)
+    return _files.begin(url, _open(url, count, known_state(url)))
+
+
+async def _open(url: str, count: int, known: ObjectState | None) -> Opened:
+    store = store_of(url)
+    state, first = await store.head(url, count, known)
+    following = asked_next(first, state.size)
+    if following is None:
+        return Opened(state, ((0, first),))
+    more = bytearray(following[1] - following[0])
+    await store.fetch(url, following[0], memoryview(more), state)
+    return Opened(state, ((0, first), (following[0], more)))
+
+
+def take_open(url: str) -> Future[Opened]:
+    """Return what ``begin_open`` asked, or ask now; it is not kept any longer."""
+    answer = begin_open(url)
+    _files.pop(url)
+    return answer
+
+
+def begin_list(url: str) -> Future[Listing]:
+    """Ask for the names in a folder, unless that was done; do not wait."""
+    url = url.rstrip("/") if not url.endswith("://") else url
+    return _folders.get(url) or _folders.begin(url, _list(url))
+
+
+async def _list(url: str) -> Listing:
+    return await store_of(url).listing(url)
+
+
+def known_state(url: str) -> ObjectState | None:
+    """Return what a listing that is kept says of a file."""
+    folder, _, name = url.rpartition("/")
+    listing = _folders.get(folder)
+    if listing is None or not listing.done() or listing.cancelled() or listing.exception() is not None:
+        return None
+    return listing.result().files.get(name)
+
+
+def found_below(url: str) -> bool:
+    """Return whether a file below the URL was opened or is kept; the answers are waited for."""
+    return any(answer.exception() is None for answer in _files.below(url))

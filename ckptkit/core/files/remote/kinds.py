@@ -1,0 +1,50 @@
+"""Find whether a file or a folder is at a URL."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
+from ckptkit.core.files.remote.kept import begin_list, begin_open, found_below
+from ckptkit.core.files.remote.running import finish
+from ckptkit.core.files.remote.store import Listing
+from ckptkit.core.files.remote.urls import is_host
+
+__all__ = ["kind_of_url"]
+
+
+def kind_of_url(url: str) -> str:
+    """Return ``"file"``, ``"folder"``, or an empty string where nothing is found."""
+    if url.endswith("/") or is_host(url):
+        return _folder(begin_list(url), url, is_sure=True)
+    file = begin_open(url)
+    # A name without a suffix is probably a folder: both questions are asked in one round.
+    folder = None if "." in url.rpartition("/")[2] else begin_list(url)
+    refusal = None
+    try:
+        finish(file)
+    except NotFoundError:
+        pass
+    except RefusedError as error:  # some stores say so of a name that does not exist
+        refusal = error
+    else:
+        return "file"
+    try:
+        kind = _folder(folder or begin_list(url), url, is_sure=False)
+    except RefusedError:
+        kind = ""
+    if refusal is not None and not kind:
+        raise refusal
+    return kind
+
+
+def _folder(request: Future[Listing], url: str, *, is_sure: bool) -> str:
+    try:
+        listing = finish(request)
+    except NotFoundError as error:
+        if error.reason.startswith("there is no bucket"):
+            raise
+        return ""
+    if listing.is_listed or is_sure or found_below(url):
+        return "folder"
+    return ""

@@ -1,0 +1,162 @@
+"""A file of a store, which is open for reading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from concurrent.futures import CancelledError
+
+from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
+from ckptkit.core.files.remote.failures import NotFoundError
+from ckptkit.core.files.remote.kept import Opened
+from ckptkit.core.files.remote.read_ahead import AHEAD, NEAR, PART, ReadAhead
+from ckptkit.core.files.remote.running import finish, start
+from ckptkit.core.files.remote.store import Store
+from ckptkit.core.files.remote.stores import store_of
+from ckptkit.errors import ChangedError, PathError
+
+__all__ = ["RemoteFile"]
+
+
+class RemoteFile:
+    """A file of a store. Threads may read it at once."""
+
+    def __init__(self, url: str, opened: Opened) -> None:
+        """Take the URL without credentials, and the answer of the store."""
+        self._url = url
+        self._state = opened.state
+        self._is_closed = False
+        self._begin(opened)
+
+    def _begin(self, opened: Opened) -> None:
+        self._process = os.getpid()
+        self._blocks = FileBlocks()
+        self._ahead = ReadAhead(self.size)
+        with held.lock:
+            for offset, data in opened.pieces:
+                if data and held.has_room(len(data)):
+                    held.add(Block(offset, data), self._blocks)
+
+    @property
+    def path(self) -> str:
+        """The URL without credentials."""
+        return self._url
+
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self._state.size
+
+    @property
+    def identity(self) -> Hashable:
+        """The URL and the version of the object."""
+        return self._url, self._state
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return exactly ``count`` bytes. Raises ``ChangedError``, or ``PathError`` where the store does not answer."""
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the bytes from ``offset``. Raises the same errors as ``read``."""
+        end = offset + len(buffer)
+        if end > self.size:
+            raise ChangedError("the file became shorter while it was read", path=self._url)
+        if self._process != os.getpid():  # in a child process, nothing that was under way ever comes
+            self._begin(Opened(self._state, ()))
+        after: list[tuple[int, int]] | None = None
+        position = offset
+        while position < end:
+            with held.lock:
+                self._refuse_closed()
+                block = self._blocks.at(position)
+                if after is None and (block is None or end > block.end or block.end - end < PART):
+                    after = self._ahead.after(offset, end)
+                if block is None or not block.is_done or after:
+                    self._request(position, end, after or [])
+                    after = []
+                    block = self._blocks.at(position)
+                assert block is not None  # noqa: S101 - it was requested
+                held.use(block)
+            position += self._copy(block, buffer[position - offset :], position)
+
+    def _copy(self, block: Block, buffer: memoryview, position: int) -> int:
+        """Copy what the block has for the buffer, and return how many bytes; 0 if it was given up meanwhile."""
+        count = 0
+        try:
+            if block.future is not None:
+                finish(block.future)
+            count = min(block.end - position, len(buffer))
+            begin = position - block.start
+            buffer[:count] = memoryview(block.data)[begin : begin + count]
+        except CancelledError:
+            count = 0
+        finally:
+            with held.lock:
+                block.users -= 1
+                block.unread -= count
+                if not count or (block.unread <= 0 and block.nbytes > NEAR):  # values are read once
+                    held.drop(block)
+        return count
+
+    def _request(self, position: int, end: int, after: Sequence[tuple[int, int]]) -> None:
+        """Begin to fetch what is missing of a range that is needed now, and of what is read ahead."""
+        stop = min(end, position + AHEAD)
+        if stop - position < NEAR and not self._ahead.is_announced(position):
+            stop = min(position + NEAR, self.size)
+        self._fetch(position, stop, is_needed=True)
+        if stop >= end:
+            for ahead, ahead_end in after:
+                self._fetch(max(ahead, stop) if ahead == end else ahead, ahead_end, is_needed=False)
+
+    def _fetch(self, position: int, end: int, *, is_needed: bool) -> None:
+        while position < end:
+            block = self._blocks.at(position)
+            if block is None:
+                stop = self._blocks.gap(position, min(end, position + PART))
+                if not held.has_room(stop - position) and not is_needed:
+                    return
+                block = Block(position, bytearray(stop - position))
+                held.add(block, self._blocks)
+                block.future = start(self._store.fetch(self._url, position, memoryview(block.data), self._state))
+            is_needed = False  # the first byte is; what follows it can wait
+            position = block.end
+
+    @property
+    def _store(self) -> Store:
+        return store_of(self._url)
+
+    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Take a hint: these ranges, as offset and number of bytes, are read next. The first are fetched now."""
+        if self._process != os.getpid() or self._is_closed:
+            return
+        with held.lock:
+            self._ahead.announce((offset, offset + count) for offset, count in ranges)
+            for position, end in self._ahead.next_announced():
+                self._fetch(position, end, is_needed=False)
+
+    def check_unchanged(self, *, by_path: bool = False) -> None:
+        """Raise ``ChangedError`` if the file changed since it was opened.
+
+        A store that compares the version with each request is asked only with ``by_path``.
+        """
+        self._refuse_closed()
+        if not by_path and self._store.pins and (self._state.etag or self._state.modified):
+            return
+        try:
+            now = finish(start(self._store.state(self._url)))
+        except NotFoundError:
+            return
+        self._store.check(self._url, self._state, now)
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise PathError("the checkpoint was closed", hint="read it before it is closed", path=self._url)
+
+    def close(self) -> None:
+        """Drop what is held, and stop fetching. Closing twice is allowed."""
+        with held.lock:
+            self._is_closed = True
+            for block in self._blocks.all():
+                held.drop(block)

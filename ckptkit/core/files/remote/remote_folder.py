@@ -1,0 +1,89 @@
+"""A folder of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
+from ckptkit.core.files.remote.kept import begin_list, begin_open, take_open
+from ckptkit.core.files.remote.remote_file import RemoteFile
+from ckptkit.core.files.remote.running import finish
+from ckptkit.core.files.remote.store import Listing
+from ckptkit.core.files.remote.urls import join_url
+from ckptkit.core.files.source import ByteSource, Folder, FolderNames
+from ckptkit.errors import CkptkitError
+
+__all__ = ["RemoteFolder"]
+
+
+class RemoteFolder:
+    """A folder of a store. Objects of one URL share what was asked."""
+
+    def __init__(self, url: str) -> None:
+        """Take the URL without credentials; nothing is asked."""
+        self._url = url.rstrip("/") if not url.endswith("://") else url
+
+    @property
+    def path(self) -> str:
+        """The URL without credentials, and without a slash at its end."""
+        return self._url
+
+    def names(self, most: int) -> FolderNames:
+        """Return the names, at most ``most`` and one more. Raises ``PathError`` for a folder that does not exist."""
+        listing = finish(begin_list(self._url))
+        files = sorted(listing.files)[: most + 1]
+        return FolderNames(tuple(files), tuple(sorted(listing.folders)[: most + 1 - len(files)]), listing.is_listed)
+
+    def _listing_of(self, name: str) -> tuple[Listing, str]:
+        folder, _, last = name.rpartition("/")
+        try:
+            return finish(begin_list(join_url(self._url, folder) if folder else self._url)), last
+        except NotFoundError:
+            return Listing({}), last
+
+    def has_file(self, name: str) -> bool:
+        """Return whether the folder has this file, by its listing or by asking for the file."""
+        listing, last = self._listing_of(name)
+        if listing.is_listed:
+            return last in listing.files
+        try:
+            finish(begin_open(join_url(self._url, name)))
+        except (NotFoundError, RefusedError):
+            return False
+        return True
+
+    def has_folder(self, name: str) -> bool:
+        """Return whether the folder has this folder, by its listing."""
+        listing, last = self._listing_of(name)
+        return last in listing.folders
+
+    def has_link(self, name: str) -> bool:  # noqa: ARG002 - a store has no links
+        """Return False."""
+        return False
+
+    def open(self, name: str) -> ByteSource:
+        """Return the open file. Raises ``PathError`` where it is missing or cannot be read."""
+        url = join_url(self._url, name)
+        return RemoteFile(url, finish(take_open(url)))
+
+    def folder(self, name: str) -> Folder:
+        """Return the folder of this name; nothing is asked."""
+        return RemoteFolder(join_url(self._url, name))
+
+    def will_open(self, names: Sequence[str]) -> None:
+        """Ask for the sizes and first bytes of all these files, and do not wait."""
+        unique = dict.fromkeys(names)
+        for name in unique:
+            self._hint(begin_open, join_url(self._url, name), of=len(unique))
+
+    def will_list(self, names: Sequence[str]) -> None:
+        """Ask for the names in these folders, and do not wait."""
+        for name in dict.fromkeys(names):
+            self._hint(begin_list, join_url(self._url, name))
+
+    def _hint(self, begin: object, url: str, **options: int) -> None:
+        assert callable(begin)  # noqa: S101 - it is one of two functions
+        try:
+            begin(url, **options)
+        except CkptkitError:
+            return

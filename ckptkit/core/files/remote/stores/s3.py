@@ -1,0 +1,95 @@
+"""Objects of S3: one request gives the size, the ETag and the first bytes, and each later one names the ETag."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptkit.core.files.remote.failures import TransientError
+from ckptkit.core.files.remote.store import Listing, ObjectState, state_of
+from ckptkit.core.files.remote.stores.others import AsyncStore
+from ckptkit.core.files.remote.stores.web import copy_body
+from ckptkit.lazy_patterns import lazy_pattern
+
+__all__ = ["S3Store"]
+
+_TOTAL = lazy_pattern(r"bytes (?:\d+-\d+|\*)/(\d+)")
+
+
+class S3Store(AsyncStore):
+    """A bucket."""
+
+    async def head(self, url: str, count: int, known: ObjectState | None) -> tuple[ObjectState, bytes]:
+        """Return the state and the first bytes by one request, except of an empty object."""
+        if known is not None and not known.size:
+            return known, b""
+        asked = min(count, known.size) if known else count
+
+        async def once() -> tuple[ObjectState, bytes] | None:
+            try:
+                response = await self._get(url, 0, asked)
+            except OSError as error:
+                cause = getattr(error.__cause__, "response", None) or {}
+                if cause.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    return None
+                raise
+            state = _state(response)
+            data = bytearray(min(asked, state.size))
+            if await self._body(response, memoryview(data)) < len(data):
+                raise TransientError("the connection was cut")
+            return state, bytes(data)
+
+        found = await self.tried(once, url)
+        return found if found is not None else (await self.state(url), b"")
+
+    async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:
+        response = await self._get(url, start, start + len(buffer), state.etag)
+        try:
+            self.check(url, state, _state(response))
+        except BaseException:
+            response["Body"].close()
+            raise
+        return await self._body(response, buffer)
+
+    async def _get(self, url: str, start: int, end: int, etag: str = "") -> Any:
+        bucket, key, version = self.fs.split_path(self.target(url))
+        options = {"Range": f"bytes={start}-{end - 1}"}
+        if etag:
+            options["IfMatch"] = etag
+        if version:
+            options["VersionId"] = version
+        return await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **options)  # noqa: SLF001 - fsspec calls coroutines so
+
+    async def _body(self, response: Any, buffer: memoryview) -> int:
+        body = response["Body"]
+        raw = getattr(body, "raw_stream", None) or getattr(body, "__wrapped__", None)
+        content = getattr(raw, "content", None)
+        done = 0
+        try:
+            done = await copy_body(content if hasattr(content, "readany") else _Reader(body), buffer, self)
+        finally:
+            if done == len(buffer) and raw is not None and hasattr(raw, "release"):
+                raw.release()  # the connection is used again
+            else:
+                body.close()
+        return done
+
+    async def listing(self, url: str) -> Listing:
+        """Return the names in a folder, with the size and the ETag of each object."""
+        return await self.rows(self.fs._lsdir, url)  # noqa: SLF001 - fsspec calls coroutines so
+
+
+class _Reader:
+    """The body of a response of another HTTP library than aiohttp."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    async def readany(self) -> bytes:
+        data: bytes = await self._body.read(1 << 20)
+        return data
+
+
+def _state(response: Any) -> ObjectState:
+    found = _TOTAL.fullmatch(response.get("ContentRange") or "")
+    size = int(found[1]) if found else int(response["ContentLength"])
+    return state_of({**response, "size": size})
