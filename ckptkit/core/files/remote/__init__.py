@@ -35,8 +35,8 @@ def forget(url: str) -> None:
 
 def open_remote(url: str) -> ByteSource:
     """Return the open file at ``url``. Raises ``PathError`` where it is missing or cannot be read."""
+    from ckptkit.core.files.remote.file import RemoteFile
     from ckptkit.core.files.remote.kept import take_open
-    from ckptkit.core.files.remote.remote_file import RemoteFile
     from ckptkit.core.files.remote.running import finish
 
     return RemoteFile(url, finish(take_open(url)))
@@ -44,7 +44,7 @@ def open_remote(url: str) -> ByteSource:
 
 def remote_folder(url: str) -> Folder:
     """Return the folder at ``url``; nothing is asked."""
-    from ckptkit.core.files.remote.remote_folder import RemoteFolder
+    from ckptkit.core.files.remote.folder import RemoteFolder
 
     return RemoteFolder(url)
 

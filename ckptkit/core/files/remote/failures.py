@@ -183,13 +183,13 @@ def _unreachable(chain: list[BaseException], names: set[str], url: str) -> Trans
     host = host_of(url)
     for link in chain:
         if isinstance(link, socket.gaierror) or type(link).__name__ == "ClientConnectorDNSError":
-            return TransientError(f"the name of the server is not known: {host}", is_unreachable=True)
+            return TransientError(f"the server of {host} is not found", is_unreachable=True)
         if isinstance(link, OSError) and link.errno in (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return TransientError(f"the server does not accept connections: {host}", is_unreachable=True)
+            return TransientError(f"the server of {host} does not accept connections", is_unreachable=True)
     if names & {"ClientConnectorCertificateError", "SSLCertVerificationError"}:
-        return TransientError(f"the certificate of the server is not valid: {host}", is_unreachable=True)
+        return TransientError(f"the certificate of the server of {host} is not valid", is_unreachable=True)
     if names & {"ClientConnectorError", "EndpointConnectionError", "ConnectError"}:
-        return TransientError(f"the server cannot be reached: {host}", is_unreachable=True)
+        return TransientError(f"the server of {host} cannot be reached", is_unreachable=True)
     return None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
+from ckptkit.core.files.remote.file import RemoteFile
 from ckptkit.core.files.remote.kept import begin_list, begin_open, take_open
-from ckptkit.core.files.remote.remote_file import RemoteFile
 from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
 from ckptkit.core.files.remote.urls import join_url
