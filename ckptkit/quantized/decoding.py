@@ -26,6 +26,7 @@ SettingsOf = Callable[[Known], "Mapping[str, Setting]"]
 # The module and the function that find the settings of a family: what the headers of the parts do not say.
 SETTINGS: Mapping[str, tuple[str, str]] = {
     "scaled": ("settings", "of_scaled"),
+    "torchao": ("settings_torchao", "of_torchao"),
     "bitsandbytes 4bit": ("settings_bitsandbytes", "of_four_bits"),
     "bitsandbytes int8": ("settings_bitsandbytes", "of_int8"),
     "gptq": ("settings_gptq", "of_gptq"),

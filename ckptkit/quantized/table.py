@@ -221,6 +221,15 @@ def _torchao(anchor: str, joint: str, *, is_private: bool = False) -> Scheme:
         coded=f"{joint}{anchor}",
         weight="",
         is_private=is_private,
+        coding=Coding(
+            "torchao",
+            (
+                ("codes", (f"{joint}{anchor}",)),
+                ("scales", (f"{joint}scale",)),
+                ("zeros", (f"{joint}zero_point",)),
+                ("pre_scale", (f"{joint}act_pre_scale",)),
+            ),
+        ),
     )
 
 

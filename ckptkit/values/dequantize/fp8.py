@@ -45,6 +45,7 @@ class Scaled(Decoder):
 
     layout: ScaleLayout
     zeros: ScaleLayout | None = None
+    dtype: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,9 +54,9 @@ class Scaled(Decoder):
 
     @property
     def recorded(self) -> str | None:
-        """The dtype of the scales, if it is F16 or BF16."""
-        found = self.parts["scales"].dtype
-        return found if found in {"F16", "BF16"} else None
+        """The dtype that the settings say, else that of the scales if it is F16 or BF16."""
+        found = self.dtype or self.parts["scales"].dtype
+        return found if self.dtype or found in {"F16", "BF16"} else None
 
     def prepare(self, whole: Mapping[str, memoryview]) -> _Held:
         """Return the scales and zero points in their layouts."""
@@ -85,7 +86,7 @@ class Scaled(Decoder):
 
 
 def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:
-    """Return the decoder of these parts; ``block`` of the settings has the sizes of a block."""
+    """Return the decoder of these parts; the settings can have ``block``, the sizes of a block, and ``dtype``."""
     codes = require_part(parts, "codes", FP8 | {"I8"})
     scales = require_part(parts, "scales", FLOATS | E8M0)
     if "g_idx" in parts:
@@ -95,4 +96,5 @@ def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:
     layout, zeros = scale_layout("scales", codes.shape, scales, usual), None
     if "zeros" in parts:
         zeros = scale_layout("zeros", codes.shape, require_part(parts, "zeros", FLOATS | FP8 | _INTEGERS), usual)
-    return Scaled(parts, layout, zeros)
+    dtype = settings.get("dtype")
+    return Scaled(parts, layout, zeros, dtype if isinstance(dtype, str) else None)

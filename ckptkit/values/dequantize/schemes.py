@@ -14,6 +14,7 @@ __all__ = ["FAMILIES", "make_decoder"]
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "gguf": ("gguf", "in_blocks"),
     "scaled": ("fp8", "scaled"),
+    "torchao": ("fp8", "scaled"),
     "bitsandbytes 4bit": ("packed.bitsandbytes", "four_bits"),
     "bitsandbytes int8": ("packed.bitsandbytes", "int8_rows"),
     "gptq": ("packed.gptq", "gptq"),
