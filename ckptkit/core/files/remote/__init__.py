@@ -36,10 +36,8 @@ def forget(url: str) -> None:
 def open_remote(url: str) -> ByteSource:
     """Return the open file at ``url``. Raises ``PathError`` where it is missing or cannot be read."""
     from ckptkit.core.files.remote.file import RemoteFile
-    from ckptkit.core.files.remote.kept import take_open
-    from ckptkit.core.files.remote.running import finish
 
-    return RemoteFile(url, finish(take_open(url)))
+    return RemoteFile(url)
 
 
 def remote_folder(url: str) -> Folder:

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError
 
 from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
 from ckptkit.core.files.remote.failures import NotFoundError
-from ckptkit.core.files.remote.kept import Opened
+from ckptkit.core.files.remote.kept import Opened, open_now
 from ckptkit.core.files.remote.read_ahead import AHEAD, NEAR, PART, ReadAhead
 from ckptkit.core.files.remote.running import finish, start
 from ckptkit.core.files.remote.store import Store
@@ -21,8 +21,9 @@ __all__ = ["RemoteFile"]
 class RemoteFile:
     """A file of a store. Threads may read it at once."""
 
-    def __init__(self, url: str, opened: Opened) -> None:
-        """Take the URL without credentials, and the answer of the store."""
+    def __init__(self, url: str) -> None:
+        """Open the file at a URL without credentials. Raises ``PathError`` where it is missing or cannot be read."""
+        opened = open_now(url)
         self._url = url
         self._state = opened.state
         self._is_closed = False
@@ -71,11 +72,11 @@ class RemoteFile:
             with held.lock:
                 self._refuse_closed()
                 block = self._blocks.at(position)
-                if after is None and (block is None or end > block.end or block.end - end < PART):
-                    after = self._ahead.after(offset, end)
-                if block is None or not block.is_done or after:
-                    self._request(position, end, after or [])
-                    after = []
+                if after is None:  # reading the first bytes, which came unasked, does not show what is read next
+                    is_first = block is not None and block.future is None and end <= block.end
+                    after = [] if is_first else self._ahead.after(offset, end)
+                if block is None or end > block.end or after:
+                    self._request(position, end, after)
                     block = self._blocks.at(position)
                 assert block is not None  # noqa: S101 - it was requested
                 held.use(block)
@@ -103,12 +104,12 @@ class RemoteFile:
     def _request(self, position: int, end: int, after: Sequence[tuple[int, int]]) -> None:
         """Begin to fetch what is missing of a range that is needed now, and of what is read ahead."""
         stop = min(end, position + AHEAD)
-        if stop - position < NEAR and not self._ahead.is_announced(position):
+        if stop - position < NEAR and self._blocks.at(position) is None and not self._ahead.is_announced(position):
             stop = min(position + NEAR, self.size)
         self._fetch(position, stop, is_needed=True)
         if stop >= end:
-            for ahead, ahead_end in after:
-                self._fetch(max(ahead, stop) if ahead == end else ahead, ahead_end, is_needed=False)
+            for begin, ahead in after:
+                self._fetch(begin, ahead, is_needed=False)
 
     def _fetch(self, position: int, end: int, *, is_needed: bool) -> None:
         while position < end:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
 from ckptkit.core.files.remote.file import RemoteFile
-from ckptkit.core.files.remote.kept import begin_list, begin_open, take_open
+from ckptkit.core.files.remote.kept import begin_list, begin_open
 from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
 from ckptkit.core.files.remote.urls import join_url
@@ -63,8 +63,7 @@ class RemoteFolder:
 
     def open(self, name: str) -> ByteSource:
         """Return the open file. Raises ``PathError`` where it is missing or cannot be read."""
-        url = join_url(self._url, name)
-        return RemoteFile(url, finish(take_open(url)))
+        return RemoteFile(join_url(self._url, name))
 
     def folder(self, name: str) -> Folder:
         """Return the folder of this name; nothing is asked."""

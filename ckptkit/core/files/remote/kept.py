@@ -9,12 +9,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from ckptkit.core.files.remote.failures import NotFoundError
 from ckptkit.core.files.remote.first_bytes import asked_next
-from ckptkit.core.files.remote.running import on_fork, start
+from ckptkit.core.files.remote.running import finish, on_fork, start
 from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState
 from ckptkit.core.files.remote.stores import store_of
 
-__all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "known_state", "take_open"]
+__all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "known_state", "open_now"]
 
 T = TypeVar("T")
 _SECONDS = 60.0
@@ -108,11 +109,19 @@ async def _open(url: str, count: int, known: ObjectState | None) -> Opened:
     return Opened(state, ((0, first), (following[0], more)))
 
 
-def take_open(url: str) -> Future[Opened]:
-    """Return what ``begin_open`` asked, or ask now; it is not kept any longer."""
-    answer = begin_open(url)
-    _files.pop(url)
-    return answer
+def open_now(url: str) -> Opened:
+    """Return what ``begin_open`` asked, or ask now. Only a small file, which is whole, is kept for the next time."""
+    is_kept = False
+    try:
+        opened = finish(begin_open(url))
+        is_kept = opened.state.size <= HEAD
+    except NotFoundError:
+        is_kept = True
+        raise
+    finally:
+        if not is_kept:
+            _files.pop(url)
+    return opened
 
 
 def begin_list(url: str) -> Future[Listing]:

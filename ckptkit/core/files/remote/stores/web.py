@@ -91,6 +91,8 @@ class HttpStore(Store):
                     retry_after=response.headers.get("Retry-After", ""),
                 )
                 raise failure
+            if response.url.path.endswith("/") and not parsed.path.endswith("/"):
+                raise NotFoundError("a folder, not a file", path=url)
             yield response
             is_read = response.content.at_eof()
         finally:
