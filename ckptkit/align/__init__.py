@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.align.digests import Digests, read_digests
+from ckptkit.align.gguf import align_gguf
 from ckptkit.align.model import Alignment, Ambiguity
 from ckptkit.align.search import find_rules
 from ckptkit.align.ways_out import with_hints
@@ -68,6 +69,9 @@ def suggest_rules(
         named = None if given.stages else name_positions(found_side, expected_side)
         if named is not None:
             return _by_position(named, expected_side, found_side)
+        by_architecture = None if given.stages or digests else align_gguf(expected_side, found_side)
+        if by_architecture is not None:
+            return by_architecture
         renamed, sources = _renamed(found_side, given, expected_side)
         known = read_digests(expected_side, renamed, progress) if digests else Digests()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.rules.gguf.architectures import ARCHITECTURES, Architecture
 from ckptkit.tensor_ops.operation import Operation
 from ckptkit.tensor_ops.registry import parse_operation
 
@@ -94,25 +95,10 @@ def _with_and_without_wrapper(name: str) -> tuple[str, ...]:
     return (name, name.removeprefix(PEFT_PREFIX)) if name.startswith(PEFT_PREFIX) else (name,)
 
 
-@dataclass(frozen=True, slots=True)
-class _GgufRow:
-    """How llama.cpp's converter changes the tensors of an architecture."""
-
-    architectures: frozenset[str]
-    is_permuted: bool = False  # rows of query and key are in the order of Meta's files
-    norm_offset: int = 0  # was added to the weights of norms
-
-
-_GGUF = (
-    _GgufRow(frozenset({"llama", "granite", "granitemoe", "minicpm", "baichuan", "olmo"}), is_permuted=True),
-    _GgufRow(frozenset({"gemma", "gemma2", "gemma3", "gemma-embedding", "nemotron"}), norm_offset=1),
-    _GgufRow(frozenset({"qwen3next", "qwen35", "qwen35moe"}), norm_offset=1),
-    _GgufRow(frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2", "stablelm"})),
-)
 _HUGGING_FACE, _META = frozenset({"q_proj", "k_proj"}), frozenset({"wq", "wk"})  # names of query and key
 _GATED_NORM = "ssm_norm.weight"  # has no offset
 _DECAY = re.compile(r"\.ssm_a(\.weight)?$")
-_UNCHANGED = _GgufRow(frozenset())
+_UNKNOWN = Architecture()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +107,7 @@ class Arrangement:
 
     architecture: str
     is_expected: bool  # the GGUF file is the expected side
-    row: _GgufRow
+    row: Architecture
     heads: int | None
     key_heads: int | None
 
@@ -143,7 +129,7 @@ class Arrangement:
 
     def has_rows_of(self, other_name: str) -> bool:
         """Return whether rows of query and key are in the order that a file with this name of the module has."""
-        return self.row is not _UNCHANGED and other_name in (_META if self.row.is_permuted else _HUGGING_FACE)
+        return self.row is not _UNKNOWN and other_name in (_META if self.row.is_permuted else _HUGGING_FACE)
 
     def is_inexpressible(self, gguf_key: str) -> bool:
         """Return whether a tensor is a function of the original that no operation computes: ``-exp(A_log)``."""
@@ -159,7 +145,7 @@ def gguf_arrangement(expected: Checkpoint, found: Checkpoint) -> Arrangement | N
     architecture = (metadata or {}).get("general.architecture")
     if metadata is None or not isinstance(architecture, str):
         return None
-    row = next((row for row in _GGUF if architecture in row.architectures), _UNCHANGED)
+    row = ARCHITECTURES.get(architecture, _UNKNOWN)
     heads = metadata.get(f"{architecture}.attention.head_count")
     key_heads = metadata.get(f"{architecture}.attention.head_count_kv", heads)
     counts = [count if isinstance(count, int) and count > 0 else None for count in (heads, key_heads)]

@@ -72,7 +72,8 @@ def apply_rules(rules: Rules, keys: Iterable[str], expected: Checkpoint | None =
     entries = [entry.path for entry in keys.entries] if isinstance(keys, Checkpoint) else []
     for stage in rules.stages:
         if stage.made is not None:
-            made, messages = stage.made.stages(_described(state, keys), _configuration(expected, keys))
+            origin = keys if isinstance(keys, Checkpoint) else None
+            made, messages = stage.made.stages(_described(state, keys), _configuration(expected, keys), origin)
             notes.extend(messages)
             for made_stage in made:
                 state = run(made_stage)

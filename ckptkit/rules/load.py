@@ -9,6 +9,7 @@ from ckptkit.core.arguments import require_path, require_strings, require_type
 from ckptkit.core.files.places import clean_path, is_url, kind_at
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import PathError, RuleError
+from ckptkit.rules.gguf import GGUF_PREFIX, gguf_rules
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.rules.parse import FILE_KEYS, are_strings, parse_rules, rule_lines
 from ckptkit.rules.transformers import LIBRARY_PREFIX, library_rules
@@ -16,7 +17,9 @@ from ckptkit.rules.transformers import LIBRARY_PREFIX, library_rules
 __all__ = ["PRESET_PREFIX", "as_rules", "load_rules", "preset_rules"]
 
 PRESET_PREFIX = "preset:"
-_FORMS = 'rules is the path of a rule file, "preset:NAME", "transformers:auto", or a list of renames "OLD=NEW"'
+_FORMS = (
+    'rules is the path of a rule file, "preset:NAME", "transformers:auto", "gguf:auto", or a list of renames "OLD=NEW"'
+)
 _CONFIG = "config.json"
 
 
@@ -31,7 +34,8 @@ def load_rules(
     Args:
         path: A TOML, JSON or YAML file, or ``preset:NAME`` for a preset. ``transformers:MODEL_TYPE`` stands for what
             ``from_pretrained`` does to the names and tensors of a file, ``transformers:auto`` for that of the model
-            type in ``config.json``. ``:reverse`` after either stands for what ``save_pretrained`` does.
+            type in ``config.json``. ``:reverse`` after either stands for what ``save_pretrained`` does. ``gguf:auto``
+            makes a GGUF file into a file of transformers.
         variables: Values that replace those in ``[vars]`` of the file: integers, or arithmetic as text.
         config: The configuration of the model, from which ``"config:NAME"`` in ``[vars]`` takes integers: the path of
             ``config.json`` or of its directory, its content, or an object with ``to_dict()``. A file is read only
@@ -53,10 +57,12 @@ def load_rules(
     from ckptkit.rules.variables import Settings
 
     name = clean_path(os.fsdecode(path))
-    if name.startswith(LIBRARY_PREFIX):
+    if name.startswith((LIBRARY_PREFIX, GGUF_PREFIX)):
+        is_gguf = name.startswith(GGUF_PREFIX)
         if variables:
-            raise RuleError(f"{quoted(name)} has no variables", hint="its numbers are in config.json")
-        return library_rules(name, config)
+            place = "the metadata of the file" if is_gguf else "config.json"
+            raise RuleError(f"{quoted(name)} has no variables", hint=f"its numbers are in {place}")
+        return gguf_rules(name) if is_gguf else library_rules(name, config)
     given = {variable: str(value) for variable, value in (variables or {}).items()}
     settings = Settings(given, None if config is None else lambda: read_settings(config, _CONFIG))
     with default_error_path(name):

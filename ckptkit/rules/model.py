@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from ckptkit.core.checkpoint import Configuration, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Configuration, TensorInfo
 from ckptkit.core.frozen import slot_setters
 from ckptkit.core.patterns import Pattern, Template
 from ckptkit.core.text import quoted, shell_word
@@ -84,11 +84,12 @@ class MakesStages(Protocol):
     """A description of stages that depend on the keys, such as the conversions of a library."""
 
     def stages(
-        self, infos: Mapping[str, TensorInfo | None], live: Configuration | None
+        self, infos: Mapping[str, TensorInfo | None], live: Configuration | None, checkpoint: Checkpoint | None
     ) -> tuple[list[Stage], list[str]]:
         """Return the stages for these keys, and notes for the user.
 
         A key has None where only its name is known. ``live`` describes the live model that is on one side.
+        ``checkpoint`` has the keys before all stages; it is None where only names are known.
         """
         ...
 

@@ -66,7 +66,7 @@ def complete_rules(_context: click.Context, _parameter: click.Parameter, incompl
     from ckptkit.rules.presets import preset_names
 
     presets = [f"{PRESET_PREFIX}{name}" for name in preset_names()]
-    presets += ["transformers:auto", "transformers:auto:reverse"]
+    presets += ["transformers:auto", "transformers:auto:reverse", "gguf:auto"]
     found = [CompletionItem(preset) for preset in presets if preset.startswith(incomplete)] if incomplete else []
     return found or [CompletionItem(incomplete, type="file")]
 

@@ -106,7 +106,7 @@ _rules_option = click.option(
     shell_complete=complete_rules,
     help="Read rules from a TOML file, or from preset:NAME (preset:? lists the presets). transformers:auto is what "
     "from_pretrained does to the file of a model type, transformers:auto:reverse what save_pretrained does; "
-    "transformers:MODEL_TYPE names the model type.",
+    "transformers:MODEL_TYPE names the model type. gguf:auto gives a GGUF file the names and layout of transformers.",
 )  # fmt: skip
 _set_option = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE",

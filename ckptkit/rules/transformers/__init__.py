@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.core.checkpoint import Configuration, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Configuration, TensorInfo
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import RuleError
 from ckptkit.rules.model import Rules, Stage
@@ -37,7 +37,7 @@ class LibraryStages:
         return f"{LIBRARY_PREFIX}{self.model_type}{f':{_REVERSE}' if self.is_reverse else ''}"
 
     def stages(
-        self, infos: Mapping[str, TensorInfo | None], live: Configuration | None
+        self, infos: Mapping[str, TensorInfo | None], live: Configuration | None, checkpoint: Checkpoint | None = None
     ) -> tuple[list[Stage], list[str]]:
         """Return the stages for these keys, and notes for the user.
 
@@ -45,6 +45,7 @@ class LibraryStages:
         Raises ``RuleError`` where the model type is not known, for an operation that rules do not have, and where the
         library cannot build the model.
         """
+        del checkpoint
         from ckptkit.core.config_files import read_settings
         from ckptkit.rules.transformers.names import copies_of_tied, steps_from_disk, steps_to_disk
         from ckptkit.rules.transformers.patterns import stage_of
