@@ -60,7 +60,7 @@ class Fault:
 
 @dataclass
 class Seen:
-    """A request that arrived, and the answer: its status, bytes of its body, and times in seconds."""
+    """A request that arrived, and the answer: its status, the bytes of its body, and its times in seconds."""
 
     method: str
     path: str  # with the query, as a user would write it
@@ -68,7 +68,7 @@ class Seen:
     started: float
     status: int = 0
     sent: int = 0
-    ended: float = 0.0
+    ended: float = 0.0  # when the last bytes were sent
 
 
 class Proxy:
@@ -145,13 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             owner.seen.append(seen)
             fault = next((fault for fault in owner.faults if fault.takes(seen)), Fault())
         time.sleep(owner.latency + fault.silent)
-        try:
-            if fault.status:
-                self._answer(seen, fault, fault.status, {"Content-Length": "0"}, ())
-            else:
-                self._forward(seen, fault, body)
-        finally:
-            seen.ended = time.monotonic()
+        if fault.status:
+            self._answer(seen, fault, fault.status, {"Content-Length": "0"}, ())
+        else:
+            self._forward(seen, fault, body)
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - names of the library
 
@@ -201,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers: Mapping[str, str],
         pieces: Sequence[bytes] | Iterator[bytes],
     ) -> None:
-        seen.status = status
+        seen.status, seen.ended = status, time.monotonic()
         by_name = {name.title(): value for name, value in headers.items()}
         by_name |= {name.title(): value for name, value in fault.headers.items()}
         length = int(by_name.get("Content-Length", 0)) - fault.missing
@@ -217,22 +214,21 @@ class _Handler(BaseHTTPRequestHandler):
         for piece in pieces:
             taken = piece[: max(left, 0)]
             if taken:
-                self._send(taken, fault.bytes_a_second)
-                seen.sent += len(taken)
+                self._send(taken, seen, fault.bytes_a_second)
                 left -= len(taken)
             if left <= 0:
                 break
         if fault.cut is not None:
             self._reset()
 
-    def _send(self, data: bytes, bytes_a_second: int) -> None:
-        if not bytes_a_second:
-            self.wfile.write(data)
-            return
-        step = max(bytes_a_second // 20, 1)
+    def _send(self, data: bytes, seen: Seen, bytes_a_second: int) -> None:
+        step = max(bytes_a_second // 20, 1) if bytes_a_second else len(data)
         for start in range(0, len(data), step):
+            # Counted before it is sent: when the client has it, the count is right.
+            seen.sent, seen.ended = seen.sent + len(data[start : start + step]), time.monotonic()
             self.wfile.write(data[start : start + step])
-            time.sleep(1 / 20)
+            if bytes_a_second:
+                time.sleep(1 / 20)
 
     def _reset(self) -> None:
         """Close the connection as a network that breaks: the client gets a reset, not an end."""
