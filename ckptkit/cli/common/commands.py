@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import click
 
 from ckptkit.cli.common.hints import NoSuchCommandError, hint_for_command
+from ckptkit.cli.common.traffic import reported_traffic
 from ckptkit.errors import CkptkitError
 
 __all__ = ["MOST_OPTIONS", "Command", "CommandGroup", "NoCommandError"]
 
+_IS_VERBOSE: Final = "ckptkit.verbose"  # in the meta of a context of click
 MOST_OPTIONS: Final = 12  # that --help lists, beside the options for help
 
 # The sections of a help page after the options that only this command has, and their options in order.
@@ -21,13 +24,13 @@ _SECTIONS: Final = {
         "--output", "--format", "--max-shard-size", "--force", "--carry", "--only-tensors", "--keep-unknown",
         "--metadata", "--drop-metadata",
         "--reflink", "--allow-overflow", "--verify", "--dry-run", "--plan", "--expand", "--report", "--json",
-        "--markdown", "--wide", "--quiet",
+        "--markdown", "--wide", "--quiet", "--verbose",
     ),
 }  # fmt: skip
 
 # The options that --help leaves out first where a command has too many.
 _RARE: Final = (
-    "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--allow-overflow",
+    "--verbose", "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--allow-overflow",
     "--skip-unread", "--elementwise", "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
     "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
@@ -42,10 +45,11 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, first: Sequence[str] = (), **settings: Any) -> None:
-        """Add ``--help-all``, which ``--help`` lists only if it leaves options out."""
+        """Add ``--verbose``, and ``--help-all``, which ``--help`` lists only if it leaves options out."""
         super().__init__(*args, **settings)
         self.first = tuple(first)
         self._shows_all = False
+        self.params.append(_verbose_option())
         self.params.append(_help_all_option(hidden=len(self._options()) <= MOST_OPTIONS))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -59,7 +63,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; the hint of an error names only what this command takes."""
         try:
-            return super().invoke(ctx)
+            with reported_traffic() if ctx.meta.get(_IS_VERBOSE) else nullcontext():
+                return super().invoke(ctx)
         except CkptkitError as error:
             if error.hint:
                 known = {*_RARE, *(name for names in _SECTIONS.values() for name in names)}
@@ -119,6 +124,16 @@ def _rarest(options: dict[str, click.Option]) -> frozenset[str]:
     """Return the options that a short help page leaves out; required options always stay."""
     rare = [name for name in _RARE if name in options and not options[name].required]
     return frozenset(rare[: max(len(options) - MOST_OPTIONS, 0)])
+
+
+def _verbose_option() -> click.Option:
+    def remember(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        context.meta[_IS_VERBOSE] = value
+
+    return click.Option(
+        ["-v", "--verbose"], is_flag=True, expose_value=False, callback=remember,
+        help="Say on stderr how much was read from and written to each store that a URL names.",
+    )  # fmt: skip
 
 
 def _help_all_option(*, hidden: bool) -> click.Option:
