@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests.oracles.servers.proxy import Proxy, proxy_of
-from tests.oracles.servers.s3 import S3Server, s3_server
+from tests.oracles.servers.s3 import S3Server, s3_server, variables_of
 from tests.oracles.servers.web import WebServer, web_server
 
 
@@ -38,3 +40,30 @@ def proxied() -> Iterator[Callable[..., Proxy]]:
     """A function that starts a proxy in front of an address: ``proxied(address, latency=0.0)``."""
     with ExitStack() as running:
         yield lambda address, *, latency=0.0: running.enter_context(proxy_of(address, latency=latency))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A server behind a proxy: the folder that it serves, its URL, and the variables of its user."""
+
+    folder: Path
+    proxy: Proxy
+    url: str
+    variables: dict[str, str]
+
+    def made(self, name: str, write: Callable[[Path], object]) -> str:
+        """Return the URL of a folder in which ``write`` has written once."""
+        if not (self.folder / name).exists():
+            (self.folder / name).mkdir(parents=True)
+            write(self.folder / name)
+        return f"{self.url}/{name}"
+
+
+@pytest.fixture(params=["s3", "web"])
+def store(request: pytest.FixtureRequest, proxied: Callable[..., Proxy]) -> Store:
+    """The S3 server and the HTTP server, one after the other."""
+    server: S3Server | WebServer = request.getfixturevalue(request.param)
+    proxy = proxied(server.address)
+    if isinstance(server, S3Server):
+        return Store(server.folder, proxy, server.url, variables_of(proxy.url))
+    return Store(server.folder, proxy, f"{proxy.url}/files", {})

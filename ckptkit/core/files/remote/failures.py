@@ -51,7 +51,7 @@ _LONGEST = 200
 
 
 class NotFoundError(PathError):
-    """Nothing is there."""
+    """No file is there."""
 
 
 class RefusedError(PathError):
@@ -140,7 +140,7 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return not_found(url)
     if isinstance(error, IsADirectoryError):
-        return PathError("a folder, not a file", path=url)
+        return NotFoundError("a folder, not a file", path=url)
     if (unreachable := _unreachable(chain, names, url)) is not None:
         return unreachable
     if names & _SLOW or isinstance(error, TimeoutError):
