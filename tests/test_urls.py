@@ -15,11 +15,11 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from ckptkit.core.files.remote.traffic import Traffic
 from safetensors.torch import save_file
 
 from ckptkit import digest, plan_remap, save_plan
 from ckptkit.cli.common.traffic import traffic_line
+from ckptkit.core.files.remote.traffic import Traffic
 from tests.formats.corpora import PARTS, corpus, items, write_parts
 from tests.formats.mutate import FILES
 from tests.formats.test_trainer_files import trainer_directory
@@ -172,9 +172,9 @@ def _both(twin: Twin, line: str, out: Path, capsys: pytest.CaptureFixture[str]) 
         )
         written = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         shutil.rmtree(out)
-        texts = [text.replace(twin.url, str(twin.local)) for text in (ran.out, ran.err)]
+        told, warned = (text.replace(twin.url, str(twin.local)) for text in (ran.out, ran.err))
         shown = {name: data.replace(twin.url.encode(), str(twin.local).encode()) for name, data in written.items()}
-        ends.append(End(ran.code, *texts, shown))
+        ends.append(End(ran.code, told, warned, shown))
     return ends[0], ends[1]
 
 
