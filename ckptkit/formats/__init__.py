@@ -246,6 +246,9 @@ def split_path(name: str) -> tuple[str, str]:
         parts = name.split("::")
         count = max(number for number, part in enumerate(parts, start=1) if "://" in part)
         return clean_path("::".join(parts[:count])), "::".join(parts[count:])
+    if is_hub_path(name):
+        path, _, key = name.partition("::")
+        return path, key
     name = clean_path(name)
     parts = name.split("::")
     for count in range(len(parts), 0, -1):

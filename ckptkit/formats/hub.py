@@ -23,7 +23,7 @@ _DIGITS = 12  # of a commit
 
 
 def locate_hub_checkpoint(name: str) -> tuple[str, ReaderWarning]:
-    """Return where the checkpoint ``hf:org/name`` is, a path of the cache or a URL, and a note that says which it is.
+    """Return where the checkpoint ``hf:org/name`` is, with its commit in the cache or as a URL, and a note of this.
 
     ``::a.b`` stays at the end. What the cache holds only in part is read at the hub. Raises ``PathError`` where the
     cache does not have it whole and the hub cannot be asked.
@@ -33,7 +33,7 @@ def locate_hub_checkpoint(name: str) -> tuple[str, ReaderWarning]:
     cached = path.cached
     lack = _lack(cached, key) if cached else "not in the Hugging Face cache"
     if not lack:
-        return cached + mark + key, _note_of_cache(path)
+        return path.pinned + mark + key, _note_of_cache(path)
     may_ask_hub(path, lack)
     note = f"{printable(text)} is {lack}" if not cached else lack
     return path.url + mark + key, ReaderWarning(f"{note}: the hub was read", codes.HUB)

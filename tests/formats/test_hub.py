@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from ckptkit import PathError, load_rules, merge, open_checkpoint, open_optimizer
+from ckptkit import Checkpoint, PathError, load_rules, merge, open_checkpoint, open_optimizer
+from ckptkit.core.files.hub import hub_path
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_hub import COMMIT, OTHER_COMMIT, add_snapshot
 
@@ -38,6 +39,12 @@ def keys_of(path: Path) -> list[str]:
         return sorted(file.keys())
 
 
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of the snapshot that are read; their names in messages show the commit, not the cache."""
+    assert all(file.startswith("hf:") for file in checkpoint.files)
+    return [Path(hub_path(file)) for file in checkpoint.files]
+
+
 @pytest.mark.parametrize("layout", ["links", "copies", "shared blobs"])
 def test_the_snapshot_of_main_is_read(cache: Path, layout: str) -> None:
     """Links to blobs, copies, and links to blobs that repositories share are read, and one note names the commit."""
@@ -45,7 +52,7 @@ def test_the_snapshot_of_main_is_read(cache: Path, layout: str) -> None:
     folder = add_snapshot(cache, "org/lenet", {"model.safetensors": TUNED}, linked=layout != "copies", store=store)
     with open_checkpoint("hf:org/lenet") as checkpoint:
         assert sorted(checkpoint) == keys_of(TUNED)
-        assert checkpoint.files == (str(folder / "model.safetensors"),)
+        assert files_of(checkpoint) == [folder / "model.safetensors"]
         (note,) = checkpoint.warnings
     assert COMMIT[:12] in note
     assert "'main'" in note
@@ -73,9 +80,9 @@ def test_revisions(cache: Path, revision: str) -> None:
     )  # fmt: skip
     folder = other.parent / REVISIONS[revision]
     with open_checkpoint(f"hf:org/lenet{revision}/model.safetensors") as checkpoint:
-        assert checkpoint.files == (str(folder / "model.safetensors"),)
+        assert files_of(checkpoint) == [folder / "model.safetensors"]
     with open_checkpoint(f"hf:org/lenet{revision}") as checkpoint:
-        assert checkpoint.files == (str(folder / "model.safetensors"),)
+        assert files_of(checkpoint) == [folder / "model.safetensors"]
 
 
 # What each variable is set to in a folder; the cache is in huggingface/hub of it. The other variables must not count.
@@ -97,9 +104,9 @@ def test_the_folder_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     place = tmp_path / ".cache"
     for variable, value in FOLDERS[name].items():
         monkeypatch.setenv(variable, str(place / value))
-    add_snapshot(place / "huggingface/hub", "org/lenet", {"model.safetensors": TUNED})
+    folder = add_snapshot(place / "huggingface/hub", "org/lenet", {"model.safetensors": TUNED})
     with open_checkpoint("hf:org/lenet") as checkpoint:
-        assert checkpoint.files[0].startswith(str(place))
+        assert files_of(checkpoint) == [folder / "model.safetensors"]
 
 
 def test_it_stands_wherever_a_path_is_taken(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,8 +122,11 @@ def test_it_stands_wherever_a_path_is_taken(cache: Path, tmp_path: Path, capsys:
         with open_optimizer(path) as state:
             assert state.envelope == "optimizer"
     assert load_rules("hf:org/lenet/rules.toml") == load_rules(folder / "rules.toml")
-    merge("fixtures/lenet_10class.pth", "hf:datasets/org/data", tmp_path / "out.safetensors")
-    assert keys_of(tmp_path / "out.safetensors") == keys_of(TUNED)
+    out = tmp_path / "out.safetensors"
+    ran = run_ckpt(capsys, "remap", "hf:org/lenet::unet", "-o", out, "--rules", "hf:org/lenet/rules.toml")
+    assert (ran.code, keys_of(out)) == (0, [key for key in keys_of(TUNED) if key.startswith("conv")])
+    merge("fixtures/lenet_10class.pth", "hf:datasets/org/data", out, force=True)
+    assert keys_of(out) == keys_of(TUNED)
     ran = run_ckpt(capsys, "diff", TUNED, "hf:datasets/org/data", "--values")
     assert ran.code == 0
     assert "was read in the Hugging Face cache" in ran.err

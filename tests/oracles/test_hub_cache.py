@@ -94,5 +94,6 @@ def test_each_snapshot_is_one_of_scan_cache_dir(cache: Path) -> None:
             assert hub_path(f"hf:{kind}{repo.repo_id}@{revision.commit_hash}") == str(revision.snapshot_path)
             for reference in revision.refs:
                 with open_checkpoint(f"hf:{kind}{repo.repo_id}@{reference}") as checkpoint:
-                    assert checkpoint.files == (str(revision.snapshot_path / "model.safetensors"),)
+                    (file,) = checkpoint.files
+                    assert hub_path(file) == str(revision.snapshot_path / "model.safetensors")
     assert {str(path): path.lstat().st_mtime_ns for path in cache.rglob("*")} == before

@@ -10,6 +10,7 @@ import click
 
 from ckptkit.core.files.places import kind_at, name_of
 from ckptkit.core.text import nearest, plural, quoted
+from ckptkit.formats import split_path
 
 __all__ = ["donor_weights"]
 
@@ -37,7 +38,7 @@ def donor_weights(given: Sequence[str], donors: Sequence[str]) -> list[float]:
 
 def _name(path: str) -> str:
     base = name_of(path.rstrip("/"))
-    return base if kind_at(path) == "folder" else os.path.splitext(base)[0]
+    return base if kind_at(split_path(path)[0]) == "folder" else os.path.splitext(base)[0]
 
 
 def _position(name: str, donors: Sequence[str]) -> int:

@@ -88,6 +88,12 @@ class HubPath:
         return path if self.commit and os.path.exists(path) else ""
 
     @property
+    def pinned(self) -> str:
+        """The same file or folder at the commit of the cache, whatever its branch becomes."""
+        inside = f"/{self.inside}" if self.inside else ""
+        return f"{self.repository_text}@{self.commit[:_SHOWN]}{inside}"
+
+    @property
     def commits(self) -> list[str]:
         """The commits of which the cache has a snapshot, in alphabetical order. Raises ``PathError``."""
         return sorted(name for name in _names(os.path.join(self._folder, "snapshots")) if not name.startswith("."))

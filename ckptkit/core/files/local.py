@@ -62,9 +62,13 @@ class LocalFile:
     ``pread`` returns fewer bytes.
     """
 
-    def __init__(self, path: str) -> None:
-        """Open ``path``. Raises ``PathError`` where the file is missing, unreadable or not a regular file."""
-        self.path = path
+    def __init__(self, path: str, shown: str = "") -> None:
+        """Open ``path``, which messages show as ``shown``, by default as it is.
+
+        Raises ``PathError`` where the file is missing, unreadable or not a regular file.
+        """
+        self.path = shown or path
+        self._place = path
         try:
             # Without O_NONBLOCK, opening a FIFO without a writer never returns.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -72,13 +76,13 @@ class LocalFile:
             reason = _reason(error)
             if error.errno == errno.ENOENT and os.path.islink(path):
                 reason = f"a symbolic link to {quoted(os.readlink(path))}, which does not exist"
-            raise PathError(reason, path=path) from None
+            raise PathError(reason, path=self.path) from None
         except ValueError as error:  # a NUL byte in the name
-            raise PathError(str(error), path=path) from None
+            raise PathError(str(error), path=self.path) from None
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()  # a file of a pool that is opened again lives on
-            raise PathError("not a regular file", path=path)
+            raise PathError("not a regular file", path=self.path)
         self.size = status.st_size
         self._seen = file_state(status)
 
@@ -150,7 +154,7 @@ class LocalFile:
         if not by_path:
             return
         try:
-            now = file_state(os.stat(self.path))
+            now = file_state(os.stat(self._place))
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
@@ -173,16 +177,21 @@ class LocalFile:
 class LocalFolder:
     """A folder of this machine."""
 
-    def __init__(self, path: str) -> None:
-        """Take the path; nothing is read yet, and the folder need not exist."""
-        self.path = path
+    def __init__(self, path: str, shown: str = "") -> None:
+        """Take the path, and how messages show it; nothing is read yet, and the folder need not exist."""
+        self.path = shown or path
+        self._place = path
+
+    def place_of(self, name: str) -> str:
+        """Return the path by which the system knows a name in the folder."""
+        return os.path.join(self._place, name)
 
     def names(self, most: int) -> FolderNames:
         """Return the first names: at most ``most``, and one more if there are more. Raises ``PathError``."""
         files: list[str] = []
         folders: list[str] = []
         try:
-            with os.scandir(self.path or ".") as entries:
+            with os.scandir(self._place or ".") as entries:
                 for entry in islice(entries, most + 1):
                     (folders if _is_folder(entry) else files).append(entry.name)
         except OSError as error:
@@ -193,23 +202,23 @@ class LocalFolder:
 
     def has_file(self, name: str) -> bool:
         """Return whether the name is a file, or a link to one."""
-        return os.path.isfile(os.path.join(self.path, name))
+        return os.path.isfile(self.place_of(name))
 
     def has_folder(self, name: str) -> bool:
         """Return whether the name is a folder, or a link to one."""
-        return os.path.isdir(os.path.join(self.path, name))
+        return os.path.isdir(self.place_of(name))
 
     def has_link(self, name: str) -> bool:
         """Return whether the name is a symbolic link."""
-        return os.path.islink(os.path.join(self.path, name))
+        return os.path.islink(self.place_of(name))
 
     def open(self, name: str) -> LocalFile:
         """Return the open file. Raises ``PathError`` where it is missing, unreadable or not a regular file."""
-        return LocalFile(os.path.join(self.path, name))
+        return LocalFile(self.place_of(name), os.path.join(self.path, name))
 
     def folder(self, name: str) -> LocalFolder:
         """Return the folder of this name inside this folder."""
-        return LocalFolder(os.path.join(self.path, name))
+        return LocalFolder(self.place_of(name), os.path.join(self.path, name))
 
     def will_open(self, names: Sequence[str]) -> None:
         """Do nothing: a file is opened when it is read."""

@@ -60,26 +60,29 @@ def clean_path(path: str) -> str:
     return path
 
 
+def _place_of(path: str) -> str:
+    """Return the local path or the URL of ``hf:org/name``; any other path is its own place. Raises ``PathError``."""
+    return hub_path(path) if is_hub_path(path) else path
+
+
 def open_source(path: str) -> ByteSource:
     """Return the open file at ``path``. Raises ``PathError`` where it is missing or cannot be read."""
-    if is_hub_path(path):
-        path = hub_path(path)
-    if is_url(path):
+    place = _place_of(path)
+    if is_url(place):
         from ckptkit.core.files.remote import open_remote
 
-        return open_remote(path)
-    return LocalFile(path)
+        return open_remote(place)
+    return LocalFile(place, path)
 
 
 def folder_at(path: str) -> Folder:
     """Return the folder at ``path``; nothing is asked, and it need not exist. The empty path is the current folder."""
-    if is_hub_path(path):
-        path = hub_path(path)
-    if is_url(path):
+    place = _place_of(path)
+    if is_url(place):
         from ckptkit.core.files.remote import remote_folder
 
-        return remote_folder(path)
-    return LocalFolder(path)
+        return remote_folder(place)
+    return LocalFolder(place, path)
 
 
 def kind_at(path: str) -> str:
@@ -87,8 +90,7 @@ def kind_at(path: str) -> str:
 
     A store keeps what it answers, so that the file or folder that is opened next costs no second request.
     """
-    if is_hub_path(path):
-        path = hub_path(path)
+    path = _place_of(path)
     if is_url(path):
         from ckptkit.core.files.remote import remote_kind
 
@@ -100,11 +102,13 @@ def kind_at(path: str) -> str:
 
 def is_file(path: str) -> bool:
     """Return whether ``path`` is a file, or a link to one; a pipe is not one."""
+    path = _place_of(path)
     return kind_at(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def size_at(path: str) -> int:
     """Return the number of bytes of the file at ``path``, or 0 where there is no file. An open one costs no request."""
+    path = _place_of(path)
     if not is_url(path):
         return os.path.getsize(path) if os.path.isfile(path) else 0
     with suppress(PathError), closing(open_source(path)) as file:
@@ -114,6 +118,7 @@ def size_at(path: str) -> int:
 
 def identity_at(path: str) -> Hashable:
     """Return a value that is equal for two names of one file, or None where nothing is found. URLs are not asked."""
+    path = _place_of(path)
     if is_url(path):
         return path
     try:
@@ -128,6 +133,7 @@ def is_same_file(first: str, second: str) -> bool:
 
     URLs are compared as they are written. Raises ``PathError`` where the state of a local path cannot be read.
     """
+    first, second = _place_of(first), _place_of(second)
     if is_url(first) or is_url(second):
         return first.rstrip("/") == second.rstrip("/")
     return is_same_local(first, second)
@@ -168,9 +174,10 @@ def parent_of(path: str) -> str:
 
 def absolute(path: str) -> str:
     """Return ``path`` from the root, without relative parts; a URL stays as it is."""
-    return path if is_url(path) else os.path.abspath(path)
+    return path if is_url(path) or is_hub_path(path) else os.path.abspath(path)
 
 
 def real_path(path: str) -> str:
     """Return ``path`` without links and relative parts; a URL stays as it is."""
+    path = _place_of(path)
     return path if is_url(path) else os.path.realpath(path)

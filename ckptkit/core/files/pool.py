@@ -36,8 +36,8 @@ class FilePool:
     def get(self, name: str) -> ByteSource:
         """Return the file of this name. Raises ``PathError`` where it is missing or not a regular file."""
         if name not in self.files:
-            is_local = isinstance(self.folder, LocalFolder)
-            self.files[name] = PooledFile(join(self.folder.path, name), self) if is_local else self.folder.open(name)
+            folder = self.folder
+            self.files[name] = PooledFile(folder, name, self) if isinstance(folder, LocalFolder) else folder.open(name)
         return self.files[name]
 
     @contextmanager
@@ -99,10 +99,11 @@ class FilePool:
 class PooledFile(LocalFile):
     """A file that its pool may close at any time. Reading a closed file opens the file again."""
 
-    def __init__(self, path: str, pool: FilePool) -> None:
-        """Open ``path`` for the first time."""
-        super().__init__(path)
-        self._absolute = os.path.abspath(path)  # the process may change its directory before the file is opened again
+    def __init__(self, folder: LocalFolder, name: str, pool: FilePool) -> None:
+        """Open the file of this name for the first time."""
+        place = folder.place_of(name)
+        super().__init__(place, join(folder.path, name))
+        self._absolute = os.path.abspath(place)  # the process may change its directory before the file is opened again
         self._pool = pool
         with pool.using(self):
             pass
@@ -132,15 +133,12 @@ class PooledFile(LocalFile):
         """Open the file if it is closed. Raises ``ChangedError`` if it is not the file that was opened first."""
         if self._fd >= 0:
             return
-        path, size, seen = self.path, self.size, self._seen
+        size, seen = self.size, self._seen
         try:
-            super().__init__(self._absolute)
+            super().__init__(self._absolute, self.path)
             now = self._seen
-        except CkptkitError as error:
-            error.path = path
-            raise
         finally:
-            self.path, self.size, self._seen = path, size, seen
+            self.size, self._seen = size, seen
         if now != seen:
             self.close()
-            raise ChangedError("the file changed while it was read", path=path)
+            raise ChangedError("the file changed while it was read", path=self.path)
