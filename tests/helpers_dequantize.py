@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from ckptkit import open_checkpoint
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.torch_bridge import TensorPayload, code_of
+from ckptkit.core.checkpoint.stored import StoredBytes
+from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
+from ckptkit.quantized import quantized_weights
+from ckptkit.quantized.decoding import Decoding
 from ckptkit.values.dequantize.model import Settings
 from ckptkit.values.dequantize.payload import DequantizedPayload
 from ckptkit.values.dequantize.schemes import make_decoder
@@ -43,3 +48,18 @@ def decoded_by_rows(
     for start in range(0, made.nbytes, step):
         made.read_range(start, memoryview(buffer)[start : start + step])
     return torch.frombuffer(buffer, dtype=torch.float32).reshape(made.decoder.shape)
+
+
+def dequantized(path: Path, dtype: str = "F32") -> dict[str, torch.Tensor]:
+    """Return the quantised weights of a checkpoint in this dtype, by their keys."""
+    checkpoint = open_checkpoint(path)
+    decoding, stored = Decoding(checkpoint), StoredBytes(checkpoint)
+    made: dict[str, torch.Tensor] = {}
+    for weight in quantized_weights(checkpoint).weights:
+        decoder = decoding.decoded(weight).decoder
+        sources = {role: stored.payload(key) for role, key in weight.roles}
+        payload = DequantizedPayload(decoder, sources, TensorInfo(weight.key, dtype, decoder.shape), {})
+        buffer = bytearray(payload.nbytes)
+        payload.readinto(memoryview(buffer))
+        made[weight.key] = torch.frombuffer(buffer, dtype=torch_dtype(dtype)).reshape(decoder.shape)
+    return made

@@ -1,0 +1,327 @@
+"""Packed codes are the numbers that the definition of each scheme gives, bit for bit, in blocks of any size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptkit.errors import CkptkitError, FormatError, PlanError
+from ckptkit.values.dequantize.model import Settings
+from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized
+
+GOLDEN = load_file("fixtures/packed_weights.safetensors")
+Parts = dict[str, torch.Tensor]
+Case = tuple[Parts, Settings, list[list[float]]]
+
+
+def words(rng: np.random.Generator, *shape: int) -> torch.Tensor:
+    """Return random words of 32 bits."""
+    return torch.from_numpy(rng.integers(-(1 << 31), 1 << 31, shape, dtype=np.int32))
+
+
+def scales_of(rng: np.random.Generator, *shape: int) -> torch.Tensor:
+    """Return random scales in F16."""
+    return torch.from_numpy(rng.uniform(0.01, 0.1, shape).astype(np.float16))
+
+
+def codes_of(packed: list[int], bits: int, count: int, *, gap: bool = False) -> list[int]:
+    """Return the codes in words of 32 bits by their definition: from the lowest bits, and with gaps only if asked."""
+    if gap:
+        return [word % (1 << 32) >> bits * place & (1 << bits) - 1 for word in packed for place in range(32 // bits)][
+            :count
+        ]
+    number = sum(word % (1 << 32) << 32 * place for place, word in enumerate(packed))
+    return [number >> bits * place & (1 << bits) - 1 for place in range(count)]
+
+
+def scaled(code: int, zero: int, scale: float) -> float:
+    """Return ``(code - zero) * scale`` in float32."""
+    return float(np.float32(code - zero) * np.float32(scale))
+
+
+def gptq(bits: int, order: str, zeros: str, inputs: int = 96) -> Case:
+    """Return random parts of GPTQ, and the weight."""
+    rng = np.random.default_rng(bits)
+    outputs, groups = 64, 3
+    parts = {"codes": words(rng, -(-inputs * bits // 32), outputs), "scales": scales_of(rng, groups, outputs)}
+    index = [column * groups // inputs for column in range(inputs)]
+    if order == "of activations":
+        index = rng.permutation(index).tolist()
+    if order != "of columns":
+        parts["g_idx"] = torch.tensor(index, dtype=torch.int32)
+    points = [[1 << bits - 1] * outputs] * groups
+    if zeros != "symmetric":
+        parts["zeros"] = words(rng, groups, outputs * bits // 32)
+        if zeros == "v1":  # a field of all ones would carry into the next one
+            parts["zeros"] &= (1 << 31) - 1 - sum(1 << place for place in range(0, 31, bits)) if bits != 3 else 0
+        added = int(zeros == "v1")
+        points = [[code + added for code in codes_of(row, bits, outputs)] for row in parts["zeros"].tolist()]
+    scales = parts["scales"].tolist()
+    weight = []
+    for output, column in enumerate(parts["codes"].T.tolist()):
+        codes = codes_of(column, bits, inputs)
+        weight.append(
+            [scaled(code, points[g][output], scales[g][output]) for code, g in zip(codes, index, strict=True)]
+        )
+    return parts, {"bits": bits, "zeros": zeros}, weight
+
+
+def awq() -> Case:
+    """Return random parts of AWQ, and the weight."""
+    rng = np.random.default_rng(0)
+    inputs, outputs, groups = 24, 40, 3
+    parts = {"codes": words(rng, inputs, outputs // 8), "zeros": words(rng, groups, outputs // 8)}
+    parts["scales"] = scales_of(rng, groups, outputs)
+    places = (0, 4, 1, 5, 2, 6, 3, 7)
+    codes, zeros = (
+        [[codes_of([row[j // 8]], 4, 8)[places[j % 8]] for j in range(outputs)] for row in parts[name].tolist()]
+        for name in ("codes", "zeros")
+    )
+    scales = parts["scales"].tolist()
+    weight = [
+        [scaled(codes[i][j], zeros[i * groups // inputs][j], scales[i * groups // inputs][j]) for i in range(inputs)]
+        for j in range(outputs)
+    ]
+    return parts, {}, weight
+
+
+def rows(bits: int, form: str) -> Case:
+    """Return random parts of packed rows, and the weight."""
+    rng = np.random.default_rng(bits)
+    gap, height, columns, groups = form == "with gaps", 5, 42, 3
+    each = 32 // bits
+    width, high = (-(-n // each) if gap else -(-n * bits // 32) for n in (columns, height))
+    parts = {"codes": words(rng, height, width), "scales": scales_of(rng, height, groups)}
+    index = [column * groups // columns for column in range(columns)]
+    if form == "of activations":
+        index = rng.permutation(index).tolist()
+        parts["g_idx"] = torch.tensor(index, dtype=torch.int32)
+    points = [[1 << bits - 1] * groups] * height
+    if form != "symmetric":
+        parts["zeros"] = words(rng, high, groups)
+        columns_of_zeros = [codes_of(column, bits, height, gap=gap) for column in parts["zeros"].T.tolist()]
+        points = [list(row) for row in zip(*columns_of_zeros, strict=True)]
+    scales = parts["scales"].tolist()
+    weight = [
+        [
+            scaled(code, points[r][g], scales[r][g])
+            for code, g in zip(codes_of(row, bits, columns, gap=gap), index, strict=True)
+        ]
+        for r, row in enumerate(parts["codes"].tolist())
+    ]
+    return parts, {"bits": bits, "shape": (height, columns), "dense": not gap}, weight
+
+
+def four_bits(shape: tuple[int, ...], *, nested: bool) -> Case:
+    """Return random parts of a weight with a book, and the weight."""
+    rng = np.random.default_rng(0)
+    count = int(np.prod(shape))
+    blocks = -(-count // 32)
+    parts = {
+        "codes": torch.from_numpy(rng.integers(0, 256, (-(-count // 2), 1), dtype=np.uint8)),
+        "quant_map": torch.from_numpy(rng.uniform(-1, 1, 16).astype(np.float32)),
+        "absmax": torch.from_numpy(rng.uniform(0, 1, blocks).astype(np.float32)),
+    }
+    settings: dict[str, int | float | tuple[int, ...]] = {"shape": shape, "blocksize": 32}
+    scales = list(parts["absmax"].numpy())
+    if nested:
+        parts["absmax"] = torch.from_numpy(rng.integers(0, 256, blocks, dtype=np.uint8))
+        parts["nested_quant_map"] = torch.from_numpy(rng.uniform(-1, 1, 256).astype(np.float32))
+        parts["nested_absmax"] = torch.from_numpy(rng.uniform(0, 1, -(-blocks // 4)).astype(np.float32))
+        settings |= {"nested_blocksize": 4, "nested_offset": 0.25}
+        book, outer = parts["nested_quant_map"].numpy(), parts["nested_absmax"].numpy()
+        scales = [book[code] * outer[at // 4] + np.float32(0.25) for at, code in enumerate(parts["absmax"].tolist())]
+    packed = parts["codes"].reshape(-1).tolist()
+    book = parts["quant_map"].numpy()
+    numbers = [book[packed[at // 2] >> (0 if at % 2 else 4) & 15] * scales[at // 32] for at in range(count)]
+    return parts, settings, np.array(numbers, np.float32).reshape(shape).tolist()
+
+
+CASES: dict[str, tuple[str, Callable[[], Case]]] = {
+    **{
+        f"GPTQ of {bits} bits, {zeros}, in the order {order}": ("gptq", partial(gptq, bits, order, zeros))
+        for bits, order, zeros in [
+            (2, "of columns", "v2"), (3, "of activations", "v2"), (4, "of activations", "v1"),
+            (4, "of columns", "symmetric"),
+            (8, "of groups", "v1"), (3, "of columns", "v1"),
+        ]
+    },
+    "AWQ": ("awq", awq),
+    **{
+        f"rows of {bits} bits, {form}": ("packed rows", partial(rows, bits, form))
+        for bits, form in [
+            (1, "symmetric"), (2, "asymmetric"), (3, "asymmetric"), (3, "with gaps"), (4, "of activations"),
+            (5, "symmetric"),
+            (6, "with gaps"), (7, "asymmetric"), (8, "asymmetric"),
+        ]
+    },
+    **{
+        f"a book, {list(shape)}{', nested' * nested}": ("bitsandbytes 4bit", partial(four_bits, shape, nested=nested))
+        for shape in [(8, 64), (7, 33), (3, 5, 10), (1,), (41, 3)]
+        for nested in (False, True)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_codes_are_the_numbers_of_their_definition(name: str) -> None:
+    """Whole and in blocks of rows, the bits are those of arithmetic in float32, number by number."""
+    family, make = CASES[name]
+    parts, settings, expected = make()
+    weight = torch.tensor(expected, dtype=torch.float32)
+    assert torch.equal(decoded(family, parts, settings=settings), weight)
+    for count in (1, 3):
+        assert torch.equal(decoded_by_rows(family, parts, settings, count), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("zeros", ["v1", "v2"])
+def test_gptq_is_what_gptqmodel_computes(bits: int, zeros: str) -> None:
+    """GPTQModel packed these weights, and multiplied in F16: so both are equal after one rounding."""
+    found = {name.partition(".")[2]: part for name, part in GOLDEN.items() if name.startswith(f"gptq{bits}.")}
+    parts = {"codes": found["qweight"], "scales": found["scales"], "zeros": found[zeros], "g_idx": found["g_idx"]}
+    weight = decoded("gptq", parts, torch.float16, {"bits": bits, "zeros": zeros})
+    assert torch.equal(weight, found["weight"])
+
+
+def test_awq_is_what_gptqmodel_computes() -> None:
+    """GPTQModel packed these weights too."""
+    parts = {"codes": GOLDEN["awq.qweight"], "scales": GOLDEN["awq.scales"], "zeros": GOLDEN["awq.qzeros"]}
+    assert torch.equal(decoded("awq", parts, torch.float16), GOLDEN["awq.weight"])
+
+
+def state(value: object) -> torch.Tensor:
+    """Return the quant_state that bitsandbytes writes of a value."""
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def nf4() -> Parts:
+    """Return the tensors of a weight of 5 rows and 7 columns."""
+    parts, _, _ = four_bits((5, 7), nested=False)
+    ready = {"w": parts["codes"], "w.absmax": parts["absmax"], "w.quant_map": parts["quant_map"]}
+    return {**ready, "w.quant_state.bitsandbytes__nf4": state({"shape": [5, 7], "blocksize": 32, "dtype": "bfloat16"})}
+
+
+def named(parts: Parts, **names: str) -> Parts:
+    """Return the parts under the names that a file has."""
+    return {f"w.{name}": parts[role] for role, name in names.items() if role in parts}
+
+
+def gptq_file() -> Parts:
+    """Return the tensors of GPTQ of 4 bits with g_idx and zero points."""
+    return named(gptq(4, "of activations", "v2")[0], codes="qweight", scales="scales", zeros="qzeros", g_idx="g_idx")
+
+
+def rows_file() -> Parts:
+    """Return the tensors of packed rows of 4 bits."""
+    parts = rows(4, "asymmetric")[0]
+    shape = {"w.weight_shape": torch.tensor([5, 42])}
+    return named(parts, codes="weight_packed", scales="weight_scale", zeros="weight_zero_point") | shape
+
+
+def int8_file() -> Parts:
+    """Return the tensors of int8 of bitsandbytes."""
+    return {
+        "w.weight": torch.ones(4, 6, dtype=torch.int8),
+        "w.SCB": torch.ones(4),
+        "w.weight_format": torch.tensor(0).byte(),
+    }
+
+
+NAN = float("nan")
+STATE = "w.quant_state.bitsandbytes__nf4"
+BROKEN: dict[str, tuple[Callable[[], Parts], Parts, str]] = {
+    "scales of blocks too few": (nf4, {"w.absmax": torch.ones(1)}, "'w.absmax' is F32 [1], and must have 2 elements"),
+    "a scale that is NaN": (nf4, {"w.absmax": torch.tensor([1, NAN])}, "'w.absmax' has 1 of 2 values that are NaN"),
+    "a book too short": (nf4, {"w.quant_map": torch.ones(15)}, "'w.quant_map' is F32 [15], and must be [16]"),
+    "codes too few": (nf4, {"w": torch.zeros(17, 1, dtype=torch.uint8)}, "35 codes of a weight of [5, 7] are 18 bytes"),
+    "no JSON": (nf4, {STATE: torch.zeros(3, dtype=torch.uint8)}, f"'{STATE}' is not valid JSON"),
+    "no shape": (nf4, {STATE: state({"blocksize": 32})}, f"'{STATE}' has a shape of None"),
+    "a bad blocksize": (nf4, {STATE: state({"shape": [5, 7], "blocksize": "9"})}, f"'{STATE}' has a blocksize of 9"),
+    "a group that is not there": (gptq_file, {"w.g_idx": torch.full((96,), 3).int()}, "'w.g_idx' has 96 of 96 values"),
+    "few zero points": (gptq_file, {"w.qzeros": torch.zeros(3, 7).int()}, "4 bits, as the configuration says, do not"),
+    "scales of other columns": (rows_file, {"w.weight_scale": torch.ones(5, 4)}, "does not fit a weight of [5, 42]"),
+    "a shape of other codes": (rows_file, {"w.weight_shape": torch.tensor([5, 4000])}, "no way of packing codes"),
+    "a negative shape": (rows_file, {"w.weight_shape": torch.tensor([5, -4])}, "has the values [5, -4]"),
+    "zero points of other rows": (rows_file, {"w.weight_zero_point": torch.zeros(2, 3).int()}, "and must be [1, 3]"),
+    "scales of other rows": (int8_file, {"w.SCB": torch.ones(3)}, "'w.SCB' is F32 [3], and must have 4 elements"),
+    "an unknown layout": (int8_file, {"w.weight_format": torch.tensor(9).byte()}, "'w.weight_format' is 9"),
+}  # fmt: skip
+CONFIGS = {
+    gptq_file: {"quant_method": "gptq", "bits": 4},
+    rows_file: {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4}}}},
+}
+
+
+def write(folder: Path, tensors: Parts, section: object) -> Path:
+    """Write a file, and a configuration beside it."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    if section is not None:
+        (folder / "config.json").write_text(json.dumps({"quantization_config": section}))
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_parts_are_errors_that_name_the_tensor(name: str, tmp_path: Path) -> None:
+    """Whether the header shows it or only the values, one line names the weight, the part and the reason."""
+    make, broken, text = BROKEN[name]
+    path = write(tmp_path, make() | broken, CONFIGS.get(make))
+    with pytest.raises(FormatError) as caught:
+        dequantized(path)
+    assert text in str(caught.value)
+    assert "'w" in str(caught.value)
+
+
+FORMS: dict[str, tuple[Callable[[], Parts], Parts, object, str]] = {
+    "a layout of a GPU": (int8_file, {"w.weight_format": torch.tensor(2).byte()}, None, "in the layout col_turing"),
+    "Marlin": (gptq_file, {}, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "in the layout marlin"),
+    "planes": (gptq_file, {}, {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_p"}, "in planes of bits"),
+    "no configuration": (gptq_file, {}, None, "without a configuration that says what its zero points mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_are_not_decoded_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    """Nothing is guessed."""
+    make, changed, section, text = FORMS[name]
+    with pytest.raises(PlanError) as caught:
+        dequantized(write(tmp_path, make() | changed, section))
+    assert text in str(caught.value)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_is_decoded_as_its_configuration_says(bits: int, form: str | None, tmp_path: Path) -> None:
+    """The format says whether 1 was subtracted from zero points. Shapes say how many bits, if nothing else does."""
+    found = {name.partition(".")[2]: part for name, part in GOLDEN.items() if name.startswith(f"gptq{bits}.")}
+    tensors = {f"a.{name}": found[name] for name in ("qweight", "scales", "g_idx")}
+    section = {"quant_method": "gptq", "desc_act": True} | ({"checkpoint_format": form} if form else {"bits": bits})
+    tensors["a.qzeros"] = found["v2" if form == "gptq_v2" else "v1"]
+    weights = dequantized(write(tmp_path, tensors, section), "F16")
+    assert list(weights) == ["a.weight"]
+    assert torch.equal(weights["a.weight"], found["weight"])
+
+
+def test_symmetric_zero_points_need_no_configuration(tmp_path: Path) -> None:
+    """Zero points that are all in the middle of the range are those of symmetric codes, in both forms."""
+    parts = gptq(4, "of activations", "symmetric")
+    tensors = named(parts[0], codes="qweight", scales="scales", g_idx="g_idx")
+    for code in (0x77777777, -0x77777778):
+        tensors["w.qzeros"] = torch.full((3, 8), code, dtype=torch.int32)
+        assert torch.equal(dequantized(write(tmp_path, tensors, None))["w.weight"], torch.tensor(parts[2]))
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    """A weight without its book is not decoded."""
+    tensors = nf4()
+    del tensors["w.quant_map"]
+    with pytest.raises(CkptkitError, match=r"'w' cannot be dequantised: it lacks 'w\.quant_map'"):
+        dequantized(write(tmp_path, tensors, None))
