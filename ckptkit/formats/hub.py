@@ -30,12 +30,12 @@ def locate_hub_checkpoint(name: str) -> tuple[str, ReaderWarning]:
     """
     text, mark, key = name.partition("::")
     path = parse_hub_path(text)
-    cached = path.cached
-    lack = _lack(cached, key) if cached else "not in the Hugging Face cache"
+    is_cached = bool(path.commit) and os.path.exists(path.place)
+    lack = _lack(path.place, key) if is_cached else "not in the Hugging Face cache"
     if not lack:
         return path.pinned + mark + key, _note_of_cache(path)
     may_ask_hub(path, lack)
-    note = f"{printable(text)} is {lack}" if not cached else lack
+    note = lack if is_cached else f"{printable(text)} is {lack}"
     return path.url + mark + key, ReaderWarning(f"{note}: the hub was read", codes.HUB)
 
 

@@ -79,13 +79,9 @@ class HubPath:
         return self.revision if not commit and self.revision in commits else ""
 
     @property
-    def cached(self) -> str:
-        """The path of the file or folder in the cache, or an empty string; a link whose target is missing is left out.
-
-        Raises the same errors as ``commit``.
-        """
-        path = os.path.join(self._folder, "snapshots", self.commit, *self.inside.split("/")).rstrip("/")
-        return path if self.commit and os.path.exists(path) else ""
+    def place(self) -> str:
+        """The path of the file or folder in the snapshot of the cache, if there is one. Raises as ``commit``."""
+        return os.path.join(self._folder, "snapshots", self.commit, *self.inside.split("/")).rstrip("/")
 
     @property
     def pinned(self) -> str:
@@ -114,14 +110,15 @@ def is_hub_path(path: str) -> bool:
     return path.startswith(HUB_PREFIX) and not path.startswith(f"{HUB_PREFIX}//")
 
 
-def hub_path(path: str) -> str:
+def hub_path(path: str, *, asking: bool = True) -> str:
     """Return the path in the cache of ``hf:org/name[@revision][/file]``, or its URL where the cache does not have it.
 
-    Raises ``PathError`` where the cache does not have it and the hub cannot be asked, and for a name that is not valid.
+    Without ``asking``, a file that the snapshot of the cache lacks is a path that does not exist. Raises ``PathError``
+    where the cache does not have it and the hub cannot be asked, and for a name that is not valid.
     """
     parsed = parse_hub_path(path)
-    if cached := parsed.cached:
-        return cached
+    if parsed.commit and (not asking or os.path.exists(parsed.place)):
+        return parsed.place
     may_ask_hub(parsed, "not in the Hugging Face cache")
     return parsed.url
 

@@ -65,6 +65,11 @@ def _place_of(path: str) -> str:
     return hub_path(path) if is_hub_path(path) else path
 
 
+def _judged_at(path: str) -> str:
+    """Return where it is seen whether a path exists. The hub is not asked what a snapshot of the cache lacks."""
+    return hub_path(path, asking=False) if is_hub_path(path) else path
+
+
 def open_source(path: str) -> ByteSource:
     """Return the open file at ``path``. Raises ``PathError`` where it is missing or cannot be read."""
     place = _place_of(path)
@@ -90,7 +95,7 @@ def kind_at(path: str) -> str:
 
     A store keeps what it answers, so that the file or folder that is opened next costs no second request.
     """
-    path = _place_of(path)
+    path = _judged_at(path)
     if is_url(path):
         from ckptkit.core.files.remote import remote_kind
 
@@ -102,13 +107,13 @@ def kind_at(path: str) -> str:
 
 def is_file(path: str) -> bool:
     """Return whether ``path`` is a file, or a link to one; a pipe is not one."""
-    path = _place_of(path)
+    path = _judged_at(path)
     return kind_at(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def size_at(path: str) -> int:
     """Return the number of bytes of the file at ``path``, or 0 where there is no file. An open one costs no request."""
-    path = _place_of(path)
+    path = _judged_at(path)
     if not is_url(path):
         return os.path.getsize(path) if os.path.isfile(path) else 0
     with suppress(PathError), closing(open_source(path)) as file:
@@ -118,7 +123,7 @@ def size_at(path: str) -> int:
 
 def identity_at(path: str) -> Hashable:
     """Return a value that is equal for two names of one file, or None where nothing is found. URLs are not asked."""
-    path = _place_of(path)
+    path = _judged_at(path)
     if is_url(path):
         return path
     try:
@@ -133,7 +138,7 @@ def is_same_file(first: str, second: str) -> bool:
 
     URLs are compared as they are written. Raises ``PathError`` where the state of a local path cannot be read.
     """
-    first, second = _place_of(first), _place_of(second)
+    first, second = _judged_at(first), _judged_at(second)
     if is_url(first) or is_url(second):
         return first.rstrip("/") == second.rstrip("/")
     return is_same_local(first, second)
@@ -179,5 +184,5 @@ def absolute(path: str) -> str:
 
 def real_path(path: str) -> str:
     """Return ``path`` without links and relative parts; a URL stays as it is."""
-    path = _place_of(path)
+    path = _judged_at(path)
     return path if is_url(path) else os.path.realpath(path)
