@@ -180,6 +180,8 @@ def open_npz(archive: ZipDirectory) -> Checkpoint:
     arrays: dict[str, _Array] = {}
     entries: list[Entry] = []
     warnings = []
+    if archive.file.is_remote:
+        archive.will_read(archive.entries, HEAD)
     for number, (name, entry) in enumerate(archive.entries.items()):
         key = name.removesuffix(".npy")
         header = parse_npy_header(archive.head(name, HEAD), quoted(name))

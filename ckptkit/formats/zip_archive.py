@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Record
 from ckptkit.core.files.payloads import Extent, Inflated
 from ckptkit.core.files.source import ByteSource
+from ckptkit.core.files.starts import Starts
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
@@ -31,6 +33,13 @@ _MOST_ENTRIES = MOST_TENSORS + 10_000  # each entry needs memory and one read
 _ALWAYS_INFLATED = 1 << 20  # bytes; a larger entry must not exceed the largest ratio
 _LARGEST_RATIO = 100  # repetitive JSON is deflated seventyfold
 _LONGEST_TEXT = 1000
+_LONGEST_END = 65557  # bytes of the end of an archive, with its comment
+_REMOTE_TAIL = 256 << 10  # holds the directory of some thousand entries too
+_LONGEST_EXTRA = 256  # the name of an entry, and the padding before its content
+_MOST_AHEAD = 16 << 20
+# What readers read at once when they open an archive.
+_DESCRIBING = frozenset({"data.pkl", "constants.pkl", "byteorder", "version", "archive_format", "archive_version"})
+_CONFIGURATION = "_config.json"
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40
 _DESCRIPTOR = 0x8
@@ -55,12 +64,23 @@ class ZipDirectory:
 
     file: ByteSource
     entries: dict[str, ZipEntry]
-    starts: dict[str, int]  # in the order of the file
+    starts: Starts  # in the order of the file
+    ends: Callable[[str], int]  # where the next entry begins, or the directory
 
     def roots(self, name: str) -> list[str]:
         """Return the folder of each entry of this name: an empty string, or one folder with a slash."""
         return [entry.removesuffix(name) for entry in self.entries if entry == name
                 or (entry.endswith(f"/{name}") and entry.count("/") == 1)]  # fmt: skip
+
+    def will_read(self, names: Iterable[str], most: int = _MOST_AHEAD) -> None:
+        """Say that the first ``most`` bytes of these entries, with the headers in front of them, are read next."""
+        entries = sorted((self.entries[name] for name in names if name in self.entries), key=lambda entry: entry.header)
+        self.file.will_read(
+            [
+                (entry.header, min(self.ends(entry.name) - entry.header, _LOCAL.size + _LONGEST_EXTRA + most))
+                for entry in entries
+            ]
+        )
 
     def region(self, name: str) -> Extent | Inflated:
         """Return the content of an entry, without reading it."""
@@ -141,11 +161,16 @@ def read_zip_directory(file: ByteSource) -> ZipDirectory:
     if offset + size > end:
         raise FormatError("the zip directory is beyond the end of the archive")
     entries = _central(file.read(offset, size), count)
-    return ZipDirectory(file, entries, _check_local(file, entries, offset))
+    directory = _in_order(file, entries, offset)
+    if file.is_remote:
+        directory.will_read(
+            name for name in entries if name.rpartition("/")[2] in _DESCRIBING or name.endswith(_CONFIGURATION)
+        )
+    return directory
 
 
 def _find_end(file: ByteSource) -> tuple[int, int, int, int]:
-    start = max(file.size - 65557, 0)
+    start = max(file.size - (_REMOTE_TAIL if file.is_remote else _LONGEST_END), 0)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) - at < _END.size:
@@ -253,28 +278,51 @@ def _check_entry(entry: ZipEntry, flags: int, attributes: int) -> None:
         raise FormatError(f"zip entry {quoted(name)} is marked as a directory and has content")
 
 
-def _check_local(file: ByteSource, entries: dict[str, ZipEntry], limit: int) -> dict[str, int]:
-    starts: dict[str, int] = {}
-    reached = 0
-    for entry in sorted(entries.values(), key=lambda entry: entry.header):
-        raw = entry.name.encode()
-        if entry.header < reached:
-            raise FormatError(f"zip entry {quoted(entry.name)} overlaps the one before it")
-        if entry.header + _LOCAL.size + len(raw) > limit:
-            raise FormatError(f"zip entry {quoted(entry.name)} is beyond the end of the archive")
-        data = file.read(entry.header, _LOCAL.size + len(raw))
-        magic, _, flags, method, _, _, *stated, name_len, extra_len = _LOCAL.unpack_from(data)
-        if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
-            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
-        if method != entry.method or flags & _ENCRYPTED:
-            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its method")
-        # The local header leaves these fields empty where a data descriptor follows; zip64 fills them with ones.
-        empty = flags & _DESCRIPTOR or not any(stated) or 0xFFFFFFFF in stated[1:]
-        if not empty and stated != [entry.crc, entry.packed, entry.size]:
-            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its size")
-        start = entry.header + _LOCAL.size + name_len + extra_len
-        reached = start + entry.packed
-        if reached > limit:
-            raise FormatError(f"zip entry {quoted(entry.name)} ends beyond the archive")
-        starts[entry.name] = start
-    return starts
+def _in_order(file: ByteSource, entries: dict[str, ZipEntry], limit: int) -> ZipDirectory:
+    """Return the directory with the entries in the order of the file, of which none overlaps the next."""
+    order = sorted(entries.values(), key=lambda entry: entry.header)
+    following = {entry.name: after for entry, after in pairwise(order)}
+
+    def end_of(name: str) -> int:
+        after = following.get(name)
+        return limit if after is None else after.header
+
+    def front_of(name: str) -> tuple[int, int]:
+        entry = entries[name]
+        count = _LOCAL.size + len(name.encode())
+        if entry.header + count > limit:
+            raise FormatError(f"zip entry {quoted(name)} is beyond the end of the archive")
+        return entry.header, count
+
+    def start_of(name: str, data: bytes) -> int:
+        entry, after = entries[name], following.get(name)
+        start = _start(entry, data)
+        if start + entry.packed > limit:
+            raise FormatError(f"zip entry {quoted(name)} ends beyond the archive")
+        if after is not None and start + entry.packed > after.header:
+            raise FormatError(f"zip entry {quoted(after.name)} overlaps the one before it")
+        return start
+
+    for entry, after in pairwise(order) if file.is_remote else ():
+        if entry.header + _LOCAL.size + len(entry.name.encode()) + entry.packed > after.header:
+            raise FormatError(f"zip entry {quoted(after.name)} overlaps the one before it")
+    names = {entry.name: None for entry in order}
+    return ZipDirectory(file, entries, Starts(file, names, front_of, start_of), end_of)
+
+
+def _start(entry: ZipEntry, data: bytes) -> int:
+    """Return the offset of the content of an entry; ``data`` is the local header, which must agree with the directory.
+
+    Raises ``FormatError``.
+    """
+    raw = entry.name.encode()
+    magic, _, flags, method, _, _, *stated, name_len, extra_len = _LOCAL.unpack_from(data)
+    if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
+        raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
+    if method != entry.method or flags & _ENCRYPTED:
+        raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its method")
+    # The local header leaves these fields empty where a data descriptor follows; zip64 fills them with ones.
+    empty = flags & _DESCRIPTOR or not any(stated) or 0xFFFFFFFF in stated[1:]
+    if not empty and stated != [entry.crc, entry.packed, entry.size]:
+        raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its size")
+    return entry.header + _LOCAL.size + int(name_len) + int(extra_len)

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ckptkit.core.files.source import FolderNames
 from ckptkit.core.text import quoted
@@ -61,6 +61,8 @@ class LocalFile:
     The file is never mapped into memory. If another program truncates the file, a memory map raises SIGBUS, whereas
     ``pread`` returns fewer bytes.
     """
+
+    is_remote: Final = False
 
     def __init__(self, path: str, shown: str = "") -> None:
         """Open ``path``, which messages show as ``shown``, by default as it is.

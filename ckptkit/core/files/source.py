@@ -22,6 +22,11 @@ class ByteSource(Protocol):
         ...
 
     @property
+    def is_remote(self) -> bool:
+        """Whether a read is a request, so that reading many small ranges one by one is slow."""
+        ...
+
+    @property
     def identity(self) -> Hashable:
         """A value that is equal for one file under two names, and different for two files."""
         ...
@@ -129,6 +134,7 @@ class Section:
         self.size = size
         self.file = file
         self.offset = offset
+        self.is_remote = file.is_remote
 
     @property
     def identity(self) -> tuple[Hashable, int]:

@@ -114,6 +114,7 @@ class TorchFile:
     unwritable: str = ""
     other_records: Callable[[], Sequence[tuple[str, Payload]]] = tuple
     is_loaded_whole: bool = True
+    find: Callable[[StorageRef], object] | None = None  # raises as locate does, but reads nothing
 
     def __post_init__(self) -> None:
         """Refuse changed tensors."""
@@ -180,7 +181,10 @@ def build_checkpoint(
             tensor = replace(tensor, kind=kind)  # noqa: PLW2901 - only listed
         infos[key] = _info(key, tensor, ids)
         if tensor.storage is not None and tensor.storage.key not in regions:
-            regions[tensor.storage.key] = tensor.storage.data or file.locate(tensor.storage)
+            if file.find is None or tensor.storage.data is not None:
+                regions[tensor.storage.key] = tensor.storage.data or file.locate(tensor.storage)
+            else:
+                file.find(tensor.storage)
     entries = _entries_outside(tree, chosen, budget) + found.entries
     if left_out and not file.is_loaded_whole:
         entries = [entry._replace(is_outside=True) for entry in entries]
@@ -202,17 +206,25 @@ def build_checkpoint(
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
+    locate = file.locate
+
+    def region_of(storage: StorageRef) -> Region:
+        region = regions.get(storage.key)
+        if region is None:  # in a store, where each is a request
+            region = regions[storage.key] = locate(storage)
+        return region
+
     def span(info: TensorInfo) -> Payload | None:
         tensor = found.tensors[info.key]
         if tensor.conj or tensor.neg or info.kind != "dense" or tensor.storage is None:
             return None
-        return _span(info, regions[tensor.storage.key])
+        return _span(info, region_of(tensor.storage))
 
     def payload(info: TensorInfo) -> Payload:
         tensor = found.tensors[info.key]
         if info.kind != "dense" or tensor.storage is None:
             raise only_listed_error(info, path)
-        region = regions[tensor.storage.key]
+        region = region_of(tensor.storage)
         has_stored_order = is_contiguous(info) and not tensor.conj and not tensor.neg
         return _span(info, region) if has_stored_order else Strided(region, info, tensor.conj, tensor.neg)
 

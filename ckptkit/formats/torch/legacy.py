@@ -9,6 +9,7 @@ from ckptkit.core.checkpoint import Checkpoint, Record
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, Region
 from ckptkit.core.files.source import ByteSource
+from ckptkit.core.files.starts import Starts
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.machine import TruncatedPickleError, parse_pickle
@@ -24,6 +25,7 @@ _PROTOCOL = 1001
 _FIRST_WINDOW = 16 << 20  # nearly every pickle ends inside, so it is parsed once
 _SMALL_WINDOW = 1 << 12
 _STORAGE_KEYS_WINDOW = 1 << 20
+_REMOTE_WINDOW = 1 << 18  # more bytes would come late, and are seldom needed
 _UNTYPED = "it was written on a big-endian machine, and the byte order of some numbers is unknown"
 _LENGTH = struct.Struct("<q")
 
@@ -57,9 +59,12 @@ def read_torch_legacy(file: ByteSource, *, largest: int = LARGEST_PICKLE) -> Tor
     storage_keys, pos = read_pickle(file, plain, pos, largest=largest, window=_STORAGE_KEYS_WINDOW)
     starts = _storage_starts(file, objects, storage_keys, pos)
 
-    def locate(storage: StorageRef) -> Region:
+    def find(storage: StorageRef) -> None:
         if storage.key not in starts:
             raise FormatError(f"storage {quoted(storage.key)} is not in the file")
+
+    def locate(storage: StorageRef) -> Region:
+        find(storage)
         return Extent(file, starts[storage.key], storage.nbytes)
 
     def has_unknown_byte_order(tensor: TensorRef) -> bool:
@@ -85,6 +90,7 @@ def read_torch_legacy(file: ByteSource, *, largest: int = LARGEST_PICKLE) -> Tor
         has_unknown_byte_order=has_unknown_byte_order,
         pickle=lambda: file.read(start, size),
         unwritable=_UNTYPED if is_unclear else "",
+        find=find if file.is_remote else None,
     )
 
 
@@ -102,6 +108,8 @@ def read_pickle(
     """
     # Only parsing shows where a pickle ends, and the storages that follow can be large.
     # Therefore a window is read, and a larger one only if the pickle does not end inside.
+    if file.is_remote:
+        window = min(window, _REMOTE_WINDOW)
     while True:
         data = file.read(start, min(window, file.size - start))
         refuse_many_tensors(data)
@@ -117,35 +125,48 @@ def read_pickle(
             return value, start + end
 
 
-def _storage_starts(file: ByteSource, objects: TorchObjects, keys: object, pos: int) -> dict[str, int]:
+def _storage_starts(file: ByteSource, objects: TorchObjects, keys: object, pos: int) -> Starts:
+    """Return where each storage begins, behind its number of elements. Raises ``FormatError``."""
     if not isinstance(keys, list) or not all(
         isinstance(key, str) or (type(key) is int and 0 <= key < 2**64) for key in keys
     ):
         raise FormatError("a legacy torch file without a list of storages")
-    starts: dict[str, int] = {}
+    fronts: dict[str, int] = {}
     for key in map(str, keys):
         storage = objects.storages.get(key)
         if storage is None:
             raise FormatError(f"no tensor uses storage {quoted(key)}, which is in the file")
-        if key in starts:
+        if key in fronts:
             raise FormatError(f"storage {quoted(key)} is listed twice")
-        if pos + _LENGTH.size > file.size:
+        fronts[key] = pos
+        pos += _LENGTH.size + storage.nbytes
+
+    def front_of(key: str) -> tuple[int, int]:
+        if fronts[key] + _LENGTH.size > file.size:
             raise FormatError(f"ends before storage {quoted(key)}: truncated?", hint="download or copy it again")
-        (numel,) = _LENGTH.unpack(file.read(pos, _LENGTH.size))
-        pos += _LENGTH.size
-        _check_numel(key, storage, numel)
-        starts[key] = pos
-        pos += storage.nbytes
-        if pos > file.size:
+        return fronts[key], _LENGTH.size
+
+    def start_of(key: str, data: bytes) -> int:
+        storage, start = objects.storages[key], fronts[key] + _LENGTH.size
+        _check_numel(key, storage, *_LENGTH.unpack(data))
+        if start + storage.nbytes > file.size:
             raise FormatError(
-                f"ends {plural(pos - file.size, 'byte')} before the end of storage {quoted(key)}: truncated?",
+                f"ends {plural(start + storage.nbytes - file.size, 'byte')} before the end of storage {quoted(key)}: "
+                "truncated?",
                 hint="download or copy it again",
             )
+        return start
+
+    starts = Starts(file, fronts, front_of, start_of)
     missing = [key for key in objects.storages if key not in starts]
     if missing:
         raise FormatError(f"storage {quoted(missing[0])} is not in the file")
-    if pos != file.size:
+    if pos < file.size:
         raise FormatError(f"{file.size - pos} bytes follow the last storage")
+    if pos > file.size:
+        raise FormatError(
+            f"ends {plural(pos - file.size, 'byte')} too early: truncated?", hint="download or copy it again"
+        )
     return starts
 
 

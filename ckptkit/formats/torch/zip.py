@@ -92,7 +92,7 @@ def read_pickles(
         width = DTYPES[tensor.dtype].part_bytes
         return big and tensor.storage is not None and width != swapped_width(tensor.storage.key)
 
-    def locate(storage: StorageRef) -> Region:
+    def find(storage: StorageRef) -> str:
         name = record(storage.key)
         entry = archive.entries.get(name)
         if entry is None:
@@ -102,7 +102,10 @@ def read_pickles(
                 f"storage {quoted(storage.key)}: the pickle says {storage.nbytes} bytes, the archive has {entry.size}",
                 hint="the file is damaged, or its writer has a bug",
             )
-        region, width = archive.region(name), swapped_width(storage.key)
+        return name
+
+    def locate(storage: StorageRef) -> Region:
+        region, width = archive.region(find(storage)), swapped_width(storage.key)
         return ByteSwapped(region, width) if big and width > 1 else region
 
     used = set(map(record, objects.storages))
@@ -122,7 +125,16 @@ def read_pickles(
         return [(name, archive.region(root + name)) for name in names if not _REWRITTEN.fullmatch(name)]
 
     unwritable = _UNTYPED if big and any(not storage.dtype for storage in objects.storages.values()) else ""
-    file = TorchFile(trees[0], objects, size, locate, records, tuple(warnings), has_unknown_byte_order)
+    file = TorchFile(
+        trees[0],
+        objects,
+        size,
+        locate,
+        records,
+        tuple(warnings),
+        has_unknown_byte_order,
+        find=find if archive.file.is_remote else None,
+    )
     return trees, file if others else replace(file, pickle=pickle, unwritable=unwritable, other_records=other_records)
 
 

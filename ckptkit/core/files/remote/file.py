@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Sequence
 from concurrent.futures import CancelledError
+from typing import Final
 
 from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
 from ckptkit.core.files.remote.failures import NotFoundError
@@ -20,6 +21,8 @@ __all__ = ["RemoteFile"]
 
 class RemoteFile:
     """A file of a store. Threads may read it at once."""
+
+    is_remote: Final = True
 
     def __init__(self, url: str) -> None:
         """Open the file at a URL without credentials. Raises ``PathError`` where it is missing or cannot be read."""
