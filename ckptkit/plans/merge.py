@@ -14,6 +14,7 @@ from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.plans.dequantized import DequantizedInputs, DequantizeLike
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.overlays.choices import Policies, Sides, parse_policies
@@ -50,6 +51,7 @@ def plan_merge(
     on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    dequantize: DequantizeLike = False,
     skip_unread: bool = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
@@ -75,6 +77,9 @@ def plan_merge(
     The patterns match the keys of the base, and those of ``on_unexpected`` match the keys in the donor's file. A
     pattern that decides about no key is an error, as an unused rule is, unless ``rules`` allow unused rules.
     ``Step.rule`` names the rules and the policy that decided about a tensor.
+
+    With ``dequantize``, quantised weights of every input are numbers, as in ``plan_remap``; those of a donor get the
+    dtype of the base. ``dequantize`` may also be the dtype of those of the base.
 
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
@@ -117,8 +122,13 @@ def plan_merge(
         opened_base = stack.enter_context(opened(base, "base"))
         sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
         rules = rules_for(rules, sources[roles[0]], opened_base)
-        plan, _ = _plan(opened_base, sources, rules, policies, requirements, skip_unread=skip_unread)
-        return edit_metadata(plan, metadata, drop_metadata)
+        inputs = DequantizedInputs({"base": opened_base, **sources}, dequantize, rules=rules, by_rules=roles)
+        checkpoints = {role: inputs.checkpoints[role] for role in roles}
+        plan, _ = _plan(
+            inputs.checkpoints["base"], checkpoints, inputs.rules or rules, policies, requirements,
+            skip_unread=skip_unread,
+        )  # fmt: skip
+        return edit_metadata(inputs.finish(plan), metadata, drop_metadata)
 
 
 def plan_loading(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.checkpoint.reading import read_tensor
+from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
@@ -19,8 +20,10 @@ from ckptkit.plans.steps import describe_step
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.casting import RecipeCounter
+    from ckptkit.tensor_ops.dequantize import Dequantize
     from ckptkit.tensor_ops.operation import Rounded
     from ckptkit.values.cast_payload import CastPayload
+    from ckptkit.values.dequantize.payload import DequantizedPayload
     from ckptkit.values.workers import Workers
 
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
@@ -45,6 +48,7 @@ class Producer:
     extracted: dict[str, ExtractedChange] = field(default_factory=dict)
     _outputs: dict[object, tuple[tuple[Tensor, ...], RecipeCounter]] = field(default_factory=dict, repr=False)
     _workers: Workers | None = field(default=None, repr=False)
+    _stored: dict[str, StoredBytes] = field(default_factory=dict, repr=False)
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, which are read or computed only with the chunks.
@@ -53,6 +57,9 @@ class Producer:
         """
         found = describe_step(step, self.roles)
         if step.recipe is not None:
+            operation, numbers = self._only_dequantize(step)
+            if operation is not None and found.dtype == step.out.dtype:
+                return self._dequantized(step, operation, numbers, step.out, self.losses)
             return ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         if found.dtype == step.out.dtype:
@@ -70,8 +77,12 @@ class Producer:
             tensor = self._read(step, 0)
             return tensor if found.dtype == step.out.dtype else self._cast_tensor(tensor, found, step.out)
         from ckptkit.tensor_ops.casting import RecipeCounter
-        from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
+        from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe, lift_dequantize
 
+        operation, numbers = self._only_dequantize(step)
+        if operation is not None:
+            tensor = self._dequantized_tensor(step, operation, numbers, self.losses)
+            return tensor if found.dtype == step.out.dtype else self._cast_tensor(tensor, found, step.out)
         # The outputs of one chain over the same sources are computed together; the latest chain is the last one.
         chain = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
         evaluated = self._outputs.pop(chain, None)
@@ -79,8 +90,20 @@ class Producer:
             self._shrink_cache()
             counter = RecipeCounter()
             rounded = self._recorded(step, counter.add)
+            recipe, decoded = lift_dequantize(step.recipe, len(step.sources))
+            assert isinstance(recipe, Recipe)  # noqa: S101 - else the step only dequantises
+            identities = [*step.sources, *decoded]
+
+            def read(number: int) -> Tensor:
+                if number < len(step.sources):
+                    return self._read(step, number)
+                found: dict[str, CastLoss] = {}
+                tensor = self._dequantized_tensor(step, *decoded[number - len(step.sources)], found)
+                counter.add_loss(found.get(step.out.key))
+                return tensor
+
             try:
-                outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number), rounded)
+                outputs = evaluate_recipe(recipe, identities, read, rounded)
             except RuleError as error:  # of the values, which the plan does not know
                 raise RuleError(f"{quoted(step.sources[0].key)}: {error.reason}", hint=error.hint) from None
             evaluated = outputs, counter
@@ -91,6 +114,44 @@ class Producer:
         cast = tensor if tensor.dtype == dtype else self._cast_tensor(tensor, found, step.out)
         self.losses[step.out.key] = loss + self.losses[step.out.key] if cast is not tensor else loss
         return cast
+
+    def _only_dequantize(self, step: Step) -> tuple[Dequantize | None, tuple[int, ...]]:
+        """Return the operation of a step that dequantises a weight and does nothing else, and the numbers of parts."""
+        from ckptkit.tensor_ops.dequantize import Dequantize
+
+        recipe = step.recipe
+        if recipe is None or len(recipe.operations) != 1 or not isinstance(recipe.operations[0], Dequantize):
+            return None, ()
+        operation = recipe.operations[0]
+        return (operation if operation.scheme else None), tuple(n for n in recipe.inputs if isinstance(n, int))
+
+    def _dequantized(
+        self,
+        step: Step,
+        operation: Dequantize,
+        numbers: Sequence[int],
+        out: TensorInfo,
+        losses: MutableMapping[str, CastLoss],
+    ) -> DequantizedPayload:
+        """Return the numbers of a quantised weight, given the numbers of the sources that are its parts."""
+        from ckptkit.values.dequantize.payload import DequantizedPayload
+
+        sources = [step.sources[number] for number in numbers]
+        decoder = operation.decoder(out.key, [self.roles[source.role][source.key] for source in sources])
+        payloads = [self._stored_bytes(source.role).payload(source.key) for source in sources]
+        return DequantizedPayload(decoder, operation.sources(payloads), out, losses, self._shared_workers())
+
+    def _dequantized_tensor(
+        self, step: Step, operation: Dequantize, numbers: Sequence[int], losses: MutableMapping[str, CastLoss]
+    ) -> Tensor:
+        out = TensorInfo(step.out.key, operation.dtype or "F32", operation.shape)
+        payload = self._dequantized(step, operation, numbers, out, losses)
+        return read_tensor(out, lambda _: payload)
+
+    def _stored_bytes(self, role: str) -> StoredBytes:
+        if role not in self._stored:
+            self._stored[role] = StoredBytes(self.roles[role])
+        return self._stored[role]
 
     def _recorded(self, step: Step, count: Rounded) -> Rounded:
         """Return ``count``, or for an extraction a function that also records how much of the change it holds."""
@@ -119,7 +180,11 @@ class Producer:
         if step.recipe is not None:
             if not step.is_cast and not step.recipe.is_lossy:
                 return None
-            self.tensor(step)
+            operation, numbers = self._only_dequantize(step)
+            if operation is not None and operation.dtype == step.out.dtype:
+                self._dequantized(step, operation, numbers, step.out, self.losses).find_losses()
+            else:
+                self.tensor(step)
         else:
             from ckptkit.values.losses import can_overflow
 
@@ -131,11 +196,15 @@ class Producer:
 
     def _cast(self, payload: Payload, found: TensorInfo, out: TensorInfo) -> CastPayload:
         from ckptkit.values.cast_payload import CastPayload
+
+        return CastPayload(payload, found, out, self.losses, self._shared_workers())
+
+    def _shared_workers(self) -> Workers:
         from ckptkit.values.workers import Workers
 
         if self._workers is None:
             self._workers = Workers()
-        return CastPayload(payload, found, out, self.losses, self._workers)
+        return self._workers
 
     def _cast_tensor(self, tensor: Tensor, found: TensorInfo, out: TensorInfo) -> Tensor:
         payload = self._cast(TensorPayload(tensor, found.nbytes), found, out)

@@ -124,7 +124,10 @@ class QuantizedInputs:
         yield from self._plain_problems(steps)
 
     def problems(self, steps: Iterable[Step]) -> Iterator[QuantizedProblem]:
-        """Yield a problem for each quantised weight that the steps cast, compute with, take apart, or overlay."""
+        """Yield a problem for each quantised weight that the steps cast, compute with, take apart, or overlay.
+
+        Plain numbers may replace a weight of the target if the output has none of its parts.
+        """
         if not self:
             return
         steps = list(steps)
@@ -139,12 +142,27 @@ class QuantizedInputs:
             )
             if problem is not None:
                 yield problem
-        yield from self._plain_problems(steps)
+        yield from self._plain_problems(steps, self._gone(steps))
+
+    def _gone(self, steps: Sequence[Step]) -> Iterator[str]:
+        """Yield the quantised weights of the target of which the output has no part."""
+        copied: set[str] = set()
+        for step in steps if self.in_target else ():
+            decoded = _dequantized(step)
+            copied |= {s.key for at, s in enumerate(step.sources) if s.role == self.target_role and at not in decoded}
+        dtypes = {step.out.key: step.out.dtype for step in steps} if self.in_target else {}
+        for weight in self.in_target.weights:
+            coded = self.target_infos.get(weight.coded)
+            if copied.isdisjoint(weight.parts) and coded is not None and dtypes.get(weight.coded) != coded.dtype:
+                yield weight.key
 
     def _uses(self, steps: Iterable[Step]) -> _Used:
         uses: _Used = {}
         for step in steps:
-            for source in (*step.sources, *step.equals):
+            decoded = _dequantized(step)
+            for number, source in enumerate((*step.sources, *step.equals)):
+                if number in decoded:
+                    continue
                 weight = self.weights[source.role].by_key.get(source.key)
                 if weight is not None:
                     uses.setdefault((source.role, weight), []).append((source.key, step))
@@ -221,9 +239,9 @@ class QuantizedInputs:
         name = "it" if out == key else quoted(out)
         return f"and {self.where} has {name} as {plain}{self.target_infos[out]}"
 
-    def _plain_problems(self, steps: Iterable[Step]) -> Iterator[QuantizedProblem]:
-        """Yield a problem for each quantised weight of the target that plain tensors would replace."""
-        found: set[str] = set()
+    def _plain_problems(self, steps: Iterable[Step], gone: Iterable[str] = ()) -> Iterator[QuantizedProblem]:
+        """Yield a problem for each quantised weight of the target that plain tensors would replace, but not if gone."""
+        found = set(gone)
         for step in steps if self.in_target else ():
             weight = self.in_target.by_key.get(step.out.key) or self.by_name.get(step.out.key)
             source = step.sources[0]
@@ -258,6 +276,15 @@ def check_quantized(plan: _PlanT, inputs: QuantizedInputs) -> _PlanT:
     for problem in inputs.problems(plan.steps):
         raise problem.error()
     return plan
+
+
+def _dequantized(step: Step) -> frozenset[int]:
+    """Return the numbers of the sources that a step dequantises."""
+    if step.recipe is None:
+        return frozenset()
+    from ckptkit.tensor_ops.recipes import dequantized_sources
+
+    return dequantized_sources(step.recipe)
 
 
 def refuse_part(quantized: Quantized, key: str, reason: str) -> None:

@@ -15,6 +15,7 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.plans.dequantized import DequantizedInputs, DequantizeLike
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.metadata.moves import Rename, renamed_alike
@@ -47,6 +48,7 @@ def plan_remap(
     *,
     dtype: str | DType | None = None,
     like: CheckpointLike | None = None,
+    dequantize: DequantizeLike = False,
     skip_unread: bool = False,
     metadata: Mapping[str, str] | None = None,
     drop_metadata: str | Sequence[str] = (),
@@ -68,11 +70,15 @@ def plan_remap(
     pattern or several: items whose names match are left out. ``metadata`` has further items. Only a safetensors output
     holds metadata.
 
-    The parts of a quantised weight can only be copied, and only together.
+    The parts of a quantised weight can only be copied, and only together. With ``dequantize``, the output has numbers
+    in place of every quantised weight, under the key of the weight. Their dtype is ``dtype``, else the one that
+    ``config.json`` names, else the one that the scheme records, else F32; ``notes`` of the plan say which.
+    ``dequantize`` may also be a dtype. An operation ``dequantize`` in ``rules`` is for the weights whose names match.
 
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
     filled, where no tensor would be left, and where a tensor cannot be copied. It is also raised where a quantised
-    weight would be cast, changed or taken apart. A file that refers to code that looks malicious is refused too.
+    weight would be cast, changed or taken apart, and for a weight that ckptkit cannot dequantise. A file that refers to
+    code that looks malicious is refused too.
 
     Example:
         >>> plan = plan_remap("fixtures/lenet_ddp.pt", ["module.*=*"], dtype="bfloat16")
@@ -86,7 +92,12 @@ def plan_remap(
         to_dtype = None if dtype is None else float_dtype(dtype)
         chosen = rules_for(rules, checkpoint, expected)
         with pause_gc():
-            plan = _plan(checkpoint, chosen, expected, to_dtype, skip_unread=skip_unread)
+            inputs = DequantizedInputs(
+                {"source": checkpoint}, dequantize, rules=chosen, by_rules=["source"], dtype=to_dtype
+            )
+            plan = inputs.finish(
+                _plan(inputs.checkpoints["source"], inputs.rules or chosen, expected, to_dtype, skip_unread=skip_unread)
+            )
         return edit_metadata(plan, metadata, drop_metadata)
 
 

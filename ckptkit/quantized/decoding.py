@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,9 @@ from ckptkit.quantized.configuration import Configuration, configured_dtype, rea
 from ckptkit.quantized.known import Known
 
 if TYPE_CHECKING:
+    from ckptkit.core.cast_losses import CastLoss
     from ckptkit.values.dequantize.model import Decoder, Setting
+    from ckptkit.values.dequantize.payload import DequantizedPayload
 
 __all__ = ["SETTINGS", "Decoded", "Decoding", "SettingsOf"]
 
@@ -43,6 +45,20 @@ class Decoded:
     decoder: Decoder
     family: str
     settings: tuple[tuple[str, Setting], ...]
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """The key of the part that has each role."""
+        return self.weight.roles
+
+    def payload(
+        self, stored: StoredBytes, out: TensorInfo, losses: MutableMapping[str, CastLoss] | None = None
+    ) -> DequantizedPayload:
+        """Return the bytes of the weight, with the dtype of ``out``; ``stored`` has the bytes of the parts."""
+        from ckptkit.values.dequantize.payload import DequantizedPayload
+
+        sources = {role: stored.payload(key) for role, key in self.weight.roles}
+        return DequantizedPayload(self.decoder, sources, out, losses)
 
 
 class Decoding:

@@ -168,11 +168,12 @@ def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | No
     """
     if recipe is None:
         return sources[0]
-    from ckptkit.tensor_ops.recipes import recipe_dtype, recipe_shape
+    from ckptkit.tensor_ops.recipes import dequantized_sources, recipe_dtype, recipe_shape
 
     try:
-        for info in sources:
-            if info.kind != "dense":
+        decoded = dequantized_sources(recipe)
+        for number, info in enumerate(sources):
+            if info.kind != "dense" and number not in decoded:
                 raise RuleError(f"{quoted(info.key)} is a {info.kind} tensor")
         shape = recipe_shape(recipe, [info.shape for info in sources])
         dtype = recipe_dtype(recipe, [info.dtype for info in sources])

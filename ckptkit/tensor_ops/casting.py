@@ -72,6 +72,14 @@ class RecipeCounter:
         if loss or computed:
             self.found = loss.found
 
+    def add_loss(self, loss: CastLoss | None) -> None:
+        """Add the losses of an input that was rounded when it was made."""
+        if loss:
+            self.overflowed += loss.overflowed
+            self.underflowed += loss.underflowed
+            self.largest = max(self.largest, loss.largest)
+            self.found = loss.found
+
     def loss(self, key: str, output: Tensor) -> CastLoss:
         """Return the losses in one output of the recipe, which is called ``key``."""
         import torch

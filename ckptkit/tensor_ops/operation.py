@@ -28,9 +28,12 @@ __all__ = [
     "Number",
     "NumberOrText",
     "Operation",
+    "Pairs",
     "Rounded",
     "Shape",
+    "Table",
     "Text",
+    "Texts",
     "grid_text",
     "printable_code",
     "read_parameters",
@@ -40,6 +43,8 @@ __all__ = [
 
 
 Shape: TypeAlias = tuple[int, ...]
+PairValue: TypeAlias = int | float | str | bool | tuple[int, ...]
+Pairs: TypeAlias = tuple[tuple[str, PairValue], ...]  # a table that can be compared and hashed
 # Called with the inputs of an operation, and with an output before and after it is rounded to its dtype.
 Rounded: TypeAlias = Callable[[Sequence[Tensor], Tensor, Tensor], None]
 ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
@@ -261,12 +266,34 @@ def _flag(value: object, _: Variables) -> bool:
     return value
 
 
+def _texts(value: object, _: Variables) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise RuleError(f"{_shown(value)} is not a list of strings")
+    return tuple(value)
+
+
+def _table(value: object, _: Variables) -> Pairs:
+    if not isinstance(value, Mapping):
+        raise RuleError(f"{_shown(value)} is not a table")
+    pairs: list[tuple[str, PairValue]] = []
+    for name, item in value.items():
+        if isinstance(item, list | tuple) and all(type(part) is int for part in item):
+            pairs.append((str(name), tuple(item)))
+        elif isinstance(item, bool | int | float | str):
+            pairs.append((str(name), item))
+        else:
+            raise RuleError(f"{quoted(str(name))} is {_shown(item)}, and not a number, a string or a list of integers")
+    return tuple(pairs)
+
+
 Int = Annotated[int, _int]
 Ints = Annotated[tuple[int, ...], _ints]
 Number = Annotated[float, _number]
 Text = Annotated[str, _text]
 NumberOrText = Annotated[float | str, _number_or_text]
 Flag = Annotated[bool, _flag]
+Texts = Annotated[tuple[str, ...], _texts]
+Table = Annotated[Pairs, _table]
 
 
 def _shown(value: object) -> str:

@@ -9,10 +9,19 @@ from ckptkit.core.arguments import require_number, require_type
 from ckptkit.core.text import plural
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ArgumentError
+from ckptkit.tensor_ops.dequantize import Dequantize
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape
 from ckptkit.tensor_ops.registry import apply_chain, chain_dtypes, chain_shapes
 
-__all__ = ["Recipe", "compose", "evaluate_recipe", "recipe_dtype", "recipe_shape"]
+__all__ = [
+    "Recipe",
+    "compose",
+    "dequantized_sources",
+    "evaluate_recipe",
+    "lift_dequantize",
+    "recipe_dtype",
+    "recipe_shape",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,37 @@ def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: t
 def _renumbered(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
     moved = tuple(numbers[item] if isinstance(item, int) else _renumbered(item, numbers) for item in recipe.inputs)
     return Recipe(moved, recipe.operations, recipe.part)
+
+
+def dequantized_sources(recipe: Recipe) -> frozenset[int]:
+    """Return the numbers of the sources that are parts of quantised weights, which the recipe dequantises first."""
+    if isinstance(recipe.operations[0], Dequantize) and recipe.operations[0].scheme:
+        return frozenset(item for item in recipe.inputs if isinstance(item, int))
+    inner = (dequantized_sources(item) for item in recipe.inputs if isinstance(item, Recipe))
+    return frozenset().union(*inner)
+
+
+def lift_dequantize(recipe: Recipe, sources: int) -> tuple[int | Recipe, list[tuple[Dequantize, tuple[int, ...]]]]:
+    """Return the recipe with a further source in place of each quantised weight, and how each of these is made.
+
+    ``sources`` is the number of sources; the further ones have the numbers from there on. Each is made by an operation
+    of the sources with these numbers. What remains is only a number if the recipe only dequantises.
+    """
+    made: list[tuple[Dequantize, tuple[int, ...]]] = []
+
+    def lifted(item: int | Recipe) -> int | Recipe:
+        if isinstance(item, int):
+            return item
+        first = item.operations[0]
+        if not isinstance(first, Dequantize) or not first.scheme:
+            return Recipe(tuple(map(lifted, item.inputs)), item.operations, item.part)
+        row = (first, tuple(number for number in item.inputs if isinstance(number, int)))
+        if row not in made:
+            made.append(row)
+        number = sources + made.index(row)
+        return Recipe((number,), item.operations[1:], item.part) if item.operations[1:] else number
+
+    return lifted(recipe), made
 
 
 def recipe_shape(recipe: int | Recipe, sources: Sequence[Shape]) -> Shape:

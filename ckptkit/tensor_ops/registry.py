@@ -20,6 +20,7 @@ from ckptkit.tensor_ops.adapters import (
     ReplaceRows,
 )
 from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm, Scale
+from ckptkit.tensor_ops.dequantize import Dequantize
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave, Split, SplitQkv, Stack, Unstack
 from ckptkit.tensor_ops.lora import ExtractLora, FoldLora, LoraAlpha
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
@@ -37,10 +38,10 @@ __all__ = [
 ]
 
 _KINDS: tuple[type[Operation], ...] = (
-    Add, Cast, Concat, ConvInChannels, Deinterleave, ExtractLora, FoldAdalora, FoldBatchNorm, FoldDora, FoldIa3,
-    FoldLocon, FoldLoha, FoldLokr, FoldLora, FoldLoraExperts, FoldMask, FoldSpectralNorm, FoldWeightNorm, FuseQkv,
-    Interleave, LoraAlpha, Pad, Permute, ReplaceRows, Reshape, ResizePosEmbed, RopePermute, Scale, Slice, Split,
-    SplitQkv, Stack, Transpose, Unstack,
+    Add, Cast, Concat, ConvInChannels, Deinterleave, Dequantize, ExtractLora, FoldAdalora, FoldBatchNorm, FoldDora,
+    FoldIa3, FoldLocon, FoldLoha, FoldLokr, FoldLora, FoldLoraExperts, FoldMask, FoldSpectralNorm, FoldWeightNorm,
+    FuseQkv, Interleave, LoraAlpha, Pad, Permute, ReplaceRows, Reshape, ResizePosEmbed, RopePermute, Scale, Slice,
+    Split, SplitQkv, Stack, Transpose, Unstack,
 )  # fmt: skip
 _BY_NAME = {kind.name: kind for kind in _KINDS}
 NAMES = tuple(sorted(_BY_NAME))

@@ -53,6 +53,7 @@ __all__ = [
     "module_versions",
     "part_of",
     "read_into",
+    "replaced_tensors",
     "row_major",
     "storage_range",
     "under_key",
@@ -569,6 +570,26 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     def close(self) -> None:
         """Close the files; reading a tensor afterwards is an error."""
         self._open_files.close()
+
+
+def replaced_tensors(
+    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], payload: Callable[[TensorInfo], Payload | None]
+) -> Checkpoint:
+    """Return a checkpoint with these tensors; both share the open files.
+
+    ``payload`` returns the bytes of a tensor that the first checkpoint does not have, and None for every other.
+    """
+    access = checkpoint._access  # noqa: SLF001
+
+    def any_payload(info: TensorInfo) -> Payload:
+        return payload(info) or access.payload(info)
+
+    def span(info: TensorInfo) -> Payload | None:
+        return None if access.span is None or payload(info) is not None else access.span(info)
+
+    other = Checkpoint(infos, replace(access, payload=any_payload, span=span, close=None), checkpoint._description)  # noqa: SLF001
+    other._open_files = checkpoint._open_files  # noqa: SLF001
+    return other
 
 
 def module_versions(metadata: object) -> dict[str, int]:

@@ -30,6 +30,7 @@ from ckptkit.plans.adapters.inputs import BASE, opened_roles
 from ckptkit.plans.adapters.reading import LoraConfigLike, read_adapter
 from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.ties import head_of, resolve_ties
+from ckptkit.plans.dequantized import DequantizedInputs, DequantizeLike
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnUnexpected, Policy, UnexpectedAction, parse_policy
@@ -54,6 +55,7 @@ def plan_lora(
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
     on_unexpected: OnUnexpected = "error",
+    dequantize: DequantizeLike = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
 ) -> Plan:
@@ -74,6 +76,8 @@ def plan_lora(
     ``on_unexpected`` is for a tensor of an adapter without a matching key in the base, as in ``plan_merge``: an action,
     or a mapping of patterns to actions. ``add`` writes a tensor that is saved whole, such as a task head, under its key
     in the model. ``skip`` leaves a tensor out.
+
+    With ``dequantize``, quantised weights of the base are numbers, as in ``plan_remap``, and adapters fold into them.
 
     ``require`` is a pattern or a list of patterns: an adapter must have values for every matching key of the base.
     ``min_coverage`` is the least share of the base's elements that are in such tensors, between 0 and 1. The plan has
@@ -100,7 +104,8 @@ def plan_lora(
     requirements = parse_requirements(require, min_coverage)
     adapters, configs, factors = _several(adapter, lora_config, scale, weights)
     with opened_roles(base, *adapters) as roles:
-        plan = _plan_lora(roles, configs, rules, factors, policy)
+        inputs = DequantizedInputs(roles, dequantize)
+        plan = inputs.finish(_plan_lora(inputs.checkpoints, configs, rules, factors, policy))
         changed = frozenset(() if plan.covered is None else plan.covered.filled)
         first = next(donor for role, donor in roles.items() if role != BASE)
         refuse_unmet(

@@ -1,0 +1,164 @@
+"""Plans that read quantised weights as numbers: made as if the inputs had plain weights, then of their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from ckptkit.core.arguments import require_type
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import DType
+from ckptkit.errors import PlanError
+from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.steps import complete_step, float_dtype
+from ckptkit.quantized import QuantizedWeight
+from ckptkit.quantized.view import DequantizedView, dequantized
+from ckptkit.rules.model import Rule, Rules
+
+if TYPE_CHECKING:
+    from ckptkit.quantized.decoding import Decoded
+    from ckptkit.tensor_ops.recipes import Recipe
+
+__all__ = ["DequantizeLike", "DequantizedInputs", "parse_dequantize"]
+
+# Whether quantised weights are dequantised, or the dtype that they get.
+DequantizeLike: TypeAlias = "bool | str | DType"
+_PART = "a part of {}, which is dequantised"
+
+
+def parse_dequantize(dequantize: DequantizeLike) -> tuple[bool, str | None]:
+    """Return whether quantised weights are dequantised, and the code of the dtype if the argument names one.
+
+    Raises ``PlanError`` for a dtype that is not known.
+    """
+    if isinstance(dequantize, bool):
+        return dequantize, None
+    require_type(dequantize, object, "dequantize", "a bool, or a dtype")
+    return True, float_dtype(dequantize)
+
+
+class DequantizedInputs:
+    """The inputs of a plan by role, with quantised weights as plain tensors where the caller or the rules say so.
+
+    A plan of ``checkpoints`` becomes one of the inputs as they are stored by ``finish``.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[str, Checkpoint],
+        dequantize: DequantizeLike,
+        *,
+        rules: Rules | None = None,
+        by_rules: Sequence[str] = (),
+        dtype: str | None = None,
+    ) -> None:
+        """Find the weights: all with ``dequantize``, else those that rules dequantise in the inputs ``by_rules``.
+
+        ``dtype`` is that of the output, if the caller gives one.
+        """
+        is_wanted, given = parse_dequantize(dequantize)
+        rows = [rule for stage in rules.stages for rule in stage.rules if _dtypes_of(rule)] if rules else []
+
+        def wanted(weight: QuantizedWeight) -> str | bool:
+            for rule in rows:
+                if any(pattern.match(weight.key) for pattern in rule.sources):
+                    return dtype or next(filter(None, _dtypes_of(rule)), None) or given or True
+            return is_wanted and (dtype or given or True)
+
+        self.stored = dict(roles)
+        self.views: dict[str, DequantizedView] = {}
+        for role, checkpoint in roles.items():
+            if is_wanted or (rows and role in by_rules):
+                self.views[role] = dequantized(checkpoint, wanted=wanted if role in by_rules else _all(dtype or given))
+        self.checkpoints = {role: self._view(role) for role in roles}
+        self.rules = _without_dequantize(rules) if rows and rules else rules
+
+    def _view(self, role: str) -> Checkpoint:
+        return self.views[role].checkpoint if role in self.views else self.stored[role]
+
+    def finish(self, plan: Plan) -> Plan:
+        """Return the plan with the parts of dequantised weights as sources, and a note about these weights."""
+        weights = {role: view.weights for role, view in self.views.items() if view.weights}
+        if not weights:
+            return plan
+        steps = tuple(self._step(step, weights) for step in plan.steps)
+        dropped: list[Dropped] = []
+        for drop in plan.dropped:
+            decoded = weights.get(drop.role, {}).get(drop.key)
+            parts = (drop.key,) if decoded is None or drop.is_entry else decoded.weight.parts
+            dropped += [replace(drop, key=key) for key in parts]
+        read = {(source.role, source.key) for step in steps for source in step.sources}
+        known = {(drop.role, drop.key) for drop in dropped}
+        dropped += [
+            Dropped(role, part, _PART.format(quoted(key)))
+            for role, several in weights.items()
+            for key, decoded in several.items()
+            for part in decoded.weight.parts
+            if (role, part) not in read | known
+        ]
+        several = len(self.stored) > 1
+        notes = [f"{role}: {note}" if several else note for role, view in self.views.items() for note in view.notes]
+        return replace(plan, steps=steps, dropped=tuple(dropped), notes=(*plan.notes, *notes))
+
+    def _step(self, step: Step, weights: Mapping[str, Mapping[str, Decoded]]) -> Step:
+        found = [weights.get(source.role, {}).get(source.key) for source in step.sources]
+        for source in step.equals:
+            if source.key in weights.get(source.role, {}):
+                raise PlanError(f"{quoted(source.key)} is dequantised, and cannot be compared with another tensor")
+        if not any(found):
+            return step
+        from ckptkit.tensor_ops.dequantize import Dequantize
+        from ckptkit.tensor_ops.recipes import Recipe
+
+        sources: list[Source] = []
+        inner: list[int | Recipe] = []
+        for source, decoded in zip(step.sources, found, strict=True):
+            first = len(sources)
+            if decoded is None:
+                sources.append(source)
+                inner.append(first)
+                continue
+            sources += [Source(source.role, key) for _, key in decoded.sources]
+            # A weight that is only copied or cast is rounded once, to the dtype of the output.
+            dtype = step.out.dtype if step.recipe is None else self._view(source.role)[source.key].dtype
+            parts = tuple(role for role, _ in decoded.sources)
+            shape, settings = decoded.decoder.shape, decoded.settings
+            operation = Dequantize(dtype, decoded.family, parts, shape, settings)
+            inner.append(Recipe(tuple(range(first, len(sources))), (operation,)))
+        if step.recipe is None:
+            recipe = inner[0]
+            assert isinstance(recipe, Recipe)  # noqa: S101 - the only source is a quantised weight
+        else:
+            recipe = _substituted(step.recipe, inner)
+        return complete_step(replace(step, sources=tuple(sources), recipe=recipe), self.stored)
+
+
+def _substituted(recipe: Recipe, inner: Sequence[int | Recipe]) -> Recipe:
+    inputs = tuple(inner[item] if isinstance(item, int) else _substituted(item, inner) for item in recipe.inputs)
+    return replace(recipe, inputs=inputs)
+
+
+def _all(dtype: str | None) -> Callable[[QuantizedWeight], str | bool]:
+    return lambda _: dtype or True
+
+
+def _dtypes_of(rule: Rule) -> list[str]:
+    """Return the dtype of each operation of a rule that dequantises the weights whose names match; it can be empty."""
+    if not rule.operations:
+        return []
+    from ckptkit.tensor_ops.dequantize import Dequantize
+
+    return [one.dtype for one in rule.operations if isinstance(one, Dequantize) and not one.scheme]
+
+
+def _without_dequantize(rules: Rules) -> Rules:
+    """Return the rules for inputs whose quantised weights are plain tensors already."""
+    from ckptkit.tensor_ops.dequantize import Dequantize
+
+    def plain(rule: Rule) -> Rule:
+        left = tuple(one for one in rule.operations if not isinstance(one, Dequantize) or one.scheme)
+        return replace(rule, operations=left)
+
+    return replace(rules, stages=tuple(replace(stage, rules=tuple(map(plain, stage.rules))) for stage in rules.stages))

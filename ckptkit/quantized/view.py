@@ -1,0 +1,99 @@
+"""A checkpoint whose quantised weights are numbers: each is one plain tensor, which is decoded when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, replaced_tensors
+from ckptkit.core.checkpoint.stored import StoredBytes
+from ckptkit.core.text import plural, quoted
+from ckptkit.errors import PlanError
+from ckptkit.quantized import QuantizedWeight, quantized_weights
+from ckptkit.quantized.decoding import Decoded, Decoding
+
+__all__ = ["DequantizedView", "dequantized"]
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizedView:
+    """A checkpoint with plain tensors in place of quantised weights.
+
+    Attributes:
+        original: The checkpoint as it is stored.
+        checkpoint: The same with one tensor for each quantised weight, under the key of the weight.
+        weights: The decoder of each such tensor, by its key.
+        notes: Sentences that say how many weights are dequantised, to which dtype, and who said so.
+    """
+
+    original: Checkpoint
+    checkpoint: Checkpoint
+    weights: Mapping[str, Decoded]
+    notes: tuple[str, ...] = ()
+
+
+def dequantized(
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    *,
+    wanted: Callable[[QuantizedWeight], str | bool] | None = None,
+) -> DequantizedView:
+    """Return a checkpoint with its quantised weights as numbers of ``dtype``; none of them is read yet.
+
+    Without ``dtype``, the dtype is the one that ``config.json`` names, else the one that the scheme records, else F32.
+    ``wanted`` says of each weight whether it is dequantised, or to which dtype.
+
+    Raises ``PlanError`` for a scheme that ckptkit cannot decode, and ``FormatError`` for missing or broken parts.
+    """
+    found = quantized_weights(checkpoint)
+    decoding = Decoding(checkpoint)
+    weights: dict[str, Decoded] = {}
+    dtypes: dict[str, tuple[str, str]] = {}
+    for weight in found.weights:
+        answer = True if wanted is None else wanted(weight)
+        if answer:
+            decoded = decoding.decoded(weight)
+            weights[weight.key] = decoded
+            said = answer if isinstance(answer, str) else dtype
+            dtypes[weight.key] = _dtype(said, decoding.dtype, decoded.decoder.recorded)
+    if not weights:
+        return DequantizedView(checkpoint, checkpoint, weights)
+    parts = {part: key for key, decoded in weights.items() for part in decoded.weight.parts}
+    infos: dict[str, TensorInfo] = {}
+    for key, info in checkpoint.items():
+        owner = parts.get(key)
+        if owner is None:
+            if key in weights:
+                raise PlanError(f"{quoted(key)} is a tensor, and also the name of a quantised weight")
+            infos[key] = info
+        elif owner not in infos:
+            infos[owner] = TensorInfo(owner, dtypes[owner][0], weights[owner].decoder.shape)
+    stored = StoredBytes(checkpoint)
+
+    def payload(info: TensorInfo) -> Payload | None:
+        decoded = weights.get(info.key)
+        return None if decoded is None else decoded.payload(stored, info)
+
+    return DequantizedView(checkpoint, replaced_tensors(checkpoint, infos, payload), weights, _notes(weights, dtypes))
+
+
+def _dtype(said: str | None, configured: str | None, recorded: str | None) -> tuple[str, str]:
+    """Return the dtype of a dequantised weight, and who says so."""
+    if said is not None:
+        return said, ""
+    if configured is not None:
+        return configured, ", as config.json says"
+    if recorded is not None:
+        return recorded, ", as the quantised weights say"
+    return "F32", ", because nothing names the dtype that they had"
+
+
+def _notes(weights: Mapping[str, Decoded], dtypes: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    counts: dict[tuple[str, str, str], int] = {}
+    for key, decoded in weights.items():
+        row = (decoded.weight.scheme, *dtypes[key])
+        counts[row] = counts.get(row, 0) + 1
+    return tuple(
+        f"{plural(count, 'weight')} ({scheme}) {'is' if count == 1 else 'are'} dequantised to {dtype}{reason}"
+        for (scheme, dtype, reason), count in counts.items()
+    )
