@@ -70,6 +70,7 @@ _FLAGS: Final = frozenset(
         "allow-overflow",
         "allow-unused",
         "carry",
+        "dequantize",
         "digests",
         "force",
         "keep-unknown",
@@ -89,7 +90,7 @@ _BY_PATTERN: Final = (
     "on-missing",
     "on-unexpected",
 )  # a mapping of patterns in Python
-_OF_OTHER_PROGRAMS: Final = frozenset(("dequantize", "dist-ckpt-format", "repo-type", "revision"))
+_OF_OTHER_PROGRAMS: Final = frozenset(("dist-ckpt-format", "repo-type", "revision"))
 _METHODS: Final = {"method='lora'": "merge_lora", "method='extract-lora'": "extract_lora"}
 _PLANS: Final = {  # what a dry run makes
     "merge": "plan_merge", "merge_lora": "plan_lora", "extract_lora": "plan_extract_lora"

@@ -9,7 +9,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import PATH_TYPE, path_argument, skip_unread_option
+from ckptkit.cli.common.options import PATH_TYPE, dequantize_option, path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.formats import codes
@@ -24,6 +24,7 @@ __all__ = ["convert"]
 @path_argument("source")
 @plan_output_options
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
+@dequantize_option
 @click.option("--adapter", type=click.Choice(ADAPTER_FORMATS),
               help="SOURCE is a LoRA adapter: write it for this library. peft: OUT is a directory.")  # fmt: skip
 @click.option("--base", type=PATH_TYPE, metavar="BASE",
@@ -34,6 +35,7 @@ def convert(
     *,
     options: OutputOptions,
     dtype: str | None,
+    dequantize: bool,
     adapter: AdapterFormat | None,
     base: str | None,
     skip_unread: bool,
@@ -48,11 +50,12 @@ def convert(
     ckpt convert model.safetensors -o half.safetensors --dtype BF16
     ckpt convert llama/ -o half/model.safetensors --dtype BF16 --carry
     ckpt convert model.safetensors -o dcp --format dcp
+    ckpt convert model-Q8_0.gguf -o plain.safetensors --dequantize --dtype BF16
     ckpt convert kohya.safetensors -o adapter --adapter peft --base unet.safetensors
     """  # noqa: D301 - \b is click's mark
     if adapter is not None:
-        if dtype is not None or skip_unread or options.carry or options.output.max_shard_size is not None:
-            without = "--dtype, --skip-unread, --carry and --max-shard-size"
+        if dtype is not None or dequantize or skip_unread or options.carry or options.output.max_shard_size is not None:
+            without = "--dtype, --dequantize, --skip-unread, --carry and --max-shard-size"
             raise click.UsageError(f"{without} have no meaning with --adapter")
         _convert_adapter(source, options, adapter, base)
         return
@@ -60,7 +63,8 @@ def convert(
         raise click.UsageError("--base has no meaning without --adapter")
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         with default_error_path(source):
-            plan = replace(plan_remap(checkpoint, dtype=dtype, skip_unread=skip_unread), command="convert")
+            plan = plan_remap(checkpoint, dtype=dtype, dequantize=dequantize, skip_unread=skip_unread)
+            plan = replace(plan, command="convert")
         run_plan(plan, {"source": checkpoint}, options)
 
 

@@ -9,7 +9,14 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_expected_keys
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
-from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options, requirement_options
+from ckptkit.cli.common.options import (
+    dequantize_option,
+    expand_option,
+    path_argument,
+    quiet_option,
+    report_options,
+    requirement_options,
+)
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
@@ -40,6 +47,7 @@ def _parse_size(context: click.Context, option: click.Parameter, text: str | Non
 @rule_options(beside="found", or_beside="expected")
 @requirement_options
 @click.option("--values", is_flag=True, help="Compare the values too: read both sides once.")
+@dequantize_option
 @click.option(
     "--rtol", callback=_parse_size, metavar="X", help="Compare values, and allow differences relative to EXPECTED."
 )
@@ -72,6 +80,7 @@ def diff(
     require: tuple[str, ...],
     min_coverage: float,
     values: bool,
+    dequantize: bool,
     rtol: float | None,
     atol: float | None,
     expect_frozen: tuple[str, ...],
@@ -107,9 +116,9 @@ def diff(
             )
             with progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
                 result = compare(
-                    left, right, rules, require=require, min_coverage=min_coverage, values=values, rtol=rtol,
-                    atol=atol, expect_frozen=expect_frozen, expect_changed=expect_changed, max_rel_l2=max_rel_l2,
-                    progress=progress,
+                    left, right, rules, require=require, min_coverage=min_coverage, values=values,
+                    dequantize=dequantize, rtol=rtol, atol=atol, expect_frozen=expect_frozen,
+                    expect_changed=expect_changed, max_rel_l2=max_rel_l2, progress=progress,
                 )  # fmt: skip
         is_all = expand or everything
         if reads:

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.donor_names import donor_weights
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import path_argument, requirement_options, skip_unread_option
+from ckptkit.cli.common.options import dequantize_option, path_argument, requirement_options, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
@@ -66,6 +66,8 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 )
 @requirement_options
 @skip_unread_option
+@dequantize_option
+@click.option("--dtype", metavar="DTYPE", help="--dequantize only: the dtype of the numbers.")
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale of every adapter.")  # fmt: skip
 @click.option("--weight", multiple=True, metavar="NAME=X",
@@ -89,6 +91,8 @@ def merge(
     require: tuple[str, ...],
     min_coverage: float,
     skip_unread: bool,
+    dequantize: bool,
+    dtype: str | None,
     scale: float,
     weight: tuple[str, ...],
     rank: int,
@@ -117,6 +121,9 @@ def merge(
     ckpt merge base.safetensors tuned.safetensors -o adapter/adapter_model.safetensors --method extract-lora
     """  # noqa: D301 - \b is click's mark
     _refuse_options_of_other_methods(method)
+    if dtype is not None and not dequantize:
+        raise click.UsageError("--dtype has no meaning without --dequantize: the output has the dtypes of BASE")
+    numbers = dtype or dequantize
     keeps = _is_given("on_missing")
     if method == "extract-lora" and len(donors) > 1:
         raise click.UsageError(f"--method {method} takes one DONOR")
@@ -143,6 +150,7 @@ def merge(
                     scale=scale,
                     weights=weights,
                     on_unexpected=unexpected,
+                    dequantize=numbers,
                     require=require,
                     min_coverage=min_coverage,
                 )
@@ -150,8 +158,9 @@ def merge(
                 from ckptkit.plans.adapters.extract import plan_extract_lora
 
                 plan = plan_extract_lora(
-                    first, others[0], rank, rules, as_layer=as_layer, require=require, min_coverage=min_coverage
-                )
+                    first, others[0], rank, rules,
+                    as_layer=as_layer, dequantize=numbers, require=require, min_coverage=min_coverage,
+                )  # fmt: skip
             else:
                 plan = plan_merge(
                     first,
@@ -160,6 +169,7 @@ def merge(
                     on_missing=on_missing if keeps else None,
                     on_unexpected=on_unexpected,
                     on_mismatch=on_mismatch,
+                    dequantize=numbers,
                     skip_unread=skip_unread,
                     require=require,
                     min_coverage=min_coverage,

@@ -8,7 +8,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import PATH_TYPE, path_argument, skip_unread_option
+from ckptkit.cli.common.options import PATH_TYPE, dequantize_option, path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ __all__ = ["remap"]
 @plan_output_options
 @rule_options(beside="source", or_beside="like")
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
+@dequantize_option
 @click.option("--like", type=PATH_TYPE, metavar="EXPECTED",
               help="Write exactly the keys, shapes and dtypes of EXPECTED, or refuse.")  # fmt: skip
 @skip_unread_option
@@ -37,6 +38,7 @@ def remap(
     options: OutputOptions,
     rules: Rules,
     dtype: str | None,
+    dequantize: bool,
     like: str | None,
     apply_file: str | None,
     invert_file: str | None,
@@ -58,9 +60,19 @@ def remap(
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         plan_file = invert_file if apply_file is None else apply_file
         if plan_file is None:
-            plan = _plan(checkpoint, source, rules, dtype, like, skip_unread=skip_unread, quiet=options.quiet)
+            plan = _plan(
+                checkpoint, source, rules, dtype, like,
+                dequantize=dequantize, skip_unread=skip_unread, quiet=options.quiet,
+            )  # fmt: skip
         else:
-            if rules.stages or dtype or like or skip_unread or (apply_file is not None and invert_file is not None):
+            if (
+                rules.stages
+                or dtype
+                or dequantize
+                or like
+                or skip_unread
+                or (apply_file is not None and invert_file is not None)
+            ):
                 raise click.UsageError("--apply and --invert each read the whole plan from a file: give nothing else")
             from ckptkit.plans.saved import load_plan
 
@@ -75,10 +87,13 @@ def _plan(
     dtype: str | None,
     like: str | None,
     *,
+    dequantize: bool,
     skip_unread: bool,
     quiet: bool,
 ) -> Plan:
     with contextlib.ExitStack() as stack:
         expected = None if like is None else stack.enter_context(open_checkpoints(like, quiet=quiet))[0]
         with default_error_path(source):
-            return plan_remap(checkpoint, rules, dtype=dtype, like=expected, skip_unread=skip_unread)
+            return plan_remap(
+                checkpoint, rules, dtype=dtype, dequantize=dequantize, like=expected, skip_unread=skip_unread
+            )

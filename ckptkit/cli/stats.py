@@ -6,7 +6,14 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
+from ckptkit.cli.common.options import (
+    dequantize_option,
+    expand_option,
+    filter_options,
+    path_argument,
+    quiet_option,
+    report_options,
+)
 from ckptkit.cli.common.printing import ReportFormat, echo_result, progress_bar
 from ckptkit.core.config_files import default_error_path
 from ckptkit.render.stats import SORT_KEYS, StatsView
@@ -24,6 +31,7 @@ __all__ = ["stats"]
     "--sort", type=click.Choice(list(SORT_KEYS)), help="Sort by magnitude, largest first. Default: file order."
 )
 @click.option("--top", type=click.IntRange(1), metavar="N", help="List the first N only.")
+@dequantize_option
 @expand_option
 @report_options
 @quiet_option
@@ -35,6 +43,7 @@ def stats(
     depth: int | None,
     sort: str | None,
     top: int | None,
+    dequantize: bool,
     expand: bool,
     report_format: ReportFormat,
     quiet: bool,
@@ -51,6 +60,6 @@ def stats(
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
         with progress_bar(size, "reading", hidden=quiet) as progress:
-            result = stats_of(checkpoint, parse_rules(keep=keep, drop=drop), progress=progress)
+            result = stats_of(checkpoint, parse_rules(keep=keep, drop=drop), dequantize=dequantize, progress=progress)
         view = StatsView(depth, sort, top)
         echo_result(report_format, result, chosen={"view": view}, expand=expand or sort is not None)

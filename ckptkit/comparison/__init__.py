@@ -26,6 +26,7 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
+from ckptkit.quantized.view import DequantizeLike, as_numbers
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, Rule, Rules, RulesLike
 
@@ -41,6 +42,7 @@ def diff(
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     values: bool = False,
+    dequantize: DequantizeLike = False,
     rtol: float | None = None,
     atol: float | None = None,
     expect_frozen: str | Sequence[str] = (),
@@ -63,6 +65,8 @@ def diff(
         min_coverage: The least share of the expected elements that must get a value, between 0 and 1, as in ``unmet``.
         values: Whether to read and compare the values of all matched tensors. ``values`` of the result has the
             differences.
+        dequantize: Whether quantised weights of both sides are compared as numbers, or the dtype of the numbers.
+            Without one, it is that of ``config.json``, else the one that the scheme records, else F32.
         rtol: The tolerance relative to the expected value, as in ``torch.allclose``; 0 where only ``atol`` is given.
         atol: The absolute tolerance, as in ``torch.allclose``; 0 where only ``rtol`` is given.
         expect_frozen: A pattern or a list of patterns: the values of every matching tensor must be equal. A matching
@@ -92,7 +96,8 @@ def diff(
         if tolerance is not None:
             require_number(tolerance, name, "a number of at least 0, such as 1e-5", at_least=0)
     require_progress(progress)
-    with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
+    with opened(expected, "expected") as stored_expected, opened(found, "found") as stored_found:
+        expected_side, found_side = (as_numbers(side, dequantize) for side in (stored_expected, stored_found))
         all_rules = rules_for(rules, found_side, expected_side)
         key_map = apply_rules(all_rules, found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)

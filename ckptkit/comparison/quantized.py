@@ -75,5 +75,5 @@ def quantized_messages(keys: tuple[QuantizedKey, ...]) -> Iterator[str]:
         are = "is" if len(group) == 1 else "are"
         yield (
             f"{plural(len(group), 'weight')} {are} {remark}, so load_state_dict would take codes for numbers or lack "
-            f"them: {listed([key.key for key in group], 3)}; {group[0].weight.way_out}"
+            f"them: {listed([key.key for key in group], 3)}; {group[0].weight.ways_out}"
         )

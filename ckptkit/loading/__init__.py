@@ -36,6 +36,7 @@ from ckptkit.plans.policies import (
     parse_policy,
 )
 from ckptkit.plans.produce import Producer
+from ckptkit.quantized.view import DequantizeLike, as_numbers
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["load_into"]
@@ -50,6 +51,7 @@ def load_into(
     on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    dequantize: DequantizeLike = False,
     skip_unread: bool = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
@@ -89,6 +91,8 @@ def load_into(
             parts. A key that keeps its value is a warning of the report, or a note if a pattern names it.
         on_unexpected: As in ``plan_merge``; ``"add"`` raises, since a model cannot get keys that it does not have.
         on_mismatch: As in ``plan_merge``. A skipped key is a warning of the report, or a note if a pattern names it.
+        dequantize: Load quantised weights as numbers, which get the dtype of the model; or round them to this dtype
+            first.
         skip_unread: As in ``plan_merge``.
         require: A pattern or a list of patterns: every matching key of the model's state_dict must be loaded.
         min_coverage: The least share of the model's elements that must be loaded, between 0 and 1.
@@ -126,7 +130,8 @@ def load_into(
     with rare_gc(), ExitStack() as stack:  # a collection would look at all objects of torch
         base = _describe(model)
         requirements = parse_requirements(require, min_coverage)
-        donor = stack.enter_context(opened(checkpoint, "checkpoint"))
+        stored = stack.enter_context(opened(checkpoint, "checkpoint"))
+        donor = as_numbers(stored, dequantize, default="F32")
         plan, own = plan_loading(
             base,
             donor,

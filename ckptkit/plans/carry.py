@@ -93,7 +93,8 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
     if not is_adapter:  # its configuration follows the names, and PEFT asks for no other key
-        notes += _notes_about_keys(plan, role, sources[role])
+        parts = {key for w in quantized_weights(sources[role]).weights for key in w.parts} if is_plain else frozenset()
+        notes += _notes_about_keys(plan, role, sources[role].without(parts) if parts else sources[role])
     notes += _notes_about_names(carried, plan, sources[role])
     return replace(carried, notes=tuple(notes))
 

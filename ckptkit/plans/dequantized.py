@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
-from ckptkit.plans.steps import complete_step, float_dtype
+from ckptkit.plans.steps import complete_step
 from ckptkit.quantized import QuantizedWeight
-from ckptkit.quantized.view import DequantizedView, dequantized
+from ckptkit.quantized.view import DequantizedView, DequantizeLike, dequantized, parse_dequantize
 from ckptkit.rules.model import Rule, Rules
 
 if TYPE_CHECKING:
     from ckptkit.quantized.decoding import Decoded
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["DequantizeLike", "DequantizedInputs", "parse_dequantize"]
+__all__ = ["DequantizedInputs"]
 
-# Whether quantised weights are dequantised, or the dtype that they get.
-DequantizeLike: TypeAlias = "bool | str | DType"
 _PART = "a part of {}, which is dequantised"
-
-
-def parse_dequantize(dequantize: DequantizeLike) -> tuple[bool, str | None]:
-    """Return whether quantised weights are dequantised, and the code of the dtype if the argument names one.
-
-    Raises ``PlanError`` for a dtype that is not known.
-    """
-    if isinstance(dequantize, bool):
-        return dequantize, None
-    require_type(dequantize, object, "dequantize", "a bool, or a dtype")
-    return True, float_dtype(dequantize)
 
 
 class DequantizedInputs:
@@ -96,11 +81,19 @@ class DequantizedInputs:
             for role, several in weights.items()
             for key, decoded in several.items()
             for part in decoded.weight.parts
-            if (role, part) not in read | known
+            if (role, part) not in read | known and not read.isdisjoint((role, key) for key in decoded.weight.parts)
         ]
-        several = len(self.stored) > 1
-        notes = [f"{role}: {note}" if several else note for role, view in self.views.items() for note in view.notes]
+        notes = []
+        for role, view in self.views.items():
+            made = [(step, key) for step in plan.steps for key in self._decoded(step, role)]
+            dtypes = {key: step.out.dtype if step.recipe is None else view.checkpoint[key].dtype for step, key in made}
+            notes += [f"{role}: {note}" if len(self.stored) > 1 else note for note in view.notes(dtypes)]
         return replace(plan, steps=steps, dropped=tuple(dropped), notes=(*plan.notes, *notes))
+
+    def _decoded(self, step: Step, role: str) -> list[str]:
+        """Return the keys of the dequantised weights of an input that a step reads."""
+        weights = self.views[role].weights
+        return [source.key for source in step.sources if source.role == role and source.key in weights]
 
     def _step(self, step: Step, weights: Mapping[str, Mapping[str, Decoded]]) -> Step:
         found = [weights.get(source.role, {}).get(source.key) for source in step.sources]
@@ -145,7 +138,7 @@ def _all(dtype: str | None) -> Callable[[QuantizedWeight], str | bool]:
 
 
 def _dtypes_of(rule: Rule) -> list[str]:
-    """Return the dtype of each operation of a rule that dequantises the weights whose names match; it can be empty."""
+    """Return the dtype of each operation of a rule that dequantises what matches; a dtype can be empty."""
     if not rule.operations:
         return []
     from ckptkit.tensor_ops.dequantize import Dequantize
@@ -154,7 +147,7 @@ def _dtypes_of(rule: Rule) -> list[str]:
 
 
 def _without_dequantize(rules: Rules) -> Rules:
-    """Return the rules for inputs whose quantised weights are plain tensors already."""
+    """Return the rules for inputs that have plain tensors in place of quantised weights already."""
     from ckptkit.tensor_ops.dequantize import Dequantize
 
     def plain(rule: Rule) -> Rule:

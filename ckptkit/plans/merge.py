@@ -14,7 +14,7 @@ from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
-from ckptkit.plans.dequantized import DequantizedInputs, DequantizeLike
+from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.overlays.choices import Policies, Sides, parse_policies
@@ -37,6 +37,7 @@ from ckptkit.plans.steps import (
     role_to_edit,
     without_unread,
 )
+from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.model import Derivation, Rules, RulesLike
 
 __all__ = ["follow_ties", "plan_loading", "plan_merge"]

@@ -24,6 +24,7 @@ from ckptkit.plans.metadata.edits import edit_metadata, refuse_without_metadata
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
 from ckptkit.plans.writing.written import Written
+from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["convert", "convert_adapter", "extract_lora", "merge", "merge_lora"]
@@ -34,6 +35,7 @@ def convert(
     out: str | os.PathLike[str],
     *,
     dtype: str | DType | None = None,
+    dequantize: DequantizeLike = False,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -50,10 +52,10 @@ def convert(
 ) -> Written:
     """Write a checkpoint in another format, in shards or with another dtype, as ``ckpt convert`` does.
 
-    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``skip_unread``, ``metadata`` and
-    ``drop_metadata`` are as in ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``, ``only_tensors``,
-    ``keep_unknown`` and ``reflink`` as in ``choose_output``; ``carry``, ``verify``, ``allow_overflow`` and ``progress``
-    as in ``execute``.
+    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``dequantize``, ``skip_unread``,
+    ``metadata`` and ``drop_metadata`` are as in ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``,
+    ``only_tensors``, ``keep_unknown`` and ``reflink`` as in ``choose_output``; ``carry``, ``verify``,
+    ``allow_overflow`` and ``progress`` as in ``execute``.
 
     Raises:
         PathError: The source cannot be read.
@@ -81,6 +83,7 @@ def convert(
         plan = plan_remap(
             sources["source"],
             dtype=dtype,
+            dequantize=dequantize,
             skip_unread=skip_unread,
             metadata=metadata,
             drop_metadata=drop_metadata,
@@ -101,6 +104,7 @@ def merge(
     on_missing: OnMissing | None = None,
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    dequantize: DequantizeLike = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     format: str | None = None,  # noqa: A002
@@ -119,10 +123,10 @@ def merge(
 ) -> Written:
     """Write ``base`` with the values of the donors where key and shape agree, as ``ckpt merge`` does.
 
-    ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``skip_unread``,
-    ``require``, ``min_coverage``, ``metadata``, ``drop_metadata`` and the policies are as in ``plan_merge``; the other
-    arguments are as in ``convert``. ``coverage`` of the result is the share of the base's elements that got values from
-    a donor, and ``from_base`` names the keys that have the values of the base.
+    ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``dequantize``,
+    ``skip_unread``, ``require``, ``min_coverage``, ``metadata``, ``drop_metadata`` and the policies are as in
+    ``plan_merge``; the other arguments are as in ``convert``. ``coverage`` of the result is the share of the base's
+    elements that got values from a donor, and ``from_base`` names the keys that have the values of the base.
 
     Raises:
         PathError: An input cannot be read.
@@ -155,7 +159,8 @@ def merge(
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
             plan = plan_merge(
                 opened_base, opened_donors, rules,
-                on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch, skip_unread=skip_unread,
+                on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch, dequantize=dequantize,
+                skip_unread=skip_unread,
                 require=require, min_coverage=min_coverage, metadata=metadata, drop_metadata=drop_metadata,
             )  # fmt: skip
         return execute(
@@ -173,6 +178,7 @@ def merge_lora(
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
     on_unexpected: OnUnexpected = "error",
+    dequantize: DequantizeLike = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     format: str | None = None,  # noqa: A002
@@ -191,8 +197,8 @@ def merge_lora(
     """Write ``base`` with one or several LoRA adapters folded into its weights, as ``ckpt merge --method lora`` does.
 
     ``base`` and each adapter are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules``,
-    ``scale``, ``weights``, ``on_unexpected``, ``require`` and ``min_coverage`` are as in ``plan_lora``; the other
-    arguments are as in ``convert``.
+    ``scale``, ``weights``, ``on_unexpected``, ``dequantize``, ``require`` and ``min_coverage`` are as in ``plan_lora``;
+    the other arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
@@ -227,7 +233,7 @@ def merge_lora(
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
             plan = plan_lora(
                 opened_base, donors, lora_config, rules, scale=scale, weights=weights, on_unexpected=on_unexpected,
-                require=require, min_coverage=min_coverage,
+                dequantize=dequantize, require=require, min_coverage=min_coverage,
             )  # fmt: skip
             plan = edit_metadata(plan, metadata, drop_metadata)
         return execute(
@@ -243,6 +249,7 @@ def extract_lora(
     rules: RulesLike | None = None,
     *,
     as_layer: AsLayer = "auto",
+    dequantize: DequantizeLike = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     force: bool = False,
@@ -257,8 +264,8 @@ def extract_lora(
     ``base`` and ``tuned`` are a path, a Checkpoint, a Module or a mapping of tensors. ``out`` is the path of an
     ``adapter_model.safetensors``. ``adapter_config.json`` is written beside it, so that peft loads the directory. The
     directory is made if it does not exist.
-    ``rank``, ``rules``, ``as_layer``, ``require`` and ``min_coverage`` are as in ``plan_extract_lora``; the other
-    arguments are as in ``convert``.
+    ``rank``, ``rules``, ``as_layer``, ``dequantize``, ``require`` and ``min_coverage`` are as in ``plan_extract_lora``;
+    the other arguments are as in ``convert``.
 
     Raises:
         PathError: An input cannot be read.
@@ -285,8 +292,8 @@ def extract_lora(
     with adapter_config_target(output) as target, _opened(roles_of(base, [tuned])) as sources:
         with default_error_path(_path(tuned)):
             plan = plan_extract_lora(
-                sources["base"], sources["donor"], rank, rules, as_layer=as_layer, require=require,
-                min_coverage=min_coverage,
+                sources["base"], sources["donor"], rank, rules, as_layer=as_layer, dequantize=dequantize,
+                require=require, min_coverage=min_coverage,
             )  # fmt: skip
             plan = edit_metadata(plan, metadata, drop_metadata)
         written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)

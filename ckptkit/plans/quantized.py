@@ -85,7 +85,7 @@ class QuantizedInputs:
             weight = by_key.get(derivation.sources[0])
             if weight is not None:
                 rule = f"to cast only other tensors, give --rules FILE in place of --dtype, with {_cast_rule(dtype)}"
-                hint = f"{weight.way_out}; {rule}"
+                hint = f"{weight.ways_out}; {rule}"
                 raise _problem(weight, weight.coded, (), _cast_reason(dtype), hint).error()
 
     def refuse_change(self, key: str, doing: str, way: str = "") -> None:
@@ -95,7 +95,7 @@ class QuantizedInputs:
         """
         weight = self.in_target.by_key.get(key) or self.by_name.get(key)
         if weight is not None:
-            error = _problem(weight, key, (), change_reason(doing), f"{way}{weight.way_out}").error()
+            error = _problem(weight, key, (), change_reason(doing), f"{way}{weight.ways_out}").error()
             error.path = None if self.target is None else self.target.path
             raise error
 
@@ -254,7 +254,7 @@ class QuantizedInputs:
                     f"{quoted(weight.key)} is quantised ({weight.scheme}) in {self.where}, "
                     f"and {quoted(source.key)} of the {source.role} is plain {info}"
                 )
-                hint = f"to make {self.where} plain: {weight.way_out}"
+                hint = f"to make {self.where} plain: {weight.ways_out}"
                 yield QuantizedProblem(weight.key, (step.out.key,), message, hint)
 
 
@@ -300,7 +300,7 @@ def _problem(weight: QuantizedWeight, part: str, uses: _Uses, reason: str, hint:
     else:
         subject = f"{quoted(part)} belongs to {quoted(weight.key)}, which is quantised ({weight.scheme})"
     outs = tuple(dict.fromkeys(step.out.key for _, step in uses))
-    return QuantizedProblem(weight.key, outs, f"{subject}, {reason}", hint or weight.way_out)
+    return QuantizedProblem(weight.key, outs, f"{subject}, {reason}", hint or weight.ways_out)
 
 
 def _changed_problem(weight: QuantizedWeight, uses: _Uses) -> QuantizedProblem | None:

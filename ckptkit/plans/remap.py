@@ -15,7 +15,7 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
-from ckptkit.plans.dequantized import DequantizedInputs, DequantizeLike
+from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.metadata.moves import Rename, renamed_alike
@@ -24,7 +24,6 @@ from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,
-    float_dtype,
     make_steps,
     moved_modules,
     refuse_suspicious,
@@ -32,8 +31,10 @@ from ckptkit.plans.steps import (
     role_to_edit,
     without_unread,
 )
+from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, Rules, RulesLike
+from ckptkit.values.casting import float_dtype
 from ckptkit.wrappers.positions import find_positions
 
 __all__ = ["plan_remap"]
@@ -73,7 +74,7 @@ def plan_remap(
     The parts of a quantised weight can only be copied, and only together. With ``dequantize``, the output has numbers
     in place of every quantised weight, under the key of the weight. Their dtype is ``dtype``, else the one that
     ``config.json`` names, else the one that the scheme records, else F32; ``notes`` of the plan say which.
-    ``dequantize`` may also be a dtype. An operation ``dequantize`` in ``rules`` is for the weights whose names match.
+    ``dequantize`` may also be a dtype. In ``rules``, the operation ``dequantize`` is for weights with names that match.
 
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
     filled, where no tensor would be left, and where a tensor cannot be copied. It is also raised where a quantised

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, Entry, TensorInfo
-from ckptkit.core.dtypes import DTYPES, dtype_code, is_float
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.patterns import drop_options, literal
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
-from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan.step import Dropped, Source, Step
 from ckptkit.quantized import quantized_weights
@@ -28,7 +26,6 @@ __all__ = [
     "describe_step",
     "dropped_entries",
     "dropped_sources",
-    "float_dtype",
     "make_step",
     "make_steps",
     "moved_modules",
@@ -52,7 +49,6 @@ _WHY_NOT = {
     "sharded": "it is a ShardedTensor, and the file holds only the shards of one rank",
 }
 _CLASS_ENDINGS = ("Tensor", "Parameter")  # of a name that stands for the unknown dtype
-_OTHER_NAMES = {"half": "F16", "float": "F32", "double": "F64"}  # torch's other names
 _WAYS_OUT = dict.fromkeys(
     ("dtensor", "sharded"), "give the path of the directory with the files of all ranks, which are joined"
 )
@@ -121,7 +117,7 @@ def refuse_unread(keys: Iterable[str], checkpoint: Checkpoint) -> None:
         message = f"{len(unread):,} tensors cannot be copied: {', '.join(named[:_MOST_UNREAD])}{others}"
     hint = f"--skip-unread leaves out all such tensors; or leave out this one: {_drop_command(first.key, checkpoint)}"
     if (weight := weights.get(first.key)) is not None:
-        hint = f"{weight.way_out}; or {hint}"
+        hint = f"{weight.ways_out}; or {hint}"
     raise PlanError(message, hint=_WAYS_OUT.get(first.kind, hint))
 
 
@@ -264,27 +260,6 @@ def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:
         raise PlanError(
             f"{quoted(found.key)} is {found.dtype}, and a cast to {dtype} would lose its imaginary part", hint=hint
         )
-
-
-def float_dtype(dtype: str | DType) -> str:
-    """Return the code of a floating-point dtype, given its code, torch's name, or the torch dtype.
-
-    Raises ``PlanError`` for any other dtype and for one that torch cannot cast to.
-    """
-    name = str(dtype)  # of a torch dtype: torch.bfloat16
-    short = name.removeprefix("torch.").lower()
-    code = dtype_code(name)
-    floats = [known for known in DTYPES if is_float(known) and known in CASTABLE]
-    if code is None:
-        near = _OTHER_NAMES.get(short) or re.sub(r"^(fp|float_?)(?=\d)", "f", short).upper()
-        hint = f"did you mean {near}?" if near in floats else f"the dtypes are {', '.join(floats)}"
-        raise PlanError(f"unknown dtype {quoted(name)}", hint=hint)
-    if code not in floats:
-        raise PlanError(
-            f"{code} is not a dtype that floating-point tensors can be cast to",
-            hint=f"the dtypes are {', '.join(floats)}",
-        )
-    return code
 
 
 def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:

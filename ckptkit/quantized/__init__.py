@@ -38,6 +38,11 @@ class QuantizedWeight:
     family: str = ""
     roles: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def ways_out(self) -> str:
+        """The ways to get a plain weight, the first here if ckptkit can decode the scheme, as a sentence for hints."""
+        return f"--dequantize reads it as numbers; or {self.way_out}" if self.family else self.way_out
+
     def renamed_key(self, coded: str) -> str | None:
         """Return the key that the weight has if its codes have the key ``coded``, or None if the endings differ."""
         shared = 0

@@ -355,7 +355,7 @@ SCHEMES = (
     Scheme(
         "MLX", Part(("weight",), _dtypes("U32")),
         (Part(("scales",), _FLOATS | {"U8"}, _has_same_rows),),
-        "dequantise it with mlx_lm.convert --dequantize", _dtypes("mlx metal"),
+        "dequantise it with mlx_lm.convert", _dtypes("mlx metal"),
         (Part(("biases", "qbiases"), _FLOATS),),
     ),
     Scheme(

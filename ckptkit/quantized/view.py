@@ -1,18 +1,47 @@
-"""A checkpoint whose quantised weights are numbers: each is one plain tensor, which is decoded when it is read."""
+"""A checkpoint with quantised weights as numbers: each is one plain tensor, which is decoded when it is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
+from ckptkit.core.arguments import refuse
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, replaced_tensors
 from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError
 from ckptkit.quantized import QuantizedWeight, quantized_weights
 from ckptkit.quantized.decoding import Decoded, Decoding
 
-__all__ = ["DequantizedView", "dequantized"]
+__all__ = ["DequantizeLike", "DequantizedView", "as_numbers", "dequantized", "parse_dequantize"]
+
+# Whether quantised weights are read as numbers, or the dtype of these.
+DequantizeLike: TypeAlias = bool | str | DType
+
+
+def parse_dequantize(dequantize: DequantizeLike) -> tuple[bool, str | None]:
+    """Return whether quantised weights are read as numbers, and the code of their dtype if the argument names one.
+
+    Raises ``PlanError`` for a dtype that is not known.
+    """
+    if isinstance(dequantize, bool):
+        return dequantize, None
+    from ckptkit.values.casting import float_dtype
+
+    if not isinstance(dequantize, str) and type(dequantize).__name__ != "dtype":
+        refuse(dequantize, "dequantize", "a bool, or a dtype")
+    return True, float_dtype(dequantize)
+
+
+def as_numbers(checkpoint: Checkpoint, dequantize: DequantizeLike, *, default: str | None = None) -> Checkpoint:
+    """Return a checkpoint with its quantised weights as numbers, or as it is if ``dequantize`` is false.
+
+    ``default`` is the dtype of the numbers if ``dequantize`` names none. Raises as ``dequantized``.
+    """
+    is_wanted, dtype = parse_dequantize(dequantize)
+    return dequantized(checkpoint, dtype or default).checkpoint if is_wanted else checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +52,30 @@ class DequantizedView:
         original: The checkpoint as it is stored.
         checkpoint: The same with one tensor for each quantised weight, under the key of the weight.
         weights: The decoder of each such tensor, by its key.
-        notes: Sentences that say how many weights are dequantised, to which dtype, and who said so.
+        reasons: What says which dtype a tensor has, as the end of a sentence; empty if the caller says it.
     """
 
     original: Checkpoint
     checkpoint: Checkpoint
     weights: Mapping[str, Decoded]
-    notes: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def notes(self, dtypes: Mapping[str, str] | None = None) -> list[str]:
+        """Return sentences that say how many weights are dequantised, to which dtype, and what says so.
+
+        ``dtypes`` are the dtypes that the weights get, if not those of ``checkpoint``.
+        """
+        counts: dict[tuple[str, str, str], int] = {}
+        for key, decoded in self.weights.items():
+            found = self.checkpoint[key].dtype
+            dtype = found if dtypes is None else dtypes.get(key)
+            if dtype is not None:
+                row = (decoded.weight.scheme, dtype, self.reasons[key] if dtype == found else "")
+                counts[row] = counts.get(row, 0) + 1
+        return [
+            f"{plural(count, 'weight')} ({scheme}) {'is' if count == 1 else 'are'} dequantised to {dtype}{reason}"
+            for (scheme, dtype, reason), count in counts.items()
+        ]
 
 
 def dequantized(
@@ -74,11 +120,12 @@ def dequantized(
         decoded = weights.get(info.key)
         return None if decoded is None else decoded.payload(stored, info)
 
-    return DequantizedView(checkpoint, replaced_tensors(checkpoint, infos, payload), weights, _notes(weights, dtypes))
+    reasons = {key: reason for key, (_, reason) in dtypes.items()}
+    return DequantizedView(checkpoint, replaced_tensors(checkpoint, infos, payload), weights, reasons)
 
 
 def _dtype(said: str | None, configured: str | None, recorded: str | None) -> tuple[str, str]:
-    """Return the dtype of a dequantised weight, and who says so."""
+    """Return the dtype of a dequantised weight, and what says so."""
     if said is not None:
         return said, ""
     if configured is not None:
@@ -86,14 +133,3 @@ def _dtype(said: str | None, configured: str | None, recorded: str | None) -> tu
     if recorded is not None:
         return recorded, ", as the quantised weights say"
     return "F32", ", because nothing names the dtype that they had"
-
-
-def _notes(weights: Mapping[str, Decoded], dtypes: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
-    counts: dict[tuple[str, str, str], int] = {}
-    for key, decoded in weights.items():
-        row = (decoded.weight.scheme, *dtypes[key])
-        counts[row] = counts.get(row, 0) + 1
-    return tuple(
-        f"{plural(count, 'weight')} ({scheme}) {'is' if count == 1 else 'are'} dequantised to {dtype}{reason}"
-        for (scheme, dtype, reason), count in counts.items()
-    )

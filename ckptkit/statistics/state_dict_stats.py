@@ -15,6 +15,7 @@ from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.ties import first_of_ties
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
+from ckptkit.quantized.view import DequantizeLike, as_numbers
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.columns import Columns, StatsTable
@@ -144,17 +145,20 @@ def stats(
     checkpoint: CheckpointLike,
     rules: RulesLike | None = None,
     *,
+    dequantize: DequantizeLike = False,
     progress: Progress | None = None,
 ) -> StateDictStats:
     """Return statistics of the values of each tensor: counts, extremes, moments, norms and a histogram of magnitudes.
 
     Each tensor is read once, in chunks of bounded size; sums are computed in float64. Quantized and sparse tensors,
     the parts of quantised weights, and dtypes without arithmetic are listed with the reason why they are not
-    measured.
+    measured. With ``dequantize``, quantised weights are measured as numbers.
 
     Args:
         checkpoint: A path, a Checkpoint, a Module or a mapping of tensors. What is opened here is closed at the end.
         rules: Rules that keep, drop and rename keys, or the path of a rule file.
+        dequantize: Whether quantised weights are read as numbers, or the dtype of the numbers. Without a dtype it is
+            the one that ``config.json`` names, else the one that the scheme records, else F32.
         progress: Called with the number of bytes after each chunk.
 
     Raises:
@@ -170,7 +174,8 @@ def stats(
         850
     """
     require_progress(progress)
-    with opened(checkpoint, "checkpoint") as found:
+    with opened(checkpoint, "checkpoint") as stored:
+        found = as_numbers(stored, dequantize)
         return _stats(found, rules_for(rules, found), progress)
 
 

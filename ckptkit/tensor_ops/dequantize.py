@@ -11,9 +11,10 @@ from ckptkit.core.checkpoint.reading import torch_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor
-from ckptkit.errors import FormatError
+from ckptkit.errors import FormatError, PlanError
 from ckptkit.tensor_ops.casting import cast_tensor
-from ckptkit.tensor_ops.operation import ARITHMETIC, Ints, Operation, Rounded, Shape, Table, Text, Texts
+from ckptkit.tensor_ops.operation import Ints, Operation, Rounded, Shape, Table, Text, Texts
+from ckptkit.values.casting import float_dtype
 from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings
 from ckptkit.values.dequantize.payload import DequantizedPayload, broken_part
 from ckptkit.values.dequantize.schemes import FAMILIES, make_decoder
@@ -25,7 +26,7 @@ __all__ = ["Dequantize"]
 class Dequantize(Operation):
     """Make numbers of a quantised weight, rounded once to ``dtype``.
 
-    In a rule file, the operation stands alone: the weights whose names match are found with all their parts, and the
+    In a rule file, the operation stands alone: weights with names that match are found with all their parts, and the
     dtype is that of the configuration or of the scheme if none is given. A plan records what was found. ``scheme`` is
     the family of decoders, ``parts`` the role of each input, ``shape`` that of the weight, and ``settings`` what the
     inputs themselves do not say.
@@ -40,8 +41,11 @@ class Dequantize(Operation):
 
     def __post_init__(self) -> None:
         """Raise ``RuleError`` for a dtype or a scheme that is not known."""
-        if self.dtype and self.dtype not in ARITHMETIC:
-            raise self.refusal(f"dtype is {quoted(self.dtype)}", f"the dtypes are {', '.join(sorted(ARITHMETIC))}")
+        if self.dtype:
+            try:
+                object.__setattr__(self, "dtype", float_dtype(self.dtype))
+            except PlanError as error:
+                raise self.refusal(error.reason, error.hint) from None
         if self.scheme and self.scheme not in FAMILIES:
             raise self.refusal(f"there is no scheme {quoted(self.scheme)}", f"known: {', '.join(FAMILIES)}")
         if any(size < 0 for size in self.shape):
@@ -49,8 +53,8 @@ class Dequantize(Operation):
 
     @property
     def lossy(self) -> bool:
-        """Whether the codes cannot be restored: they cannot."""
-        return bool(self.scheme)
+        """Whether the inputs cannot be restored: the codes cannot."""
+        return True
 
     def params(self) -> dict[str, object]:
         """Return the parameters as JSON values, without those that are not set."""

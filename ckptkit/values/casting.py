@@ -7,10 +7,15 @@ newer versions of torch. A number that an integer dtype cannot hold becomes anot
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.dtypes import DTYPES, dtype_code, is_float
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.core.torch_types import DType
+from ckptkit.errors import PlanError
 from ckptkit.values.arrays import array_of, bits_dtype, numpy_dtype, real_code
 from ckptkit.values.workers import Workers
 
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["cast_bytes", "dtype_of"]
+__all__ = ["cast_bytes", "dtype_of", "float_dtype"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 # Casts the bits of the first array into the second; the workers have scratch buffers for as many numbers.
@@ -28,6 +33,28 @@ _OF_NUMPY = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I
 # The float32 numbers that F16 holds as normal numbers without an overflow, by their bits without the sign.
 _F16_LOWEST, _F16_END = 0x38800000, 0x477FF000
 _F16_INF = 0x7C00
+_OTHER_NAMES = {"half": "F16", "float": "F32", "double": "F64"}  # torch's other names
+
+
+def float_dtype(dtype: str | DType) -> str:
+    """Return the code of a floating-point dtype, given its code, torch's name, or the torch dtype.
+
+    Raises ``PlanError`` for any other dtype and for one that torch cannot cast to.
+    """
+    name = str(dtype)  # of a torch dtype: torch.bfloat16
+    short = name.removeprefix("torch.").lower()
+    code = dtype_code(name)
+    floats = [known for known in DTYPES if is_float(known) and known in CASTABLE]
+    if code is None:
+        near = _OTHER_NAMES.get(short) or re.sub(r"^(fp|float_?)(?=\d)", "f", short).upper()
+        hint = f"did you mean {near}?" if near in floats else f"the dtypes are {', '.join(floats)}"
+        raise PlanError(f"unknown dtype {quoted(name)}", hint=hint)
+    if code not in floats:
+        raise PlanError(
+            f"{code} is not a dtype that floating-point tensors can be cast to",
+            hint=f"the dtypes are {', '.join(floats)}",
+        )
+    return code
 
 
 def dtype_of(code: str) -> np.dtype[Any]:

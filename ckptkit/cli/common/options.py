@@ -18,6 +18,7 @@ __all__ = [
     "PATH_TYPE",
     "CommandFunction",
     "add_options",
+    "dequantize_option",
     "expand_option",
     "filter_options",
     "ignore_option",
@@ -64,6 +65,9 @@ skip_unread_option: Decorator = click.option(
     "--skip-unread",
     is_flag=True,
     help="Leave out tensors that cannot be read, such as sparse tensors.",
+)
+dequantize_option: Decorator = click.option(
+    "--dequantize", is_flag=True, help="Read quantised weights as numbers, such as fp8, GPTQ, nf4 and GGUF blocks."
 )
 ignore_option: Decorator = click.option(
     "--ignore",

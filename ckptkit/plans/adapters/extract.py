@@ -23,10 +23,12 @@ from ckptkit.plans.adapters.inputs import BASE, DONOR, opened_roles
 from ckptkit.plans.adapters.layers import AsLayer, AsLayerAction, LayerJudge, as_layer_policy
 from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.tied import TiedChanges
+from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import Policy
 from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
 from ckptkit.plans.steps import complete_step, dropped_entries
+from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
 from ckptkit.tensor_ops.lora import ExtractLora, largest_rank
@@ -51,6 +53,7 @@ def plan_extract_lora(
     rules: RulesLike | None = None,
     *,
     as_layer: AsLayer = "auto",
+    dequantize: DequantizeLike = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
 ) -> Plan:
@@ -74,6 +77,8 @@ def plan_extract_lora(
     opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
     rule file, its parsed content, or ``Rules``; they rename and filter the keys of ``tuned`` first.
 
+    With ``dequantize``, quantised weights of both inputs are numbers, as in ``plan_remap``.
+
     ``require`` is a pattern or a list of patterns: the adapter must hold the change of every matching key of the base.
     ``min_coverage`` is the least share of the base's elements whose change it must hold, between 0 and 1.
 
@@ -89,7 +94,9 @@ def plan_extract_lora(
     require_number(rank, "rank", "an int of at least 1", at_least=1, whole=True)
     policy = as_layer_policy(as_layer)
     requirements = parse_requirements(require, min_coverage)
-    with opened_roles(base, tuned) as roles:
+    with opened_roles(base, tuned) as stored:
+        inputs = DequantizedInputs(stored, dequantize)
+        roles = inputs.checkpoints
         base_side, donor = roles.values()
         parsed = rules_for(rules, donor)
         key_map = apply_rules(parsed, donor)
@@ -112,7 +119,7 @@ def plan_extract_lora(
             (*key_map.notes, *extraction.notes, *unused),
             command="merge",
         )
-        return check_quantized(plan, quantized)
+        return inputs.finish(check_quantized(plan, quantized))
 
 
 def _refuse_unmet(
