@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import FormatError, PlanError

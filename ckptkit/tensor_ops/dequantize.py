@@ -15,7 +15,7 @@ from ckptkit.errors import FormatError, PlanError
 from ckptkit.tensor_ops.casting import cast_tensor
 from ckptkit.tensor_ops.operation import Ints, Operation, Rounded, Shape, Table, Text, Texts
 from ckptkit.values.casting import float_dtype
-from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings
+from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, UnknownFormError
 from ckptkit.values.dequantize.payload import DequantizedPayload, broken_part
 from ckptkit.values.dequantize.schemes import FAMILIES, make_decoder
 
@@ -83,6 +83,8 @@ class Dequantize(Operation):
         settings: Settings = dict(self.settings)
         try:
             decoder = make_decoder(self.scheme, parts, settings)
+        except UnknownFormError as error:
+            raise self.refusal(f"{quoted(key)} is {self.scheme} {error}, which ckptkit cannot dequantise") from None
         except BrokenPartError as error:
             raise broken_part(key, parts, error) from None
         if decoder.shape != self.shape:
