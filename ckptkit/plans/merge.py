@@ -14,7 +14,6 @@ from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
-from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.overlays.choices import Policies, Sides, parse_policies
@@ -27,6 +26,7 @@ from ckptkit.plans.policies import (
     OnUnexpected,
 )
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
+from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,

@@ -15,12 +15,12 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
-from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.metadata.moves import Rename, renamed_alike
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
+from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,

@@ -23,10 +23,10 @@ from ckptkit.plans.adapters.inputs import BASE, DONOR, opened_roles
 from ckptkit.plans.adapters.layers import AsLayer, AsLayerAction, LayerJudge, as_layer_policy
 from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.tied import TiedChanges
-from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import Policy
 from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
+from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import complete_step, dropped_entries
 from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.apply import apply_rules

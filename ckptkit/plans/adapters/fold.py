@@ -30,11 +30,11 @@ from ckptkit.plans.adapters.inputs import BASE, opened_roles
 from ckptkit.plans.adapters.reading import LoraConfigLike, read_adapter
 from ckptkit.plans.adapters.requirements import refuse_unmet
 from ckptkit.plans.adapters.ties import head_of, resolve_ties
-from ckptkit.plans.dequantized import DequantizedInputs
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnUnexpected, Policy, UnexpectedAction, parse_policy
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
+from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, role_to_edit
 from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.apply import apply_rules
