@@ -49,15 +49,15 @@ _PERMUTED = {"LLAMA", "ARCEE", "GRANITE", "SMOLLM3", "OLMO"}
 _WITH_OFFSET = {"GEMMA", "GEMMA2", "GEMMA3", "NEMOTRON"}
 
 
-def tiny(name: str) -> Any:
-    """Return a small model with random weights that BF16 holds exactly."""
+def tiny(name: str, **other: int) -> Any:
+    """Return a small model with random weights that BF16 holds exactly; ``other`` replaces numbers."""
     import transformers
 
     _, title, more = MODELS[name]
     torch.manual_seed(len(name))
     head = "LMHeadModel" if title == "GPT2" else "ForCausalLM"
     small = {key: value for key, value in SMALL.items() if title != "GPT2" or key.endswith(("_id", "vocab_size"))}
-    config = getattr(transformers, f"{title}{'Text' if title == 'Gemma3' else ''}Config")(**small, **more)
+    config = getattr(transformers, f"{title}{'Text' if title == 'Gemma3' else ''}Config")(**small | more | other)
     model = getattr(transformers, f"{title}{head}")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -72,6 +72,23 @@ def test_a_llama_is_put_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
 
+def test_the_shards_of_a_file_are_read_together(tmp_path: Path) -> None:
+    """The metadata is in the first shard; no shard says that the others are not read."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1)
+    writer.add_head_count(2)
+    for layer in range(3):
+        writer.add_tensor(f"blk.{layer}.attn_q.weight", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_checkpoint(tmp_path) as checkpoint:
+        execute(plan_remap(checkpoint, "gguf:auto"), checkpoint, tmp_path / "out.safetensors")
+        assert [str(warning) for warning in checkpoint.warnings] == ["there is no index; 3 numbered shards are joined"]
+    with open_checkpoint(tmp_path / "out.safetensors") as made:
+        assert list(made) == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
+
+
 def test_norms_lose_what_was_added(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", "gemma2", {"output_norm.weight": (8,), "blk.1.post_ffw_norm.weight": (8,)})
     with open_checkpoint(path) as checkpoint:

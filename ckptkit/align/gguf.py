@@ -18,7 +18,7 @@ _CONFIDENCE = 0.95
 
 def align_gguf(expected: Checkpoint, found: Checkpoint) -> Alignment | None:
     """Return the rules of ``gguf:auto`` if they give exactly the expected keys and shapes; else None."""
-    if found.format != "gguf" or expected.format == "gguf":
+    if "gguf" not in found.format or "gguf" in expected.format:
         return None
     plain = {key: info if info.kind == "dense" else TensorInfo(key, "F32", info.shape) for key, info in found.items()}
     try:

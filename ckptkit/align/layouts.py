@@ -153,6 +153,6 @@ def gguf_arrangement(expected: Checkpoint, found: Checkpoint) -> Arrangement | N
 
 
 def _metadata(side: Checkpoint) -> Mapping[str, object] | None:
-    if side.format != "gguf":
+    if "gguf" not in side.format:
         return None
     return {entry.path: entry.value for entry in side.entries}

@@ -11,8 +11,10 @@ from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Descriptio
 from ckptkit.core.dtypes import BLOCK_TYPES, DTYPES
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.files.source import ByteSource
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.layout import only_listed_error
 
 __all__ = ["Cursor", "Metadata", "open_gguf", "read_metadata"]
@@ -342,11 +344,12 @@ def _check_offsets(tensors: list[_StoredTensor], base: int, size: int) -> int:
 
 
 def _warnings(entries: list[Entry], stored: dict[str, _StoredTensor], after: int) -> list[str]:
-    warnings = []
+    warnings: list[str] = []
     values = {entry.path: entry.value for entry in entries}
     parts, number = values.get("split.count"), values.get("split.no")
     if isinstance(parts, int) and isinstance(number, int) and parts > 1:
-        warnings.append(f"this is part {number + 1} of {parts}: the tensors of the other parts are not listed")
+        text = f"this is part {number + 1} of {parts}: the tensors of the other parts are not listed"
+        warnings.append(ReaderWarning(text, codes.PART_OF_SEVERAL))
     unknown = [tensor.info for tensor in stored.values() if tensor.info.kind == "unknown"]
     if unknown:
         what = plural(len(unknown), "tensor")

@@ -271,6 +271,8 @@ def _join(
             else:
                 infos[key] = info
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
+    if len(opened) > 1:  # the parts that a shard asks for are joined, or SHARD_COUNT says which are missing
+        warnings = [text for text in warnings if getattr(text, "code", None) is not codes.PART_OF_SEVERAL]
     warnings += link_warnings(folder, order)
     folded = {name.casefold(): name for name in order}
     similar = next((name for name in order if folded[name.casefold()] != name), None)

@@ -38,9 +38,11 @@ class GgufStages:
         from ckptkit.rules.transformers.patterns import stage_of
 
         del live
-        if checkpoint is None or checkpoint.format != "gguf":
+        if checkpoint is None or "gguf" not in checkpoint.format:
             raise RuleError(f"--rules {self} needs a GGUF file: its metadata says which model it is")
-        metadata = {entry.path: entry.value for entry in checkpoint.entries}
+        metadata: dict[str, object] = {}
+        for entry in checkpoint.entries:  # the first of several shards has all metadata
+            metadata.setdefault(entry.path, entry.value)
         name = metadata.get("general.architecture")
         row = ARCHITECTURES.get(name, Architecture()) if isinstance(name, str) else Architecture()
         if not row.names:
