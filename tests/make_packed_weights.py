@@ -1,7 +1,8 @@
-"""Write ``fixtures/packed_weights.safetensors``: random weights that GPTQModel packs, and what it makes of them again.
+"""Write ``fixtures/packed_weights.safetensors``: weights that libraries pack, and make again.
 
-Run ``python -m tests.make_packed_weights`` where ``gptqmodel`` can be imported. GPTQModel 7.7 made the file, with torch
-2.13 and without a GPU. A weight has its qzeros twice: ``v2`` as GPTQModel keeps them, and ``v1`` as it saves them.
+Run ``python -m tests.make_packed_weights`` where ``gptqmodel`` and ``mlx`` can be imported. GPTQModel 7.7 and MLX 0.32
+made the file, with torch 2.13 and without a GPU. A weight of GPTQ has its qzeros twice: ``v2`` as GPTQModel keeps them,
+and ``v1`` as it saves them.
 """
 
 from __future__ import annotations
@@ -51,10 +52,23 @@ def awq() -> dict[str, torch.Tensor]:
     return {f"awq.{name}": part for name, part in parts.items()}
 
 
+def mlx(bits: int) -> dict[str, torch.Tensor]:
+    """Return the parts of a weight of MLX, and the weight that MLX makes of them."""
+    core: Any = import_module("mlx.core")
+    numpy: Any = import_module("numpy")
+    parts = core.quantize(core.array(torch.randn(2, 64).numpy()), group_size=32, bits=bits)
+    named = dict(
+        zip(("weight", "scales", "biases", "expected"), (*parts, core.dequantize(*parts, 32, bits)), strict=True)
+    )
+    return {f"mlx{bits}.{name}": torch.from_numpy(numpy.array(part)) for name, part in named.items()}
+
+
 def main() -> None:
     """Write the file."""
     torch.manual_seed(0)
     tensors = awq()
+    for bits in (2, 3, 4, 5, 6, 8):
+        tensors |= mlx(bits)
     for bits in (2, 3, 4, 8):
         tensors |= gptq(bits)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, PATH)

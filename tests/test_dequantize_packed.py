@@ -197,6 +197,15 @@ def test_awq_is_what_gptqmodel_computes() -> None:
     assert torch.equal(decoded("awq", parts, torch.float16), GOLDEN["awq.weight"])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_is_what_mlx_computes(bits: int, tmp_path: Path) -> None:
+    """A configuration can name the bits of one layer. In F16, MLX also rounds the product before it adds the bias."""
+    tensors = {name: GOLDEN[f"mlx{bits}.{name}"] for name in ("weight", "scales", "biases")}
+    section = {"quant_method": "mlx", "group_size": 32, "bits": 7, "a": {"group_size": 32, "bits": bits}}
+    path = write(tmp_path, {f"a.{name}": part for name, part in tensors.items()}, section)
+    assert torch.equal(dequantized(path)["a.weight"], GOLDEN[f"mlx{bits}.expected"])
+
+
 def state(value: object) -> torch.Tensor:
     """Return the quant_state that bitsandbytes writes of a value."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)

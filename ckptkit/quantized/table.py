@@ -357,6 +357,7 @@ SCHEMES = (
         (Part(("scales",), _FLOATS | {"U8"}, _has_same_rows),),
         "dequantise it with mlx_lm.convert", _dtypes("mlx metal"),
         (Part(("biases", "qbiases"), _FLOATS),),
+        coding=Coding("mlx", (("codes", ("weight",)), ("scales", ("scales",)), ("biases", ("biases", "qbiases")))),
     ),
     Scheme(
         "GPTQ", Part(("qweight",), _dtypes("I32")),
@@ -406,7 +407,7 @@ SCHEMES = (
     Scheme(
         "quanto", Part(("weight._data",), _F8 | {"I8"}), (Part(("weight._scale",), _FLOATS, is_telling=True),),
         "load it with optimum-quanto, and call dequantize() on each weight", _dtypes("quanto"), (_OF_INPUT,),
-        coded="weight._data",
+        coded="weight._data", coding=_scaled("weight._scale", codes="weight._data"),
     ),
     Scheme(
         "quanto", Part(("weight._data._data",), _dtypes("U8")),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ckptkit.core.torch_bridge import code_of
 from ckptkit.values.dequantize.model import Settings
-from tests.helpers_dequantize import decoded, decoded_by_rows
+from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,3 +100,17 @@ def test_integers_of_compressed_tensors(bits: int, strategy: str, symmetric: boo
                 if form == "pack-quantized":
                     family, settings = "packed rows", {"bits": bits, "shape": tuple(stored["weight_shape"].tolist())}
                 assert torch.equal(decoded(family, parts, dtype, settings), expected)
+
+
+@pytest.mark.parametrize("name", ["qint8", "qfloat8_e4m3fn", "qfloat8_e5m2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quanto(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The weight is what ``dequantize`` of optimum-quanto returns."""
+    quanto = library("optimum.quanto")
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(64, 96)).to(dtype)
+    quanto.quantize(model, weights=getattr(quanto, name))
+    quanto.freeze(model)
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    found = dequantized(tmp_path / "m.safetensors", code_of(dtype))
+    assert torch.equal(found["0.weight"], model[0].weight.dequantize())
