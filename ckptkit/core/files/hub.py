@@ -170,10 +170,10 @@ def _or(names: list[str]) -> str:
     return listed(names, _MOST_NAMED, show=str)
 
 
-def parse_hub_path(path: str) -> HubPath:
+def parse_hub_path(path: str, *, from_cache: bool = True) -> HubPath:
     """Return the parts of ``hf:[datasets/]org/name[@revision][/inside]``. Raises ``PathError`` if it is not valid.
 
-    A repository without an organisation, as the oldest have it, is found if the cache has it.
+    With ``from_cache``, a repository without an organisation, as the oldest have it, is found if the cache has it.
     """
     from urllib.parse import unquote
 
@@ -188,7 +188,7 @@ def parse_hub_path(path: str) -> HubPath:
         inside = after[len(revision) :].removeprefix("/")
         revision = unquote(revision)
     else:
-        repository, inside = _split_repository(kind, rest)
+        repository, inside = _split_repository(kind, rest) if from_cache else _first_two(rest)
         revision = _MAIN
     names = [*revision.split("/"), *(inside.split("/") if inside else ())]
     if not _ID.fullmatch(repository) or any(name in ("", ".", "..") or "\0" in name for name in names):
@@ -206,10 +206,15 @@ def suggest_hub_path(name: str) -> str:
     return f"{HUB_PREFIX}{name}" if is_whole else f"{HUB_PREFIX}ORG/{name}"
 
 
+def _first_two(text: str) -> tuple[str, str]:
+    names = text.split("/", 2)
+    return "/".join(names[:2]), "/".join(names[2:])
+
+
 def _split_repository(kind: str, text: str) -> tuple[str, str]:
     first, _, rest = text.partition("/")
-    second, _, inside = rest.partition("/")
-    whole = f"{first}/{second}" if second else first
+    second = rest.partition("/")[0]
+    whole, inside = _first_two(text)
     folder = _cache_folder()
     if second and not _names(os.path.join(folder, _folder_name(kind, whole))):
         is_old = bool(_names(os.path.join(folder, _folder_name(kind, first))))

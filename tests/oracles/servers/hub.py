@@ -153,7 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _etag(file: Path) -> str:
-    return f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"'
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return f'"{digest if file.stat().st_size > _LARGE else digest[:40]}"'
 
 
 def _entry(root: Path, path: Path) -> dict[str, object]:

@@ -131,6 +131,8 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return refused(url, is_known=False)
     if names & {"GatedRepoError", "RepositoryNotFoundError", "DisabledRepoError"}:
         return refused(url)
+    if "RevisionNotFoundError" in names:
+        return PathError("the repository has no such revision", path=url)
     if "OfflineModeIsEnabled" in names:
         return PathError("HF_HUB_OFFLINE forbids asking the hub", path=url)
     if isinstance(error, ImportError):

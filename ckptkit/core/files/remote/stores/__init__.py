@@ -9,6 +9,7 @@ from ckptkit.core.files.remote.failures import explain, missing_library
 from ckptkit.core.files.remote.retries import timeout
 from ckptkit.core.files.remote.running import on_fork
 from ckptkit.core.files.remote.store import MOST_REQUESTS, Store
+from ckptkit.core.files.remote.stores.hub import HubStore
 from ckptkit.core.files.remote.stores.others import AsyncStore, SyncStore
 from ckptkit.core.files.remote.stores.s3 import S3Store
 from ckptkit.core.files.remote.stores.web import HttpStore
@@ -51,6 +52,8 @@ def _new_store(url: str) -> Store:
         return HttpStore(fs, meter, pins=True)
     if scheme in ("s3", "s3a") and hasattr(fs, "_call_s3"):
         return S3Store(fs, meter, pins=True)
+    if scheme == "hf" and hasattr(fs, "resolve_path"):
+        return HubStore(fs, meter, scheme=scheme)
     if getattr(fs, "async_impl", False):
         return AsyncStore(fs, meter, retries_itself=scheme in _RETRY_THEMSELVES)
     return SyncStore(fs, meter, retries_itself=scheme in _RETRY_THEMSELVES, scheme=scheme)

@@ -14,9 +14,9 @@ from ckptkit.core.text import human_bytes
 from ckptkit.errors import PathError
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["HttpStore", "copy_body"]
+__all__ = ["MOST_WITHOUT_RANGES", "HttpStore", "copy_body", "total_of", "without_ranges"]
 
-_MOST_WITHOUT_RANGES = 1 << 20  # bytes of a body that was not asked for
+MOST_WITHOUT_RANGES = 1 << 20  # bytes of a body that was not asked for
 _LARGEST_PAGE = 4 << 20  # a list of files in HTML
 _ENCODED = lazy_pattern(r"[!#$%&'()*+,/:;=?@\[\]~\w.-]+")
 _LINK = lazy_pattern(r"""(?i)<a\s[^>]*?href\s*=\s*["']([^"'?#]+)["']""")
@@ -106,8 +106,7 @@ class HttpStore(Store):
         """Return the state in the head of a response. Raises ``PathError`` for a server that ignores ranges."""
         headers = response.headers
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
-        found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-        total = found[3] if found else "*"
+        total = total_of(headers.get("Content-Range", ""))
         if response.status == 416:
             if total == "0":
                 return ObjectState(0, etag, modified)
@@ -121,21 +120,18 @@ class HttpStore(Store):
         if response.status == 206 and total != "*":
             return ObjectState(int(total), etag, modified)
         size = response.content_length if response.status == 200 else None
-        if size is not None and size <= _MOST_WITHOUT_RANGES:
+        if size is not None and size <= MOST_WITHOUT_RANGES:
             return ObjectState(size, etag, modified)
         is_chunked = response.status == 200 and size is None
         if is_chunked:
-            data = await response.content.read(_MOST_WITHOUT_RANGES + 1)
-            while len(data) <= _MOST_WITHOUT_RANGES and (more := await response.content.read(_MOST_WITHOUT_RANGES)):
+            data = await response.content.read(MOST_WITHOUT_RANGES + 1)
+            while len(data) <= MOST_WITHOUT_RANGES and (more := await response.content.read(MOST_WITHOUT_RANGES)):
                 data += more
             self.meter.add(received=len(data))
-            if len(data) <= _MOST_WITHOUT_RANGES:
+            if len(data) <= MOST_WITHOUT_RANGES:
                 response.content.unread_data(data)
                 return ObjectState(len(data), etag, modified)
-        what = f"all {human_bytes(size)}" if size else "the whole file"
-        raise PathError(
-            f"the server cannot send a part of the file, only {what}", hint="download it, and give its path", path=url
-        )
+        raise without_ranges(size, url)
 
     async def listing(self, url: str) -> Listing:
         """Return the links of the page that the server has for a folder; without a page, the folder is not listed."""
@@ -157,6 +153,20 @@ class HttpStore(Store):
         except (NotFoundError, PathError):
             return Listing({}, is_listed=False)
         return _links(text, page)
+
+
+def total_of(content_range: str) -> str:
+    """Return the number of bytes of the whole file in a header ``Content-Range``, or ``*`` if it is not known."""
+    found = _CONTENT_RANGE.fullmatch(content_range)
+    return found[3] if found else "*"
+
+
+def without_ranges(size: int | None, url: str) -> PathError:
+    """Return the error for a server that would send the whole file, which has ``size`` bytes if that is known."""
+    what = f"all {human_bytes(size)}" if size else "the whole file"
+    return PathError(
+        f"the server cannot send a part of the file, only {what}", hint="download it, and give its path", path=url
+    )
 
 
 def _links(text: str, page: str) -> Listing:
