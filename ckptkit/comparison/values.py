@@ -11,7 +11,7 @@ from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.stored import StoredBytes, is_in_blocks
-from ckptkit.core.files.payloads import is_same_range, place_of
+from ckptkit.core.files.payloads import announce, is_same_range, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -220,6 +220,8 @@ class _Comparison:
         self._refuse_endless()
         tolerance = None if rtol is None and atol is None else Tolerance(float(rtol or 0), float(atol or 0))
         pairs = sorted(self._pairs(), key=lambda pair: place_of(pair.expected))
+        announce(pair.expected for pair in pairs)
+        announce(pair.found for pair in pairs)
         found: dict[int, Part | BytesDiffer] = {}
         with Workers() as workers:
             for pair, part, nbytes in differences(pairs, workers, tolerance):

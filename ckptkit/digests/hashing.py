@@ -13,7 +13,7 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Payload, TensorInfo
-from ckptkit.core.files.payloads import Extent, is_seekable, place_of
+from ckptkit.core.files.payloads import Extent, announce, is_seekable, place_of
 from ckptkit.errors import ArgumentError, CkptkitError, FormatError
 from ckptkit.values.reading import READ_BYTES, neighbours
 from ckptkit.values.workers import Workers
@@ -130,6 +130,7 @@ def hash_tensors(tensors: Iterable[tuple[TensorInfo, Payload]], algorithm: str, 
     yield finished, 0
     long.sort(key=lambda tensor: -tensor.payload.nbytes)
     near.sort(key=lambda tensor: place_of(tensor.payload))
+    announce([*(one.payload for one in long), *(one.payload for one in near), *(one.payload for one in others)])
     runs = neighbours([tensor.payload for tensor in near])
     short = chain(
         (partial(_hash_run, near[first:stop], start) for first, stop in runs),

@@ -27,7 +27,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Strided
 from ckptkit.formats.numpy_dtypes import DTYPE_CODES, OTHER_KINDS
-from ckptkit.formats.zip_archive import ZipDirectory
+from ckptkit.formats.zip_archive import MORE, ZipDirectory
 
 __all__ = ["HEAD", "MAGIC", "NpyHeader", "open_npy", "open_npz", "parse_npy_header"]
 
@@ -181,7 +181,7 @@ def open_npz(archive: ZipDirectory) -> Checkpoint:
     entries: list[Entry] = []
     warnings = []
     if archive.file.is_remote:
-        archive.will_read(archive.entries, HEAD)
+        archive.will_read(archive.entries, HEAD + MORE)
     for number, (name, entry) in enumerate(archive.entries.items()):
         key = name.removesuffix(".npy")
         header = parse_npy_header(archive.head(name, HEAD), quoted(name))

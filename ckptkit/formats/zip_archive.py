@@ -21,7 +21,7 @@ from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 
-__all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
+__all__ = ["MORE", "ZipDirectory", "ZipEntry", "read_zip_directory"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -32,9 +32,9 @@ _LARGEST_DIRECTORY = 256 << 20
 _MOST_ENTRIES = MOST_TENSORS + 10_000  # each entry needs memory and one read
 _ALWAYS_INFLATED = 1 << 20  # bytes; a larger entry must not exceed the largest ratio
 _LARGEST_RATIO = 100  # repetitive JSON is deflated seventyfold
+MORE = 1024  # bytes: content that deflate cannot shrink is stored with a few extra bytes
 _LONGEST_TEXT = 1000
 _LONGEST_END = 65557  # bytes of the end of an archive, with its comment
-_REMOTE_TAIL = 256 << 10  # holds the directory of some thousand entries too
 _LONGEST_EXTRA = 256  # the name of an entry, and the padding before its content
 _MOST_AHEAD = 16 << 20
 # What readers read at once when they open an archive.
@@ -92,8 +92,7 @@ class ZipDirectory:
     def head(self, name: str, count: int) -> bytes:
         """Return the first ``count`` bytes of an entry, or all bytes of a shorter entry, inflating no more."""
         entry = self.entries[name]
-        # Content that deflate cannot shrink is stored with a few extra bytes.
-        packed = self.file.read(self.starts[name], min(entry.packed, count + 1024))
+        packed = self.file.read(self.starts[name], min(entry.packed, count + MORE))
         if entry.method == _STORED:
             return packed[:count]
         try:
@@ -170,7 +169,7 @@ def read_zip_directory(file: ByteSource) -> ZipDirectory:
 
 
 def _find_end(file: ByteSource) -> tuple[int, int, int, int]:
-    start = max(file.size - (_REMOTE_TAIL if file.is_remote else _LONGEST_END), 0)
+    start = max(file.size - _LONGEST_END, 0)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) - at < _END.size:

@@ -11,7 +11,7 @@ from functools import cached_property
 from ckptkit.comparison.own_code import is_below, modules_with_own_code
 from ckptkit.core.cast_losses import describe_overflow, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, memory_order
-from ckptkit.core.files.payloads import same_bytes
+from ckptkit.core.files.payloads import announce, same_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import shared_keys, tied_keys
 from ckptkit.core.torch_bridge import TensorPayload, is_dtensor
@@ -112,6 +112,7 @@ def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, ha
             assert target is not None  # noqa: S101 - _is_copied has asked for it
             _refuse_unwritable(key, target)
             copies.append(Copy(key, target, moved.get(key) or local_payload(producer, step, tensor)))
+    announce(copy.payload for copy in copies)
     overlapping = set(shared_keys({copy.key: base[copy.key] for copy in copies}))
     overlapping.update(copy.key for copy in copies if _may_overlap_itself(copy.target))
     return Decision(tuple(copies), tuple(handed), own_code, frozenset(overlapping))

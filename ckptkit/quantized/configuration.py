@@ -68,6 +68,8 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
     ignored: list[str] = []
     sections: list[Mapping[str, object]] = []
     folder = folder_at(parent_of(checkpoint.files[0])) if checkpoint.files else None
+    if folder is not None:
+        folder.will_open(CONFIGURATION_FILES)
     for name in CONFIGURATION_FILES:
         if folder is not None and folder.has_file(name):
             try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.core.arguments import require_number, require_progress, takes_rules
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
-from ckptkit.core.files.payloads import Extent, place_of
+from ckptkit.core.files.payloads import Extent, announce, place_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -224,7 +224,9 @@ def measure_values(checkpoint: Checkpoint, keys: Iterable[str], workers: Workers
     numbers: dict[str, ValueStats] = {}
 
     def sources() -> Iterator[Source[Tally[StatsPart]]]:
-        for key, payload in sorted(others, key=lambda item: place_of(item[1])):
+        others.sort(key=lambda item: place_of(item[1]))
+        announce(payload for _, payload in others)
+        for key, payload in others:
             tally: Tally[StatsPart] = Tally(checkpoint[key])
             if tally.bytes_left:
                 yield Source(payload, (Span(tally, 0, tally.bytes_left, tally.width),))

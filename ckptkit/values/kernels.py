@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.files.payloads import Extent, place_of
+from ckptkit.core.files.payloads import Extent, announce, place_of
 from ckptkit.values.arrays import array_of, real_code
 from ckptkit.values.byte_codes import BYTE_CODES, extremes_of_codes, pairs_of_codes
 from ckptkit.values.exponents import count_bytes, present
@@ -228,6 +228,7 @@ def computed_together(
     """
     order = sorted(range(len(extents)), key=lambda at: place_of(extents[at]))
     ordered = [extents[at] for at in order]
+    announce(ordered)
 
     def work(bounds: tuple[int, int]) -> list[tuple[list[int], _Columns_co, int]]:
         first, last = ordered[bounds[0]], ordered[bounds[1] - 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeGuard
 
@@ -20,6 +20,7 @@ __all__ = [
     "Inflated",
     "PayloadReader",
     "Region",
+    "announce",
     "is_same_range",
     "is_seekable",
     "place_of",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 CHUNK = 4 << 20
+_LONG = 4 * CHUNK
 _COMPARED = 1 << 19  # bytes of two payloads that are compared while they are in the cache
 
 
@@ -56,6 +58,8 @@ class Extent:
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in one reused buffer."""
+        if self.file.is_remote and self.nbytes > _LONG:  # short neighbours are read ahead as one
+            self.file.will_read([(self.offset, self.nbytes)])
         buffer = memoryview(bytearray(min(self.nbytes, CHUNK)))
         for done in range(0, self.nbytes, CHUNK):
             chunk = buffer[: min(CHUNK, self.nbytes - done)]
@@ -175,6 +179,19 @@ def place_of(payload: Payload) -> tuple[str, int]:
     return (extent.file.path, extent.offset) if isinstance(extent, Extent) else ("", 0)
 
 
+def announce(payloads: Iterable[Payload]) -> None:
+    """Say that these payloads are read next, in this order: a store sends their bytes ahead."""
+    ranges: dict[int, tuple[ByteSource, list[tuple[int, int]]]] = {}
+    for payload in payloads:
+        source = payload.source if isinstance(payload, ByteSwapped) else payload
+        extent = source.packed if isinstance(source, Inflated) else source
+        if isinstance(extent, Extent) and extent.file.is_remote:
+            file = extent.file
+            ranges.setdefault(id(file), (file, []))[1].append((extent.offset, extent.nbytes))
+    for file, found in ranges.values():
+        file.will_read(found)
+
+
 def same_bytes(first: Payload, second: Payload) -> bool:
     """Return whether two payloads have equal bytes. Both are read in pieces, up to the first difference.
 
@@ -182,6 +199,7 @@ def same_bytes(first: Payload, second: Payload) -> bool:
     """
     if first.nbytes != second.nbytes:
         return False
+    announce((first, second))
     size = min(first.nbytes, _COMPARED)
     held, buffer = bytearray(size), memoryview(bytearray(size))
     left, right = PayloadReader(first), PayloadReader(second)

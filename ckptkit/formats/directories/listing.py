@@ -32,6 +32,10 @@ MODEL_NAMES = (
     "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_TRIED = (
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json",
+    *MODEL_NAMES, *ADAPTER_NAMES, "config.json", "adapter_config.json", "params.json",
+)  # fmt: skip
 PIPELINE = "model_index.json"  # of diffusers
 _MODULES = "modules.json"  # of sentence-transformers
 _LARGEST_MODULES = 1 << 20
@@ -91,12 +95,22 @@ def list_directory(folder: Folder) -> Listing:
     """
     names = folder.names(_MOST_NAMES)
     if not names.is_listed:
-        raise FormatError(
-            "a folder of a server that does not list its files", hint="give the URL of a file or of an index"
-        )
+        return _try_names(folder)
     if len(names.all) > _MOST_NAMES:
         raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of one file")
     return Listing(folder, names.files, names.folders)
+
+
+def _try_names(folder: Folder) -> Listing:
+    """Return those usual names that a folder has, which its server does not list."""
+    folder.will_open(_TRIED)
+    files = sorted(name for name in _TRIED if folder.has_file(name))
+    if not any(name in files for name in (*MODEL_NAMES, *ADAPTER_NAMES)) and not any(map(is_index, files)):
+        raise FormatError(
+            "a folder of a server that does not list its files, and none has a usual name",
+            hint="give the URL of a file or of an index",
+        )
+    return Listing(folder, tuple(files), ())
 
 
 def find_weights_files(folder: Folder, names: Iterable[str], most: int = _MOST_TESTED) -> list[str]:

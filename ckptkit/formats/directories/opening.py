@@ -18,6 +18,7 @@ from ckptkit.formats.directories.listing import ADAPTER_NAMES, MODEL_NAMES, List
 from ckptkit.formats.directories.numbered import check_not_parts, open_numbered
 from ckptkit.formats.directories.parts import find_part, find_parts, is_pipeline, list_parts, parts_error
 from ckptkit.formats.directories.trainer_files import (
+    announce_trainer_files,
     find_trainer_file,
     is_trainer_file,
     read_trainer_files,
@@ -57,6 +58,7 @@ def open_directory(folder: Folder, selection: Selection, *, listing_parts: bool 
     """
     listing = list_directory(folder)
     names = listing.names
+    announce_trainer_files(folder, names)
     trainer_file = find_trainer_file(names, selection.key)
     if trainer_file is None and selection.key:
         trainer_file = find_states_file(names, selection.key)

@@ -20,7 +20,7 @@ from ckptkit.formats.directories.model_files import GENERATION_CONFIG, MODEL_CON
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.torch.tree import describe_entry
 
-__all__ = ["TrainerFiles", "find_trainer_file", "is_trainer_file", "read_trainer_files"]
+__all__ = ["TrainerFiles", "announce_trainer_files", "find_trainer_file", "is_trainer_file", "read_trainer_files"]
 
 
 # Keys that are listed first, also where the value is a list or an object. Other numbers and texts follow.
@@ -67,12 +67,22 @@ def find_trainer_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
     return split_key(filter(is_trainer_file, names), key)
 
 
-def read_trainer_files(folder: Folder, names: Iterable[str]) -> TrainerFiles:
-    """Return the trainers' files among the file names of a directory. A file that cannot be read becomes a warning."""
+def announce_trainer_files(folder: Folder, names: Iterable[str]) -> None:
+    """Say that the files that ``read_trainer_files`` opens are opened soon."""
+    folder.will_open([members[0] for members in list(_families(names).values())[:_MOST_FILES]])
+
+
+def _families(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the trainers' files among the names, numbered ones together."""
     families: dict[str, list[str]] = {}
     for name in sorted(filter(is_trainer_file, names)):
         families.setdefault(_NUMBER.sub("_*", name), []).append(name)
-    folder.will_open([members[0] for members in list(families.values())[:_MOST_FILES]])
+    return families
+
+
+def read_trainer_files(folder: Folder, names: Iterable[str]) -> TrainerFiles:
+    """Return the trainers' files among the file names of a directory. A file that cannot be read becomes a warning."""
+    families = _families(names)
     entries: list[Entry] = []
     warnings: list[str] = []
     left, outlined = [_LARGEST_PICKLES], [_MOST_OUTLINED]

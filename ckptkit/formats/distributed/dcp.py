@@ -41,6 +41,8 @@ __all__ = ["open_dcp"]
 _METADATA_OF_RANK = re.compile(r"__\d+\.metadata")
 _LARGEST_METADATA = 256 << 20
 _MOST_FILES = 10_000_000
+_BEFORE, _AFTER = 4 << 10, 72 << 10  # bytes of an item: its pickle is before its numbers, its directory after them
+_FEW = 4
 _MOST_PLACES = 2_000_000  # in the nested state
 _LARGEST_OBJECT, _LARGEST_OBJECTS, _MOST_OBJECTS = 1 << 20, 16 << 20, 1000
 _MOST_PARTS = 1_000_000  # of all objects together
@@ -88,7 +90,7 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
         error.path = error.path or file.path
         raise
     _check_places(pool, metadata)
-    items = _Items(pool)
+    items = _Items(pool, [place for _, _, place in _all_places(metadata)])
     objects = _read_objects(metadata.objects, items)
     state = {key: _tensor_ref(tensor) for key, tensor in metadata.tensors.items()}
     torch = TorchObjects()
@@ -212,13 +214,32 @@ class _Objects:
 class _Items:
     """Reader of the items in the files. Each item is a zip archive."""
 
-    def __init__(self, pool: FilePool) -> None:
+    def __init__(self, pool: FilePool, places: Sequence[Place]) -> None:
         self.pool = pool
+        self.places = places
         self.known: dict[Place, Extent] = {}
+        self._opened = 0
 
     def archive(self, key: str, place: Place) -> ZipDirectory:
+        self._opened += 1
+        if self._opened <= _FEW:
+            self._announce([place])
+        elif self._opened == _FEW + 1:
+            self._announce(self.places)
         with self._errors_about(key, place):
             return read_zip_directory(Section(self.pool.get(place.name), place.offset, place.length))
+
+    def _announce(self, places: Iterable[Place]) -> None:
+        """Say that what stands before and after the numbers of these items is read next."""
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for name, offset, length in sorted((place.name, place.offset, place.length) for place in places):
+            end = offset + length
+            found = [(offset, _BEFORE), (end - _AFTER, _AFTER)] if length > _BEFORE + _AFTER else [(offset, length)]
+            ranges.setdefault(name, []).extend(found)
+        for name, found in ranges.items():
+            file = self.pool.get(name)
+            if file.is_remote:
+                file.will_read(found)
 
     def read(self, key: str, place: Place) -> TorchFile:
         archive = self.archive(key, place)

@@ -25,7 +25,7 @@ _PROTOCOL = 1001
 _FIRST_WINDOW = 16 << 20  # nearly every pickle ends inside, so it is parsed once
 _SMALL_WINDOW = 1 << 12
 _STORAGE_KEYS_WINDOW = 1 << 20
-_REMOTE_WINDOW = 1 << 18  # more bytes would come late, and are seldom needed
+_REMOTE_WINDOW = 1 << 15  # more bytes would come late, and are seldom needed
 _UNTYPED = "it was written on a big-endian machine, and the byte order of some numbers is unknown"
 _LENGTH = struct.Struct("<q")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.files.payloads import announce
 from ckptkit.core.progress import Progress
 from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats import errors_about, open_inside
@@ -114,6 +115,7 @@ def write_safetensors_file(
     """
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
+    announce(payloads.values())
     block = shared_block(payloads.values(), target if isinstance(target, str) else target.path, reflink)
     layout = share_blocks(layout, payloads, block)
     with AtomicFile(target, layout.nbytes, block, by_kernel=reflink != "never") as file:
