@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptkit.checks import codes
 from ckptkit.checks.adapters import check_lora
-from ckptkit.checks.quantized_weights import check_quantized
+from ckptkit.checks.quantized_weights import check_broken_parts, check_quantized
 from ckptkit.checks.reading import VALUES_UNCHECKED, Scan, loading_findings, loading_summary
 from ckptkit.checks.report import CheckReport
 from ckptkit.checks.structure import check_structure
@@ -120,6 +120,7 @@ def _check(
         given = reader_codes.ADAPTER_BASE.name  # the base is given, so the user knows where its weights are
         findings = [finding for finding in findings if finding.code != given]
         findings += check_differences(result)
+    findings += check_broken_parts(checkpoint, quantized, chosen, reads=values and not fast)
     if fast:
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
         message += loading_summary(checkpoint)

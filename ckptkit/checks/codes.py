@@ -28,6 +28,11 @@ MISSING_PART = Code(
     ("error", "note"),
     "A quantised weight lacks a part, such as its codes or scales; a note if other shards are not read.",
 )
+BROKEN_PART = Code(
+    "broken-part",
+    ("error",),
+    "A part of a quantised weight does not fit: another shape, scales that are NaN, or zero points out of range.",
+)
 
 # Adapters
 LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is in the file.")

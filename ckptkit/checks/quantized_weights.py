@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 
 from ckptkit.checks import codes
-from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, plural, quoted
+from ckptkit.errors import CkptkitError
 from ckptkit.quantized import Quantized, QuantizedWeight
+from ckptkit.quantized.decoding import Decoding
 
-__all__ = ["check_quantized", "has_numbers"]
+__all__ = ["check_broken_parts", "check_quantized", "has_numbers"]
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -38,6 +40,30 @@ def check_quantized(quantized: Quantized, keys: Container[str], *, is_one_shard:
         count = f"{plural(len(weights), 'weight')} quantised as {scheme}, in {parts}"
         message = f"{count}: of their values, only NaN and Inf were looked for: {listed([w.key for w in weights])}"
         yield codes.QUANTIZED.finding(weights[0].parts[0], message)
+
+
+def check_broken_parts(
+    checkpoint: Checkpoint, quantized: Quantized, keys: Container[str], *, reads: bool
+) -> Iterator[Finding]:
+    """Yield a ``broken-part`` for each weight with parts that its scheme cannot have, for the schemes with a decoder.
+
+    Shapes and dtypes are in the headers. With ``reads``, scales, zero points and other companions are read too. What is
+    NaN or infinite in a tensor of numbers has a finding of its own.
+    """
+    decoding = Decoding(checkpoint)
+    for weight in quantized.weights:
+        if not weight.family or weight.missing or not any(part in keys for part in weight.parts):
+            continue
+        try:
+            found = decoding.broken(weight, reads=reads)
+        except (CkptkitError, OSError):  # the pass over the records reports what cannot be read
+            continue
+        if found is None:
+            continue
+        info = checkpoint.get(found.key)
+        if not (found.is_not_finite and info is not None and has_numbers(info, weight)):
+            hint = "save or download the checkpoint again"
+            yield codes.BROKEN_PART.finding(found.key, found.reason, hint)
 
 
 def has_numbers(info: TensorInfo, weight: QuantizedWeight | None) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.stored import StoredBytes
@@ -17,11 +17,11 @@ from ckptkit.quantized.configuration import Configuration, configured_dtype, rea
 from ckptkit.quantized.known import Known
 
 if TYPE_CHECKING:
-    from ckptkit.core.cast_losses import CastLoss
     from ckptkit.values.dequantize.model import Decoder, Setting
     from ckptkit.values.dequantize.payload import DequantizedPayload
+    from ckptkit.values.workers import Workers
 
-__all__ = ["SETTINGS", "Decoded", "Decoding", "SettingsOf"]
+__all__ = ["SETTINGS", "Broken", "Decoded", "Decoding", "SettingsOf"]
 
 SettingsOf = Callable[[Known], "Mapping[str, Setting]"]
 
@@ -38,6 +38,14 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
 }
 
 
+class Broken(NamedTuple):
+    """A part that its weight cannot have: its key, a sentence, and whether the reason are NaN or infinities."""
+
+    key: str
+    reason: str
+    is_not_finite: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """A quantised weight with its decoder, and what a plan records of it: the family and the settings."""
@@ -52,14 +60,13 @@ class Decoded:
         """The key of the part that has each role."""
         return self.weight.roles
 
-    def payload(
-        self, stored: StoredBytes, out: TensorInfo, losses: MutableMapping[str, CastLoss] | None = None
-    ) -> DequantizedPayload:
+    def payload(self, stored: StoredBytes, out: TensorInfo, workers: Workers | None = None) -> DequantizedPayload:
         """Return the bytes of the weight, with the dtype of ``out``; ``stored`` has the bytes of the parts."""
         from ckptkit.values.dequantize.payload import DequantizedPayload
+        from ckptkit.values.workers import Workers
 
         sources = {role: stored.payload(key) for role, key in self.weight.roles}
-        return DequantizedPayload(self.decoder, sources, out, losses)
+        return DequantizedPayload(self.decoder, sources, out, None, workers or Workers())
 
 
 class Decoding:
@@ -86,7 +93,6 @@ class Decoding:
         """
         from ckptkit.values.dequantize.model import BrokenPartError, UnknownFormError
         from ckptkit.values.dequantize.payload import broken_part
-        from ckptkit.values.dequantize.schemes import make_decoder
 
         if weight.missing:
             raise FormatError(f"{quoted(weight.key)} cannot be dequantised: it lacks {listed(weight.missing)}")
@@ -94,25 +100,50 @@ class Decoding:
             reason = f"{quoted(weight.key)} is quantised ({weight.scheme}), which ckptkit cannot dequantise"
             raise PlanError(reason, hint=weight.way_out)
         parts = {role: self.checkpoint[key] for role, key in weight.roles}
-        keys = dict(weight.roles)
-        settings: Mapping[str, Setting] = {}
         try:
-            if weight.family in SETTINGS:
-                module, function = SETTINGS[weight.family]
-                find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.{module}"), function)
-                settings = find(
-                    Known(
-                        weight.key,
-                        parts,
-                        self._configuration.sections,
-                        self.checkpoint.metadata,
-                        lambda role: b"".join(map(bytes, self._stored.payload(keys[role]).chunks())),
-                    )
-                )
-            decoder = make_decoder(weight.family, parts, settings)
+            settings, decoder = self._make(weight, parts)
         except UnknownFormError as error:
             reason = f"{quoted(weight.key)} is quantised ({weight.scheme} {error}), which ckptkit cannot dequantise"
             raise PlanError(reason, hint=weight.way_out) from None
         except BrokenPartError as error:
             raise broken_part(weight.key, parts, error) from None
         return Decoded(weight, decoder, weight.family, tuple(settings.items()))
+
+    def broken(self, weight: QuantizedWeight, *, reads: bool) -> Broken | None:
+        """Return what is wrong with the parts of a weight that lacks none, or None.
+
+        With ``reads``, the parts that a decoder reads whole are read. A scheme without a decoder is not judged. Raises
+        what reading raises.
+        """
+        from ckptkit.values.dequantize.model import BrokenPartError, UnknownFormError
+        from ckptkit.values.dequantize.payload import broken_part
+
+        parts, keys = {role: self.checkpoint[key] for role, key in weight.roles}, dict(weight.roles)
+        try:
+            decoder = self._make(weight, parts)[1] if weight.family else None
+            if decoder is not None and reads:
+                decoder.prepare({
+                    role: memoryview(self._read(key)) for role, key in keys.items() if role not in decoder.streamed
+                })  # fmt: skip
+        except UnknownFormError:
+            return None
+        except BrokenPartError as error:
+            reason = broken_part(weight.key, parts, error).reason
+            return Broken(keys.get(error.role, weight.coded), reason, error.is_not_finite)
+        return None
+
+    def _make(self, weight: QuantizedWeight, parts: Mapping[str, TensorInfo]) -> tuple[Mapping[str, Setting], Decoder]:
+        """Return the settings and the decoder; raise ``BrokenPartError`` or ``UnknownFormError``."""
+        from ckptkit.values.dequantize.schemes import make_decoder
+
+        settings: Mapping[str, Setting] = {}
+        if weight.family in SETTINGS:
+            module, function = SETTINGS[weight.family]
+            find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.{module}"), function)
+            keys, sections = dict(weight.roles), self._configuration.sections
+            known = Known(weight.key, parts, sections, self.checkpoint.metadata, lambda role: self._read(keys[role]))
+            settings = find(known)
+        return settings, make_decoder(weight.family, parts, settings)
+
+    def _read(self, key: str) -> bytes:
+        return b"".join(map(bytes, self._stored.payload(key).chunks()))

@@ -136,6 +136,11 @@ def _by_columns(family: str) -> Coding:
     return Coding(family, tuple((role, (ending,)) for role, ending in roles))
 
 
+def _float4(family: str, codes: str, *scales: str, common: str = "") -> Coding:
+    roles = (("codes", (codes,)), ("scales", scales))
+    return Coding(family, (*roles, ("global", (common,))) if common else roles)
+
+
 _OF_FP8 = Scheme(
     "fp8",
     Part(("weight",), _F8),
@@ -279,35 +284,41 @@ SCHEMES = (
         "nvfp4", Part(("",), _dtypes("U8 F4")),
         (Part(("_weight_scale",), _E4M3, _is_of_matrices), Part(("_weight_scale_2",), _FLOATS)),
         _MODELOPT, _dtypes("modelopt modelopt_fp4"), (Part(("_input_scale",), _FLOATS),), coded="", weight="",
+        coding=_float4("nvfp4", "", "_weight_scale", common="_weight_scale_2"),
     ),
     Scheme(
         "nvfp4", Part(("weight",), _dtypes("U8 F4")),
         (Part(("weight_scale",), _E4M3, _has_same_rows, is_telling=True), Part(("weight_scale_2",), _FLOATS)),
         _MODELOPT, _dtypes("modelopt modelopt_fp4"), (_OF_INPUT,),
+        coding=_float4("nvfp4", "weight", "weight_scale", common="weight_scale_2"),
     ),
     Scheme(
         "nvfp4 (compressed-tensors)", Part(("weight_packed",), _dtypes("U8 F4")),
         (Part(("weight_scale",), _E4M3, _has_same_rows, is_telling=True), Part(("weight_global_scale",), _FLOATS)),
         _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+        coding=_float4("nvfp4 divided", "weight_packed", "weight_scale", common="weight_global_scale"),
     ),
     Scheme(
         "mxfp4 (compressed-tensors)", Part(("weight_packed",), _dtypes("U8 F4")),
         (Part(("weight_scale",), _E8M0, _has_same_rows, is_telling=True),),
         _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+        coding=_float4("mxfp4", "weight_packed", "weight_scale"),
     ),
     Scheme(
         "mxfp4", Part(("weight",), _dtypes("U8 I8 F4")),
         (Part(("weight_scale", "weight_scale_inv", "scale"), _E8M0, _has_same_rows),),
         _WRITER, _dtypes("mxfp4 quark fp8"), (_OF_INPUT,),
+        coding=_float4("mxfp4", "weight", "weight_scale", "weight_scale_inv", "scale"),
     ),
     Scheme(
         "mxfp4", Part(("_blocks",), _dtypes("U8")),
         (Part(("_scales",), _dtypes("U8"), _are_scales_of_blocks, is_telling=True),),
         _MXFP4, _dtypes("mxfp4"), coded="_blocks", weight="",
+        coding=_float4("mxfp4 blocks transposed", "_blocks", "_scales"),
     ),
     Scheme(  # the names of OpenAI's own code
         "mxfp4", Part((".blocks",), _dtypes("U8")), (Part((".scales",), _dtypes("U8"), _are_scales_of_blocks),),
-        _MXFP4, _dtypes("mxfp4"), coded=".blocks", weight="",
+        _MXFP4, _dtypes("mxfp4"), coded=".blocks", weight="", coding=_float4("mxfp4 blocks", ".blocks", ".scales"),
     ),
     Scheme(
         "int (compressed-tensors)", Part(("weight_packed",), _dtypes("I32")),

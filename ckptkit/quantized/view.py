@@ -114,11 +114,13 @@ def dequantized(
             infos[key] = info
         elif owner not in infos:
             infos[owner] = TensorInfo(owner, dtypes[owner][0], weights[owner].decoder.shape)
-    stored = StoredBytes(checkpoint)
+    from ckptkit.values.workers import Workers
+
+    stored, workers = StoredBytes(checkpoint), Workers()
 
     def payload(info: TensorInfo) -> Payload | None:
         decoded = weights.get(info.key)
-        return None if decoded is None else decoded.payload(stored, info)
+        return None if decoded is None else decoded.payload(stored, info, workers)
 
     reasons = {key: reason for key, (_, reason) in dtypes.items()}
     return DequantizedView(checkpoint, replaced_tensors(checkpoint, infos, payload), weights, reasons)

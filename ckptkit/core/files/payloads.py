@@ -161,7 +161,8 @@ class ByteSwapped:
 
 def is_seekable(payload: Payload) -> TypeGuard[Region]:
     """Return whether a range can be read without reading the bytes before the range."""
-    return isinstance(payload.source if isinstance(payload, ByteSwapped) else payload, Extent)
+    source = payload.source if isinstance(payload, ByteSwapped) else payload
+    return isinstance(source, Extent) or getattr(source, "is_seekable", False)
 
 
 def is_same_range(first: Payload, second: Payload) -> bool:

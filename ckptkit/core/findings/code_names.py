@@ -14,6 +14,7 @@ CODE_NAMES = frozenset(
         "at-init",
         "average-beside",
         "beside-unread",
+        "broken-part",
         "changed",
         "checksum",
         "code-reference",

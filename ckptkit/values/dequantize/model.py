@@ -42,13 +42,15 @@ class BrokenPartError(Exception):
     """Raised where a part of a quantised weight cannot be a part of it; the caller makes a sentence with its name.
 
     ``role`` is the part, and ``reason`` continues a sentence that begins with its key: ``has 3 NaN``.
+    ``is_not_finite`` is true if the reason are values that are NaN or infinite.
     """
 
-    def __init__(self, role: str, reason: str) -> None:
-        """Set both fields."""
+    def __init__(self, role: str, reason: str, *, is_not_finite: bool = False) -> None:
+        """Set the fields."""
         super().__init__(f"{role} {reason}")
         self.role = role
         self.reason = reason
+        self.is_not_finite = is_not_finite
 
 
 class UnknownFormError(Exception):
@@ -158,5 +160,6 @@ def floats_of(role: str, info: TensorInfo, data: memoryview, workers: Workers | 
     numbers: npt.NDArray[np.float32] = np.frombuffer(bytes(made), np.float32).reshape(info.shape)
     bad = numbers.size - int(np.count_nonzero(np.isfinite(numbers)))
     if bad:
-        raise BrokenPartError(role, f"has {bad:,} of {numbers.size:,} values that are NaN or infinite")
+        reason = f"has {bad:,} of {numbers.size:,} values that are NaN or infinite"
+        raise BrokenPartError(role, reason, is_not_finite=True)
     return numbers

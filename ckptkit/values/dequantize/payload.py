@@ -63,6 +63,11 @@ class DequantizedPayload:
         """Number of bytes of the weight."""
         return self.out.nbytes
 
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a range is read without the bytes before it: it is."""
+        return True
+
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in pieces, all of them computed in this thread."""
         own = Workers(1)  # a piece is valid until the next one, also where a caller reads two payloads in turn
@@ -113,10 +118,9 @@ class DequantizedPayload:
             return
         multiple = self.decoder.multiple
         first = start // width // multiple * multiple
-        own = Workers(1)
         stop = start + len(buffer)
         for low, high in self._blocks(first, min(-(-stop // width), rows)):
-            made, _ = self._decoded(low, high, own)
+            made, _ = self._decoded(low, high, self.workers)
             begin, end = max(start, low * width), min(stop, high * width)
             buffer[begin - start : end - start] = made[begin - low * width : end - low * width]
 

@@ -1,0 +1,146 @@
+"""Quantised weights are numbers for every function that takes ``dequantize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ckptkit
+from ckptkit.errors import FormatError, PlanError
+
+ROWS, COLUMNS = 200, 256
+
+
+class Model:
+    """A directory with a model of fp8 in blocks, and the numbers that it stands for."""
+
+    def __init__(self, directory: Path, dtype: str | None = "bfloat16") -> None:
+        torch.manual_seed(0)
+        codes, scales = torch.randn(ROWS, COLUMNS).to(torch.float8_e4m3fn), torch.rand(2, 2) + 0.5
+        spread = scales.repeat_interleave(128, 0)[:ROWS].repeat_interleave(128, 1)
+        self.numbers = codes.float() * spread
+        self.parts = {"l.weight": codes, "l.weight_scale_inv": scales, "n.weight": torch.ones(4, dtype=torch.bfloat16)}
+        self.path = directory / "model"
+        self.path.mkdir()
+        self.save(self.parts)
+        quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        config = {"quantization_config": quantised} | ({"dtype": dtype} if dtype else {})
+        (self.path / "config.json").write_text(json.dumps(config))
+
+    def save(self, parts: dict[str, torch.Tensor]) -> None:
+        save_file(parts, self.path / "model.safetensors")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return Model(tmp_path)
+
+
+def test_a_plan_has_the_parts_as_sources_and_survives_a_file(model: Model, tmp_path: Path) -> None:
+    """The output has numbers, verified by safetensors; a saved plan makes the same output, and config.json follows."""
+    plan = ckptkit.plan_remap(model.path, dequantize=True)
+    assert [source.key for source in plan.steps[0].sources] == ["l.weight", "l.weight_scale_inv"]
+    assert plan.notes == ("1 weight (fp8) is dequantised to BF16, as config.json says",)
+    out = tmp_path / "out"
+    out.mkdir()
+    written = ckptkit.execute(plan, model.path, out / "model.safetensors", verify=True, carry=True)
+    assert written.verified
+    assert torch.equal(load_file(out / "model.safetensors")["l.weight"], model.numbers.bfloat16())
+    assert json.loads((out / "config.json").read_text()) == {"dtype": "bfloat16"}
+    ckptkit.save_plan(plan, tmp_path / "plan.json", model.path)
+    assert ckptkit.load_plan(tmp_path / "plan.json", model.path) == plan
+
+
+@pytest.mark.parametrize(
+    ("configured", "asked", "expected"),
+    [("bfloat16", "float16", "F16"), ("bfloat16", None, "BF16"), (None, None, "F32"), ("float16", "F64", "F64")],
+)
+def test_the_dtype_is_the_one_asked_for_else_the_configured_one(
+    configured: str | None, asked: str | None, expected: str, tmp_path: Path
+) -> None:
+    """Without any, it is F32, since scales of float32 do not say what the weight was."""
+    plan = ckptkit.plan_remap(Model(tmp_path, configured).path, dtype=asked, dequantize=True)
+    assert plan.steps[0].out.dtype == expected
+
+
+def test_rules_see_plain_tensors_and_can_dequantise_some(model: Model) -> None:
+    """Operations follow the decoding; the operation ``dequantize`` of a rule is for what matches."""
+    rules = {"rule": [{"from": "l.weight", "to": "m.weight", "op": "transpose"}]}
+    plan = ckptkit.plan_remap(model.path, rules, dequantize="float32")
+    assert torch.equal(plan.materialize(model.path)["m.weight"], model.numbers.T)
+    some = {"rule": [{"from": "l.*", "to": "m.*", "op": {"dequantize": {"dtype": "F16"}}}]}
+    plan = ckptkit.plan_remap(model.path, some)
+    assert torch.equal(plan.materialize(model.path)["m.weight"], model.numbers.half())
+    with pytest.raises(PlanError, match="so a cast to F16 would not dequantise it") as refusal:
+        ckptkit.plan_remap(model.path, dtype="float16")
+    assert "dequantize=True reads it as numbers" in str(refusal.value)
+
+
+def test_adapters_fold_into_the_numbers(model: Model, tmp_path: Path) -> None:
+    """Folding into a dequantised base is the same as dequantising it, and folding then."""
+    adapter = {"l.lora_A.weight": torch.randn(2, COLUMNS), "l.lora_B.weight": torch.randn(ROWS, 2)}
+    config = {"r": 2, "lora_alpha": 2}
+    ckptkit.convert(model.path, tmp_path / "plain.safetensors", dequantize="bfloat16")
+    plain = tmp_path / "plain.safetensors"
+    expected = ckptkit.plan_lora(plain, adapter, config).materialize({"base": plain, "donor": adapter})
+    sources = {"base": model.path, "donor": adapter}
+    plan = ckptkit.plan_lora(model.path, adapter, config, dequantize=True)
+    assert torch.equal(plan.materialize(sources)["l.weight"], expected["l.weight"])
+    ckptkit.save_plan(plan, tmp_path / "plan.json", sources)
+    assert ckptkit.load_plan(tmp_path / "plan.json", sources).steps == plan.steps
+
+
+def test_merge_in_both_directions(model: Model, tmp_path: Path) -> None:
+    """A dequantised donor gets the dtype of the base, with one rounding; plain weights replace a dequantised base."""
+    plain = {"l.weight": torch.zeros(ROWS, COLUMNS, dtype=torch.float16), "n.weight": torch.zeros(4)}
+    plan = ckptkit.plan_merge(plain, model.path, dequantize=True)
+    made = plan.materialize({"base": plain, "donor": model.path})
+    assert torch.equal(made["l.weight"], model.numbers.half())
+    plan = ckptkit.plan_merge(model.path, plain, dequantize=True)
+    ckptkit.execute(plan, {"base": model.path, "donor": plain}, tmp_path / "out.safetensors", verify=True)
+    assert not load_file(tmp_path / "out.safetensors")["l.weight"].any()
+
+
+def test_diff_stats_and_load_see_the_numbers(model: Model) -> None:
+    """diff compares them, stats measures them, and a model is loaded with them in its own dtype."""
+    plain = {"l.weight": model.numbers.bfloat16(), "n.weight": model.parts["n.weight"]}
+    assert ckptkit.diff(plain, model.path, values=True, dequantize=True).ok
+    assert not ckptkit.diff(plain, model.path, values=True).ok
+    measured = ckptkit.stats(model.path, dequantize="float32").tensors["l.weight"].numbers
+    assert measured == ckptkit.stats({"w": model.numbers}).tensors["w"].numbers
+    live = torch.nn.ModuleDict({"l": torch.nn.Linear(COLUMNS, ROWS, bias=False)})
+    ckptkit.load_into(live, model.path, dequantize=True)
+    assert torch.equal(live.get_parameter("l.weight"), model.numbers)
+
+
+BROKEN = {
+    "of another shape": ({"l.weight_scale_inv": torch.ones(3, 3)}, "does not fit a weight of"),
+    "NaN": ({"l.weight_scale_inv": torch.full((2, 2), torch.nan)}, "values that are NaN or infinite"),
+    "missing": ({}, "it lacks 'l.weight_scale_inv'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_parts_are_errors_and_findings(name: str, model: Model, tmp_path: Path) -> None:
+    """The error names the weight and the part, and ``run_checks`` finds it; no output is left behind."""
+    parts, reason = BROKEN[name]
+    kept = {key: part for key, part in model.parts.items() if key != "l.weight_scale_inv"}
+    model.save(kept | parts)
+    with pytest.raises(FormatError, match=r"'l\.weight' cannot be dequantised") as refusal:
+        ckptkit.convert(model.path, tmp_path / "out.safetensors", dequantize=True)
+    assert reason in str(refusal.value)
+    assert not (tmp_path / "out.safetensors").exists()
+    found = {finding.code for finding in ckptkit.run_checks(model.path).findings if finding.severity == "error"}
+    assert found == {{"NaN": "nan", "missing": "missing-part"}.get(name, "broken-part")}
+
+
+def test_a_scheme_without_a_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    """The refusal has the library that makes plain weights."""
+    parts = {"q.codes": torch.zeros(4, 4, 1, dtype=torch.int8), "q.codebooks": torch.ones(1, 256, 1, 8)}
+    save_file(parts | {"q.scales": torch.ones(4, 1, 1, 1)}, tmp_path / "aqlm.safetensors")
+    with pytest.raises(PlanError, match=r"quantised \(AQLM\), which ckptkit cannot dequantise \(load it with aqlm"):
+        ckptkit.plan_remap(tmp_path / "aqlm.safetensors", dequantize=True)

@@ -1,0 +1,62 @@
+"""Weights of 4-bit floats are the numbers of their codes times the scales of their groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ckptkit.values.dequantize.model import BrokenPartError
+from tests.helpers_dequantize import decoded, decoded_by_rows
+
+BOOK = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def numbers(codes: torch.Tensor) -> torch.Tensor:
+    """Return two numbers for each byte: that of its lower half first."""
+    halves = torch.stack([codes & 15, codes >> 4], -1)
+    return BOOK[halves.long()].flatten(-2)
+
+
+def random_codes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_powers_of_two_for_32_numbers() -> None:
+    """The scales of MX formats are exponents, in bytes or with a dtype of their own."""
+    codes, exponents = random_codes(5, 64), torch.randint(100, 140, (5, 4), dtype=torch.uint8)
+    expected = numbers(codes) * (2.0 ** (exponents.float() - 127)).repeat_interleave(32, 1)
+    assert torch.equal(decoded("mxfp4", {"codes": codes, "scales": exponents}), expected)
+    assert torch.equal(decoded("mxfp4", {"codes": codes.view(torch.int8), "scales": exponents}), expected)
+
+
+@pytest.mark.parametrize("family", ["nvfp4", "nvfp4 divided"])
+def test_two_levels_of_scales(family: str) -> None:
+    """The scale of a group of 16 is multiplied by the global scale, or divided; experts can have one each."""
+    codes, scales = random_codes(3, 5, 32), (torch.rand(3, 5, 4) + 0.5).to(torch.float8_e4m3fn)
+    for common in (torch.tensor(0.3), torch.rand(3) + 0.1):
+        shared = common.reshape(-1, 1, 1)
+        scale = scales.float() / shared if family == "nvfp4 divided" else scales.float() * shared
+        expected = numbers(codes) * scale.repeat_interleave(16, -1)
+        parts = {"codes": codes, "scales": scales, "global": common}
+        assert torch.equal(decoded(family, parts), expected)
+        assert torch.equal(decoded_by_rows(family, parts), expected)
+
+
+def test_blocks_of_gpt_oss() -> None:
+    """The blocks of the files of transformers are those of the transpose, and are decoded a matrix at a time."""
+    codes, exponents = random_codes(3, 6, 2, 16), torch.randint(100, 140, (3, 6, 2), dtype=torch.uint8)
+    parts = {"codes": codes, "scales": exponents}
+    expected = numbers(codes).flatten(-2) * (2.0 ** (exponents.float() - 127)).repeat_interleave(32, -1)
+    assert torch.equal(decoded("mxfp4 blocks", parts), expected)
+    assert torch.equal(decoded("mxfp4 blocks transposed", parts), expected.mT)
+    assert torch.equal(decoded_by_rows("mxfp4 blocks transposed", parts, rows=5), expected.mT)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    """The number of scales and of global scales is checked from the headers."""
+    codes, exponents = random_codes(5, 64), torch.zeros(5, 3, dtype=torch.uint8)
+    with pytest.raises(BrokenPartError, match=r"scales is U8 \[5, 3\], and must be \[5, 4\] for groups of 32"):
+        decoded("mxfp4", {"codes": codes, "scales": exponents})
+    scales = torch.ones(5, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(BrokenPartError, match=r"global is F32 \[2\], and not one scale"):
+        decoded("nvfp4", {"codes": codes, "scales": scales, "global": torch.ones(2)})
