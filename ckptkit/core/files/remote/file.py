@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Sequence
 from concurrent.futures import CancelledError
-from typing import Final
 
 from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
 from ckptkit.core.files.remote.failures import NotFoundError
@@ -74,15 +73,16 @@ class RemoteFile:
         while position < end:
             with held.lock:
                 self._refuse_closed()
-                block = self._blocks.at(position)
+                block = self._blocks.at(position) or self._begin_block(position, self._needed_until(position, end))
+                held.use(block)  # before anything else is held, for which this block could be dropped
                 if after is None:  # reading the first bytes, which came unasked, does not show what is read next
-                    is_first = block is not None and block.future is None and end <= block.end
+                    is_first = block.future is None and end <= block.end
                     after = [] if is_first else self._ahead.after(offset, end)
-                if block is None or end > block.end or after:
-                    self._request(position, end, after)
-                    block = self._blocks.at(position)
-                assert block is not None  # noqa: S101 - it was requested
-                held.use(block)
+                self._fetch(block.end, min(end, position + AHEAD))
+                if end <= position + AHEAD:
+                    for begin, ahead in after:
+                        self._fetch(begin, ahead)
+                    after = []
             position += self._copy(block, buffer[position - offset :], position)
 
     def _copy(self, block: Block, buffer: memoryview, position: int) -> int:
@@ -104,27 +104,29 @@ class RemoteFile:
                     held.drop(block)
         return count
 
-    def _request(self, position: int, end: int, after: Sequence[tuple[int, int]]) -> None:
-        """Begin to fetch what is missing of a range that is needed now, and of what is read ahead."""
-        stop = min(end, position + AHEAD)
-        if stop - position < NEAR and self._blocks.at(position) is None and not self._ahead.is_announced(position):
-            stop = min(position + NEAR, self.size)
-        self._fetch(position, stop, is_needed=True)
-        if stop >= end:
-            for begin, ahead in after:
-                self._fetch(begin, ahead, is_needed=False)
+    def _needed_until(self, position: int, end: int) -> int:
+        """Return where the request ends that a reader waits for: it is not very small, unless that was announced."""
+        if end - position < NEAR and not self._ahead.is_announced(position):
+            end = min(position + NEAR, self.size)
+        return self._blocks.gap(position, min(end, position + PART))
 
-    def _fetch(self, position: int, end: int, *, is_needed: bool) -> None:
+    def _begin_block(self, position: int, end: int) -> Block:
+        """Begin to fetch a range that no block holds. The lock is held."""
+        held.has_room(end - position)
+        block = Block(position, bytearray(end - position))
+        held.add(block, self._blocks)
+        block.future = start(self._store.fetch(self._url, position, memoryview(block.data), self._state))
+        return block
+
+    def _fetch(self, position: int, end: int) -> None:
+        """Begin to fetch what no block holds of a range that is read later, as far as there is room."""
         while position < end:
             block = self._blocks.at(position)
             if block is None:
                 stop = self._blocks.gap(position, min(end, position + PART))
-                if not held.has_room(stop - position) and not is_needed:
+                if not held.has_room(stop - position):
                     return
-                block = Block(position, bytearray(stop - position))
-                held.add(block, self._blocks)
-                block.future = start(self._store.fetch(self._url, position, memoryview(block.data), self._state))
-            is_needed = False  # the first byte is; what follows it can wait
+                block = self._begin_block(position, stop)
             position = block.end
 
     @property
@@ -138,7 +140,7 @@ class RemoteFile:
         with held.lock:
             self._ahead.announce((offset, offset + count) for offset, count in ranges)
             for position, end in self._ahead.next_announced():
-                self._fetch(position, end, is_needed=False)
+                self._fetch(position, end)
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if the file changed since it was opened.

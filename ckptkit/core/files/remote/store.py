@@ -38,7 +38,8 @@ class ObjectState:
 
 def state_of(info: dict[str, Any]) -> ObjectState:
     """Return the state in what a filesystem says of an object."""
-    etag = next((str(info[name]) for name in ("ETag", "etag", "blob_id", "md5Hash", "sha256") if info.get(name)), "")
+    etags = (str(info.get(name) or "") for name in ("ETag", "etag", "blob_id", "md5Hash", "sha256"))
+    etag = next((etag for etag in etags if etag.strip('"')), "")  # some servers send an empty one
     modified = next(
         (info[name] for name in ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
          if info.get(name)), "",

@@ -106,6 +106,7 @@ class HttpStore(Store):
         """Return the state in the head of a response. Raises ``PathError`` for a server that ignores ranges."""
         headers = response.headers
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
+        etag = etag if etag.strip('\"') else \"\"
         total = total_of(headers.get("Content-Range", ""))
         if response.status == 416:
             if total == "0":
