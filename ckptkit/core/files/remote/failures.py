@@ -17,7 +17,9 @@ __all__ = [
     "changed",
     "explain",
     "is_transient_status",
+    "missing_library",
     "not_found",
+    "refused",
     "status_failure",
 ]
 
@@ -29,13 +31,17 @@ _CREDENTIALS = {
     "http": "name and password come from ~/.netrc, or stand in the URL: https://USER:PASSWORD@HOST/...",
     "s3": "s3fs takes credentials from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or ~/.aws; "
     "FSSPEC_S3_ANON=true reads a public bucket",
-    "gs": "gcsfs takes credentials from GOOGLE_APPLICATION_CREDENTIALS, or after gcloud auth application-default login",
+    "gs": "gcsfs takes credentials from GOOGLE_APPLICATION_CREDENTIALS or gcloud auth application-default login; "
+    "FSSPEC_GS_TOKEN=anon reads a public bucket",
     "az": "adlfs takes credentials from AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or from "
     "AZURE_STORAGE_CONNECTION_STRING",
     "hub": "huggingface_hub takes a token from HF_TOKEN, or after hf auth login",
 }
 _RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "NoAuthTokenError"}
+_NO_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "NoAuthTokenError",
+    "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError", "CredentialUnavailableError",
+}  # fmt: skip
 _CUT = {  # classes of aiohttp, botocore, urllib3 and requests, which are not imported here
     "ClientPayloadError", "ServerDisconnectedError", "ClientOSError", "ClientConnectionError", "IncompleteRead",
     "ConnectionClosedError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError", "ChunkedEncodingError",
@@ -137,8 +143,11 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return PathError("HF_HUB_OFFLINE forbids asking the hub", path=url)
     if isinstance(error, ImportError):
         return missing_library(url, error)
-    if isinstance(error, PermissionError):
+    text = printable(without_secrets(" ".join(str(error).split())))[:_LONGEST]
+    if isinstance(error, PermissionError) or text.startswith("Forbidden"):  # of gcsfs
         return refused(url)
+    if isinstance(error, ValueError) and "credentials" in text:  # of adlfs
+        return refused(url, is_known=False)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return not_found(url)
     if isinstance(error, IsADirectoryError):
@@ -151,7 +160,6 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return TransientError("the connection was cut")
     if isinstance(error, NotImplementedError):
         return PathError(f"the library for {scheme_of(url)}:// cannot do this", path=url)
-    text = printable(without_secrets(" ".join(str(error).split())))[:_LONGEST]
     return PathError(f"cannot be read: {type(error).__name__}{': ' if text else ''}{text}", path=url)
 
 
@@ -174,7 +182,7 @@ def _status_of(error: BaseException) -> tuple[int, str, str] | None:
         headers = metadata.get("HTTPHeaders", {})
     else:  # of aiohttp, requests, httpx and azure
         status = getattr(response, "status_code", None) or getattr(error, "status", None)
-        status = status or getattr(error, "status_code", None)
+        status = status or getattr(error, "status_code", None) or getattr(error, "code", None)
         code, headers = "", getattr(response, "headers", None) or getattr(error, "headers", None) or {}
     if not isinstance(status, int) or status < 300:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Sequence
 from concurrent.futures import CancelledError
+from typing import Final
 
 from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
 from ckptkit.core.files.remote.failures import NotFoundError

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from ckptkit.core.files.remote.failures import NotFoundError
 from ckptkit.core.files.remote.first_bytes import asked_next
 from ckptkit.core.files.remote.running import finish, on_fork, start
-from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState
+from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState, Store
 from ckptkit.core.files.remote.stores import store_of
 
 __all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "known_state", "open_now"]
@@ -95,11 +95,10 @@ def begin_open(url: str, *, of: int = 1) -> Future[Opened]:
     if kept is not None:
         return kept
     count = max(min(HEAD, _MOST_AHEAD // of), _SMALLEST_HEAD)
-    return _files.begin(url, _open(url, count, known_state(url)))
+    return _files.begin(url, _open(store_of(url), url, count, known_state(url)))
 
 
-async def _open(url: str, count: int, known: ObjectState | None) -> Opened:
-    store = store_of(url)
+async def _open(store: Store, url: str, count: int, known: ObjectState | None) -> Opened:
     state, first = await store.head(url, count, known)
     following = asked_next(first, state.size)
     if following is None:
@@ -127,11 +126,7 @@ def open_now(url: str) -> Opened:
 def begin_list(url: str) -> Future[Listing]:
     """Ask for the names in a folder, unless that was done; do not wait."""
     url = url.rstrip("/") if not url.endswith("://") else url
-    return _folders.get(url) or _folders.begin(url, _list(url))
-
-
-async def _list(url: str) -> Listing:
-    return await store_of(url).listing(url)
+    return _folders.get(url) or _folders.begin(url, store_of(url).listing(url))
 
 
 def known_state(url: str) -> ObjectState | None:

@@ -10,6 +10,7 @@ __all__ = [
     "host_of",
     "is_host",
     "join_url",
+    "own_part",
     "parts_of",
     "request_url",
     "scheme_of",
@@ -190,6 +191,12 @@ def parts_of(url: str) -> tuple[str, str, str]:
     after = "".join(f"::{part}" for part in parts[number + 1 :])
     own, mark, query = parts[number].partition("?") if parts[number][:4].lower() == "http" else (parts[number], "", "")
     return before, own, mark + query + after
+
+
+def own_part(url: str) -> str:
+    """Return the part of a URL that its filesystem reads, with credentials: the first where that has a scheme."""
+    first = url.partition("::")[0]
+    return request_url(first if "://" in first else url)
 
 
 def is_host(url: str) -> bool:

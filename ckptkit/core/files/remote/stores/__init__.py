@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from typing import Any
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final
 
-from ckptkit.core.files.remote.failures import explain, missing_library
+from ckptkit.core.files.remote.failures import explain, missing_library, refused
 from ckptkit.core.files.remote.retries import timeout
 from ckptkit.core.files.remote.running import on_fork
 from ckptkit.core.files.remote.store import MOST_REQUESTS, Store
@@ -14,7 +18,7 @@ from ckptkit.core.files.remote.stores.others import AsyncStore, SyncStore
 from ckptkit.core.files.remote.stores.s3 import S3Store
 from ckptkit.core.files.remote.stores.web import HttpStore
 from ckptkit.core.files.remote.traffic import meter_of
-from ckptkit.core.files.remote.urls import has_login, host_of, request_url, scheme_of
+from ckptkit.core.files.remote.urls import has_login, host_of, own_part, request_url, scheme_of
 from ckptkit.core.text import nearest, quoted
 from ckptkit.errors import CkptkitError, PathError
 
@@ -24,8 +28,13 @@ _WITHOUT_HOST = {"http", "https", "s3", "s3a", "gs", "gcs", "memory", "hf"}  # o
 _RETRY_THEMSELVES = {"gs", "gcs", "az", "abfs", "abfss", "adl", "hf"}
 _WITHOUT_LOGIN = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}
 
+_LOGGERS: Final = ("gcsfs", "s3fs", "aiobotocore", "botocore", "azure", "adlfs", "fsspec", "google")
+_LONGEST_START: Final = 10.0  # seconds
+_REFUSED_FOR: Final = 2.0
+
 _lock = threading.Lock()
 _filesystems: dict[tuple[str, bool], Any] = {}
+_refusals: dict[tuple[str, bool], tuple[float, CkptkitError]] = {}
 _stores: dict[tuple[str, str], Store] = {}
 
 
@@ -66,7 +75,7 @@ def filesystem(url: str, *, writing: bool = False) -> tuple[Any, str]:
     """
     with _lock:
         fs = _filesystem(url, writing=writing)
-    path: str = fs._strip_protocol(request_url(url))  # noqa: SLF001 - each filesystem of fsspec has it
+    path: str = fs._strip_protocol(own_part(url))  # noqa: SLF001 - each filesystem of fsspec has it
     return fs, path
 
 
@@ -80,10 +89,13 @@ def _key(url: str) -> str:
 
 def _filesystem(url: str, *, writing: bool) -> Any:
     key = (_key(url), writing)
+    if (refusal := _refusals.get(key)) is not None and time.monotonic() - refusal[0] < _REFUSED_FOR:
+        raise type(refusal[1])(refusal[1].reason, hint=refusal[1].hint, path=url)
     if key not in _filesystems:
         try:
             _filesystems[key] = _new_filesystem(url, writing=writing)
-        except CkptkitError:
+        except CkptkitError as error:
+            _refusals[key] = (time.monotonic(), error)  # a command asks for several things, and need not wait again
             raise
         except ImportError as error:
             raise missing_library(url, error.__cause__ if isinstance(error.__cause__, ImportError) else error) from None
@@ -114,10 +126,30 @@ def _new_filesystem(url: str, *, writing: bool) -> Any:
             hint="give them in the environment, as the library does",
             path=url,
         )
-    fs = url_to_fs(request_url(url), skip_instance_cache=True, **_options(scheme, writing=writing))[0]
+    for name in _LOGGERS:  # their warnings are said by our errors; without a handler, Python prints them
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    options = {"skip_instance_cache": True, **_options(scheme, writing=writing)}
+    fs = _made_in_time(lambda: url_to_fs(request_url(url), **options)[0], url)
     if scheme in ("s3", "s3a") and not writing:
         fs.retries = 1  # tries, not repetitions
     return fs
+
+
+def _made_in_time(make: Callable[[], Any], url: str) -> Any:
+    """Return what ``make`` returns. Some libraries look for credentials at servers that never answer."""
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the result is awaited
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="ckptkit filesystem", daemon=True).start()
+    try:
+        return made.result(_LONGEST_START)
+    except TimeoutError:
+        raise refused(url, is_known=False) from None
 
 
 def _options(scheme: str, *, writing: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ckptkit.core.files.remote.failures import NotFoundError, TransientError, no
 from ckptkit.core.files.remote.retries import timeout
 from ckptkit.core.files.remote.running import in_thread
 from ckptkit.core.files.remote.store import Listing, ObjectState, Store, state_of
-from ckptkit.core.files.remote.urls import request_url
+from ckptkit.core.files.remote.urls import own_part
 from ckptkit.errors import PathError
 
 __all__ = ["AsyncStore", "SyncStore"]
@@ -24,7 +24,7 @@ class AsyncStore(Store):
 
     def target(self, url: str) -> str:
         """Return the path of a URL in the filesystem."""
-        path: str = self.fs._strip_protocol(request_url(url))  # noqa: SLF001 - each filesystem of fsspec has it
+        path: str = self.fs._strip_protocol(own_part(url))  # noqa: SLF001 - each filesystem of fsspec has it
         return path
 
     async def head(self, url: str, count: int, known: ObjectState | None) -> tuple[ObjectState, bytes]:

@@ -7,12 +7,9 @@ from typing import Any
 from ckptkit.core.files.remote.failures import TransientError
 from ckptkit.core.files.remote.store import Listing, ObjectState, state_of
 from ckptkit.core.files.remote.stores.others import AsyncStore
-from ckptkit.core.files.remote.stores.web import copy_body
-from ckptkit.lazy_patterns import lazy_pattern
+from ckptkit.core.files.remote.stores.web import check_start, copy_body, total_of, without_ranges
 
 __all__ = ["S3Store"]
-
-_TOTAL = lazy_pattern(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 
 class S3Store(AsyncStore):
@@ -32,7 +29,7 @@ class S3Store(AsyncStore):
                 if cause.get("Error", {}).get("Code") in ("InvalidRange", "416"):
                     return None
                 raise
-            state = _state(response)
+            state = self._checked(response, url, 0)
             data = bytearray(min(asked, state.size))
             if await self._body(response, memoryview(data)) < len(data):
                 raise TransientError("the connection was cut")
@@ -43,12 +40,19 @@ class S3Store(AsyncStore):
 
     async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:
         response = await self._get(url, start, start + len(buffer), state.etag)
+        self._checked(response, url, start, state)
+        return await self._body(response, buffer)
+
+    def _checked(self, response: Any, url: str, start: int, state: ObjectState | None = None) -> ObjectState:
+        """Return the state in the head of a response, and close the response where it is not the one that was asked."""
         try:
-            self.check(url, state, _state(response))
+            now = _state(response, url, start)
+            if state is not None:
+                self.check(url, state, now)
         except BaseException:
             response["Body"].close()
             raise
-        return await self._body(response, buffer)
+        return now
 
     async def _get(self, url: str, start: int, end: int, etag: str = "") -> Any:
         bucket, key, version = self.fs.split_path(self.target(url))
@@ -89,7 +93,10 @@ class _Reader:
         return data
 
 
-def _state(response: Any) -> ObjectState:
-    found = _TOTAL.fullmatch(response.get("ContentRange") or "")
-    size = int(found[1]) if found else int(response["ContentLength"])
-    return state_of({**response, "size": size})
+def _state(response: Any, url: str, start: int) -> ObjectState:
+    sent = response.get("ContentRange") or ""
+    check_start(sent, start, url)
+    total = total_of(sent)
+    if total == "*" and start:
+        raise without_ranges(None, url)
+    return state_of({**response, "size": int(response["ContentLength"] if total == "*" else total)})

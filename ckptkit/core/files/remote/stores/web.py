@@ -14,7 +14,7 @@ from ckptkit.core.text import human_bytes
 from ckptkit.errors import PathError
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["MOST_WITHOUT_RANGES", "HttpStore", "copy_body", "total_of", "without_ranges"]
+__all__ = ["MOST_WITHOUT_RANGES", "HttpStore", "check_start", "copy_body", "total_of", "without_ranges"]
 
 MOST_WITHOUT_RANGES = 1 << 20  # bytes of a body that was not asked for
 _LARGEST_PAGE = 4 << 20  # a list of files in HTML
@@ -32,7 +32,7 @@ class HttpStore(Store):
 
         async def once() -> tuple[ObjectState, bytes]:
             async with self._get(url, 0, asked) as response:
-                state = await self._state(response, url)
+                state = await self._state(response, url, 0)
                 if response.status == 416:
                     return state, b""
                 whole = response.status == 200
@@ -45,7 +45,7 @@ class HttpStore(Store):
 
     async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:
         async with self._get(url, start, start + len(buffer), state.etag) as response:
-            self.check(url, state, await self._state(response, url))
+            self.check(url, state, await self._state(response, url, start))
             if response.status == 200:
                 whole = memoryview(bytearray(state.size))
                 done = await copy_body(response.content, whole, self)
@@ -58,7 +58,7 @@ class HttpStore(Store):
 
         async def once() -> ObjectState:
             async with self._get(url, 0, 1) as response:
-                return await self._state(response, url)
+                return await self._state(response, url, 0)
 
         return await self.tried(once, url)
 
@@ -102,11 +102,14 @@ class HttpStore(Store):
             else:
                 response.close()
 
-    async def _state(self, response: Any, url: str) -> ObjectState:
-        """Return the state in the head of a response. Raises ``PathError`` for a server that ignores ranges."""
+    async def _state(self, response: Any, url: str, start: int) -> ObjectState:
+        """Return the state in the head of a response for a range that begins at ``start``.
+
+        Raises ``PathError`` for a server that ignores ranges, or sends another one.
+        """
         headers = response.headers
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
-        etag = etag if etag.strip('\"') else \"\"
+        etag = etag if etag.strip('"') else ""
         total = total_of(headers.get("Content-Range", ""))
         if response.status == 416:
             if total == "0":
@@ -118,6 +121,7 @@ class HttpStore(Store):
             raise PathError(
                 "the server compresses the file, so that no part of it can be read", hint="download it first", path=url
             )
+        check_start(headers.get("Content-Range", ""), start, url)
         if response.status == 206 and total != "*":
             return ObjectState(int(total), etag, modified)
         size = response.content_length if response.status == 200 else None
@@ -160,6 +164,13 @@ def total_of(content_range: str) -> str:
     """Return the number of bytes of the whole file in a header ``Content-Range``, or ``*`` if it is not known."""
     found = _CONTENT_RANGE.fullmatch(content_range)
     return found[3] if found else "*"
+
+
+def check_start(content_range: str, start: int, url: str) -> None:
+    """Raise ``PathError`` where a header ``Content-Range`` says that the bytes begin elsewhere than at ``start``."""
+    found = _CONTENT_RANGE.fullmatch(content_range)
+    if found and found[1] and int(found[1]) != start:
+        raise PathError("the server sent another part of the file than was asked for", path=url)
 
 
 def without_ranges(size: int | None, url: str) -> PathError:
