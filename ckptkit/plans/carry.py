@@ -34,6 +34,7 @@ from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Source
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
+from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["plan_carried"]
 
@@ -139,7 +140,15 @@ def _is_quantized(plan: Plan, sources: Mapping[str, Checkpoint]) -> bool:
         for weight in quantized_weights(checkpoint).weights
         if weight.coded in checkpoint
     }
-    return any(codes.get((source.role, source.key)) == step.out.dtype for step in plan.steps for source in step.sources)
+    # Codes can be stored in the dtype that the numbers get, as bitsandbytes does with bnb_4bit_quant_storage.
+    kept = [step for step in plan.steps if step.recipe is None or not _decodes(step.recipe)]
+    return any(codes.get((source.role, source.key)) == step.out.dtype for step in kept for source in step.sources)
+
+
+def _decodes(recipe: Recipe) -> bool:
+    """Return whether a recipe makes numbers of codes."""
+    inner = (item for item in recipe.inputs if isinstance(item, Recipe))
+    return any(one.name == "dequantize" for one in recipe.operations) or any(map(_decodes, inner))
 
 
 def _adapt_dtype(config: dict[str, object], plan: Plan, owner: Checkpoint) -> tuple[list[Adapted], list[str]]:
