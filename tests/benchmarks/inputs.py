@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILES",
+    "Blocks",
     "Folder",
     "Linears",
     "Made",
@@ -99,6 +100,23 @@ class Linears:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A GGUF file of square matrices in blocks of a type of GGUF, with random codes and finite scales."""
+
+    count: int
+    width: int = 4096
+    kind: str = "Q4_K"
+
+    @property
+    def size(self) -> float:
+        """Bytes of the file, about."""
+        return self.count * self.width * self.width * 144 / 256
+
+    def __str__(self) -> str:
+        return f"{self.count} matrices of {self.kind}, {_bytes(self.count * self.width * self.width * 4)} as F32"
+
+
+@dataclass(frozen=True)
 class Text:
     """A configuration of a peer."""
 
@@ -120,7 +138,7 @@ class Folder:
         return ""
 
 
-Made = Weights | Within | Linears | Text | Folder
+Made = Weights | Within | Linears | Blocks | Text | Folder
 
 _LARGE = Weights(60, BIG, layer="module.layers")
 _MODELS = "\n".join(f"  - model: {name}.safetensors\n    parameters: {{weight: 0.5, density: 0.5}}"
@@ -148,6 +166,7 @@ FILES: dict[str, Made] = {
     **{f"{dtype}.safetensors": Linears(1024, 16 // width, dtype) for dtype, width in _WIDTHS.items()},
     "load420.pt": Linears(1024, 17),
     "load420.pth": Linears(1024, 17, legacy=True),
+    "blocks.gguf": Blocks(8),
     "large-model": Folder("large.safetensors"),
     "tuned-model": Folder("tuned.safetensors"),
     "passthrough.yml": Text("merge_method: passthrough\nmodels:\n  - model: tuned.safetensors\ndtype: float32\n"),
@@ -175,6 +194,8 @@ def scaled(made: Made, scale: float) -> Made:
         return replace(made, weights=weights, entries=round(made.entries * scale))
     if isinstance(made, Linears):
         return replace(made, blocks=max(round(made.blocks * scale), 1))
+    if isinstance(made, Blocks):
+        return replace(made, count=max(round(made.count * scale), 1))
     return made
 
 
@@ -201,6 +222,8 @@ def write(path: Path, made: Made) -> None:
         _write_weights(path, made)
     elif isinstance(made, Linears):
         _write_linears(path, made)
+    elif isinstance(made, Blocks):
+        _write_blocks(path, made)
     else:
         _write_torch(path, made)
 
@@ -242,6 +265,24 @@ def _write_weights(path: Path, made: Weights) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for values in _values(made):
             values.tofile(file)
+
+
+def _write_blocks(path: Path, made: Blocks) -> None:
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[made.kind]
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    for number in range(made.count):
+        shape = made.width, made.width // elements * nbytes
+        codes = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+        codes.reshape(-1, nbytes)[:, 1:4:2] &= 0x3B  # the high bytes of the two F16 scales
+        writer.add_tensor(f"blk.{number}.ffn_up.weight", codes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _write_torch(path: Path, made: Within) -> None:

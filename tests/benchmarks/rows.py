@@ -408,6 +408,14 @@ ROWS = (
     ),
     Row(
         VALUES,
+        "dequantise Q4_K",
+        ("blocks.gguf",),
+        ckpt("convert blocks.gguf -o out.safetensors --dequantize"),
+        (_torch("gguf-py, save_file", "gguf_dequantize blocks.gguf out-gguf.safetensors", 0.8),),
+        megabytes=200,
+    ),
+    Row(
+        VALUES,
         "digest",
         (LARGE,),
         ckpt(f"digest {LARGE}"),

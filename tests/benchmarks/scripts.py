@@ -85,6 +85,16 @@ def torch_cast(name: str, output: str) -> None:
     _flush(output)
 
 
+def gguf_dequantize(name: str, output: str) -> None:
+    """Read a GGUF file, dequantise every tensor, and save safetensors."""
+    import gguf
+    from safetensors.numpy import save_file
+
+    tensors = gguf.GGUFReader(name).tensors
+    save_file({one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in tensors}, output)
+    _flush(output)
+
+
 def hash_tensors(name: str) -> None:
     """Hash each tensor of a safetensors file with hashlib, in one thread."""
     import hashlib

@@ -62,13 +62,14 @@ def test_half_precision_keeps_the_logits(tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("name", PEERS)
-def test_the_weights_are_those_that_the_library_reads(name: str, tmp_path: Path) -> None:
-    """transformers' own reader of GGUF makes the same tensors."""
+def test_the_weights_are_those_that_the_library_reads(name: str, kind: str, tmp_path: Path) -> None:
+    """transformers' own reader of GGUF makes the same tensors, of quantised weights too."""
     model = tiny(name)
-    write_gguf(name, model, tmp_path / "m.gguf")
+    write_gguf(name, model, tmp_path / "m.gguf", kind)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
-    out = made(tmp_path / "m.gguf", tmp_path / "out")
+    out = made(tmp_path / "m.gguf", tmp_path / "out", dequantize=kind != "F32")
     model.config.save_pretrained(out)
     ours = type(model).from_pretrained(out, dtype=torch.float32).state_dict()
     expected = theirs.state_dict()
