@@ -129,6 +129,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "option without value": (["diff", TEN, TEN, "--rtol"], 2, "", "hint: see ckpt diff --help"),
     "missing choice": (["completion"], 2, "", "Choose from: bash, zsh, fish"),
     "near path": (["show", "fixtures/lenet_10clas.pth"], 2, "", "hint: did you mean 'fixtures/lenet_10class.pth'?"),
+    "one slash": (["show", "s3:/bucket/x"], 2, "", "hint: for a URL write two slashes: 's3://bucket/x'"),
     "hub": (
         ["show", "bert-base-uncased"],
         2,

@@ -37,6 +37,7 @@ _MOST_NEAR = 10_000  # names of a folder that are compared with the name of a mi
 _HUB_NAME = lazy_pattern(
     r"(?!.*\.(?:pth?|ckpt|bin|safetensors|gguf|npz)$)(?:[A-Za-z]\w*-[\w.-]+|\w[\w-]*/\w[\w.-]*)", re.ASCII
 )
+_ONE_SLASH = lazy_pattern(r"([A-Za-z][A-Za-z0-9+.-]+:/)[^/]")  # pathlib takes one of the slashes away
 _IMPORTABLE = lazy_pattern(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", re.DOTALL)
 
 
@@ -80,7 +81,9 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
         except PathError as error:
             if error.hint is None and not _exists(path):
                 near = _near_path(path)
-                if _IMPORTABLE.fullmatch(name):
+                if match := _ONE_SLASH.match(path):
+                    error.hint = f"for a URL write two slashes: {shell_word(f'{match[1]}/{path[len(match[1]) :]}')}"
+                elif _IMPORTABLE.fullmatch(name):
                     error.hint = f"for a live model write {LIVE_PREFIX}{name}"
                 elif near:
                     error.hint = f"did you mean {shell_word(near)}?"

@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
     "task_type": None, "target_parameters": None,
 }  # fmt: skip
 OUTER = "base_model.model.model"
-BASE = "this is an adapter: the file does not contain the weights of the base model 'some/base'"
+BASE = "this is an adapter: the file does not contain the weights of the base model 'some/base' (hf:some/base)"
 
 
 def lora(module: str, rank: int) -> dict[str, torch.Tensor]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.files.hub import HUB_PREFIX
+from ckptkit.core.files.places import kind_at
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.formats import codes
@@ -16,6 +18,7 @@ __all__ = ["CONFIG", "adapter_warnings"]
 CONFIG = "adapter_config.json"
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!lora_)\w+)?(?:\.weight)?")
 _LITERAL = re.compile(r"\^?[\w.]+")  # a module name; any other key is a regular expression, which is never evaluated
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _MOST_NAMED = 4
 _DEEPEST = 64
 
@@ -34,6 +37,8 @@ def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, objec
         ]
     base = config.get("base_model_name_or_path")
     base_model = f"the base model {quoted(base)}" if isinstance(base, str) and base else "its base model"
+    if isinstance(base, str) and _REPOSITORY.fullmatch(base) and not kind_at(base):
+        base_model += f" ({HUB_PREFIX}{base})"
     warnings = [
         ReaderWarning(f"this is an adapter: the file does not contain the weights of {base_model}", codes.ADAPTER_BASE)
     ]
