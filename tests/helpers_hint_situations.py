@@ -262,13 +262,13 @@ def _a_part_by_position(folder: Path) -> list[str]:
 # Outputs.
 
 
-@situation("formats/writing/atomic.py: --force replaces it, completely or not at all")
+@situation("formats/writing/state.py: --force replaces it, completely or not at all")
 def _existing_output(folder: Path) -> list[str]:
     (folder / "out.pt").write_bytes(Path(TEN).read_bytes())
     return ["remap", TEN, "-o", str(folder / "out.pt"), "--drop", "fc3.*"]
 
 
-@situation("formats/writing/atomic.py: --force replaces its weights of this format and keeps its other files")
+@situation("formats/writing/state.py: --force replaces its weights of this format and keeps its other files")
 def _existing_directory(folder: Path) -> list[str]:
     (folder / "out").mkdir()
     save_file({"a": randn(2)}, folder / "out" / "model.safetensors")

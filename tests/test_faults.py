@@ -28,8 +28,10 @@ from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats import open_optimizer
 from ckptkit.formats.writing import copying
-from ckptkit.formats.writing.atomic import AtomicFile, prepare_side_file, present_state, write_small_file
+from ckptkit.formats.writing.atomic import AtomicFile
 from ckptkit.formats.writing.copying import OffsetWriter
+from ckptkit.formats.writing.outputs import write_small_file
+from ckptkit.formats.writing.targets import prepare_side_file, present_state
 from ckptkit.optimizer_state.forms import read_state
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.write import write_optimizer_state

@@ -12,7 +12,8 @@ from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable
-from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
+from ckptkit.formats.writing.outputs import write_small_file
+from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.rules.model import Rules
 
 __all__ = ["align"]

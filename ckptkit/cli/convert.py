@@ -13,7 +13,7 @@ from ckptkit.cli.common.options import PATH_TYPE, dequantize_option, path_argume
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.formats import codes
-from ckptkit.formats.writing.atomic import write_small_file
+from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat
 from ckptkit.plans.remap import plan_remap
 

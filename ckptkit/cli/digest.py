@@ -20,7 +20,8 @@ from ckptkit.digests import digest as digest_of
 from ckptkit.digests.check import DigestCheck, check_digests, is_digest_file, refuse_checkpoint
 from ckptkit.digests.hashing import ALGORITHMS
 from ckptkit.errors import FormatError
-from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
+from ckptkit.formats.writing.outputs import write_small_file
+from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
 

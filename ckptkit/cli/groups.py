@@ -201,7 +201,8 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
     ckpt groups lock --model py:mynet:build groups.toml -o groups.lock.json
     """  # noqa: D301 - \b is click's mark
     from ckptkit.core.config_files import json_bytes
-    from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
+    from ckptkit.formats.writing.outputs import write_small_file
+    from ckptkit.formats.writing.targets import prepare_side_file
     from ckptkit.param_groups.lock import lock_document, lock_param_groups
 
     target = prepare_side_file(output, [] if source.path is None else [source.path], force=force)

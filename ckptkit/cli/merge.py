@@ -18,7 +18,8 @@ from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.formats import codes
-from ckptkit.formats.writing.atomic import Target, write_small_file
+from ckptkit.formats.writing.outputs import write_small_file
+from ckptkit.formats.writing.state import Target
 from ckptkit.plans.adapters.layers import AS_LAYER, AsLayer
 from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.merge import plan_merge

@@ -216,8 +216,11 @@ def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload]
     from ckptkit.formats.writing.copying import merge_extents
 
     offset = len(layout.header)
+    if out.in_order:
+        out.write(layout.header, 0)
     for payload in merge_extents(payloads[info.key] for info in layout.infos):
         yield from out.copy(payload, offset)
         offset += payload.nbytes
-    # The header is written last, so that a killed process does not leave a valid checkpoint of zeros.
-    out.write(layout.header, 0)
+    if not out.in_order:
+        # The header is written last, so that a killed process does not leave a valid checkpoint of zeros.
+        out.write(layout.header, 0)

@@ -19,7 +19,9 @@ from ckptkit.formats.pickle.nodes import Part, plain_value
 from ckptkit.formats.torch.edit import TorchFileEditor, refuse_unknown_code
 from ckptkit.formats.torch.tree import bracketed_key
 from ckptkit.formats.torch.write import TorchZipLayout, assign_records, refuse_unwritable, write_torch_zip
-from ckptkit.formats.writing.atomic import AtomicFile, output_errors, prepare_target
+from ckptkit.formats.writing.atomic import output_errors
+from ckptkit.formats.writing.outputs import output_file, writes_in_order
+from ckptkit.formats.writing.targets import prepare_target
 from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
 from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
 from ckptkit.plans.output import Output, choose_output
@@ -82,17 +84,17 @@ def write_optimizer_state(
         if source is not None and edits_source:
             layout, selection = _edited_file(value, source, output)
         else:
-            layout, selection = _new_file(value), OPTIMIZER
+            layout, selection = _new_file(value, in_order=writes_in_order(output.path)), OPTIMIZER
     target = prepare_target(output.path, force=output.force, before=output.before)
     if dry_run:
         return None
     report = progress or (lambda _: None)
-    with output_errors(output.path), AtomicFile(target, layout.nbytes) as file:
+    with output_errors(output.path), output_file(target, layout.nbytes) as file:
         for count in write_torch_zip(layout, file):
             report(count)
         for checkpoint in roles.values():
             checkpoint.check_unchanged(by_path=True)
-        _check_reads_back(file.temporary, selection, value, file.target)
+        _check_reads_back(file.complete(), selection, value, file.target)
     tensors = sum(1 for _ in tensors_in(value))
     envelope = source.envelope if source is not None and edits_source else ""
     return WrittenState(output.path, "torch", tensors, layout.nbytes, (target.path,), (), envelope, state=state)
@@ -121,14 +123,14 @@ def _edited_file(
     others = [item for item in editor.items() if plain_value(item[0]) not in old_keys]
     editor.set_items([*((text_part(key), part) for key, part in parts.of_state(value).items()), *others])
     selection = Selection(bracketed_key(container.path)) if container.path else OPTIMIZER
-    return editor.layout(parts.records), selection
+    return editor.layout(parts.records, in_order=writes_in_order(output.path)), selection
 
 
-def _new_file(value: Mapping[str, SlotValue]) -> TorchZipLayout:
+def _new_file(value: Mapping[str, SlotValue], *, in_order: bool) -> TorchZipLayout:
     editor = TorchFileEditor()
     parts = _StateParts(editor, value)
     editor.set_items([(text_part(key), part) for key, part in parts.of_state(value).items()])
-    return editor.layout(parts.records)
+    return editor.layout(parts.records, in_order=in_order)
 
 
 class _StateParts:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ckptkit.core.checkpoint import Payload
-from ckptkit.core.files.local import LocalFile
 from ckptkit.core.files.payloads import Extent
-from ckptkit.core.files.places import is_same_file
+from ckptkit.core.files.places import is_same_file, join, open_source
 from ckptkit.core.text import quoted
-from ckptkit.formats.writing.atomic import AtomicFile, Target, prepare_target
+from ckptkit.formats.writing.output_file import OutputFile
+from ckptkit.formats.writing.state import Target
+from ckptkit.formats.writing.targets import prepare_target
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped
 
@@ -67,33 +68,44 @@ class Carried:
 
 def target_of(carried: Carried, name: str, directory: str, *, force: bool) -> Target | None:
     """Return where a file goes, or None if it is there: the directory of the output can be that of the input."""
-    path = os.path.join(directory, name)
-    if name not in carried.contents and is_same_file(os.path.join(carried.directory, name), path):
+    path = join(directory, name)
+    if name not in carried.contents and is_same_file(join(carried.directory, name), path):
         return None
     return prepare_target(path, force=force)
 
 
-def write_carried(carried: Carried, directory: str, output: Output) -> None:
-    """Write the files of an output into a directory, as its ``force`` and ``reflink`` say.
+class CreateBeside(Protocol):
+    """A function that returns a new file beside the weights, or None for one that is there already."""
 
-    All are complete under temporary names before the first gets its own.
+    def __call__(self, name: str, size: int, *, by_kernel: bool) -> OutputFile | None:
+        """Return the file, which is not open yet."""
+        ...
+
+
+def write_carried(carried: Carried, create: CreateBeside, output: Output) -> None:
+    """Write the files that go along into the files that ``create`` returns, as ``reflink`` of the output says.
+
+    All are complete before the first gets its name.
     """
     with contextlib.ExitStack() as stack:
         for name in carried.names:
-            target = target_of(carried, name, directory, force=output.force)
-            if target is not None:
-                _write(carried, name, target, stack, by_kernel=output.reflink != "never")
+            _write(carried, name, create, stack, by_kernel=output.reflink != "never")
 
 
-def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitStack, *, by_kernel: bool) -> None:
+def _write(carried: Carried, name: str, create: CreateBeside, stack: contextlib.ExitStack, *, by_kernel: bool) -> None:
     content = carried.contents.get(name)
     if content is not None:
-        stack.enter_context(AtomicFile(target, len(content))).write(content, 0)
+        file = create(name, len(content), by_kernel=by_kernel)
+        if file is not None:
+            stack.enter_context(file).write(content, 0)
         return
-    source = LocalFile(os.path.join(carried.directory, name))
+    source = open_source(join(carried.directory, name))
     try:
+        file = create(name, source.size, by_kernel=by_kernel)
+        if file is None:
+            return
+        stack.enter_context(file)
         payload: Payload = Extent(source, 0, source.size)
-        file = stack.enter_context(AtomicFile(target, source.size, by_kernel=by_kernel))
         for _ in file.copy(payload, 0):
             pass
         source.check_unchanged(by_path=True)

@@ -8,7 +8,6 @@ of the output differ; the quantisation, where it is gone; and the tie of an embe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import json_value, read_json
 from ckptkit.core.dtypes import DTYPES, is_float
-from ckptkit.core.files.places import folder_at, is_same_file
+from ckptkit.core.files.places import folder_at, is_same_file, join, kind_at, name_of, parent_of
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import OutputError, PlanError
@@ -25,7 +24,7 @@ from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
 from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
 from ckptkit.formats.directories.tied_head import TIE_FLAG, embeddings_of, is_head_group, tied_head
-from ckptkit.formats.writing.atomic import real_path
+from ckptkit.formats.writing.targets import real_path
 from ckptkit.plans.carried import Adapted, Carried, target_of
 from ckptkit.plans.metadata import StaleNames
 from ckptkit.plans.metadata.layouts import pattern_fields
@@ -58,7 +57,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     ``OutputError`` where a file of the output directory would be replaced without ``force``.
     """
     first = sources[_base_first(sources)[0]]  # the output is an adapter if this is one
-    is_adapter = any(os.path.basename(file) in ADAPTER_NAMES for file in first.files)
+    is_adapter = any(name_of(file) in ADAPTER_NAMES for file in first.files)
     role, directory, found = _find_owner(sources, is_adapter=is_adapter)
     is_plain = not _is_quantized(plan, sources) and bool(quantized_weights(sources[role]))
     names = [name for name in found if not is_plain or name == MODEL_CONFIG or name not in CONFIGURATION_FILES]
@@ -69,7 +68,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     adapted: list[Adapted] = []
     config: Mapping[str, object] = {}
     if MODEL_CONFIG in names:
-        with errors_about(os.path.join(directory, MODEL_CONFIG)):
+        with errors_about(join(directory, MODEL_CONFIG)):
             config = read_json(folder_at(directory), MODEL_CONFIG)
         new = dict(config)
         adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
@@ -89,7 +88,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     if not output.is_directory:
         for name in names:
             _refuse_false_statement(carried, name, output, sources[role])
-            target_of(carried, name, os.path.dirname(output.path), force=output.force)
+            target_of(carried, name, parent_of(output.path), force=output.force)
     notes += map(str, adapted)
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
@@ -104,7 +103,7 @@ def _follow_modules(plan: Plan, role: str, directory: str, contents: dict[str, b
     """Let the configuration of an adapter name the modules as the output does."""
     pairs = [(step.sources[0].key, step.out.key) for step in plan.steps if step.sources[0].role == role]
     moved = moved_modules_of(pairs)
-    with errors_about(os.path.join(directory, ADAPTER_CONFIG)):
+    with errors_about(join(directory, ADAPTER_CONFIG)):
         config = read_json(folder_at(directory), ADAPTER_CONFIG)
     changes = dict(rename_in_config(config, moved))
     if changes:
@@ -120,8 +119,8 @@ def _find_owner(sources: Mapping[str, Checkpoint], *, is_adapter: bool) -> tuple
     """Return the role and the directory of the first input with files to carry, and the names of the files."""
     for role in _base_first(sources):
         checkpoint = sources[role]
-        parents = [os.path.dirname(file) or "." for file in checkpoint.files[:1]]
-        if parents and os.path.isdir(checkpoint.path):
+        parents = [parent_of(file) or "." for file in checkpoint.files[:1]]
+        if parents and kind_at(checkpoint.path) == "folder":
             parents.append(checkpoint.path)
         for directory in parents:
             names = find_model_files(list_directory(folder_at(directory)).files)
@@ -242,7 +241,7 @@ def _notes_about_code(directory: str, config: Mapping[str, object]) -> Iterator[
 def _notes_about_name(output: Output, config: Mapping[str, object], *, is_adapter: bool) -> Iterator[str]:
     library = "PEFT" if is_adapter else "diffusers" if "_diffusers_version" in config else "transformers"
     expected = _FOUND_BY[library]
-    name = "model.safetensors" if output.is_directory else os.path.basename(output.path)
+    name = "model.safetensors" if output.is_directory else name_of(output.path)
     if output.format == "dcp":
         yield f"from_pretrained does not read a distributed checkpoint: convert it to {expected[0]} for that"
     elif name not in expected:
@@ -296,8 +295,8 @@ def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Itera
 
 def _refuse_false_statement(carried: Carried, name: str, output: Output, owner: Checkpoint) -> None:
     """Raise ``OutputError`` where a file of the input would change, and the weights that it describes would not."""
-    path = os.path.join(os.path.dirname(output.path), name)
-    is_of_input = real_path(path) == real_path(os.path.join(carried.directory, name))
+    path = join(parent_of(output.path), name)
+    is_of_input = real_path(path) == real_path(join(carried.directory, name))
     if name in carried.contents and is_of_input and not any(is_same_file(file, output.path) for file in owner.files):
         raise OutputError(
             "belongs to an input, whose weights it would no longer describe",

@@ -73,11 +73,16 @@ class PlanEditor:
         self.notes = tuple(self._notes())
 
     def layout(
-        self, tensors: Sequence[StoredTensor], records: Sequence[Payload], block: BlockOf = lambda _: 0
+        self,
+        tensors: Sequence[StoredTensor],
+        records: Sequence[Payload],
+        block: BlockOf = lambda _: 0,
+        *,
+        in_order: bool = False,
     ) -> TorchZipLayout:
         """Return the layout of the edited file, with these tensors for the steps in ``changed``.
 
-        ``block`` is as in ``layout_torch_archive``.
+        ``block`` and ``in_order`` are as in ``layout_torch_archive``.
 
         Raises ``PlanError`` if the pickle cannot be written again as it was.
         """
@@ -95,7 +100,7 @@ class PlanEditor:
                 wrapped[identity] = _wrap_like(parts[key], old, floating=step.out.dtype.startswith(("F", "BF", "C")))
             parts[key] = wrapped[identity]
         self._set_tensors(parts)
-        return self._file.layout(records, block)
+        return self._file.layout(records, block, in_order=in_order)
 
     def _is_unchanged(self, step: Step) -> bool:
         return step.is_copy and step.sources[0].role == self._role

@@ -11,11 +11,8 @@ from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.progress import Progress
 from ckptkit.errors import PlanError
-from ckptkit.formats.writing.atomic import (
-    output_errors,
-    prepare_directory,
-    prepare_target,
-)
+from ckptkit.formats.writing.atomic import output_errors
+from ckptkit.formats.writing.targets import prepare_directory, prepare_target
 from ckptkit.plans.carried import Carried
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries

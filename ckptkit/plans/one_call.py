@@ -12,7 +12,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.core.progress import Progress
 from ckptkit.core.torch_types import DType
-from ckptkit.formats.writing.atomic import write_small_file
+from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.reflink import Reflink
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat, adapter_path

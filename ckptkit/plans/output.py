@@ -8,10 +8,12 @@ import re
 from dataclasses import dataclass
 
 from ckptkit.core.arguments import require_choice, require_flags, require_number, require_path, require_type
+from ckptkit.core.files.places import is_url, join
 from ckptkit.core.text import kind_of, printable, quoted
 from ckptkit.errors import OutputError
-from ckptkit.formats.writing.atomic import PathState
 from ckptkit.formats.writing.reflink import REFLINKS, Reflink
+from ckptkit.formats.writing.state import PathState
+from ckptkit.formats.writing.targets import output_path
 
 __all__ = ["FORMATS", "Output", "choose_output"]
 
@@ -66,6 +68,8 @@ class Output:
         require_type(self.format, str, "format", "a str")
         require_type(self.before, PathState | None, "before", "a PathState, or None")
         require_choice(self.reflink, REFLINKS, "reflink")
+        if self.reflink == "always" and is_url(path):
+            raise OutputError("a store cannot share blocks with an input", hint="leave out --reflink", path=path)
         if self.format not in FORMATS:
             raise OutputError(f"unknown format {quoted(self.format)}", hint=f"one of {', '.join(FORMATS)}", path=path)
         if self.max_shard_size is not None:
@@ -119,7 +123,7 @@ def choose_output(
     if chosen is None:
         hint, call = f"use --format {' or '.join(FORMATS)}", f"use format={' or '.join(map(repr, FORMATS))}"
         if not os.path.splitext(name)[1]:
-            file = printable(os.path.join(name, "model.safetensors"))
+            file = printable(join(name, "model.safetensors"))
             ways = f"for a directory of safetensors, or name a file in a directory: {file}"
             hint, call = f"{hint}, --max-shard-size 5GB {ways}", f"{call}, max_shard_size='5GB' {ways}"
         raise OutputError(
@@ -137,6 +141,7 @@ def _checked_path(path: object) -> str:
     name = os.fsdecode(path)  # type: ignore[arg-type]
     if not name:
         raise OutputError("the output has no name", hint="give the output a file name")
+    name = output_path(name)
     try:
         is_valid = b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

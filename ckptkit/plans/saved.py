@@ -15,7 +15,8 @@ from ckptkit.core.config_files import default_error_path, json_bytes, read_table
 from ckptkit.core.files.places import clean_path
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError, RuleError
-from ckptkit.formats.writing.atomic import prepare_side_file, write_small_file
+from ckptkit.formats.writing.outputs import write_small_file
+from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step

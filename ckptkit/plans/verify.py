@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.core.checkpoint import Checkpoint, Payload
 from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.files.payloads import same_bytes
+from ckptkit.core.files.places import is_url, open_source
 from ckptkit.core.text import first_line, listed, printable, quoted
 from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor
@@ -37,7 +38,8 @@ _PIECE_BYTES = 32 << 20
 class Verification:
     """The reader that found the planned bytes in an output: ``safetensors 0.8.0`` or ``torch 2.13.0``.
 
-    If that reader cannot read the output, ``alone`` is the reason, and only ckptkit read the bytes.
+    If that reader cannot read the output, ``alone`` is the reason, and only ckptkit read the bytes. A file in a store
+    is such an output: ckptkit reads all of it again, in ranges.
     """
 
     reader: str
@@ -68,6 +70,11 @@ def verify_safetensors(
 
     file, producer = _File(path, shown), Producer(sources)
     reader = f"safetensors {safetensors.__version__}"
+    if is_url(path):
+        with open_inside(path, Selection("")) as written:
+            if dict(written.metadata) != dict(metadata):
+                raise file.fail("does not have the metadata of the plan")
+        return Verification(reader, _read_alone(file, _only_local(reader), steps, producer))
     unknown = next((step for step in steps if reader_refusal(step.out.dtype, step.out.shape)), None)
     if unknown is not None:
         why = f"{quoted(unknown.out.key)} in {printable(shown)} is {unknown.out.dtype}"
@@ -145,6 +152,8 @@ def verify_torch(
 
     file, producer = _File(path, shown), Producer(sources)
     reader = f"torch {torch.__version__.split('+')[0]}"
+    if is_url(path):
+        return Verification(reader, _read_alone(file, _only_local(reader), steps, producer, inner))
     with open_inside(path, Selection(inner)) as written:
         container, nested = written.container, written.nested
         references = container.references if container is not None else ()
@@ -193,13 +202,15 @@ def verify_dcp(path: str, shown: str, steps: Sequence[Step], sources: Mapping[st
 
     file, producer = _File(path, shown), Producer(sources)
     reader = f"torch {torch.__version__.split('+')[0]}"
+    if is_url(path):
+        return Verification(reader, _read_alone(file, _only_local(reader), steps, producer, is_directory=True))
     unknown = next((step.out for step in steps if not hasattr(torch, DTYPES[step.out.dtype].torch_name)), None)
     if unknown is not None:
         why = f"{quoted(unknown.key)} in {printable(shown)} is {unknown.dtype}"
-        return Verification(reader, _read_alone(file, why, steps, producer))
+        return Verification(reader, _read_alone(file, why, steps, producer, is_directory=True))
     if not torch.distributed.is_available():
         why = f"{reader} was built without torch.distributed"
-        return Verification(reader, _read_alone(file, why, steps, producer))
+        return Verification(reader, _read_alone(file, why, steps, producer, is_directory=True))
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -253,15 +264,23 @@ def verify_index(path: str, shown: str, shards: Iterable[Shard]) -> None:
 
     Every reader of shards reads the index as JSON, so the JSON module of Python reads it here.
     """
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)["weight_map"]
+    file = open_source(path)
+    try:
+        found = json.loads(file.read(0, file.size))["weight_map"]
+    finally:
+        file.close()
     if found != {info.key: shard.name for shard in shards for info in shard.infos}:
         raise _File(path, shown).fail("the index does not map each tensor to its shard")
 
 
-def _read_alone(file: _File, why: str, steps: Sequence[Step], producer: Producer, inner: str = "") -> str:
-    """Compare the file with ckptkit's own reader, and return ``why``."""
-    is_directory = os.path.isdir(file.path)
+def _only_local(reader: str) -> str:
+    return f"{reader} reads only files of this machine"
+
+
+def _read_alone(
+    file: _File, why: str, steps: Sequence[Step], producer: Producer, inner: str = "", *, is_directory: bool = False
+) -> str:
+    """Compare the file or directory with ckptkit's own reader, and return ``why``."""
     with open_checkpoint(file.path) if is_directory else open_inside(file.path, Selection(inner)) as written:
         _refuse_other_keys(file, written, steps)
         for step in steps:

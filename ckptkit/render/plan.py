@@ -193,7 +193,7 @@ def _verified(written: Written) -> list[str]:
     """Return the sentence about the reader that compared the output with the plan, if one was asked to."""
     same = f"each of {plural(written.tensors, 'tensor')} has the planned bytes"
     if written.read_back is not None:
-        return [f"read back by ckptkit alone, because other readers refuse it ({written.read_back}): {same}"]
+        return [f"read back by ckptkit alone, because other readers cannot read it ({written.read_back}): {same}"]
     return [] if written.verified is None else [f"verified by {written.verified}: {same}"]
 
 

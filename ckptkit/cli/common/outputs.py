@@ -23,8 +23,9 @@ from ckptkit.cli.common.options import (
 from ckptkit.cli.common.printing import ReportFormat, echo_result, fitted_to, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
 from ckptkit.core.text import quoted
-from ckptkit.formats.writing.atomic import prepare_side_file, present_state, small_file
+from ckptkit.formats.writing.outputs import small_file
 from ckptkit.formats.writing.reflink import REFLINKS, Reflink
+from ckptkit.formats.writing.targets import prepare_side_file, present_state
 from ckptkit.plans.adapters.adapter_formats import adapter_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
@@ -107,7 +108,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             keep_unknown=keep_unknown,
             reflink=reflink,
         )
-        chosen = replace(chosen, before=present_state(chosen.path))
+        chosen = replace(chosen, before=present_state(chosen.path, is_folder=chosen.is_directory))
         if metadata or drop_metadata:
             from ckptkit.plans.metadata.edits import refuse_without_metadata
 

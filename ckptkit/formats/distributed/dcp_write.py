@@ -60,10 +60,12 @@ def _is_info(value: object) -> TypeGuard[TensorInfo]:
     return isinstance(value, TensorInfo)
 
 
-def layout_dcp(infos: Sequence[TensorInfo], payload: Callable[[TensorInfo], Payload]) -> DcpLayout:
+def layout_dcp(
+    infos: Sequence[TensorInfo], payload: Callable[[TensorInfo], Payload], *, in_order: bool = False
+) -> DcpLayout:
     """Return the layout of a checkpoint with these tensors, each under its key as in a flat state_dict.
 
-    Raises ``PlanError`` as ``refuse_unfit`` does.
+    ``in_order`` is as in ``layout_torch_archive``. Raises ``PlanError`` as ``refuse_unfit`` does.
     """
     refuse_unfit(infos)
     items = []
@@ -71,7 +73,7 @@ def layout_dcp(infos: Sequence[TensorInfo], payload: Callable[[TensorInfo], Payl
     for info in infos:
         content = payload(info)
         pickle = pickle_tensor(StoredTensor(info, 0, content.nbytes, 0, row_major(info.shape)))
-        archive = layout_torch_archive(pickle, [content])
+        archive = layout_torch_archive(pickle, [content], in_order=in_order)
         items.append((offset, archive))
         offset += archive.nbytes
     return DcpLayout(tuple(items), offset, _metadata(infos, [(at, archive.nbytes) for at, archive in items]))

@@ -88,10 +88,12 @@ class TorchFileEditor:
         values = (value for _, value in dict_items(root))
         return dict(zip((tensor.info.key for tensor in tensors), values, strict=True))
 
-    def layout(self, records: Sequence[Payload], block: BlockOf = lambda _: 0) -> TorchZipLayout:
+    def layout(
+        self, records: Sequence[Payload], block: BlockOf = lambda _: 0, *, in_order: bool = False
+    ) -> TorchZipLayout:
         """Return the layout of the edited file, with ``records`` for new storages; call this once, after all edits.
 
-        ``block`` is as in ``layout_torch_archive``.
+        ``block`` and ``in_order`` are as in ``layout_torch_archive``.
 
         Raises ``PlanError`` if the pickle cannot be written again as it was.
         """
@@ -99,7 +101,7 @@ class TorchFileEditor:
         storages = [records[name] if isinstance(name, int) else self._old_storage(name) for name in names]
         pickle = write_nodes(self.root, self._protocol, self.limit)
         others = self._container.other_records() if self._container else ()
-        return layout_torch_archive(pickle, storages, others, block=block)
+        return layout_torch_archive(pickle, storages, others, block=block, in_order=in_order)
 
     def _old_storage(self, name: str) -> Payload:
         if self._container is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,12 +119,15 @@ def _tensor(emit: PickleWriter, tensor: StoredTensor) -> None:
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
+_DESCRIPTOR = struct.Struct("<4s3L")
+_DESCRIPTOR64 = struct.Struct("<4sL2Q")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _ALIGNMENT = 64
 _WORTH_SHARING = 16  # blocks; the space between two records is less than one block
 _UTF8 = 0x800
+_HAS_DESCRIPTOR = 8
 _LIMIT = 0xFFFFFFFF
 _JANUARY_1980 = 0x21  # with a fixed date, equal contents give equal files
 
@@ -134,6 +138,7 @@ class _Entry:
     content: Payload
     header: int
     extra: bytes
+    descriptor: int = 0  # bytes after the content that hold its checksum, which is then not in the header
 
     @property
     def start(self) -> int:
@@ -178,16 +183,18 @@ def layout_torch_zip(
     span: Callable[[TensorInfo], Payload | None],
     versions: Mapping[str, int] | None = None,
     block: BlockOf = lambda _: 0,
+    *,
+    in_order: bool = False,
 ) -> TorchZipLayout:
     """Return the layout of an archive with these tensors as one state_dict, in order.
 
     Tensors that share memory in the source share a storage in the output if their bytes can be copied unchanged.
-    Strides are kept unless this needs more space. ``versions`` become the ``_metadata``. ``block`` is as in
-    ``layout_torch_archive``. Raises ``PlanError`` as ``refuse_unwritable`` does.
+    Strides are kept unless this needs more space. ``versions`` become the ``_metadata``. ``block`` and ``in_order`` are
+    as in ``layout_torch_archive``. Raises ``PlanError`` as ``refuse_unwritable`` does.
     """
     refuse_unwritable(infos)
     records, stored = assign_records(infos, payload, span)
-    return layout_torch_archive(pickle_state_dict(stored, versions or {}), records, block=block)
+    return layout_torch_archive(pickle_state_dict(stored, versions or {}), records, block=block, in_order=in_order)
 
 
 def layout_torch_archive(
@@ -196,11 +203,13 @@ def layout_torch_archive(
     others: Iterable[tuple[str, Payload]] = (),
     *,
     block: BlockOf = lambda _: 0,
+    in_order: bool = False,
 ) -> TorchZipLayout:
     """Return the layout of an archive with a pickle, the records of its storages, and other records by name.
 
     ``block`` gives the size of the blocks that the archive can share with the files of the records, or 0. Large
-    records then begin where their blocks can be shared.
+    records then begin where their blocks can be shared. With ``in_order``, a checksum that is known only after the
+    content was copied is written behind the content, as torch itself does, so that no byte is changed later.
     """
     size = block(records)
     contents: dict[str, Payload] = {
@@ -216,12 +225,26 @@ def layout_torch_archive(
         name = f"archive/{text}".encode()
         large = struct.pack("<HHQQ", 1, 16, content.nbytes, content.nbytes) if content.nbytes >= _LIMIT else b""
         pad = _padding(content, offset + _LOCAL.size + len(name) + len(large) + 4, size)
-        entry = _Entry(name, content, offset, large + struct.pack("<2sH", b"FB", pad) + b"Z" * pad)
+        behind = _descriptor_size(content) if in_order else 0
+        entry = _Entry(name, content, offset, large + struct.pack("<2sH", b"FB", pad) + b"Z" * pad, behind)
         entries.append(entry)
-        offset = entry.start + content.nbytes
+        offset = entry.start + content.nbytes + behind
         directory += _CENTRAL.size + len(name) + len(_extra64(entry))
     end = _END.size + (_END64.size + _LOCATOR64.size if _needs64(len(entries), directory, offset) else 0)
     return TorchZipLayout(tuple(entries), offset, offset + directory + end, size)
+
+
+def _known_crc(content: Payload) -> int | None:
+    if isinstance(content, _Bytes):
+        return zlib.crc32(content.data)
+    return content.crc if isinstance(content, Extent) else None
+
+
+def _descriptor_size(content: Payload) -> int:
+    """Return the number of bytes behind a content whose checksum is not known before it is copied."""
+    if _known_crc(content) is not None:
+        return 0
+    return (_DESCRIPTOR64 if content.nbytes >= _LIMIT else _DESCRIPTOR).size
 
 
 def _padding(content: Payload, start: int, block: int) -> int:
@@ -306,23 +329,38 @@ def write_torch_zip(layout: TorchZipLayout, out: OffsetWriter, at: int = 0) -> I
     """Write the archive to ``out`` from its byte ``at``, and yield the number of bytes of each step."""
     directory = bytearray()
     for entry in layout.entries:
+        if out.in_order:
+            out.write(_local_header(entry, _known_crc(entry.content) or 0), at + entry.header)
         crc = yield from out.copy(entry.content, at + entry.start, checksum=True)
-        out.write(_local_header(entry, crc), at + entry.header)
+        if entry.descriptor:
+            out.write(_descriptor(entry, crc), at + entry.start + entry.content.nbytes)
+        if not out.in_order:
+            out.write(_local_header(entry, crc), at + entry.header)
         directory += _central_header(entry, crc)
     out.write(directory + _end(len(layout.entries), len(directory), layout.directory), at + layout.directory)
 
 
 def _local_header(entry: _Entry, crc: int) -> bytes:
     size = min(entry.content.nbytes, _LIMIT)
-    fixed = (b"PK\3\4", 45 if size == _LIMIT else 20, _UTF8, 0, 0, _JANUARY_1980, crc, size, size)
+    crc, stated = (0, size if size == _LIMIT else 0) if entry.descriptor else (crc, size)
+    fixed = (b"PK\3\4", 45 if size == _LIMIT else 20, _flags(entry), 0, 0, _JANUARY_1980, crc, stated, stated)
     return _LOCAL.pack(*fixed, len(entry.name), len(entry.extra)) + entry.name + entry.extra
+
+
+def _descriptor(entry: _Entry, crc: int) -> bytes:
+    size = entry.content.nbytes
+    return (_DESCRIPTOR64 if size >= _LIMIT else _DESCRIPTOR).pack(b"PK\7\10", crc, size, size)
+
+
+def _flags(entry: _Entry) -> int:
+    return _UTF8 | _HAS_DESCRIPTOR if entry.descriptor else _UTF8
 
 
 def _central_header(entry: _Entry, crc: int) -> bytes:
     size, header, extra = min(entry.content.nbytes, _LIMIT), min(entry.header, _LIMIT), _extra64(entry)
     version = 45 if extra else 20
-    fixed = (b"PK\1\2", version, version, _UTF8, 0, 0, _JANUARY_1980, crc, size, size, len(entry.name), len(extra))
-    return _CENTRAL.pack(*fixed, 0, 0, 0, 0, header) + entry.name + extra
+    fixed = (b"PK\1\2", version, version, _flags(entry), 0, 0, _JANUARY_1980, crc, size, size)
+    return _CENTRAL.pack(*fixed, len(entry.name), len(extra), 0, 0, 0, 0, header) + entry.name + extra
 
 
 def _extra64(entry: _Entry) -> bytes:

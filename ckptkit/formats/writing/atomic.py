@@ -10,35 +10,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator
 from types import TracebackType
 from typing import Self
 
-from ckptkit.core.files.local import FileState, file_state
-from ckptkit.core.files.places import is_same_file
-from ckptkit.core.text import human_bytes, printable, quoted
+from ckptkit.core.files.local import FileState
+from ckptkit.core.text import human_bytes
 from ckptkit.errors import CkptkitError, OutputError
-from ckptkit.formats.writing.copying import OffsetWriter
+from ckptkit.formats.writing.output_file import OutputFile
+from ckptkit.formats.writing.state import (
+    Target,
+    changed_meanwhile,
+    created_meanwhile,
+    name_leftover,
+    path_state,
+)
 from ckptkit.formats.writing.traces import note_new_output, note_removed, note_temporary
 
-__all__ = [
-    "AtomicFile",
-    "PathState",
-    "Target",
-    "atomic_directory",
-    "output_errors",
-    "path_state",
-    "prepare_directory",
-    "prepare_side_file",
-    "prepare_target",
-    "present_state",
-    "real_path",
-    "small_file",
-    "write_small_file",
-]
+__all__ = ["AtomicFile", "atomic_directory", "output_errors"]
 
 _LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; file systems allow 255 bytes in total
 _NO_LINKS = (
@@ -50,162 +40,7 @@ _NO_LINKS = (
 )  # from file systems without hard links
 
 
-@dataclass(frozen=True, slots=True)
-class PathState:
-    """The state of the file or directory at a path; ``file`` is None for a path that does not exist.
-
-    ``entries`` has the state of each entry of a directory, whose own size and time are not compared.
-    """
-
-    file: FileState | None = None
-    entries: Mapping[str, FileState] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The real path of an output, the path that the user gave, and its state when the output was chosen."""
-
-    path: str
-    given: str
-    before: PathState
-
-
-def path_state(path: str) -> PathState:
-    """Return the present state of a path, after following symbolic links. Raises ``OSError`` if it cannot be read."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return PathState()
-    if not stat.S_ISDIR(status.st_mode):
-        return PathState(file_state(status))
-    entries = {entry.name: file_state(entry.stat(follow_symlinks=False)) for entry in os.scandir(path)}
-    return PathState(FileState(status.st_dev, status.st_ino, 0, 0), entries)
-
-
-def real_path(path: str) -> str:
-    """Return the absolute path of an output, after following symbolic links.
-
-    Raises ``OutputError`` for a relative path if the current directory was removed.
-    """
-    try:
-        return os.path.realpath(path)
-    except OSError as error:
-        raise OutputError(f"the current directory: {(error.strerror or str(error)).lower()}", path=path) from None
-
-
-def present_state(path: str) -> PathState | None:
-    """Return the present state of a path, or None where it cannot be read; preparing the target reports the error."""
-    try:
-        return path_state(path)
-    except (OSError, ValueError):
-        return None
-
-
-def prepare_target(path: str, *, force: bool, before: PathState | None = None) -> Target:
-    """Return the target for an output file; its real path follows symbolic links.
-
-    ``before`` is the state of the path when the output was chosen; the default is its present state.
-    Raises ``OutputError`` if the directory is missing, or the path is not a regular file. It is also raised if the file
-    exists and ``force`` is not given.
-    """
-    target, status = _status(path)
-    if status is not None and not stat.S_ISREG(status.st_mode):
-        what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise OutputError(f"is {what}", hint="give a file name", path=path)
-    if status is not None and not force:
-        raise OutputError(
-            "already exists",
-            hint="--force replaces it, completely or not at all",
-            path=path,
-            call="force=True replaces it, completely or not at all",
-        )
-    return _target(target, path, before, PathState(None if status is None else file_state(status)))
-
-
-def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = None, *, force: bool) -> Target:
-    """Return the target for a file beside the main result, such as a plan or rules.
-
-    Raises ``OutputError`` if the path is a file of an input or the output, and as ``prepare_target`` does.
-    """
-    if any(is_same_file(file, path) for file in inputs):
-        raise OutputError("is an input", hint="give another name", path=path)
-    if output is not None and real_path(path) == real_path(output):
-        raise OutputError("is the output too", hint="give another name", path=path)
-    return prepare_target(path, force=force)
-
-
-def prepare_directory(path: str, *, force: bool, before: PathState | None = None) -> Target:
-    """Return the target for an output directory; its real path follows symbolic links.
-
-    ``before`` is the state of the path when the output was chosen; the default is its present state.
-    Raises ``OutputError`` where the parent directory is missing, or the path is a file, the current directory or a
-    directory that contains directories. Without ``force`` the directory must be empty.
-    """
-    target, status = _status(path)
-    if status is None:
-        return _target(target, path, before, PathState())
-    if not stat.S_ISDIR(status.st_mode):
-        raise OutputError("is a file, and the output is a directory", hint="give a new name", path=path)
-    try:
-        now = path_state(target)
-        entries = list(os.scandir(target))
-    except OSError as error:
-        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
-    subdirectory = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
-    if is_same_file(target, "."):
-        raise OutputError(
-            "is the current directory, and replacing it would delete the current directory",
-            hint="change to its parent",
-            path=path,
-        )
-    if subdirectory is not None:
-        raise OutputError(
-            f"contains the directory {quoted(subdirectory)}, so it is not replaced",
-            hint="give a new directory",
-            path=path,
-        )
-    if entries and not force:
-        raise OutputError(
-            "already exists", hint="--force replaces its weights of this format and keeps its other files", path=path
-        )
-    return _target(target, path, before, now)
-
-
-def _target(path: str, given: str, before: PathState | None, now: PathState) -> Target:
-    if before is not None and before.file != now.file:
-        kind = "directory" if now.entries else "file"
-        raise _created_meanwhile(path) if before.file is None else _changed_meanwhile(kind, path)
-    return Target(path, given, before or now)
-
-
-def _status(path: str) -> tuple[str, os.stat_result | None]:
-    """Return the real path of an output, and the status of an existing file. Raises ``OutputError`` for a bad path."""
-    target = real_path(path)
-    parent = os.path.dirname(target)
-    try:
-        above = os.stat(parent).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise OutputError(
-            f"the directory {printable(parent)} does not exist",
-            hint=f"create it first: mkdir -p {shlex.quote(printable(os.path.dirname(path) or parent))}",
-            call="create it first, as os.makedirs does",
-            path=path,
-        ) from None
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OutputError(f"the directory {printable(parent)}: {reason}", path=path) from None
-    if not stat.S_ISDIR(above):
-        raise OutputError(f"{printable(parent)} is not a directory", path=path)
-    try:
-        # The real path cannot be used here: a pipe behind /dev/stdout has none.
-        return target, os.stat(path)
-    except FileNotFoundError:
-        return target, None
-    except OSError as error:
-        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
-
-
-class AtomicFile(OffsetWriter):
+class AtomicFile(OutputFile):
     """A temporary file of known size that becomes the target when the ``with`` block ends without an error.
 
     Raises ``OutputError`` at the end if another program changed the target meanwhile; the newer file is kept.
@@ -238,7 +73,7 @@ class AtomicFile(OffsetWriter):
             left = self._discard()
             if isinstance(error, OSError):
                 failure = self._output_error(error)
-                _name_leftover(failure, left)
+                name_leftover(failure, left)
                 raise failure from None
             raise
         return self
@@ -261,12 +96,11 @@ class AtomicFile(OffsetWriter):
             error = self._output_error(error)
         left = self._discard()
         if isinstance(error, CkptkitError):
-            _name_leftover(error, left)
+            name_leftover(error, left)
             raise error from None
 
-    @property
-    def temporary(self) -> str:
-        """Path of the temporary file, from which the content can be read back."""
+    def complete(self) -> str:
+        """Return the temporary path of the file, which is complete."""
         return self._temporary
 
     def _commit(self) -> None:
@@ -277,7 +111,7 @@ class AtomicFile(OffsetWriter):
             self._take_free_name()
         else:
             if self.before is not None and path_state(self.target).file != self.before.file:
-                raise _changed_meanwhile("file", self.target)
+                raise changed_meanwhile("file", self.target)
             os.replace(self._temporary, self.target)
         note_removed(self._temporary)
         self._temporary = ""
@@ -288,7 +122,7 @@ class AtomicFile(OffsetWriter):
             # Unlike a rename, a link never replaces a file that another program created meanwhile.
             os.link(self._temporary, self.target)
         except FileExistsError:
-            raise _created_meanwhile(self.target) from None
+            raise created_meanwhile(self.target) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -334,23 +168,6 @@ class AtomicFile(OffsetWriter):
             return OutputError(reason, hint="write elsewhere, or write shards", path=self.target)
         reason = f"a file of {human_bytes(self.size)} is larger than the limit of this process, {human_bytes(limit)}"
         return OutputError(reason, hint="raise the limit (ulimit -f), or write smaller shards", path=self.target)
-
-
-def _created_meanwhile(target: str) -> OutputError:
-    return OutputError(
-        "another program created this path during this run; it was not replaced",
-        hint="run the command again with --force to replace it",
-        call="call it again with force=True to replace it",
-        path=target,
-    )
-
-
-def _changed_meanwhile(kind: str, path: str) -> OutputError:
-    return OutputError(
-        f"another program changed this {kind} during this run; it was not replaced",
-        hint="run the command again",
-        path=path,
-    )
 
 
 def _temporary_path(target: str) -> str:
@@ -435,21 +252,21 @@ def atomic_directory(target: Target, *, replaced: frozenset[str], left: list[str
         yield temporary
         sync_directory(temporary)
         if exists and not _is_unchanged(target, replaced):
-            raise _changed_meanwhile("directory", target.given)
+            raise changed_meanwhile("directory", target.given)
         note_new_output(target.path)
         _swap(temporary, target.path, exists=exists)
         sync_directory(os.path.dirname(target.path))
     except CkptkitError as error:
         if isinstance(error, OutputError):
             error.path = target.given  # the user does not know the temporary path
-        _name_leftover(error, _remove_directory(temporary))
+        name_leftover(error, _remove_directory(temporary))
         raise
     except OSError as failure:
         refusal = _plain_error(failure, target.given)
         # The other program may have removed the old directory.
         if isinstance(failure, FileNotFoundError) and exists and not _is_unchanged(target, replaced):
-            refusal = _changed_meanwhile("directory", target.given)
-        _name_leftover(refusal, _remove_directory(temporary))
+            refusal = changed_meanwhile("directory", target.given)
+        name_leftover(refusal, _remove_directory(temporary))
         raise refusal from None
     finally:
         left += _remove_directory(temporary)
@@ -464,13 +281,6 @@ def _remove_directory(path: str) -> list[str]:
         return [path]
     note_removed(path)
     return []
-
-
-def _name_leftover(error: CkptkitError, left: Sequence[str]) -> None:
-    """Add to the hint of an error the temporary path that could not be removed."""
-    if left:
-        remove = f"{printable(left[0])} could not be removed: remove it by hand"
-        error.hint = f"{error.hint}; {remove}" if error.hint else remove
 
 
 @contextlib.contextmanager
@@ -496,9 +306,13 @@ def _is_unchanged(target: Target, replaced: frozenset[str]) -> bool:
     if now.file != before.file or now.entries.keys() != before.entries.keys():
         return False
     return all(
-        state == before.entries[name] if name in replaced else state[:2] == before.entries[name][:2]
+        state == before.entries[name] if name in replaced else _identity(state) == _identity(before.entries[name])
         for name, state in now.entries.items()
     )
+
+
+def _identity(state: Hashable) -> Hashable:
+    return (state.device, state.inode) if isinstance(state, FileState) else state
 
 
 def _keep_other_files(target: str, temporary: str, replaced: frozenset[str]) -> None:
@@ -518,7 +332,7 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
             os.rename(temporary, target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _created_meanwhile(target) from None
+                raise created_meanwhile(target) from None
             raise
         return
     import ctypes
@@ -536,17 +350,3 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
         os.rename(old_directory, target)
         raise
     os.rename(old_directory, temporary)
-
-
-@contextlib.contextmanager
-def small_file(target: Target, data: bytes) -> Iterator[None]:
-    """Write ``data`` to a temporary file that becomes the target if the block succeeds."""
-    with AtomicFile(target, len(data)) as file:
-        file.write(data, 0)
-        yield
-
-
-def write_small_file(target: Target, data: bytes) -> None:
-    """Write ``data`` to a target that ``prepare_target`` has checked, completely or not at all."""
-    with small_file(target, data):
-        pass

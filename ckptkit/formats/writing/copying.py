@@ -31,6 +31,8 @@ _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 class OffsetWriter:
     """An output file of known size that is written at offsets. A subclass opens and closes the file."""
 
+    in_order = False  # whether bytes must come in order, but for those that threads make at the same time
+
     def __init__(self, size: int, block: int = 0, *, by_kernel: bool = True) -> None:
         """Take the size in bytes; no file is open yet.
 

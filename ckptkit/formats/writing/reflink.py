@@ -14,6 +14,7 @@ from typing import Final, Literal, TypeAlias
 from ckptkit.core.checkpoint import Payload
 from ckptkit.core.files.local import LocalFile
 from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.places import is_url
 from ckptkit.core.files.source import ByteSource
 from ckptkit.core.text import printable
 from ckptkit.errors import OutputError
@@ -47,7 +48,7 @@ def shared_block(payloads: Iterable[Payload], path: str, reflink: Reflink) -> in
     It is 0 too where the ranges are too small. One block is shared as a trial, once for each pair of file systems.
     Raises ``OutputError`` for ``always`` where a file system cannot share blocks.
     """
-    if reflink == "never":
+    if reflink == "never" or is_url(path):
         return 0
     directory = os.path.dirname(path)
     files: dict[int, tuple[ByteSource, int]] = {}

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.peft_names import TIED_NAMES, exact_pattern, modules_of, target_modules
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import is_url, join, split
 from ckptkit.errors import OutputError
 from ckptkit.formats.directories.adapters import CONFIG
-from ckptkit.formats.writing.atomic import Target, output_errors, prepare_target
+from ckptkit.formats.writing.atomic import output_errors
+from ckptkit.formats.writing.state import Target
+from ckptkit.formats.writing.targets import prepare_target
 from ckptkit.plans.adapters.adapter_formats import PEFT_WEIGHTS
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
@@ -30,13 +33,16 @@ def adapter_config_target(output: Output) -> Iterator[Target]:
     ``OutputError`` where PEFT would not find the output under its name, and where the configuration exists
     (without ``force``) or cannot be created.
     """
-    directory, name = os.path.split(output.path)
+    directory, name = split(output.path)
     if name != PEFT_WEIGHTS:
         raise OutputError(
             f"PEFT looks for {PEFT_WEIGHTS}",
             hint=f"give the output the name DIRECTORY/{PEFT_WEIGHTS}",
             path=output.path,
         )
+    if is_url(directory):
+        yield prepare_target(join(directory, CONFIG), force=output.force)
+        return
     is_new = False
     with output_errors(directory), contextlib.suppress(FileExistsError, FileNotFoundError):  # prepare_target says more
         os.mkdir(directory)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ckptkit.core.files.places import join
 from ckptkit.core.progress import Progress
 from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
 from ckptkit.formats.sharded import split_into_shards, weight_index
-from ckptkit.formats.writing.atomic import (
-    AtomicFile,
-    atomic_directory,
-    prepare_directory,
-)
+from ckptkit.formats.writing.output_file import OutputFile, OutputFolder
+from ckptkit.formats.writing.outputs import output_folder, writes_in_order
+from ckptkit.formats.writing.targets import prepare_directory
 from ckptkit.plans.carried import Carried, write_carried
 from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
@@ -24,7 +22,7 @@ from ckptkit.plans.plan import Plan
 
 if TYPE_CHECKING:
     from ckptkit.plans.verify import Verification
-from ckptkit.plans.writing.files import has_tensors, write_safetensors_file, write_small
+from ckptkit.plans.writing.files import has_tensors, write_safetensors_file
 from ckptkit.plans.writing.refusals import is_own_name
 from ckptkit.plans.writing.written import Written
 
@@ -44,13 +42,15 @@ def write_directory(
     ours = frozenset(name for name in existing if is_own_name(output, name))
     left: list[str] = []
     verified: list[Verification] = []
-    with atomic_directory(target, replaced=ours.union(carried.names), left=left) as directory:
-        total = files.write(directory, progress)
-        write_carried(carried, directory, output)
+    with output_folder(target, replaced=ours.union(carried.names), last=files.last, left=left) as folder:
+        total = files.write(folder, progress)
+        write_carried(carried, folder.file, output)
+        inputs.check_unchanged()
+        directory = folder.complete()
         _check_directory(directory, plan, files.names)
         if verify:
             verified = files.verify(directory)
-        inputs.check_unchanged()
+            inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
     written = Written(
         output.path,
@@ -74,23 +74,33 @@ class _Shards:
         self.shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
         self.index, self.index_data = weight_index(self.shards)
         self.has_index = len(self.shards) > 1
+        self.last = self.index if self.has_index else ""
         self.names = (*(shard.name for shard in self.shards), *((self.index,) if self.has_index else ()))
         self.shared = 0
         self.format = f"sharded safetensors ({len(self.shards)} shards)" if self.has_index else "safetensors"
 
-    def write(self, directory: str, progress: Progress) -> int:
+    def write(self, folder: OutputFolder, progress: Progress) -> int:
         """Write the files and return the size of all shards."""
         total = 0
         for shard in self.shards:
-            path = os.path.join(directory, shard.name)
+
+            def create(size: int, block: int, *, by_kernel: bool, name: str = shard.name) -> OutputFile:
+                return folder.file(name, size, block, by_kernel=by_kernel)
+
             size, shared = write_safetensors_file(
-                path, shard.infos, self.plan.metadata, self.inputs, progress, reflink=self.output.reflink
+                create,
+                shard.infos,
+                self.plan.metadata,
+                self.inputs,
+                progress,
+                place=join(folder.place(), shard.name),
+                reflink=self.output.reflink,
             )
             total += size
             self.shared += shared
         self.inputs.refuse_overflow()
         if self.has_index:
-            write_small(os.path.join(directory, self.index), self.index_data)
+            _write_small(folder, self.index, self.index_data)
         return total
 
     def verify(self, directory: str) -> list[Verification]:
@@ -99,11 +109,11 @@ class _Shards:
 
         verified = []
         for shard in self.shards:
-            path, shown = (os.path.join(parent, shard.name) for parent in (directory, self.output.path))
+            path, shown = (join(parent, shard.name) for parent in (directory, self.output.path))
             steps = [self.inputs.steps[info.key] for info in shard.infos]
             verified.append(verify_safetensors(path, shown, steps, self.plan.metadata, self.inputs.roles))
         if self.has_index:
-            verify_index(os.path.join(directory, self.index), os.path.join(self.output.path, self.index), self.shards)
+            verify_index(join(directory, self.index), join(self.output.path, self.index), self.shards)
         return verified
 
 
@@ -117,19 +127,21 @@ class _Dcp:
         from ckptkit.formats.distributed.dcp_write import DCP_FILE, layout_dcp
 
         self.plan, self.output, self.inputs = plan, output, inputs
-        self.layout = layout_dcp([step.out for step in plan.steps], inputs.payload)
+        in_order = writes_in_order(output.path)
+        self.layout = layout_dcp([step.out for step in plan.steps], inputs.payload, in_order=in_order)
         self.names = (DCP_FILE, DCP_METADATA)
+        self.last = DCP_METADATA
 
-    def write(self, directory: str, progress: Progress) -> int:
+    def write(self, folder: OutputFolder, progress: Progress) -> int:
         """Write the files and return the size of the file of tensors."""
         from ckptkit.formats.distributed.dcp_write import write_dcp
 
-        data, metadata = (os.path.join(directory, name) for name in self.names)
-        with AtomicFile(data, self.layout.nbytes, by_kernel=self.output.reflink != "never") as file:
+        data, metadata = self.names
+        with folder.file(data, self.layout.nbytes, by_kernel=self.output.reflink != "never") as file:
             for count in write_dcp(self.layout, file):
                 progress(count)
         self.inputs.refuse_overflow()
-        write_small(metadata, self.layout.metadata)
+        _write_small(folder, metadata, self.layout.metadata)
         return self.layout.nbytes
 
     def verify(self, directory: str) -> list[Verification]:
@@ -137,6 +149,11 @@ class _Dcp:
         from ckptkit.plans.verify import verify_dcp
 
         return [verify_dcp(directory, self.output.path, self.plan.steps, self.inputs.roles)]
+
+
+def _write_small(folder: OutputFolder, name: str, data: bytes) -> None:
+    with folder.file(name, len(data)) as file:
+        file.write(data, 0)
 
 
 def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:

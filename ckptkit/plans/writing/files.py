@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files.payloads import announce
+from ckptkit.core.files.places import name_of, parent_of
 from ckptkit.core.progress import Progress
 from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats import errors_about, open_inside
 from ckptkit.formats.safetensors import layout_safetensors, share_blocks, write_safetensors
-from ckptkit.formats.writing.atomic import (
-    AtomicFile,
-    Target,
-    prepare_target,
-)
+from ckptkit.formats.writing.output_file import OutputFile
+from ckptkit.formats.writing.outputs import output_file, writes_in_order
 from ckptkit.formats.writing.reflink import Reflink, shared_block
-from ckptkit.plans.carried import Carried, write_carried
+from ckptkit.formats.writing.targets import prepare_target
+from ckptkit.plans.carried import Carried, target_of, write_carried
 from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, find_broken_ties
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from ckptkit.plans.edit_torch import PlanEditor
     from ckptkit.plans.verify import Verification
 
-__all__ = ["has_tensors", "write_file", "write_safetensors_file", "write_small"]
+__all__ = ["has_tensors", "write_file", "write_safetensors_file"]
 
 
 def write_file(
@@ -46,22 +44,40 @@ def write_file(
 ) -> tuple[Written, list[Verification]]:
     """Write a safetensors or a torch file, and return what was written and what ``verify`` found."""
     target = prepare_target(output.path, force=output.force, before=output.before)
-    directory = os.path.dirname(output.path)
     infos = [step.out for step in plan.steps]
     verified: list[Verification] = []
+
+    def side_file(name: str, size: int, *, by_kernel: bool = True) -> OutputFile | None:
+        place = target_of(carried, name, parent_of(output.path), force=output.force)
+        return None if place is None else output_file(place, size, by_kernel=by_kernel)
+
+    def ready() -> None:
+        inputs.refuse_overflow()
+        inputs.check_unchanged()
+
     if output.format == "safetensors":
 
+        def create(size: int, block: int, *, by_kernel: bool) -> OutputFile:
+            return output_file(target, size, block, by_kernel=by_kernel)
+
         def finish(path: str) -> None:
-            inputs.refuse_overflow()
             if verify:
                 from ckptkit.plans.verify import verify_safetensors
 
                 verified.append(verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.roles))
-            inputs.check_unchanged()
-            write_carried(carried, directory, output)
+                inputs.check_unchanged()
+            write_carried(carried, side_file, output)
 
         size, shared = write_safetensors_file(
-            target, infos, plan.metadata, inputs, progress, reflink=output.reflink, finish=finish
+            create,
+            infos,
+            plan.metadata,
+            inputs,
+            progress,
+            place=target.path,
+            reflink=output.reflink,
+            ready=ready,
+            finish=finish,
         )
         return Written(output.path, output.format, len(plan.steps), size, (target.path,), shared=shared), verified
     from ckptkit.formats.torch.write import write_torch_zip
@@ -69,17 +85,20 @@ def write_file(
     def block(payloads: Iterable[Payload]) -> int:
         return shared_block(payloads, target.path, output.reflink)
 
-    layout = _torch_layout(infos, plan, inputs, editor, block)
+    layout = _torch_layout(infos, plan, inputs, editor, block, in_order=writes_in_order(target.path))
     inner = "" if editor is None else inputs.roles[plan.edited_role].envelope
-    with AtomicFile(target, layout.nbytes, layout.block, by_kernel=output.reflink != "never") as file:
-        found = _write_and_read_back(write_torch_zip(layout, file), file, infos, progress, inner)
-        inputs.refuse_overflow()
+    with output_file(target, layout.nbytes, layout.block, by_kernel=output.reflink != "never") as file:
+        for count in write_torch_zip(layout, file):
+            progress(count)
+        ready()
+        path = file.complete()
+        found = _read_back(path, file, infos, inner)
         if verify:
             from ckptkit.plans.verify import verify_torch
 
-            verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
-        inputs.check_unchanged()
-        write_carried(carried, directory, output)
+            verified.append(verify_torch(path, output.path, plan.steps, inputs.roles, inner))
+            inputs.check_unchanged()
+        write_carried(carried, side_file, output)
     written = Written(
         output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner, shared=file.shared
     )
@@ -99,54 +118,71 @@ def _separated(groups: Iterable[tuple[str, ...]], found: Mapping[str, TensorInfo
             yield tuple(storages.values())
 
 
+class Create(Protocol):
+    """A function that returns a new file of a number of bytes, as ``output_file`` does."""
+
+    def __call__(self, size: int, block: int, *, by_kernel: bool) -> OutputFile:
+        """Return the file, which is not open yet."""
+        ...
+
+
 def write_safetensors_file(
-    target: Target | str,
+    create: Create,
     infos: Sequence[TensorInfo],
     metadata: Mapping[str, str],
     inputs: PlanInputs,
     progress: Progress,
     *,
+    place: str,
     reflink: Reflink,
+    ready: Callable[[], None] = lambda: None,
     finish: Callable[[str], None] = lambda _: None,
 ) -> tuple[int, int]:
     """Write one file, and return its size and how many bytes it shares with its inputs.
 
-    ``finish`` gets the path of the complete file before it has its name.
+    ``create`` makes the file, in the directory of ``place``. ``ready`` is called after the last byte was written, and
+    ``finish`` with a path of the complete file.
     """
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
     announce(payloads.values())
-    block = shared_block(payloads.values(), target if isinstance(target, str) else target.path, reflink)
+    block = shared_block(payloads.values(), place, reflink)
     layout = share_blocks(layout, payloads, block)
-    with AtomicFile(target, layout.nbytes, block, by_kernel=reflink != "never") as file:
-        _write_and_read_back(write_safetensors(layout, payloads, file), file, infos, progress)
-        finish(file.temporary)
+    with create(layout.nbytes, block, by_kernel=reflink != "never") as file:
+        for count in write_safetensors(layout, payloads, file):
+            progress(count)
+        ready()
+        path = file.complete()
+        if path:
+            _read_back(path, file, infos)
+            finish(path)
     return layout.nbytes, file.shared
 
 
 def _torch_layout(
-    infos: Sequence[TensorInfo], plan: Plan, inputs: PlanInputs, editor: PlanEditor | None, block: BlockOf
+    infos: Sequence[TensorInfo],
+    plan: Plan,
+    inputs: PlanInputs,
+    editor: PlanEditor | None,
+    block: BlockOf,
+    *,
+    in_order: bool,
 ) -> TorchZipLayout:
     from ckptkit.formats.torch.write import assign_records, layout_torch_zip
 
     viewed = inputs.with_views(infos)
     if editor is None:
-        return layout_torch_zip(viewed, inputs.payload, inputs.span, plan.versions, block)
+        return layout_torch_zip(viewed, inputs.payload, inputs.span, plan.versions, block, in_order=in_order)
     changed = {step.out.key for step in editor.changed}
     records, stored = assign_records([info for info in viewed if info.key in changed], inputs.payload, inputs.span)
     with errors_about(inputs.roles[plan.edited_role].path):
-        return editor.layout(stored, records, block)
+        return editor.layout(stored, records, block, in_order=in_order)
 
 
-def _write_and_read_back(
-    work: Iterator[int], file: AtomicFile, infos: Sequence[TensorInfo], progress: Progress, inner: str = ""
-) -> Mapping[str, TensorInfo]:
-    """Do the work, and return the tensors of the file that it wrote."""
-    for count in work:
-        progress(count)
-    # A file that does not read back as planned never gets the name of the output.
+def _read_back(path: str, file: OutputFile, infos: Sequence[TensorInfo], inner: str = "") -> Mapping[str, TensorInfo]:
+    """Return the tensors of a written file; one that does not read back as planned does not stay."""
     try:
-        with open_inside(file.temporary, Selection(inner)) as written:
+        with open_inside(path, Selection(inner)) as written:
             as_planned, found = has_tensors(written, infos), dict(written.items())
     except CkptkitError as error:
         raise OutputError(
@@ -164,11 +200,5 @@ def has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterabl
     are_as_wanted = len(wanted) == len(written) and all(
         info is not None and info.dtype == there.dtype and info.shape == there.shape for info, there in found
     )
-    files = {os.path.basename(file) for file in written.files}
+    files = {name_of(file) for file in written.files}
     return are_as_wanted and (names is None or files <= set(names))
-
-
-def write_small(path: str, data: bytes) -> None:
-    """Write a file of few bytes."""
-    with AtomicFile(path, len(data)) as file:
-        file.write(data, 0)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.files.places import is_same_file
+from ckptkit.core.files.places import is_same_file, name_of, parent_of, split
 from ckptkit.core.text import listed, printable
 from ckptkit.errors import OutputError
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
 from ckptkit.formats.safetensors import refuse_unstorable
 from ckptkit.formats.sharded import is_output_shard_name, is_shard_name
-from ckptkit.formats.writing.atomic import (
-    real_path,
-)
+from ckptkit.formats.writing.targets import real_path
 from ckptkit.plans.output import Output
 
 __all__ = ["is_own_name", "refuse_replacing_inputs", "refuse_unwritable_tensors"]
@@ -39,12 +36,12 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
 
     ``edited`` is the role of the input that the output is an edited copy of, or the empty string.
     """
-    parent, name = os.path.split(real_path(output.path))
+    parent, name = split(real_path(output.path))
     for role, checkpoint in roles.items():
         same = any(is_same_file(file, output.path) for file in checkpoint.files)
-        parents = {os.path.dirname(file) or "." for file in checkpoint.files}
+        parents = {parent_of(file) or "." for file in checkpoint.files}
         inside = output.is_directory and any(
-            is_own_name(output, os.path.basename(file)) and is_same_file(os.path.dirname(file) or ".", output.path)
+            is_own_name(output, name_of(file)) and is_same_file(parent_of(file) or ".", output.path)
             for file in checkpoint.files
         )
         if not same and not inside:

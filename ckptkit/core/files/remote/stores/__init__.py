@@ -110,9 +110,10 @@ def _new_filesystem(url: str, *, writing: bool) -> Any:
     try:
         import fsspec
         from fsspec.core import url_to_fs
+        from fsspec.registry import registry
     except ImportError as error:
         raise missing_library(url, error) from None
-    known = fsspec.available_protocols()
+    known = {*fsspec.available_protocols(), *registry}
     if scheme not in known:
         near = nearest(scheme, known)
         raise PathError(

@@ -1,0 +1,1 @@
+"""Outputs in stores, which are named by URLs and written through fsspec."""

@@ -1,0 +1,216 @@
+"""How one file is sent to a store: in parts that are kept back until all are there, as each filesystem can."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Protocol
+
+__all__ = ["Transfer", "is_temporary", "transfer_to"]
+
+_PART = 8 << 20  # bytes of a part where parts are sent at the same time
+_PART_IN_ORDER = 16 << 20  # where each part waits for the one before
+_MOST_PARTS = 10_000  # that S3 takes; other stores take more
+_IN_FLIGHT = 64 << 20  # bytes of the parts that are sent at the same time
+_MIB = 1 << 20
+_SMALL = 1 << 18  # bytes of a file that is sent with one request when it gets its name
+
+
+class Transfer(Protocol):
+    """A file on its way to a store. Its methods are called by other threads than the main thread."""
+
+    part: int  # bytes of each part but the last
+    at_once: int  # parts that may be sent at the same time, in any order
+    is_held: bool  # whether the file can wait unseen for ``commit`` after the last part, without memory
+
+    def begin(self) -> None:
+        """Start; raise an error where the store does not let the file be written."""
+        ...
+
+    def send(self, number: int, part: bytes) -> None:
+        """Send a part; the first has number 0."""
+        ...
+
+    def close(self) -> None:
+        """All parts were sent; the file is not visible yet."""
+        ...
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        ...
+
+    def abort(self) -> None:
+        """Remove what was sent; the file was never visible."""
+        ...
+
+
+def transfer_to(filesystem: Any, path: str, size: int) -> Transfer:
+    """Return the transfer of ``size`` bytes to a path of an fsspec filesystem; nothing is asked yet."""
+    if hasattr(filesystem, "call_s3"):
+        return _S3(filesystem, path, size)
+    if filesystem.protocol == "memory":
+        return _Memory(filesystem, path)
+    return _Opened(filesystem, path, size)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file of a store is one that this process has not given its name yet."""
+    return _mark() in name
+
+
+def _mark() -> str:
+    return f".ckptkit-{os.getpid()}-"
+
+
+def _part_size(size: int, least: int) -> int:
+    """Return the bytes of a part, so that there are not more parts than a store takes."""
+    needed = -(-size // _MOST_PARTS)
+    return max(least, -(-needed // _MIB) * _MIB)
+
+
+class _Memory:
+    """A file of ``memory://``, which would be visible when it is opened. Its bytes are in this process anyway."""
+
+    at_once = 1
+    is_held = True
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self.part = _PART
+        self._filesystem, self._path = filesystem, path
+        self._data = bytearray()
+
+    def begin(self) -> None:
+        pass
+
+    def send(self, number: int, part: bytes) -> None:  # noqa: ARG002 - parts come in order
+        self._data += part
+
+    def close(self) -> None:
+        pass
+
+    def commit(self) -> None:
+        self._filesystem.pipe_file(self._path, bytes(self._data))
+        self._data = bytearray()
+
+    def abort(self) -> None:
+        self._data = bytearray()
+
+
+class _S3:
+    """A file of S3: a multipart upload, or one request where it is small.
+
+    The file object of s3fs would send one part after the other, so the calls of S3 are made here, through s3fs.
+    """
+
+    is_held = True
+
+    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+        self.part = _part_size(size, _PART)
+        self.at_once = max(1, min(8, _IN_FLIGHT // self.part))
+        self._filesystem = filesystem
+        bucket, key, _ = filesystem.split_path(path)
+        self._object = {"Bucket": bucket, "Key": key}
+        self._is_small = size <= _SMALL
+        self._small = b""
+        self._upload: str | None = None
+        self._parts: dict[int, dict[str, object]] = {}
+        self._path = path
+
+    def begin(self) -> None:
+        if not self._is_small:
+            self._upload = self._filesystem.call_s3("create_multipart_upload", **self._object)["UploadId"]
+
+    def send(self, number: int, part: bytes) -> None:
+        if self._is_small:
+            self._small = part
+            return
+        call = {**self._object, "UploadId": self._upload, "PartNumber": number + 1}
+        answer = self._filesystem.call_s3("upload_part", **call, Body=part)
+        sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
+        self._parts[number] = {"PartNumber": number + 1, "ETag": answer["ETag"], **sums}
+
+    def close(self) -> None:
+        pass
+
+    def commit(self) -> None:
+        if self._is_small:
+            self._filesystem.call_s3("put_object", **self._object, Body=self._small)
+        else:
+            parts = {"Parts": [self._parts[number] for number in sorted(self._parts)]}
+            call = {**self._object, "UploadId": self._upload, "MultipartUpload": parts}
+            self._filesystem.call_s3("complete_multipart_upload", **call)
+        self._upload = None
+
+    def abort(self) -> None:
+        if self._upload is not None:
+            self._filesystem.call_s3("abort_multipart_upload", **self._object, UploadId=self._upload)
+            self._upload = None
+
+
+class _Opened:
+    """A file that the filesystem itself opens: it keeps the file back until ``commit``, or at least until it is closed.
+
+    A filesystem that does neither gets the file under a temporary name.
+    """
+
+    at_once = 1
+
+    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+        self.part = _part_size(size, _PART_IN_ORDER)
+        self.is_held = True
+        self._filesystem, self._path = filesystem, path
+        self._file: Any = None
+        self._temporary = ""
+        self._commits = False  # whether the file has a commit of its own
+
+    def begin(self) -> None:
+        from fsspec.spec import AbstractBufferedFile
+
+        # Some filesystems show and empty a file when it is opened, so the first one opened has a temporary name.
+        self._temporary = f"{self._path}{_mark()}{os.urandom(4).hex()}.tmp"
+        file = self._file = self._open(self._temporary)
+        commit = getattr(type(file), "commit", None) or getattr(file, "commit", None)
+        self._commits = commit is not None and commit is not AbstractBufferedFile.commit
+        self.is_held = self._commits or not isinstance(file, AbstractBufferedFile)
+        if self._commits or not self.is_held:
+            self.abort()
+            self._temporary = ""
+            self._file = self._open(self._path)
+
+    def _open(self, path: str) -> Any:
+        file = self._filesystem.open(path, "wb", block_size=self.part, autocommit=False)
+        with contextlib.suppress(AttributeError, ValueError):
+            self._filesystem.transaction.files.remove(file)  # which would keep it, and its memory, forever
+        return file
+
+    def send(self, number: int, part: bytes) -> None:  # noqa: ARG002 - parts come in order
+        self._file.write(part)
+
+    def close(self) -> None:
+        if self.is_held:
+            self._file.close()
+
+    def commit(self) -> None:
+        if not self.is_held:
+            self._file.close()
+        elif self._commits:
+            self._file.commit()
+        else:
+            self._filesystem.mv(self._temporary, self._path)
+
+    def abort(self) -> None:
+        file = self._file
+        if file is None:
+            return
+        if self._commits:
+            file.discard()
+        elif self.is_held:
+            file.close()
+            self._filesystem.rm_file(self._temporary)
+        spooled = getattr(file, "temp_file", None)  # of huggingface_hub
+        if spooled is not None:
+            spooled.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(spooled.name)
+        with contextlib.suppress(AttributeError):
+            file.closed = True  # otherwise it would be sent when it is collected
