@@ -15,7 +15,7 @@ from itertools import pairwise
 from ckptkit.core.checkpoint import MOST_TENSORS, Record
 from ckptkit.core.files.payloads import Extent, Inflated
 from ckptkit.core.files.source import ByteSource
-from ckptkit.core.files.starts import Starts
+from ckptkit.core.files.starts import LateStarts
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
@@ -64,7 +64,7 @@ class ZipDirectory:
 
     file: ByteSource
     entries: dict[str, ZipEntry]
-    starts: Starts  # in the order of the file
+    starts: Mapping[str, int]  # in the order of the file
     ends: Callable[[str], int]  # where the next entry begins, or the directory
 
     def roots(self, name: str) -> list[str]:
@@ -280,41 +280,46 @@ def _check_entry(entry: ZipEntry, flags: int, attributes: int) -> None:
 def _in_order(file: ByteSource, entries: dict[str, ZipEntry], limit: int) -> ZipDirectory:
     """Return the directory with the entries in the order of the file, of which none overlaps the next."""
     order = sorted(entries.values(), key=lambda entry: entry.header)
-    following = {entry.name: after for entry, after in pairwise(order)}
-
-    def end_of(name: str) -> int:
-        after = following.get(name)
-        return limit if after is None else after.header
-
-    def front_of(name: str) -> tuple[int, int]:
-        entry = entries[name]
-        count = _LOCAL.size + len(name.encode())
-        if entry.header + count > limit:
-            raise FormatError(f"zip entry {quoted(name)} is beyond the end of the archive")
-        return entry.header, count
-
-    def start_of(name: str, data: bytes) -> int:
-        entry, after = entries[name], following.get(name)
-        start = _start(entry, data)
-        if start + entry.packed > limit:
-            raise FormatError(f"zip entry {quoted(name)} ends beyond the archive")
-        if after is not None and start + entry.packed > after.header:
-            raise FormatError(f"zip entry {quoted(after.name)} overlaps the one before it")
-        return start
-
-    for entry, after in pairwise(order) if file.is_remote else ():
+    following = [*order[1:], None]
+    if not file.is_remote:
+        found = {}
+        for entry, after in zip(order, following, strict=True):
+            raw = entry.name.encode()
+            data = file.read(*_front(entry, raw, limit))
+            found[entry.name] = _start(entry, raw, data, after, limit)
+        return ZipDirectory(file, entries, found, lambda _: limit)
+    after_each = {entry.name: after for entry, after in zip(order, following, strict=True)}
+    for entry, after in pairwise(order):
         if entry.header + _LOCAL.size + len(entry.name.encode()) + entry.packed > after.header:
-            raise FormatError(f"zip entry {quoted(after.name)} overlaps the one before it")
-    names = {entry.name: None for entry in order}
-    return ZipDirectory(file, entries, Starts(file, names, front_of, start_of), end_of)
+            raise _overlap(after)
+    starts = LateStarts(
+        file,
+        after_each,
+        lambda name: _front(entries[name], name.encode(), limit),
+        lambda name, data: _start(entries[name], name.encode(), data, after_each[name], limit),
+    )
+    return ZipDirectory(
+        file, entries, starts, lambda name: limit if (after := after_each[name]) is None else after.header
+    )
 
 
-def _start(entry: ZipEntry, data: bytes) -> int:
+def _front(entry: ZipEntry, raw: bytes, limit: int) -> tuple[int, int]:
+    """Return the offset and the number of bytes of the local header of an entry."""
+    count = _LOCAL.size + len(raw)
+    if entry.header + count > limit:
+        raise FormatError(f"zip entry {quoted(entry.name)} is beyond the end of the archive")
+    return entry.header, count
+
+
+def _overlap(entry: ZipEntry) -> FormatError:
+    return FormatError(f"zip entry {quoted(entry.name)} overlaps the one before it")
+
+
+def _start(entry: ZipEntry, raw: bytes, data: bytes, after: ZipEntry | None, limit: int) -> int:
     """Return the offset of the content of an entry; ``data`` is the local header, which must agree with the directory.
 
     Raises ``FormatError``.
     """
-    raw = entry.name.encode()
     magic, _, flags, method, _, _, *stated, name_len, extra_len = _LOCAL.unpack_from(data)
     if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
         raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
@@ -324,4 +329,9 @@ def _start(entry: ZipEntry, data: bytes) -> int:
     empty = flags & _DESCRIPTOR or not any(stated) or 0xFFFFFFFF in stated[1:]
     if not empty and stated != [entry.crc, entry.packed, entry.size]:
         raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its size")
-    return entry.header + _LOCAL.size + int(name_len) + int(extra_len)
+    start: int = entry.header + _LOCAL.size + name_len + extra_len
+    if start + entry.packed > limit:
+        raise FormatError(f"zip entry {quoted(entry.name)} ends beyond the archive")
+    if after is not None and start + entry.packed > after.header:
+        raise _overlap(after)
+    return start

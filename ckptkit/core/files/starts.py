@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ckptkit.core.files.source import ByteSource
 
-__all__ = ["Starts"]
+__all__ = ["LateStarts"]
 
 _FEW = 4
 
 
-class Starts(Mapping[str, int]):
-    """The offset of stored bytes by name. The bytes in front of them, which say it, are checked when they are read.
+class LateStarts(Mapping[str, int]):
+    """The offset of stored bytes by name, for a file of a store. The bytes in front of them, which say it, are checked.
 
-    Those of a file of this machine are read at once. Those of a store are read when an offset is asked for, since each
-    is a request; after the first few, all others are asked for together.
+    They are read when an offset is asked for, since each is a request. After the first few, all others are asked for
+    together.
     """
 
     def __init__(
@@ -35,9 +35,6 @@ class Starts(Mapping[str, int]):
         self._fronts = fronts
         self._check = check
         self._found: dict[str, int] = {}
-        if not file.is_remote:
-            for name in names:
-                self._found[name] = check(name, file.read(*fronts(name)))
 
     def __getitem__(self, name: str) -> int:
         """Return the offset of the bytes of a name. Raises what ``check`` raises."""

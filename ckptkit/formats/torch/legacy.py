@@ -9,7 +9,7 @@ from ckptkit.core.checkpoint import Checkpoint, Record
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, Region
 from ckptkit.core.files.source import ByteSource
-from ckptkit.core.files.starts import Starts
+from ckptkit.core.files.starts import LateStarts
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.machine import TruncatedPickleError, parse_pickle
@@ -125,7 +125,7 @@ def read_pickle(
             return value, start + end
 
 
-def _storage_starts(file: ByteSource, objects: TorchObjects, keys: object, pos: int) -> Starts:
+def _storage_starts(file: ByteSource, objects: TorchObjects, keys: object, pos: int) -> Mapping[str, int]:
     """Return where each storage begins, behind its number of elements. Raises ``FormatError``."""
     if not isinstance(keys, list) or not all(
         isinstance(key, str) or (type(key) is int and 0 <= key < 2**64) for key in keys
@@ -157,7 +157,9 @@ def _storage_starts(file: ByteSource, objects: TorchObjects, keys: object, pos: 
             )
         return start
 
-    starts = Starts(file, fronts, front_of, start_of)
+    starts: Mapping[str, int] = LateStarts(file, fronts, front_of, start_of)
+    if not file.is_remote:
+        starts = {key: start_of(key, file.read(*front_of(key))) for key in fronts}
     missing = [key for key in objects.storages if key not in starts]
     if missing:
         raise FormatError(f"storage {quoted(missing[0])} is not in the file")
