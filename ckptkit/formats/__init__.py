@@ -270,6 +270,8 @@ def _open_path(name: str, selection: Selection, *, listing_parts: bool = False) 
     folder, file_name = folder_at(name), name_of(name)
     if is_url(name) and not _SUFFIX.search(file_name):
         folder.will_open(_LIKELY)
+    elif is_url(name):
+        folder_at(parent_of(name)).will_list([""])  # configurations beside the file are looked for later
     if kind_at(name) == "folder":
         from ckptkit.formats.directories.opening import open_directory
 

@@ -20,6 +20,7 @@ from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
 from ckptkit.formats.shard_names import NumberedShards, group_shards, index_kind, is_index
+from ckptkit.quantized.configuration import CONFIGURATION_FILES
 
 __all__ = [
     "Shard",
@@ -70,7 +71,7 @@ def open_sharded(
             path=folder.path,
         )
     pool = FilePool(folder)
-    folder.will_open(list(shards))
+    folder.will_open([*shards, *CONFIGURATION_FILES])
     try:
         opened = {name: _open_shard(pool, name, keys, open_shard) for name, keys in shards.items()}
         checkpoint = _join(pool, weight_map, opened, [index_path])

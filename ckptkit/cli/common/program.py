@@ -209,7 +209,10 @@ def _discard_stdout(code: int) -> int:
 def _report_bug() -> int:
     import traceback
 
-    for line in traceback.format_exc().split("\n")[:-1]:  # line by line, because a traceback may quote names
+    text = traceback.format_exc()
+    urls = sys.modules.get("ckptkit.core.files.remote.urls")  # libraries put whole URLs into their messages
+    text = urls.without_secrets(text) if urls is not None else text
+    for line in text.split("\n")[:-1]:  # line by line, because a traceback may quote names
         _print_error_line(line)
     _print_error_line("ckpt: this is a bug in ckptkit; please report it with the lines above")
     return 70

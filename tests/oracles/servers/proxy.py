@@ -39,7 +39,7 @@ class Fault:
     bytes_a_second: int = 0
     silent: float = 0  # seconds before the answer begins
     ignores_range: bool = False  # the whole object is the answer
-    shifts_range: int = 0  # the answer says that its bytes begin so much later
+    shifts_range: int = 0  # the answer has bytes that begin so much later, and says so
     loses_answer: bool = False  # the server does what was asked, and the connection is reset then
     happened: int = 0
 
@@ -108,14 +108,14 @@ class Proxy:
             return [seen for seen in self.seen if path in seen.path and method in ("", seen.method)]
 
     def rounds(self, path: str = "") -> int:
-        """Return the length of the longest chain of requests, each of which began after the one before had ended.
+        """Return how often requests were under way where none was before.
 
-        With a ``latency``, requests that are sent together are in one round, on a busy machine too.
+        With a ``latency``, requests that do not wait for each other are in one round, on a busy machine too.
         """
-        number, free_at = 0, 0.0
-        for seen in sorted(self.requests(path), key=lambda seen: seen.ended):
-            if seen.started >= free_at:
-                number, free_at = number + 1, seen.ended
+        number, last = 0, float("-inf")
+        for seen in sorted(self.requests(path), key=lambda seen: seen.started):
+            number += seen.started >= last
+            last = max(last, seen.ended)
         return number
 
     @property
@@ -136,6 +136,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     owner: Proxy
+
+    def setup(self) -> None:
+        """Let the system keep little of what is sent, so that the count is near to what the client took."""
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
+        super().setup()
 
     def do_GET(self) -> None:
         owner = self.owner
@@ -206,6 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.shifts_range and "Content-Range" in by_name:
             first, last, rest = re.findall(r"bytes (\d+)-(\d+)(.*)", by_name["Content-Range"])[0]
             by_name["Content-Range"] = f"bytes {int(first) + fault.shifts_range}-{int(last) + fault.shifts_range}{rest}"
+            whole = b"".join(pieces)
+            pieces = (whole[fault.shifts_range :] + bytes(min(fault.shifts_range, len(whole))),)
         self.send_response_only(status)
         for name, value in by_name.items():
             self.send_header(name, value)

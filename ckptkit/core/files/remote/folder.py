@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
 from ckptkit.core.files.remote.file import RemoteFile
-from ckptkit.core.files.remote.kept import begin_list, begin_open
+from ckptkit.core.files.remote.kept import begin_list, begin_open, is_known_missing
 from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
 from ckptkit.core.files.remote.urls import join_url
@@ -70,8 +70,8 @@ class RemoteFolder:
         return RemoteFolder(join_url(self._url, name))
 
     def will_open(self, names: Sequence[str]) -> None:
-        """Ask for the sizes and first bytes of all these files, and do not wait."""
-        unique = dict.fromkeys(names)
+        """Ask for the sizes and first bytes of these files, but for those that a listing lacks; do not wait."""
+        unique = [name for name in dict.fromkeys(names) if not is_known_missing(join_url(self._url, name))]
         for name in unique:
             self._hint(begin_open, join_url(self._url, name), of=len(unique))
 

@@ -15,7 +15,7 @@ from ckptkit.core.files.remote.running import finish, on_fork, start
 from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState, Store
 from ckptkit.core.files.remote.stores import store_of
 
-__all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "known_state", "open_now"]
+__all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "is_known_missing", "known_state", "open_now"]
 
 T = TypeVar("T")
 _SECONDS = 60.0
@@ -131,11 +131,23 @@ def begin_list(url: str) -> Future[Listing]:
 
 def known_state(url: str) -> ObjectState | None:
     """Return what a listing that is kept says of a file."""
+    listing, name = _listing_above(url)
+    return None if listing is None else listing.files.get(name)
+
+
+def is_known_missing(url: str) -> bool:
+    """Return whether a listing that is kept has no such file."""
+    listing, name = _listing_above(url)
+    return listing is not None and listing.is_listed and name not in listing.files
+
+
+def _listing_above(url: str) -> tuple[Listing | None, str]:
+    """Return the listing that has come of the folder around a URL, and the name in it."""
     folder, _, name = url.rpartition("/")
     listing = _folders.get(folder)
     if listing is None or not listing.done() or listing.cancelled() or listing.exception() is not None:
-        return None
-    return listing.result().files.get(name)
+        return None, name
+    return listing.result(), name
 
 
 def found_below(url: str) -> bool:
