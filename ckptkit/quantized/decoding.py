@@ -125,12 +125,22 @@ class Decoding:
                 decoder.prepare({
                     role: memoryview(self._read(key)) for role, key in keys.items() if role not in decoder.streamed
                 })  # fmt: skip
+                if decoder.has_scales_in_codes:
+                    self._try_all(weight, decoder)
         except UnknownFormError:
             return None
         except BrokenPartError as error:
             reason = broken_part(weight.key, parts, error).reason
             return Broken(keys.get(error.role, weight.coded), reason, error.is_not_finite)
         return None
+
+    def _try_all(self, weight: QuantizedWeight, decoder: Decoder) -> None:
+        from ckptkit.values.dequantize.payload import DequantizedPayload
+        from ckptkit.values.workers import Workers
+
+        sources = {role: self._stored.payload(key) for role, key in weight.roles}
+        with Workers() as workers:
+            DequantizedPayload(decoder, sources, TensorInfo(weight.key, "F32", decoder.shape), None, workers).try_all()
 
     def _make(self, weight: QuantizedWeight, parts: Mapping[str, TensorInfo]) -> tuple[Mapping[str, Setting], Decoder]:
         """Return the settings and the decoder; raise ``BrokenPartError`` or ``UnknownFormError``."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import BLOCK_TYPES
 from ckptkit.values.dequantize import gguf_blocks, gguf_iq, gguf_k
-from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings
+from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, UnknownFormError
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class InBlocks(Decoder):
     The rows of its ``grid`` are the blocks, so that a tensor of one long row is decoded in pieces, too.
     """
 
+    has_scales_in_codes: ClassVar[bool] = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor, in the order of torch."""
@@ -89,16 +91,15 @@ class InBlocks(Decoder):
         dtype = self.parts["codes"].dtype
         blocks = np.frombuffer(streamed["codes"], np.uint8).reshape(last - first, BLOCK_TYPES[dtype].nbytes)
         step = _PIECE // BLOCK_TYPES[dtype].elements
-        with np.errstate(over="ignore"):
-            for start in range(0, last - first, step):
-                BLOCK_DECODERS[dtype](blocks[start : start + step], out[start : start + step])
+        for start in range(0, last - first, step):
+            BLOCK_DECODERS[dtype](blocks[start : start + step], out[start : start + step])
 
 
 def in_blocks(parts: Mapping[str, TensorInfo], settings: Settings) -> InBlocks:  # noqa: ARG001 - blocks have all
     """Return the decoder of a tensor in blocks."""
     codes = parts["codes"]
     if codes.dtype not in BLOCK_DECODERS:
-        raise BrokenPartError("codes", f"is stored as {codes.dtype}, which is not decoded")
+        raise UnknownFormError("of intermediate results")
     block = BLOCK_TYPES[codes.dtype]
     if not codes.shape or codes.shape[-1] % block.elements:
         raise BrokenPartError("codes", f"has rows that do not divide into blocks of {block.elements}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.core.text import plural
 from ckptkit.values.dequantize.model import BrokenPartError
 
 if TYPE_CHECKING:
@@ -45,9 +44,8 @@ def finite(scales: Values) -> Values:
     """Return the scales; raise ``BrokenPartError`` where one is NaN or infinite."""
     import numpy as np
 
-    bad = scales.size - int(np.count_nonzero(np.isfinite(scales)))
-    if bad:
-        raise BrokenPartError("codes", f"has {plural(bad, 'block')} with a scale that is NaN or infinite")
+    if not np.isfinite(scales).all():
+        raise BrokenPartError("codes", "has blocks with a scale that is NaN or infinite", is_not_finite=True)
     return scales
 
 

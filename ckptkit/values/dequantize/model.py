@@ -64,6 +64,7 @@ class Decoder(ABC):
     A subclass is a frozen dataclass. The function that makes it checks the dtypes and shapes of its parts, and raises
     ``BrokenPartError``; so a wrong shape is found from the headers. The parts in ``streamed`` are read by rows, and all
     others are read whole, once. ``multiple`` is the number of rows at whose multiples a block can begin.
+    ``has_scales_in_codes`` is true if only ``decode`` finds scales that are NaN or infinite.
 
     The arithmetic is that of float32, and each number depends on its own codes and companions only. So results do not
     depend on the blocks. The caller rounds them to another dtype, once.
@@ -71,6 +72,7 @@ class Decoder(ABC):
 
     parts: Mapping[str, TensorInfo]
     streamed: ClassVar[tuple[str, ...]] = ("codes",)
+    has_scales_in_codes: ClassVar[bool] = False
 
     @property
     @abstractmethod

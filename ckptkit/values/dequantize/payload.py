@@ -6,7 +6,7 @@ import threading
 import zlib
 from collections.abc import Generator, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint.info import TensorInfo
@@ -19,6 +19,10 @@ from ckptkit.values.casting import cast_bytes
 from ckptkit.values.dequantize.model import BrokenPartError, Decoder
 from ckptkit.values.losses import Losses, count_losses
 from ckptkit.values.workers import PIECE, Workers
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["DequantizedPayload", "broken_part"]
 
@@ -105,6 +109,16 @@ class DequantizedPayload:
         """Return some of the bytes, for which only their rows are decoded."""
         return _Slice(self, start, nbytes)
 
+    def try_all(self) -> None:
+        """Decode all rows, and forget them. Raises ``BrokenPartError`` instead of the error that names the weight."""
+        streamed, held = self._prepared()
+
+        def work(block: tuple[int, int]) -> None:
+            self._numbers(*block, streamed, held, self.workers)
+
+        for _ in self.workers.each(work, self._blocks()):
+            pass
+
     def find_losses(self) -> None:
         """Compute all bytes only for their losses."""
         for _ in self.write_to(_Nowhere(), 0):
@@ -136,18 +150,11 @@ class DequantizedPayload:
         """Return the bytes of some rows in a buffer of this thread, and the losses of their rounding."""
         import numpy as np
 
-        decoder = self.decoder
         streamed, held = self._prepared()
-        numbers = workers.buffer("decoded", np.float32, (last - first) * decoder.grid[1])
-        data: dict[str, memoryview] = {}
-        for role in decoder.streamed if streamed else ():
-            if role in streamed:
-                data[role] = workers.read(role, streamed[role], *decoder.range_of(role, first, last))
         try:
-            with np.errstate(all="ignore"):
-                decoder.decode(first, last, data, held, numbers.reshape(last - first, decoder.grid[1]), workers)
+            numbers = self._numbers(first, last, streamed, held, workers)
         except BrokenPartError as error:
-            raise broken_part(self.out.key, decoder.parts, error) from None
+            raise broken_part(self.out.key, self.decoder.parts, error) from None
         found: memoryview = numbers.view(np.uint8).data
         if self.out.dtype == _WORKING:
             return found, Losses()
@@ -156,6 +163,22 @@ class DequantizedPayload:
         if self.losses is not None:
             losses = count_losses(found, made, _WORKING, self.out.dtype, workers)
         return made, losses
+
+    def _numbers(
+        self, first: int, last: int, streamed: Mapping[str, Payload], held: Any, workers: Workers
+    ) -> npt.NDArray[np.float32]:
+        """Return the numbers of some rows in a buffer of this thread. Raises ``BrokenPartError``."""
+        import numpy as np
+
+        decoder = self.decoder
+        numbers: npt.NDArray[np.float32] = workers.buffer("decoded", np.float32, (last - first) * decoder.grid[1])
+        data: dict[str, memoryview] = {}
+        for role in decoder.streamed if streamed else ():
+            if role in streamed:
+                data[role] = workers.read(role, streamed[role], *decoder.range_of(role, first, last))
+        with np.errstate(all="ignore"):
+            decoder.decode(first, last, data, held, numbers.reshape(last - first, decoder.grid[1]), workers)
+        return numbers
 
     def _prepared(self) -> tuple[Mapping[str, Payload], Any]:
         """Return the parts that are read by rows, and what the decoder keeps of the others."""
