@@ -182,7 +182,9 @@ def _status_of(error: BaseException) -> tuple[int, str, str] | None:
         headers = metadata.get("HTTPHeaders", {})
     else:  # of aiohttp, requests, httpx and azure
         status = getattr(response, "status_code", None) or getattr(error, "status", None)
-        status = status or getattr(error, "status_code", None) or getattr(error, "code", None)
+        status = status or getattr(error, "status_code", None)
+        if type(error).__name__ == "HttpError":  # of gcsfs
+            status = getattr(error, "code", None)
         code, headers = "", getattr(response, "headers", None) or getattr(error, "headers", None) or {}
     if not isinstance(status, int) or status < 300:
         return None

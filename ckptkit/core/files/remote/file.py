@@ -74,12 +74,13 @@ class RemoteFile:
         while position < end:
             with held.lock:
                 self._refuse_closed()
-                block = self._blocks.at(position) or self._begin_block(position, self._needed_until(position, end))
+                block = self._blocks.at(position) or self._begin_block(position, self._until(position, end))
                 held.use(block)  # before anything else is held, for which this block could be dropped
                 if after is None:  # reading the first bytes, which came unasked, does not show what is read next
                     is_first = block.future is None and end <= block.end
                     after = [] if is_first else self._ahead.after(offset, end)
-                self._fetch(block.end, min(end, position + AHEAD))
+                if end > block.end:
+                    self._fetch(block.end, min(self._until(block.end, end), position + AHEAD))
                 if end <= position + AHEAD:
                     for begin, ahead in after:
                         self._fetch(begin, ahead)
@@ -105,14 +106,15 @@ class RemoteFile:
                     held.drop(block)
         return count
 
-    def _needed_until(self, position: int, end: int) -> int:
-        """Return where the request ends that a reader waits for: it is not very small, unless that was announced."""
+    def _until(self, position: int, end: int) -> int:
+        """Return where a request for this range ends: it is not very small, unless that was announced."""
         if end - position < NEAR and not self._ahead.is_announced(position):
-            end = min(position + NEAR, self.size)
-        return self._blocks.gap(position, min(end, position + PART))
+            return min(position + NEAR, self.size)
+        return end
 
     def _begin_block(self, position: int, end: int) -> Block:
-        """Begin to fetch a range that no block holds. The lock is held."""
+        """Begin to fetch what no block holds from ``position`` on, at most a part. The lock is held."""
+        end = self._blocks.gap(position, min(end, position + PART))
         held.has_room(end - position)
         block = Block(position, bytearray(end - position))
         held.add(block, self._blocks)

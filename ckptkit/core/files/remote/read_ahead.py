@@ -13,6 +13,7 @@ __all__ = ["AHEAD", "NEAR", "PART", "ReadAhead"]
 PART: Final = 8 << 20  # bytes of one request
 AHEAD: Final = 32 << 20  # bytes that are fetched ahead of a reader
 NEAR: Final = 64 << 10  # ranges are fetched together if fewer bytes are between them
+_LEAST_WINDOW = 256 << 10
 _MOST_STREAMS = 16  # readers of one file at once
 _MOST_PARTS = 32  # requests for announced ranges at once
 
@@ -96,7 +97,7 @@ class ReadAhead:
             return []
         stream.taken += end - start
         stream.position = max(stream.position, end)
-        window = min(AHEAD, stream.taken)
+        window = min(AHEAD, max(stream.taken, _LEAST_WINDOW))
         ahead = max(stream.frontier, end)
         if ahead - end < window // 2:  # large requests from time to time, not a small one for each read
             ahead = min(end + window, self.size)

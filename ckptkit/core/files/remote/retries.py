@@ -33,9 +33,11 @@ class Retries:
     tries: int = 0
     in_all: int = 0
 
-    def progressed(self) -> None:
-        """Count from zero again, since bytes came."""
+    def progressed(self) -> bool:
+        """Count from zero again, since bytes came; False after the last try."""
         self.tries = 0
+        self.in_all += 1
+        return self.in_all < _MOST_IN_ALL
 
     async def wait(self, after: float | None) -> bool:
         """Wait before the next try, as long as the server asks or twice as long as before; False after the last try."""

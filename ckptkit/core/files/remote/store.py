@@ -17,6 +17,7 @@ __all__ = ["HEAD", "MOST_REQUESTS", "Listing", "ObjectState", "Store", "state_of
 T = TypeVar("T")
 HEAD = 64 << 10  # bytes that are asked for together with the size
 MOST_REQUESTS = 32  # at once, of one store
+_LATER = "run the command again later"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,15 @@ class Store:
         done = 0
         retries = Retries()
         while done < len(buffer):
-            before = done
 
             async def once(done: int = done) -> int:
                 return await self._fetch_once(url, start + done, buffer[done:], state)
 
             done += await self.tried(once, url, retries)
-            if done > before:
-                retries.progressed()
+            if done < len(buffer):  # the rest is asked for, not what came
+                if not retries.progressed():
+                    raise PathError("the connection was cut again and again", hint=_LATER, path=url)
+                self.meter.add(retries=1)
 
     async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:
         """Fill the buffer, or a part of it where the connection is cut; return how many bytes."""
@@ -121,9 +123,8 @@ class Store:
                 raise
             except Exception as error:  # noqa: BLE001 - libraries raise what they like
                 failure = explain(error, url)
-                # PEP 479 and the like aside, nothing of the foreign error is kept: it may hold a URL with credentials.
                 if not isinstance(failure, TransientError):
-                    raise failure from None
+                    raise failure from None  # the foreign error may hold a URL with credentials
                 is_last = self.retries_itself or (failure.is_unreachable and not self._has_answered)
                 if is_last or not await retries.wait(failure.after):
                     raise PathError(failure.reason, hint=_way_out(failure), path=url) from None
@@ -136,4 +137,4 @@ class Store:
 def _way_out(failure: TransientError) -> str | None:
     if failure.after is not None:
         return f"the server asks to wait {failure.after:.0f} seconds"
-    return "check the name of the server and the network" if failure.is_unreachable else "run the command again later"
+    return "check the name of the server and the network" if failure.is_unreachable else _LATER

@@ -35,7 +35,7 @@ _ANY_URL = lazy_pattern(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 _logins: dict[str, str] = {}  # what stood before @, by the URL of a file, a folder or a server
 _queries: dict[str, str] = {}  # the whole query of a file, by the URL that is shown
-_hidden_queries: dict[str, str] = {}  # what was taken out of the query of a file, by the URL of the folder of the file
+_signatures: dict[str, str] = {}  # what signs the query of a file, by the URL of its folder
 _secrets: set[str] = set()
 
 
@@ -77,28 +77,28 @@ def _clean_query(path: str, query: str) -> str:
     """Return the part of a query that is shown, with its question mark; the rest is remembered."""
     pairs = [(*item.partition("=")[::2], item) for item in query.split("&")]
     is_signed = any(_SIGNED.fullmatch(name) for name, _, _ in pairs)
-    shown, hidden = [], []
+    shown, signing = [], []
     is_masked = False
     for name, value, item in pairs:
         if _SIGNING.fullmatch(name) or (is_signed and _BESIDE_SIGNATURE.fullmatch(name)):
-            hidden.append(item)
+            signing.append(item)
+            _secrets.add(value)
         elif _LOOKS_RANDOM.fullmatch(value) and not _NAMES_OBJECT.fullmatch(name):
-            hidden.append(item)
             shown.append(f"{name}={_HIDDEN}")
+            _secrets.add(value)
             is_masked = True
         else:
             shown.append(item)
-        if item in hidden and value:
-            _secrets.add(value)
     text = f"?{'&'.join(shown)}" if shown else ""
-    if not hidden:
+    if not signing and not is_masked:
         return text
     number = 1
     while is_masked and _queries.get(path + text, query) != query:  # another object, of which the same would be shown
         number += 1
         text = f"?{'&'.join(shown)}".replace(_HIDDEN, f"{_HIDDEN}{number}")
     _remember(_queries, path + text, query)
-    _remember(_hidden_queries, _folder_of(path), "&".join(hidden))
+    if signing:
+        _remember(_signatures, _folder_of(path), "&".join(signing))
     return text
 
 
@@ -121,7 +121,7 @@ def _request_part(part: str) -> str:
     login = _find(_logins, path)
     if part in _queries:
         query = _queries[part]
-    elif hidden := _find(_hidden_queries, path):
+    elif hidden := _find(_signatures, path):
         query = f"{query}&{hidden}" if query else hidden
     if login:
         scheme, _, rest = path.partition("://")

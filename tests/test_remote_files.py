@@ -1,0 +1,359 @@
+"""Files and folders of stores: the bytes are those of the object, by few requests, and what goes wrong is one line."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ckptkit import ChangedError, PathError
+from ckptkit.core.files import places
+from ckptkit.core.files.remote import retries
+from ckptkit.core.files.remote.blocks import MOST_HELD, held
+from ckptkit.core.files.remote.failures import explain
+from ckptkit.core.files.remote.traffic import forget_traffic, meter_of, traffic
+from ckptkit.core.files.remote.urls import clean_url, request_url, without_secrets
+from ckptkit.core.files.source import ByteSource
+from tests.helpers_ranges import RangeServer, range_server
+
+HEAD = 64 << 10
+DATA = random.Random(0).randbytes(3_000_000)  # noqa: S311 - any bytes
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RangeServer]:
+    pytest.importorskip("aiohttp")
+    with range_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: RangeServer, monkeypatch: pytest.MonkeyPatch) -> RangeServer:
+    """Forget what other tests did to the server; no test waits between two tries."""
+    monkeypatch.setattr(retries, "_FIRST_DELAY", 0.0)
+    running.__init__(running.address, {"data.bin": DATA})  # type: ignore[misc]
+    return running
+
+
+def opened(url: str) -> ByteSource:
+    return places.open_source(places.clean_path(url))
+
+
+@pytest.mark.parametrize("store", ["memory", "web"])
+def test_threads_read_the_bytes_of_the_object(store: str, request: pytest.FixtureRequest) -> None:
+    """In any order, with hints and without, small and large, and up to the last byte."""
+    if store == "memory":
+        fsspec.filesystem("memory").pipe("/remote/data.bin", DATA)
+        file = opened("memory://remote/data.bin")
+    else:
+        file = opened(request.getfixturevalue("server").url("data.bin"))
+    wrong: list[tuple[int, int]] = []
+
+    def read(seed: int) -> None:
+        chance = random.Random(seed)  # noqa: S311 - of a test
+        for turn in range(20):
+            start = chance.randrange(len(DATA))
+            count = min(int(10 ** chance.uniform(0, 6)), len(DATA) - start)
+            if turn % 10 == 0:
+                file.will_read([(start, count), (start + count, 100_000), (0, 0)])
+            if file.read(start, count) != DATA[start : start + count]:
+                wrong.append((start, count))
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (file.size, wrong) == (len(DATA), [])
+    with pytest.raises(ChangedError):
+        file.read(len(DATA) - 1, 2)
+    file.close()
+    with pytest.raises(PathError, match="closed"):
+        file.read(0, 1)
+
+
+def test_size_version_and_first_bytes_are_one_request(server: RangeServer) -> None:
+    """The kind, opening, and reading the first bytes ask once; so does a folder that is told first."""
+    url = server.url("data.bin")
+    assert places.kind_at(url) == "file"
+    file = places.open_source(url)
+    assert file.read(0, 8) + file.read(8, HEAD - 8) == DATA[:HEAD]
+    assert server.asked == [("data.bin", f"bytes=0-{HEAD - 1}")]
+    assert places.kind_at(server.url("missing.bin")) == ""
+    server.files |= {"many/a": b"a" * 10, "many/b": b"b" * 10}
+    server.asked.clear()
+    folder = places.folder_at(server.url("many"))
+    folder.will_open(["a", "b", "none"])
+    assert [folder.open(name).read(0, 10) for name in "ab"] == [b"a" * 10, b"b" * 10]
+    assert not folder.has_file("none")
+    assert sorted(name for name, _ in server.asked if name != "many/") == ["many/a", "many/b", "many/none"]
+
+
+def test_what_follows_the_first_bytes_of_a_header_comes_with_them(server: RangeServer) -> None:
+    """The rest of a long safetensors header is one more request, and so is the end of a zip archive."""
+    header = b'{"__metadata__":{"a":"' + b"x" * 200_000 + b'"}}'
+    server.files |= {"long.safetensors": len(header).to_bytes(8, "little") + header, "archive.zip": b"PK\3\4" + DATA}
+    assert opened(server.url("long.safetensors")).read(8, len(header)) == header
+    zip_ = opened(server.url("archive.zip"))
+    assert zip_.read(zip_.size - 65_557, 65_557) == DATA[-65_557:]
+    assert [name for name, _ in server.asked] == ["long.safetensors"] * 2 + ["archive.zip"] * 2
+
+
+def test_one_range_fetches_little_more(server: RangeServer) -> None:
+    """Reading at random is not followed by read-ahead; a range of some bytes is at most 64 KiB."""
+    file = opened(server.url("data.bin"))
+    for start, count in ((2_000_000, 500_000), (1_000_000, 10)):
+        server.sent = 0
+        assert file.read(start, count) == DATA[start : start + count]
+        assert server.sent <= max(count, HEAD)
+
+
+def test_reading_in_order_is_read_ahead_in_large_requests(server: RangeServer) -> None:
+    """A thousand reads of 3 kB become few requests, and no byte is fetched twice."""
+    file = opened(server.url("data.bin"))
+    for start in range(0, len(DATA), 3000):
+        assert file.read(start, 3000) == DATA[start : start + 3000]
+    assert len(server.asked) < 12
+    assert server.sent == len(DATA)
+
+
+def test_announced_ranges_are_joined_if_they_are_near(server: RangeServer) -> None:
+    """Forty ranges in two groups are two requests; reading them asks nothing more."""
+    file = opened(server.url("data.bin"))
+    ranges = [(base + 5000 * number, 100) for base in (500_000, 2_000_000) for number in range(20)]
+    server.asked.clear()
+    file.will_read(ranges)
+    assert all(file.read(start, count) == DATA[start : start + count] for start, count in ranges)
+    assert len(server.asked) == 2
+
+
+def test_memory_is_bounded() -> None:
+    """Whatever is read and announced, blocks of at most 64 MB are held, and none after the files are closed."""
+    store = fsspec.filesystem("memory")
+    block = bytes(25 << 20)
+    for name in "abc":
+        store.pipe(f"/bounded/{name}", block)
+    before = held.nbytes
+    files = [opened(f"memory://bounded/{name}") for name in "abc"]
+    for file in files:
+        file.will_read([(0, len(block))])
+    buffer = memoryview(bytearray(5 << 20))
+    for file in files:
+        for start in range(0, len(block), len(buffer)):
+            file.read_into(buffer, start)
+            assert held.nbytes <= MOST_HELD + (8 << 20)
+    for file in files:
+        file.close()
+    store.rm("/bounded", recursive=True)
+    assert held.nbytes <= before
+
+
+def test_a_fault_that_passes_is_repeated(server: RangeServer) -> None:
+    """A status that may pass, a short body and a cut connection; the bytes that had come are not asked again."""
+    server.failures = [503, 429]
+    server.cut_after = [1000]
+    forget_traffic()
+    file = opened(server.url("data.bin"))
+    assert file.read(0, HEAD) == DATA[:HEAD]
+    server.cut_after = [0, 300_000]
+    assert file.read(1_000_000, 1_000_000) == DATA[1_000_000:2_000_000]
+    assert server.asked[-1] == ("data.bin", "bytes=1300000-1999999")
+    (counts,) = [counts for counts in traffic() if counts.store == server.address]
+    assert (counts.retries, counts.requests) == (5, len(server.asked))
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (500, "the server answers 500"),
+        (403, "permission denied"),
+        (404, "no such file"),
+        (418, "the server answers 418"),
+    ],
+)
+def test_a_fault_that_stays_is_one_line(status: int, reason: str, server: RangeServer) -> None:
+    """What may pass is tried five times, the rest once."""
+    server.failures = [status] * 9
+    with pytest.raises(PathError, match=reason) as caught:
+        opened(server.url("data.bin"))
+    assert len(server.asked) == (5 if status == 500 else 1)
+    assert caught.value.path == server.url("data.bin")
+    assert "netrc" in (caught.value.hint or "") or status != 403
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_two_versions_are_never_mixed(etags: bool, server: RangeServer) -> None:
+    """Another object under the same name is an error at the next request, by its ETag or its date."""
+    server.etags = etags
+    file = opened(server.url("data.bin"))
+    file.check_unchanged(by_path=True)
+    server.files["data.bin"] = bytes([DATA[0] + 1]) + DATA[1:]
+    with pytest.raises(ChangedError, match="replaced"):
+        file.read(1_000_000, 10)
+    with pytest.raises(ChangedError, match="replaced"):
+        file.check_unchanged(by_path=True)
+    del server.files["data.bin"]
+    file.check_unchanged(by_path=True)
+
+
+def test_a_changed_object_is_seen_where_reads_do_not_compare() -> None:
+    """fsspec's memory has no ETag in its answers, so the check asks."""
+    store = fsspec.filesystem("memory")
+    store.pipe("/changing", DATA[:100])
+    file = opened("memory://changing")
+    file.check_unchanged()
+    store.pipe("/changing", DATA[:101])
+    with pytest.raises(ChangedError):
+        file.check_unchanged()
+
+
+def test_a_server_without_ranges_is_refused_before_its_body(server: RangeServer) -> None:
+    """A small file is read whole; of a large one, at most 1 MB is taken."""
+    server.ranges = False
+    server.files |= {"small.bin": DATA[:500_000], "large.bin": DATA * 10}
+    assert opened(server.url("small.bin")).read(400_000, 100_000) == DATA[400_000:500_000]
+    with pytest.raises(PathError, match=r"cannot send a part of the file, only all 30\.0 MB") as caught:
+        opened(server.url("large.bin"))
+    assert "download" in (caught.value.hint or "")
+    server.ranges, server.shift = True, 1
+    with pytest.raises(PathError, match="another part"):
+        opened(server.url("data.bin"))
+
+
+def test_a_child_process_reads(server: RangeServer) -> None:
+    """A fork has neither the event loop nor the threads of its parent, and still reads."""
+    file = opened(server.url("data.bin"))
+    file.will_read([(1_000_000, 500_000)])
+    child = os.fork()
+    if not child:
+        os._exit(0 if file.read(1_200_000, 1000) == DATA[1_200_000:1_201_000] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert file.read(1_200_000, 1000) == DATA[1_200_000:1_201_000]
+
+
+SIGNED = "X-Amz-Algorithm=AWS4&X-Amz-Credential=AKIA123%2Fus&X-Amz-Signature=0123456789abcdef0123456789abcdef"
+CLEANED = {
+    "https://host/a.pt": "https://host/a.pt",
+    "https://me:pass-word@host/a.pt": "https://host/a.pt",
+    "https://token123@host/": "https://host/",
+    f"https://host/a.pt?{SIGNED}": "https://host/a.pt",
+    f"https://host/a.pt?versionId=12345abcdefghijklmnopqrst&{SIGNED}": (
+        "https://host/a.pt?versionId=12345abcdefghijklmnopqrst"
+    ),
+    "https://acc.host/c/a.pt?sv=2024&se=2026&sp=r&sig=abc%2Bdef%3D": "https://acc.host/c/a.pt",
+    "https://host/a.pt?download=true": "https://host/a.pt?download=true",
+    "https://host/a.pt?download=true&token=abc::model.x": "https://host/a.pt?download=true::model.x",
+    "https://host/a.pt?k=0123456789abcdefghijk": "https://host/a.pt?k=***",
+    "sftp://me:pass-word@host/a.pt": "sftp://me@host/a.pt",
+    "S3://Bucket/Key@2": "s3://Bucket/Key@2",
+    "abfs://container@account/a.pt": "abfs://container@account/a.pt",
+    "zip://a.pt::https://me:pass-word@host/a.zip": "zip://a.pt::https://host/a.zip",
+}
+
+
+@pytest.mark.parametrize("url", CLEANED)
+def test_credentials_are_taken_out_and_sent(url: str) -> None:
+    """What is shown has none of them and is cleaned to itself; the request has all of them."""
+    own_host = f"host{list(CLEANED).index(url)}"  # what one URL has is sent with others of its server, too
+    shown = clean_url(url.replace("host", own_host))
+    assert shown == clean_url(shown) == CLEANED[url].replace("host", own_host)
+    assert request_url(shown).replace(own_host, "host") == url.replace("S3://", "s3://")
+    if "pass-word" in url:
+        assert "pass-word" not in without_secrets(f"GET {url} failed: pass-word")
+
+
+def test_two_objects_are_shown_as_two() -> None:
+    """Where a value is hidden that could name the object, a number tells two of them apart."""
+    urls = [f"https://get/?k={number}bcdefghijklmnopqrstu" for number in (1, 2)]
+    shown = [clean_url(url) for url in urls]
+    assert shown == ["https://get/?k=***", "https://get/?k=***2"]
+    assert [request_url(url) for url in shown] == urls
+
+
+def test_credentials_reach_the_server_and_the_files_beside(server: RangeServer) -> None:
+    """A password goes to the whole server, a signed query to the folder of its file; a message has neither."""
+    server.files["folder/config.json"] = b"{}"
+    host = server.address.removeprefix("http://")
+    url = places.clean_path(f"http://me:pass-word@{host}/folder/a.pt?sig=top-secret")
+    assert url == server.url("folder/a.pt")
+    with pytest.raises(PathError) as caught:
+        places.open_source(url)
+    places.folder_at(places.parent_of(url)).open("config.json")
+    assert [seen["path"] for seen in server.headers] == [
+        "/folder/a.pt?sig=top-secret",
+        "/folder/config.json?sig=top-secret",
+    ]
+    assert all(seen["Authorization"].startswith("Basic ") for seen in server.headers)
+    assert not {"pass-word", "top-secret"} & set(str(caught.value).replace("/", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("url", "reason", "hint"),
+    [
+        ("s4x://bucket/a.pt", "no filesystem for 's4x://'", None),
+        ("htps://host/a.pt", "no filesystem for 'htps://'", "did you mean https://?"),
+        ("memory://nowhere/a.pt", "no such file or directory", None),
+    ],
+)
+def test_a_wrong_url_is_one_line(url: str, reason: str, hint: str | None) -> None:
+    """An unknown scheme names the nearest one."""
+    with pytest.raises(PathError, match=reason) as caught:
+        opened(url)
+    assert (caught.value.hint, caught.value.path) == (hint, url)
+
+
+def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filesystem of the URL is not installed."""
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(PathError, match="az:// needs adlfs, which is not installed") as caught:
+        opened("az://container/a.pt")
+    assert caught.value.hint == "install the extra [az]"
+
+
+class NoCredentialsError(Exception):
+    """It is called like the one of botocore."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoCredentialsError("x"), "credentials are needed, and none were found"),
+        (PermissionError("no"), "permission denied"),
+        (ConnectionResetError(104, "reset"), "the connection was cut"),
+        (ConnectionRefusedError(111, "refused"), "the server of s3://bucket does not accept connections"),
+        (TimeoutError(), "no answer in time"),
+        (ValueError("bad https://u:p@host/x?sig=abc"), "cannot be read: ValueError: bad https://host/x"),
+    ],
+)
+def test_errors_of_libraries_become_plain(error: Exception, said: str) -> None:
+    """Their words are shown only where nothing better is known, and without credentials."""
+    assert explain(error, "s3://bucket/a.pt").reason == said
+
+
+def test_a_folder_says_its_names_once(tmp_path: Path) -> None:
+    """The listing also answers has_file, has_folder and the sizes; it is asked again after the URL entered again."""
+    store = fsspec.filesystem("memory")
+    names = ["a.bin", "b.bin", "sub/c.bin", "sub/deeper/d.bin"]
+    for name in names:
+        store.pipe(f"/listed/{name}", b"1234")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1234")
+    folder, local = places.folder_at(places.clean_path("memory://listed/")), places.folder_at(str(tmp_path))
+    before = meter_of("memory://listed").traffic().requests
+    for most in (100, 1):
+        assert folder.names(most) == local.names(most)
+    for name in ("a.bin", "sub", "none", "sub/c.bin"):
+        assert (folder.has_file(name), folder.has_folder(name)) == (local.has_file(name), local.has_folder(name))
+    assert folder.folder("sub").names(9) == local.folder("sub").names(9)
+    assert meter_of("memory://listed").traffic().requests - before == 2
+    store.rm("/listed/b.bin")
+    assert folder.has_file("b.bin")
+    assert not places.folder_at(places.clean_path("memory://listed")).has_file("b.bin")
+    with pytest.raises(PathError, match="no such"):
+        places.folder_at("memory://not-there").names(9)
