@@ -31,6 +31,7 @@ __all__ = [
 
 # Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
+_BROKEN_URL = lazy_pattern(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 _LIKELY = ("model.safetensors.index.json", "model.safetensors")  # a store sends them together with its listing
 _SUFFIX = lazy_pattern(r"\.[A-Za-z]\w{1,11}$")
 _MOST_NEAR = 10_000  # names of a folder that are compared with the name of a missing file
@@ -44,7 +45,9 @@ _IMPORTABLE = lazy_pattern(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint at ``path``, with its keys, shapes and byte ranges. No tensor is read and no code is run.
 
-    ``path`` is a file or a directory with shards. ``PATH::a.b`` opens a mapping inside a checkpoint.
+    ``path`` is a file or a directory with shards, on this machine or in a store: a URL such as ``s3://bucket/model``,
+    ``https://...`` or ``hf://org/name``. ``hf:org/name`` is a model in the Hugging Face cache. A store sends what
+    describes the tensors, and the bytes of a tensor when it is read. ``PATH::a.b`` opens a mapping inside a checkpoint.
     ``py:package.module:callable`` opens a live model, and runs its code. Shapes are as in torch; sizes are in bytes.
     Raises ``PathError`` where the path cannot be read, and ``FormatError`` where the checkpoint is not valid or not
     whole. Raises ``ModelError`` where a live model cannot be built.
@@ -165,6 +168,8 @@ def _path_text(path: object) -> str:
     name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
         raise PathError(f"a path cannot be {kind_of(name)}", hint="give a string or a pathlib.Path")
+    if name is not path and _BROKEN_URL.match(name) and not kind_at(name):
+        raise PathError("pathlib has removed a slash of this URL", hint="give the URL as a string", path=name)
     if not name:
         raise PathError("the path is empty", hint="name a file, a directory, or py:package.module:callable", path="")
     return name

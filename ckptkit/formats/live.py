@@ -101,6 +101,7 @@ def _import(target: str) -> Any:
 def _hint_for_import(module_name: str, name: str) -> str:
     """Return the name of the module where a path of its file was given, or where it was searched."""
     dotted = module_name.removesuffix(".py").replace("/", ".").lstrip(".")
+    # The code of a live model is on this machine, never in a store.
     if module_name.endswith(".py") and os.path.isfile(f"{dotted.replace('.', '/')}.py"):
         return f"did you mean {shell_word(f'{LIVE_PREFIX}{dotted}:{name}')}?"
     return "searched in the current directory and on sys.path"

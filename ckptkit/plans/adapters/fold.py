@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.coverage.requirements import parse_requirements
+from ckptkit.core.files.places import name_of
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, plural, quoted
@@ -265,11 +265,11 @@ def _place(role: str, donor: Checkpoint, context: _Context, *, config: LoraConfi
 
 def _notes_about_files(donor: Checkpoint) -> Iterator[str]:
     """Yield a note about weights beside an adapter of PEFT, which a training script can save in a file of its own."""
-    is_peft = any(os.path.basename(file) in ADAPTER_NAMES for file in donor.files)
+    is_peft = any(name_of(file) in ADAPTER_NAMES for file in donor.files)
     is_said = any(isinstance(each, ReaderWarning) and each.code == codes.UNREAD_WEIGHTS for each in donor.warnings)
     for file in unread_beside(donor.files) if is_peft and not is_said else ():
         yield (
-            f"{quoted(os.path.basename(file))} beside the adapter has weights too, which are not folded: if they were "
+            f"{quoted(name_of(file))} beside the adapter has weights too, which are not folded: if they were "
             "trained with it, add them to the output with a second ckpt merge"
         )
 
