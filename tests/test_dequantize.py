@@ -144,3 +144,25 @@ def test_a_scheme_without_a_decoder_is_refused_by_name(tmp_path: Path) -> None:
     save_file(parts | {"q.scales": torch.ones(4, 1, 1, 1)}, tmp_path / "aqlm.safetensors")
     with pytest.raises(PlanError, match=r"quantised \(AQLM\), which ckptkit cannot dequantise \(load it with aqlm"):
         ckptkit.plan_remap(tmp_path / "aqlm.safetensors", dequantize=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_tensors_that_torch_quantised_are_those_of_dequantize(is_zip: bool, tmp_path: Path) -> None:
+    """Per tensor and per channel, of each integer dtype, also as views; bit for bit."""
+    torch.manual_seed(0)
+    matrix, kernel = torch.randn(40, 33), torch.randn(8, 4, 3, 3)
+    state = {
+        "signed": torch.quantize_per_tensor(matrix, 0.03, 3, torch.qint8),
+        "unsigned": torch.quantize_per_tensor(matrix, 0.03, 130, torch.quint8),
+        "wide": torch.quantize_per_tensor(matrix, 0.0003, 5, torch.qint32),
+        "view": torch.quantize_per_tensor(matrix, 0.03, 3, torch.qint8).t(),
+        "rows": torch.quantize_per_channel(matrix, torch.rand(40) * 0.1, torch.arange(40), 0, torch.qint8),
+        "inputs": torch.quantize_per_channel(kernel, torch.rand(4) * 0.1, torch.arange(4), 1, torch.quint8),
+    }
+    torch.save(state, tmp_path / "q.pt", _use_new_zipfile_serialization=is_zip)
+    plan = ckptkit.plan_remap(tmp_path / "q.pt", dequantize=True)
+    made = plan.materialize(tmp_path / "q.pt")
+    assert all(torch.equal(made[key], tensor.dequantize()) for key, tensor in state.items())
+    ckptkit.save_plan(plan, tmp_path / "plan.json", tmp_path / "q.pt")
+    assert ckptkit.load_plan(tmp_path / "plan.json", tmp_path / "q.pt") == plan

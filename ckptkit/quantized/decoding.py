@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo, affine_of
 from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import FormatError, PlanError
@@ -27,6 +27,7 @@ SettingsOf = Callable[[Known], "Mapping[str, Setting]"]
 
 # The module and the function that find the settings of a family: what the headers of the parts do not say.
 SETTINGS: Mapping[str, tuple[str, str]] = {
+    "affine": ("settings_torch", "of_affine"),
     "scaled": ("settings", "of_scaled"),
     "torchao": ("settings_torchao", "of_torchao"),
     "bitsandbytes 4bit": ("settings_bitsandbytes", "of_four_bits"),
@@ -151,7 +152,10 @@ class Decoding:
             module, function = SETTINGS[weight.family]
             find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.{module}"), function)
             keys, sections = dict(weight.roles), self._configuration.sections
-            known = Known(weight.key, parts, sections, self.checkpoint.metadata, lambda role: self._read(keys[role]))
+            affine = affine_of(self.checkpoint, weight.key) if weight.family == "affine" else None
+            known = Known(
+                weight.key, parts, sections, self.checkpoint.metadata, lambda role: self._read(keys[role]), affine
+            )
             settings = find(known)
         return settings, make_decoder(weight.family, parts, settings)
 

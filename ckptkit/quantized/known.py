@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint import Affine, TensorInfo
 
 __all__ = ["Known"]
 
@@ -20,6 +20,7 @@ class Known:
         sections: The sections about quantisation of the configuration files.
         metadata: The metadata of the files.
         read: Returns the bytes of the part with a role.
+        affine: How torch itself quantised the tensor, if it did.
     """
 
     key: str
@@ -27,6 +28,7 @@ class Known:
     sections: tuple[Mapping[str, object], ...]
     metadata: Mapping[str, str]
     read: Callable[[str], bytes]
+    affine: Affine | None = None
 
     def configured(self, *names: str) -> object:
         """Return the value of the first of these names that a section has, or None."""

@@ -143,7 +143,7 @@ class _Search:
         """Add a tensor that holds codes and scales together."""
         coding: Coding | None = None
         if info.kind == "quantized" and info.dtype in DTYPES:
-            name, way_out = f"torch {info.dtype}", _TORCH
+            name, way_out, coding = f"torch {info.dtype}", _TORCH, _OF_TORCH if info.dtype in _AFFINE else None
         elif info.kind == "quantized":
             name, way_out, coding = f"GGUF {info.dtype}", _GGUF, _OF_GGUF
         elif info.kind == "subclass" and self._is_torchao:
@@ -230,6 +230,7 @@ class _Search:
 
 _WHOLE = Part(("",), frozenset())
 _OF_GGUF = Coding("gguf", (("codes", ("",)),))
+_OF_TORCH, _AFFINE = Coding("affine", (("codes", ("",)),)), frozenset({"QI8", "QU8", "QI32"})
 
 
 def _ends_with(ending: str) -> Callable[[str], bool]:

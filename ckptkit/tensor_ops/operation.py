@@ -277,12 +277,12 @@ def _table(value: object, _: Variables) -> Pairs:
         raise RuleError(f"{_shown(value)} is not a table")
     pairs: list[tuple[str, PairValue]] = []
     for name, item in value.items():
-        if isinstance(item, list | tuple) and all(type(part) is int for part in item):
+        if isinstance(item, list | tuple) and all(type(part) in (int, float) for part in item):
             pairs.append((str(name), tuple(item)))
         elif isinstance(item, bool | int | float | str):
             pairs.append((str(name), item))
         else:
-            raise RuleError(f"{quoted(str(name))} is {_shown(item)}, and not a number, a string or a list of integers")
+            raise RuleError(f"{quoted(str(name))} is {_shown(item)}, and not a number, a string or a list of numbers")
     return tuple(pairs)
 
 

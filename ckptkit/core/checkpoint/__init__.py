@@ -33,6 +33,7 @@ __all__ = [
     "MOST_TENSORS",
     "UNINITIALISED",
     "Access",
+    "Affine",
     "Check",
     "Checkpoint",
     "Configuration",
@@ -48,6 +49,7 @@ __all__ = [
     "TensorInfo",
     "TorchLoading",
     "View",
+    "affine_of",
     "is_contiguous",
     "memory_order",
     "module_versions",
@@ -181,6 +183,18 @@ class Description:
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
 
 
+class Affine(NamedTuple):
+    """A tensor that torch quantised: integers, and the scales and zero points of its slices along ``axis``.
+
+    ``axis`` is -1 if there is one scale for all.
+    """
+
+    codes: Payload
+    scales: tuple[float, ...]
+    zeros: tuple[int, ...]
+    axis: int
+
+
 class Check(Protocol):
     """A function that raises ``ChangedError`` where a file of a checkpoint changed."""
 
@@ -198,6 +212,7 @@ class Access:
     records: Callable[[], Iterable[Record]] | None = None
     check: Check | None = None
     close: Callable[[], None] | None = None
+    affine: Callable[[TensorInfo], Affine | None] | None = None
 
 
 class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
@@ -570,6 +585,12 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     def close(self) -> None:
         """Close the files; reading a tensor afterwards is an error."""
         self._open_files.close()
+
+
+def affine_of(checkpoint: Checkpoint, key: str) -> Affine | None:
+    """Return how torch quantised a tensor; None for any other tensor, and where the reader does not know."""
+    access = checkpoint._access  # noqa: SLF001
+    return None if access.affine is None else access.affine(checkpoint[key])
 
 
 def replaced_tensors(

@@ -33,6 +33,11 @@ class StoredBytes:
 
     def payload(self, key: str) -> Payload:
         """Return the bytes of the tensor, as they are stored. Raises as ``Checkpoint.payload``."""
+        from ckptkit.core.checkpoint import affine_of
+
+        affine = affine_of(self._checkpoint, key) if self._checkpoint[key].kind == "quantized" else None
+        if affine is not None:
+            return affine.codes
         if not is_in_blocks(self._checkpoint[key]):
             return self._checkpoint.payload(key)
         if self._blocks is None:

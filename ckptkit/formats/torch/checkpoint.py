@@ -12,6 +12,7 @@ from itertools import islice
 from ckptkit.core.checkpoint import (
     MOST_TENSORS,
     Access,
+    Affine,
     Check,
     Checkpoint,
     Container,
@@ -40,6 +41,7 @@ from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmle
 from ckptkit.formats.torch.dtensor import describe_pieces, whole_tensor
 from ckptkit.formats.torch.modules import replace_modules
 from ckptkit.formats.torch.objects import ArrayRef, StorageRef, TensorRef, TorchObjects, made_by_class
+from ckptkit.formats.torch.quantized import CODES_OF_QUANTIZED, affine_of_pickle
 from ckptkit.formats.torch.tree import (
     children,
     describe_entry,
@@ -228,6 +230,15 @@ def build_checkpoint(
         has_stored_order = is_contiguous(info) and not tensor.conj and not tensor.neg
         return _span(info, region) if has_stored_order else Strided(region, info, tensor.conj, tensor.neg)
 
+    def affine(info: TensorInfo) -> Affine | None:
+        tensor = found.tensors[info.key]
+        if tensor.kind != "quantized" or tensor.storage is None or info.dtype not in CODES_OF_QUANTIZED:
+            return None
+        stored = replace(info, dtype=CODES_OF_QUANTIZED[info.dtype], kind="dense")
+        region = region_of(tensor.storage)
+        codes = _span(stored, region) if is_contiguous(stored) else Strided(region, stored)
+        return affine_of_pickle(tensor.spec, codes, file.locate)
+
     # The functions below live as long as the checkpoint, and must not keep a million numbers beside the weights.
     rest, size, list_records = without_numbers(tree) if chosen else None, file.pickle_size, file.records
 
@@ -240,7 +251,7 @@ def build_checkpoint(
 
     return Checkpoint(
         infos,
-        Access(payload, span, records, check, close),
+        Access(payload, span, records, check, close, affine),
         Description(
             path,
             format,

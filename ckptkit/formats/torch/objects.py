@@ -91,7 +91,7 @@ class TensorRef:
     """A tensor as a pickle describes it; ``storage`` is None for a tensor without bytes in the file.
 
     A DTensor has the shape of the whole tensor; ``local`` is the piece in the file, and ``spec`` says which piece. For
-    a ShardedTensor, ``spec`` has the shards.
+    a ShardedTensor, ``spec`` has the shards; for a quantised tensor, the scheme of torch with its scales.
     """
 
     dtype: str
@@ -541,9 +541,9 @@ def _old_parameter(*args: object) -> object:
 
 
 def _quantized(
-    storage: object, offset: object, size: object, stride: object, _quantizer: object, *_: object
+    storage: object, offset: object, size: object, stride: object, quantizer: object, *_: object
 ) -> TensorRef:
-    return replace(_tensor(storage, offset, size, stride), kind="quantized")
+    return replace(_tensor(storage, offset, size, stride), kind="quantized", spec=quantizer)
 
 
 def _sparse(layout: object, data: object) -> TensorRef:

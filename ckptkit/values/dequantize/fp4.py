@@ -49,7 +49,7 @@ class Float4(Decoder):
 
     def prepare(self, whole: Mapping[str, memoryview]) -> npt.NDArray[np.float32]:
         """Return the scale of each group."""
-        scales = self.layout.spread(floats_of("scales", self.parts["scales"], whole["scales"]))
+        scales: npt.NDArray[np.float32] = self.layout.spread(floats_of("scales", self.parts["scales"], whole["scales"]))
         if "global" not in whole:
             return scales
         common = floats_of("global", self.parts["global"], whole["global"]).reshape(-1, 1, 1)

@@ -27,7 +27,7 @@ class ScaleLayout:
     blocks: tuple[int, ...]
     counts: tuple[int, ...]
 
-    def spread(self, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def spread(self, scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return scales in their layout as (matrices, block rows, block columns); nothing is copied per number."""
         import numpy as np
 
@@ -56,9 +56,9 @@ class ScaleLayout:
         self,
         operation: np.ufunc,
         numbers: npt.NDArray[Any],
-        spread: npt.NDArray[np.float32],
+        spread: npt.NDArray[Any],
         first: int,
-        out: npt.NDArray[np.float32],
+        out: npt.NDArray[Any],
     ) -> None:
         """Combine the rows of a block, which begins at the row ``first``, with their scales or zero points."""
         import numpy as np

@@ -12,6 +12,7 @@ __all__ = ["FAMILIES", "make_decoder"]
 
 # The module and the function of each family: a family is imported when a weight needs it.
 FAMILIES: Mapping[str, tuple[str, str]] = {
+    "affine": ("affine", "affine"),
     "gguf": ("gguf", "in_blocks"),
     "scaled": ("fp8", "scaled"),
     "torchao": ("fp8", "scaled"),
