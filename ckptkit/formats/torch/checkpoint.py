@@ -36,12 +36,12 @@ from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided, only_listed_error
+from ckptkit.formats.pickle.affine import CODES_OF_QUANTIZED, affine_of_pickle
 from ckptkit.formats.pickle.loading import torch_loading
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.dtensor import describe_pieces, whole_tensor
 from ckptkit.formats.torch.modules import replace_modules
 from ckptkit.formats.torch.objects import ArrayRef, StorageRef, TensorRef, TorchObjects, made_by_class
-from ckptkit.formats.torch.quantized import CODES_OF_QUANTIZED, affine_of_pickle
 from ckptkit.formats.torch.tree import (
     children,
     describe_entry,
