@@ -14,6 +14,7 @@ from ckptkit.core.files.remote.first_bytes import asked_next
 from ckptkit.core.files.remote.running import finish, on_fork, start
 from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState, Store
 from ckptkit.core.files.remote.stores import store_of
+from ckptkit.core.files.remote.traffic import Meter
 
 __all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "is_known_missing", "known_state", "open_now"]
 
@@ -46,8 +47,13 @@ class _Kept(Generic[T]):
             since, answer = self._answers.get(url, (0.0, None))
             return answer if answer is not None and time.monotonic() - since < _SECONDS else None
 
-    def begin(self, url: str, request: Coroutine[Any, Any, T]) -> Future[T]:
-        answer = start(request)
+    def begin(self, url: str, request: Coroutine[Any, Any, T], meter: Meter) -> Future[T]:
+        async def begun() -> T:
+            meter.let_go()
+            return await request
+
+        meter.hold()
+        answer = start(begun())
         with self._lock:
             self._answers.pop(url, None)
             self._answers[url] = (time.monotonic(), answer)
@@ -95,7 +101,8 @@ def begin_open(url: str, *, of: int = 1) -> Future[Opened]:
     if kept is not None:
         return kept
     count = max(min(HEAD, _MOST_AHEAD // of), _SMALLEST_HEAD)
-    return _files.begin(url, _open(store_of(url), url, count, known_state(url)))
+    store = store_of(url)
+    return _files.begin(url, _open(store, url, count, known_state(url)), store.meter)
 
 
 async def _open(store: Store, url: str, count: int, known: ObjectState | None) -> Opened:
@@ -126,7 +133,11 @@ def open_now(url: str) -> Opened:
 def begin_list(url: str) -> Future[Listing]:
     """Ask for the names in a folder, unless that was done; do not wait."""
     url = url.rstrip("/") if not url.endswith("://") else url
-    return _folders.get(url) or _folders.begin(url, store_of(url).listing(url))
+    kept = _folders.get(url)
+    if kept is not None:
+        return kept
+    store = store_of(url)
+    return _folders.begin(url, store.listing(url), store.meter)
 
 
 def known_state(url: str) -> ObjectState | None:

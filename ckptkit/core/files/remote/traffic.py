@@ -34,19 +34,23 @@ class Meter:
         """Start with no request."""
         self.store = store
         self._lock = threading.Lock()
+        self._held = 0
         self._clear()
 
     def _clear(self) -> None:
         self._requests = self._rounds = self._received = self._sent = self._retries = self._open = 0
         self._seconds = self._since = 0.0
+        self._in_round = False
 
     @contextmanager
     def request(self) -> Iterator[None]:
         """Count one request, which is under way in the block."""
         with self._lock:
             self._requests += 1
-            if not self._open:
+            if not self._in_round:
                 self._rounds += 1
+                self._in_round = True
+            if not self._open:
                 self._since = time.monotonic()
             self._open += 1
         try:
@@ -56,6 +60,18 @@ class Meter:
                 self._open -= 1
                 if not self._open:
                     self._seconds += time.monotonic() - self._since
+                    self._in_round = self._held > 0
+
+    def hold(self) -> None:
+        """Begin to ask for something: until ``let_go``, requests are of one round, however fast the answers come."""
+        with self._lock:
+            self._held += 1
+
+    def let_go(self) -> None:
+        """Say that the first request of what was asked begins now."""
+        with self._lock:
+            self._held -= 1
+            self._in_round = self._in_round and (self._held > 0 or self._open > 0)
 
     def add(self, *, requests: int = 0, received: int = 0, sent: int = 0, retries: int = 0) -> None:
         """Count bytes, retries, and requests that took no time."""
@@ -78,6 +94,7 @@ class Meter:
             self._clear()
             if under_way:
                 self._open, self._requests, self._rounds, self._since = under_way, under_way, 1, time.monotonic()
+                self._in_round = True
 
 
 _meters: dict[str, Meter] = {}
