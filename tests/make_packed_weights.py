@@ -60,7 +60,9 @@ def mlx(bits: int) -> dict[str, torch.Tensor]:
     named = dict(
         zip(("weight", "scales", "biases", "expected"), (*parts, core.dequantize(*parts, 32, bits)), strict=True)
     )
-    return {f"mlx{bits}.{name}": torch.from_numpy(numpy.array(part)) for name, part in named.items()}
+    arrays = {name: numpy.array(part) for name, part in named.items()}
+    arrays["weight"] = arrays["weight"].view(numpy.int32)  # older versions of torch have no tensors of uint32
+    return {f"mlx{bits}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from ckptkit.errors import CkptkitError, FormatError, PlanError
@@ -200,9 +201,12 @@ def test_awq_is_what_gptqmodel_computes() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_mlx_is_what_mlx_computes(bits: int, tmp_path: Path) -> None:
     """A configuration can name the bits of one layer. In F16, MLX also rounds the product before it adds the bias."""
-    tensors = {name: GOLDEN[f"mlx{bits}.{name}"] for name in ("weight", "scales", "biases")}
-    section = {"quant_method": "mlx", "group_size": 32, "bits": 7, "a": {"group_size": 32, "bits": bits}}
-    path = write(tmp_path, {f"a.{name}": part for name, part in tensors.items()}, section)
+    arrays = {f"a.{name}": GOLDEN[f"mlx{bits}.{name}"].numpy() for name in ("weight", "scales", "biases")}
+    arrays["a.weight"] = arrays["a.weight"].view(np.uint32)
+    path = write(
+        tmp_path, {}, {"quant_method": "mlx", "group_size": 32, "bits": 7, "a": {"group_size": 32, "bits": bits}}
+    )
+    save_arrays(arrays, path)
     assert torch.equal(dequantized(path)["a.weight"], GOLDEN[f"mlx{bits}.expected"])
 
 
