@@ -34,6 +34,7 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
     "bitsandbytes int8": ("settings_bitsandbytes", "of_int8"),
     "gptq": ("settings_gptq", "of_gptq"),
     "awq": ("settings_gptq", "of_awq"),
+    "hqq": ("settings_hqq", "of_hqq"),
     "mlx": ("settings_mlx", "of_mlx"),
     "packed rows": ("settings_compressed", "of_packed_rows"),
 }

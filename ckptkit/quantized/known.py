@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import Affine, TensorInfo
 
-__all__ = ["Known"]
+__all__ = ["Known", "integers_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +34,11 @@ class Known:
         """Return the value of the first of these names that a section has, or None."""
         found = (section.get(name) for name in names for section in self.sections)
         return next((value for value in found if value is not None), None)
+
+
+def integers_of(known: Known, role: str) -> tuple[int, ...]:
+    """Return the values of a part that holds integers, such as the sizes of a shape."""
+    width = known.parts[role].nbytes // max(known.parts[role].elements, 1)
+    data = known.read(role)
+    starts = range(0, len(data), max(width, 1))
+    return tuple(int.from_bytes(data[start : start + width], "little", signed=True) for start in starts)

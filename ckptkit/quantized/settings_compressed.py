@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from ckptkit.quantized.known import Known
+from ckptkit.quantized.known import Known, integers_of
 
 if TYPE_CHECKING:
     from ckptkit.values.dequantize.model import Setting
@@ -23,14 +23,10 @@ def of_packed_rows(known: Known) -> Mapping[str, Setting]:
     """
     from ckptkit.values.dequantize.model import BrokenPartError
 
-    info, codes = known.parts.get("shape"), known.parts["codes"]
-    if info is None:
+    codes = known.parts["codes"]
+    if "shape" not in known.parts:
         raise BrokenPartError("shape", "is missing")
-    width = info.nbytes // max(info.elements, 1)
-    data = known.read("shape")
-    shape = tuple(
-        int.from_bytes(data[start : start + width], "little", signed=True) for start in range(0, len(data), width)
-    )
+    shape = integers_of(known, "shape")
     if len(shape) < 2 or min(shape) < 1:
         raise BrokenPartError("shape", f"has the values {list(shape)}, which are not the shape of a weight")
     named = set(_weights(known, "num_bits"))

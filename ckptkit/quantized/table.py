@@ -206,6 +206,18 @@ def _hqq(anchor: Part, needed: tuple[Part, ...]) -> Scheme:
         _dtypes("hqq"),
         (Part(tuple(prefix + name for prefix in ("", "meta.") for name in names), _ANY),),
         coded="W_q",
+        coding=Coding(
+            "hqq",
+            (
+                ("codes", ("W_q",)),
+                ("scales", ("scale", "meta.scale")),
+                ("zeros", ("zero", "meta.zero")),
+                *(
+                    (name, (name, f"meta.{name}"))
+                    for name in ("shape", "packing", "axis", "quant_scale", "quant_zero", "compute_dtype")
+                ),
+            ),
+        ),
     )
 
 

@@ -114,3 +114,19 @@ def test_quanto(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "m.safetensors")
     found = dequantized(tmp_path / "m.safetensors", code_of(dtype))
     assert torch.equal(found["0.weight"], model[0].weight.dequantize())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("view_as_float", [False, True])
+def test_hqq(bits: int, axis: int, view_as_float: bool, tmp_path: Path) -> None:
+    """The weight is what ``dequantize`` of HQQ returns where it computes in F32."""
+    quantize = library("hqq.core.quantize")
+    torch.manual_seed(0)
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis, view_as_float=view_as_float)
+    linear: Any = torch.nn.Linear(64, 96)
+    layer = quantize.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+    save_file({f"a.{key}": part.contiguous() for key, part in layer.state_dict().items()}, tmp_path / "m.safetensors")
+    found = dequantized(tmp_path / "m.safetensors")
+    assert list(found) == ["a.weight"]
+    assert torch.equal(found["a.weight"], layer.dequantize())

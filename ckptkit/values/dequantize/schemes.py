@@ -25,6 +25,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "bitsandbytes int8": ("packed.bitsandbytes", "int8_rows"),
     "gptq": ("packed.gptq", "gptq"),
     "awq": ("packed.awq", "awq"),
+    "hqq": ("packed.hqq", "hqq"),
     "mlx": ("packed.mlx", "mlx"),
     "packed rows": ("packed.rows", "packed_rows"),
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, floats_of, require_part, setting_int
 from ckptkit.values.dequantize.packed.bits import look_up
+from ckptkit.values.dequantize.packed.grouped import combine_blocks
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class FourBits(Decoder):
         numbers = floats_of("nested_quant_map", self.parts["nested_quant_map"], whole["nested_quant_map"])
         outer = floats_of("nested_absmax", self.parts["nested_absmax"], whole["nested_absmax"]).reshape(-1)
         scales = numbers[np.frombuffer(whole["absmax"], np.uint8)]
-        _scale_blocks(scales, 0, outer, self.nested_blocksize)
+        combine_blocks(np.multiply, scales, 0, outer, self.nested_blocksize)
         scales += np.float32(self.nested_offset)
         return _Held(tuple(book.tolist()), scales)
 
@@ -96,21 +97,7 @@ class FourBits(Decoder):
             numbers = workers.buffer("unpacked", np.float32, 2 * len(packed))
             look_up(packed, held.book, numbers, high_first=True)
             np.copyto(flat, numbers[odd : odd + flat.size])
-        _scale_blocks(flat, start, held.scales, self.blocksize)
-
-
-def _scale_blocks(numbers: npt.NDArray[np.float32], start: int, scales: npt.NDArray[np.float32], size: int) -> None:
-    """Multiply numbers that begin at the number ``start`` of a flat weight by the scales of its blocks, in place."""
-    head = min(-start % size, len(numbers))
-    block = start // size
-    if head:
-        numbers[:head] *= scales[block]
-        block += 1
-    count = (len(numbers) - head) // size
-    whole = numbers[head : head + count * size].reshape(count, size)
-    whole *= scales[block : block + count, None]
-    if head + count * size < len(numbers):
-        numbers[head + count * size :] *= scales[block + count]
+        combine_blocks(np.multiply, flat, start, held.scales, self.blocksize)
 
 
 def four_bits(parts: Mapping[str, TensorInfo], settings: Settings) -> FourBits:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Groups", "rows_of_groups"]
+__all__ = ["Groups", "combine_blocks", "rows_of_groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +68,20 @@ class Groups:
 def rows_of_groups(rows: int, columns: int, count: int, width: int) -> ScaleLayout:
     """Return the layout of ``count`` groups of ``width`` columns in each row."""
     return ScaleLayout((rows, columns), (1, width), (rows, count))
+
+
+def combine_blocks(
+    operation: np.ufunc, numbers: npt.NDArray[np.float32], start: int, values: npt.NDArray[np.float32], size: int
+) -> None:
+    """Combine the numbers of a flat weight from number ``start`` on with the values of blocks of ``size``, in place."""
+    head = min(-start % size, len(numbers))
+    block = start // size
+    if head:
+        operation(numbers[:head], values[block], out=numbers[:head])
+        block += 1
+    count = (len(numbers) - head) // size
+    end = head + count * size
+    whole = numbers[head:end].reshape(count, size)
+    operation(whole, values[block : block + count, None], out=whole)
+    if end < len(numbers):
+        operation(numbers[end:], values[block + count], out=numbers[end:])
