@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers_cli import ROOT
+from tests.helpers_gguf import STRING, gguf_file, info, pair, string
 
 __all__ = ["DDP", "MODEL", "SITUATIONS", "TEN", "Situation", "save", "situation"]
 
@@ -731,3 +732,21 @@ def _too_small_an_adapter(folder: Path) -> list[str]:
 @situation("plans/adapters/extract.py: see what changed: ckpt merge")
 def _too_small_a_change(folder: Path) -> list[str]:
     return _too_little_of_an_adapter(folder, "extract-lora")
+
+
+def _gguf(folder: Path, architecture: str) -> str:
+    path = folder / "m.gguf"
+    infos = [info("output_norm.weight"), info("odd.weight", offset=32)]
+    pairs = [pair("general.architecture", STRING, string(architecture))]
+    path.write_bytes(gguf_file(infos, pairs, bytes(48)))
+    return str(path)
+
+
+@situation("rules/gguf/__init__.py: leave out what the model does not need: --drop XX")
+def _unknown_tensor_of_gguf(folder: Path) -> list[str]:
+    return ["remap", _gguf(folder, "qwen2"), "-o", str(folder / "out.safetensors"), "--rules", "gguf:auto"]
+
+
+@situation("rules/gguf/__init__.py: find rules with ckpt align", EXPECTED=TEN, ends=True)
+def _unknown_architecture_of_gguf(folder: Path) -> list[str]:
+    return ["remap", _gguf(folder, "mamba"), "-o", str(folder / "out.safetensors"), "--rules", "gguf:auto"]

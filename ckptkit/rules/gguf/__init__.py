@@ -48,7 +48,7 @@ class GgufStages:
         if not row.names:
             raise RuleError(
                 f"--rules {self}: the names of the architecture {quoted(str(name))} are not known",
-                hint="find rules with ckpt align EXPECTED FOUND -o rules.toml",
+                hint=f"find rules with ckpt align EXPECTED {shell_word(checkpoint.path)} -o rules.toml",
             )
         steps = steps_of(str(name), metadata, infos, f"--rules {self}")
         unknown = [key for key in infos if key not in {name for step in steps for name in step.inputs}]
