@@ -96,6 +96,7 @@ REFUSED = {
     "missing": ("hf:org/none", "not found, or private or gated", "hf auth login"),
     "private": ("hf://org/shards", "not found, or private or gated", "HF_TOKEN"),
     "gated": ("hf:org/lenet/model.safetensors", "not found, or private or gated", "HF_TOKEN"),
+    "no such revision of a folder": ("hf:org/pipe@v3", "the repository has no such revision", ""),
     "no such revision": ("hf:org/pipe@v3/unet/model.safetensors", "the repository has no such revision", ""),
     "no such file": ("hf:org/pipe/none.safetensors", "no such file or directory", ""),
 }

@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._file(self.owner.folder / match["id"] / match["path"])
         else:
-            self._send(404, b"")
+            self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_POST = do_GET  # noqa: N815 - names of the library
 
@@ -104,7 +104,14 @@ class _Handler(BaseHTTPRequestHandler):
             names = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
             self._json([_entry(root, root / name) for name in names if (root / name).exists()])
         else:
-            self._json({"id": match["id"], "sha": COMMIT, "siblings": []})
+            numbers = {
+                "private": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "siblings": [],
+            }  # what old versions need
+            self._json({"id": match["id"], "sha": COMMIT, **numbers})
 
     def _resolve(self, match: re.Match[str]) -> None:
         if self._is_refused(match):

@@ -129,6 +129,8 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return error
     chain = list(_chain(error))
     names = {base.__name__ for link in chain for base in type(link).__mro__}
+    if "RevisionNotFoundError" in names:
+        return PathError("the repository has no such revision", path=url)
     for link in chain:
         if (found := _status_of(link)) is not None:
             status, code, retry_after = found
@@ -137,8 +139,6 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return refused(url, is_known=False)
     if names & {"GatedRepoError", "RepositoryNotFoundError", "DisabledRepoError"}:
         return refused(url)
-    if "RevisionNotFoundError" in names:
-        return PathError("the repository has no such revision", path=url)
     if "OfflineModeIsEnabled" in names:
         return PathError("HF_HUB_OFFLINE forbids asking the hub", path=url)
     if isinstance(error, ImportError):
