@@ -166,3 +166,36 @@ def test_tensors_that_torch_quantised_are_those_of_dequantize(is_zip: bool, tmp_
     assert all(torch.equal(made[key], tensor.dequantize()) for key, tensor in state.items())
     ckptkit.save_plan(plan, tmp_path / "plan.json", tmp_path / "q.pt")
     assert ckptkit.load_plan(tmp_path / "plan.json", tmp_path / "q.pt") == plan
+
+
+FORMS = [("int8", "row"), ("fp8", "tensor"), ("fp8", "row"), ("fp8", "block")]
+
+
+@pytest.mark.parametrize(("form", "scales"), FORMS)
+def test_what_quantize_makes_comes_back_within_half_a_step(form: str, scales: str, tmp_path: Path) -> None:
+    """``--dequantize`` finds the parts, and ``--carry`` adds the configuration that says how they are quantised."""
+    torch.manual_seed(0)
+    weight = torch.randn(ROWS, COLUMNS)
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"q.weight": weight, "head.weight": torch.randn(8, 8)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"dtype": "float32"}))
+    suffix = "weight_scale_inv" if scales == "block" else "weight_scale"
+    operation = {"quantize": {"form": form, "scales": scales}}
+    rules = {"rule": [{"from": "q.weight", "to": ["q.weight", f"q.{suffix}"], "op": operation}]}
+    out = tmp_path / "out"
+    out.mkdir()
+    plan = ckptkit.plan_remap(source, rules)
+    written = ckptkit.execute(plan, source, out / "model.safetensors", verify=True, carry=True)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == ("fp8" if scales == "block" else "compressed-tensors")
+    assert any("quantization_config" in str(change) for change in written.adapted)
+    assert [weight.key for weight in ckptkit.stats(out).quantized.weights] == ["q.weight"]
+    with ckptkit.open_checkpoint(out / "model.safetensors") as made:
+        factors = made.read(f"q.{suffix}")
+    if scales == "block":
+        factors = factors.repeat_interleave(128, 0)[:ROWS].repeat_interleave(128, 1)
+    back = ckptkit.plan_remap(out, dequantize="float32").materialize(out)["q.weight"]
+    magnitudes = (weight / factors).abs()
+    step = torch.ones(()) if form == "int8" else 2.0 ** (magnitudes.log2().floor().clamp(min=-6) - 3)
+    assert ((back - weight).abs() <= factors * step * 0.5001).all()

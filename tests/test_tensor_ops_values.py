@@ -22,6 +22,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 TABLES: dict[str, tuple[dict[str, Any], list[Shape]]] = {
     "cast": ({"dtype": "BF16"}, [(3, 4)]),
     "dequantize": ({}, [(3, 4)]),
+    "quantize": ({"form": "int8"}, [(3, 4)]),
     "scale": ({"factor": 0.3}, [(3, 4)]),
     "add": ({"value": 1}, [(3, 4)]),
     "pad": ({"size": 9, "fill": "normal", "seed": 3}, [(5, 4)]),

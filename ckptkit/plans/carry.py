@@ -31,6 +31,7 @@ from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Source
+from ckptkit.plans.quantized.configured import add_quantization
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 from ckptkit.tensor_ops.recipes import Recipe
@@ -80,6 +81,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
             if _QUANTIZATION in section:
                 found_statement = section.pop(_QUANTIZATION)
                 adapted.append(Adapted(MODEL_CONFIG, path + _QUANTIZATION, found_statement, None))
+        adapted += add_quantization(new, plan)
         if adapted:
             contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
     if ADAPTER_CONFIG in names:

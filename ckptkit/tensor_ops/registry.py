@@ -25,6 +25,7 @@ from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave
 from ckptkit.tensor_ops.lora import ExtractLora, FoldLora, LoraAlpha
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape, read_parameters
+from ckptkit.tensor_ops.quantize import Quantize
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 
 __all__ = [
@@ -40,8 +41,8 @@ __all__ = [
 _KINDS: tuple[type[Operation], ...] = (
     Add, Cast, Concat, ConvInChannels, Deinterleave, Dequantize, ExtractLora, FoldAdalora, FoldBatchNorm, FoldDora,
     FoldIa3, FoldLocon, FoldLoha, FoldLokr, FoldLora, FoldLoraExperts, FoldMask, FoldSpectralNorm, FoldWeightNorm,
-    FuseQkv, Interleave, LoraAlpha, Pad, Permute, ReplaceRows, Reshape, ResizePosEmbed, RopePermute, Scale, Slice,
-    Split, SplitQkv, Stack, Transpose, Unstack,
+    FuseQkv, Interleave, LoraAlpha, Pad, Permute, Quantize, ReplaceRows, Reshape, ResizePosEmbed, RopePermute,
+    Scale, Slice, Split, SplitQkv, Stack, Transpose, Unstack,
 )  # fmt: skip
 _BY_NAME = {kind.name: kind for kind in _KINDS}
 NAMES = tuple(sorted(_BY_NAME))

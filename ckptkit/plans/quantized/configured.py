@@ -1,0 +1,77 @@
+"""Write the configuration of weights that a plan quantises into ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ckptkit.formats.directories.model_files import MODEL_CONFIG
+from ckptkit.plans.carried import Adapted
+from ckptkit.plans.plan import Plan, Step
+
+if TYPE_CHECKING:
+    from ckptkit.tensor_ops.quantize import Quantize
+
+__all__ = ["add_quantization"]
+
+_STATEMENT = "quantization_config"
+_WEIGHT = ".weight"
+
+
+def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted]:
+    """Add the quantisation of the weights that a plan quantises, and yield the change.
+
+    Nothing is changed where the plan quantises nothing, or in several ways, or where the configuration has a
+    quantisation already.
+    """
+    made = {step.out.key: operation for step in plan.steps if (operation := _quantize(step)) is not None}
+    if not made or len(set(made.values())) > 1 or _STATEMENT in config:
+        return
+    operation = next(iter(made.values()))
+    modules = {key.removesuffix(_WEIGHT) for key in made}
+    # Only matrices are linear layers or embeddings: these libraries quantise every linear layer that is not listed.
+    matrices = [step.out.key for step in plan.steps if step.out.key.endswith(_WEIGHT) and len(step.out.shape) > 1]
+    plain = sorted({key.removesuffix(_WEIGHT) for key in matrices} - modules)
+    found = _fp8_blocks(operation, plain) if operation.scales == "block" else _compressed(operation, plain)
+    config[_STATEMENT] = found
+    yield Adapted(MODEL_CONFIG, _STATEMENT, None, found)
+
+
+def _quantize(step: Step) -> Quantize | None:
+    """Return the operation of a step that makes the codes of a weight."""
+    if step.recipe is None or step.recipe.part:
+        return None
+    from ckptkit.tensor_ops.quantize import Quantize
+
+    last = step.recipe.operations[-1]
+    return last if isinstance(last, Quantize) else None
+
+
+def _fp8_blocks(operation: Quantize, plain: list[str]) -> dict[str, object]:
+    """Return the configuration of transformers for fp8 in blocks."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [operation.block, operation.block],
+        "modules_to_not_convert": plain,
+    }
+
+
+def _compressed(operation: Quantize, plain: list[str]) -> dict[str, object]:
+    """Return the configuration of compressed-tensors for codes with a scale for the tensor or for each row."""
+    is_float = operation.form == "fp8"
+    weights = {
+        "num_bits": 8,
+        "type": "float" if is_float else "int",
+        "symmetric": True,
+        "strategy": "tensor" if operation.scales == "tensor" else "channel",
+        "dynamic": False,
+    }
+    name = "float-quantized" if is_float else "int-quantized"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "ignore": plain,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+    }
