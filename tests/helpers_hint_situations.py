@@ -750,3 +750,11 @@ def _unknown_tensor_of_gguf(folder: Path) -> list[str]:
 @situation("rules/gguf/__init__.py: find rules with ckpt align", EXPECTED=TEN, ends=True)
 def _unknown_architecture_of_gguf(folder: Path) -> list[str]:
     return ["remap", _gguf(folder, "mamba"), "-o", str(folder / "out.safetensors"), "--rules", "gguf:auto"]
+
+
+@situation("comparison/hints.py: ckpt diff XX XX --rules gguf:auto")
+def _gguf_beside_other_names(folder: Path) -> list[str]:
+    path = folder / "m.gguf"
+    pairs = [pair("general.architecture", STRING, string("qwen2"))]
+    path.write_bytes(gguf_file([info("output_norm.weight")], pairs, bytes(16)))
+    return ["diff", *save(folder, base={"model.norm.weight": randn(4)}), str(path)]

@@ -118,6 +118,8 @@ def _fold_hints(result: Differences) -> list[Hint]:
 def _align_hints(result: Differences, missing: Shapes, unexpected: Shapes) -> list[Hint]:
     sides = result.expected_checkpoint, result.found_checkpoint
     is_open = bool(result.missing and result.unexpected)
+    if is_open and not result.matched and "gguf" in sides[1].format and "gguf" not in sides[0].format:
+        return [Hint(f"found is a GGUF file: {_gguf_command(*sides, result)} gives it the names of transformers", "")]
     alike = count_common_shapes(missing, unexpected) if is_open and not _is_renamed(result) else 0
     has_other_names = not result.quantized and alike >= least_of_many(len(result.expected))
     if is_open and (result.parted or has_other_names or not result.matched):
@@ -162,6 +164,14 @@ def _library_command(expected: CheckpointSummary, found: CheckpointSummary) -> s
     if expected.argument and found.argument:
         return f"ckpt diff {expected.argument} {found.argument} --rules transformers:auto"
     return 'ckptkit.diff(expected, found, "transformers:auto")'
+
+
+def _gguf_command(expected: CheckpointSummary, found: CheckpointSummary, result: Differences) -> str:
+    is_quantized = bool(result.quantized) or any(info.kind != "dense" for info in result.unexpected)
+    if expected.argument and found.argument:
+        command = f"ckpt diff {expected.argument} {found.argument} --rules gguf:auto"
+        return f"{command} --dequantize" if is_quantized else command
+    return f'ckptkit.diff(expected, found, "gguf:auto"{", dequantize=True" if is_quantized else ""})'
 
 
 def joined_hint(hints: Sequence[Hint]) -> str:
