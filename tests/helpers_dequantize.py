@@ -61,5 +61,7 @@ def dequantized(path: Path, dtype: str = "F32") -> dict[str, torch.Tensor]:
         payload = DequantizedPayload(decoder, sources, TensorInfo(weight.key, dtype, decoder.shape), {})
         buffer = bytearray(payload.nbytes)
         payload.readinto(memoryview(buffer))
-        made[weight.key] = torch.frombuffer(buffer, dtype=torch_dtype(dtype)).reshape(decoder.shape)
+        made[weight.key] = torch.empty(decoder.shape, dtype=torch_dtype(dtype))
+        if buffer:
+            made[weight.key] = torch.frombuffer(buffer, dtype=torch_dtype(dtype)).reshape(decoder.shape)
     return made
