@@ -239,6 +239,11 @@ def rows_file() -> Parts:
     return named(parts, codes="weight_packed", scales="weight_scale", zeros="weight_zero_point") | shape
 
 
+def scaled_file() -> Parts:
+    """Return the tensors of int8 of compressed-tensors."""
+    return {"w.weight": torch.ones(4, 6, dtype=torch.int8), "w.weight_scale": torch.ones(4, 1)}
+
+
 def int8_file() -> Parts:
     """Return the tensors of int8 of bitsandbytes."""
     return {
@@ -296,6 +301,7 @@ FORMS: dict[str, tuple[Callable[[], Parts], Parts, object, str]] = {
     "a layout of a GPU": (int8_file, {"w.weight_format": torch.tensor(2).byte()}, None, "in the layout col_turing"),
     "Marlin": (gptq_file, {}, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "in the layout marlin"),
     "planes": (gptq_file, {}, {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_p"}, "in planes of bits"),
+    "scaled inputs": (scaled_file, {"w.pre_quant_scale": torch.ones(6)}, None, "multiplied by 'w.pre_quant_scale'"),
     "no configuration": (gptq_file, {}, None, "without a configuration that says what its zero points mean"),
 }  # fmt: skip
 

@@ -48,6 +48,10 @@ class Broken(NamedTuple):
     is_not_finite: bool
 
 
+# The parts that change what a layer computes of the same weight: numbers without them would be another layer.
+_SCALES_OF_INPUTS = ("pre_quant_scale", "prequant_scaling_factor", "act_pre_scale")
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """A quantised weight with its decoder, and what a plan records of it: the family and the settings."""
@@ -100,6 +104,11 @@ class Decoding:
             raise FormatError(f"{quoted(weight.key)} cannot be dequantised: it lacks {listed(weight.missing)}")
         if not weight.family:
             reason = f"{quoted(weight.key)} is quantised ({weight.scheme}), which ckptkit cannot dequantise"
+            raise PlanError(reason, hint=weight.way_out)
+        scaled = next((key for key in weight.parts if key.endswith(_SCALES_OF_INPUTS)), None)
+        if scaled is not None:
+            inputs = f"for inputs that are multiplied by {quoted(scaled)}"
+            reason = f"{quoted(weight.key)} is quantised ({weight.scheme}) {inputs}, which ckptkit cannot dequantise"
             raise PlanError(reason, hint=weight.way_out)
         parts = {role: self.checkpoint[key] for role, key in weight.roles}
         try:

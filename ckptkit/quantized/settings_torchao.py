@@ -35,8 +35,6 @@ def of_torchao(known: Known) -> Mapping[str, Setting]:
         raise UnknownFormError("without metadata that names its class")
     if name not in _CLASSES:
         raise UnknownFormError(f"as {name}")
-    if "pre_scale" in known.parts:
-        raise UnknownFormError(f"as {name} whose inputs are multiplied by act_pre_scale")
     fields = described.get("_data")
     fields = fields if isinstance(fields, dict) else {}
     block, dtype = fields.get("block_size"), fields.get("dtype")

@@ -244,7 +244,6 @@ def _torchao(anchor: str, joint: str, *, is_private: bool = False) -> Scheme:
                 ("codes", (f"{joint}{anchor}",)),
                 ("scales", (f"{joint}scale",)),
                 ("zeros", (f"{joint}zero_point",)),
-                ("pre_scale", (f"{joint}act_pre_scale",)),
             ),
         ),
     )
