@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -45,14 +46,21 @@ def server(command: Sequence[str | Path], port: int, log: Path) -> Iterator[None
     """Run a server while the block runs; the block begins when the port answers."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            ["timeout", _LIFE, *map(str, command)], stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+            ["timeout", _LIFE, *map(str, command)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=_end_with_parent,  # noqa: PLW1509 - no threads yet
+        )  # fmt: skip
     try:
         _wait_for(port, process, log)
         yield
     finally:
         process.terminate()  # timeout hands the signal on
         process.wait(20)
+
+
+def _end_with_parent() -> None:
+    """Let the process get SIGTERM where the tests are killed; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
