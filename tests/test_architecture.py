@@ -116,11 +116,20 @@ def test_folders_are_small() -> None:
 
 @pytest.mark.parametrize(
     ("library", "packages"),
-    [("click", ("cli",)), ("tabulate", ("render",)), ("pickle", ()), ("mmap", ())],
-    ids=["click", "tabulate", "pickle", "mmap"],
+    [
+        ("click", ("cli",)),
+        ("tabulate", ("render",)),
+        ("pickle", ()),
+        ("mmap", ()),
+        ("fsspec", ("core.files.remote", "formats.writing")),
+    ],
+    ids=["click", "tabulate", "pickle", "mmap", "fsspec"],
 )
 def test_libraries_are_imported_only_in_their_package(library: str, packages: tuple[str, ...]) -> None:
-    """Only the command line imports click, only reports import tabulate, and nothing imports pickle or mmap."""
+    """Only the command line imports click, only reports import tabulate, and nothing imports pickle or mmap.
+
+    fsspec is for URLs only, so that a command on local files does not wait for it.
+    """
     users = [name for name, path in FILES.items() if library in {top.partition(".")[0] for top in imports_of(path)}]
     assert [name for name in users if not name.startswith(packages or ("none",))] == []
 
@@ -154,6 +163,36 @@ def test_no_reader_reaches_torch(module: str) -> None:
         "values.workers",
     }
     assert {other for other, heavy in users.items() if heavy} <= makers
+
+
+# The code of a live model, and the cache of the Hugging Face libraries, are always on this machine.
+LOCAL_READERS = {"formats.live", "formats.hub"}
+SYSTEM = {"path", "stat", "lstat", "scandir", "listdir", "open", "walk", "access"}
+
+
+def test_readers_never_ask_the_system() -> None:
+    """A reader asks a folder and a file through the two protocols of ``core.files.source``, so it reads stores too."""
+    readers = (
+        "formats",
+        "core",
+        "quantized",
+        "rules",
+        "wrappers",
+        "values",
+        "checks",
+        "digests",
+        "comparison",
+        "inputs",
+    )
+    wrong = {
+        (name, node.attr)
+        for name, path in FILES.items()
+        if package_of(name) in readers and not name.startswith(("core.files", "formats.writing", *LOCAL_READERS))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id == "os" and node.attr in SYSTEM
+    }
+    assert wrong == set()
 
 
 def test_public_names_are_sorted_and_real() -> None:
