@@ -670,13 +670,13 @@ def _fp8(name: str) -> State:
     return {f"{name}.weight": weight, f"{name}.weight_scale_inv": torch.ones(1, 1)}
 
 
-@situation("plans/quantized.py: rename all its parts alike: --rename", NEW="b")
+@situation("plans/quantized/__init__.py: rename all its parts alike: --rename", NEW="b")
 def _half_a_quantised_weight(folder: Path) -> list[str]:
     (path,) = save(folder, fp8=_fp8("a"))
     return ["remap", path, "-o", str(folder / "out.pt"), "--rename", "a.weight=x.weight"]
 
 
-@situation("plans/quantized.py: give --rules FILE in place of --dtype", FILE="{folder}/rules.toml")
+@situation("plans/quantized/__init__.py: give --rules FILE in place of --dtype", FILE="{folder}/rules.toml")
 def _cast_of_a_quantised_weight(folder: Path) -> list[str]:
     (path,) = save(folder, fp8=_fp8("a") | {"norm.weight": randn(4)})
     rule = '[[rule]]\nfrom = "*norm.*"\nto = "*norm.*"\nop = { cast = { dtype = "BF16" } }\n'

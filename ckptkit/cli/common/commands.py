@@ -34,7 +34,7 @@ _RARE: Final = (
     "--skip-unread", "--elementwise", "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
     "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
-    "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all",
+    "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--dequantize",
 )  # fmt: skip
 
 
