@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FILES",
     "Blocks",
+    "Float8",
     "Folder",
     "Linears",
     "Made",
@@ -117,6 +118,22 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Float8:
+    """Square matrices of fp8 with a scale for each block of 128 by 128 numbers."""
+
+    count: int
+    width: int = 4096
+
+    @property
+    def size(self) -> float:
+        """Bytes of the file, about."""
+        return self.count * self.width * self.width
+
+    def __str__(self) -> str:
+        return f"{self.count} matrices of fp8, {_bytes(self.count * self.width * self.width * 4)} as F32"
+
+
+@dataclass(frozen=True)
 class Text:
     """A configuration of a peer."""
 
@@ -138,7 +155,7 @@ class Folder:
         return ""
 
 
-Made = Weights | Within | Linears | Blocks | Text | Folder
+Made = Weights | Within | Linears | Blocks | Float8 | Text | Folder
 
 _LARGE = Weights(60, BIG, layer="module.layers")
 _MODELS = "\n".join(f"  - model: {name}.safetensors\n    parameters: {{weight: 0.5, density: 0.5}}"
@@ -167,6 +184,7 @@ FILES: dict[str, Made] = {
     "load420.pt": Linears(1024, 17),
     "load420.pth": Linears(1024, 17, legacy=True),
     "blocks.gguf": Blocks(8),
+    "fp8.safetensors": Float8(6),
     "large-model": Folder("large.safetensors"),
     "tuned-model": Folder("tuned.safetensors"),
     "passthrough.yml": Text("merge_method: passthrough\nmodels:\n  - model: tuned.safetensors\ndtype: float32\n"),
@@ -194,7 +212,7 @@ def scaled(made: Made, scale: float) -> Made:
         return replace(made, weights=weights, entries=round(made.entries * scale))
     if isinstance(made, Linears):
         return replace(made, blocks=max(round(made.blocks * scale), 1))
-    if isinstance(made, Blocks):
+    if isinstance(made, Blocks | Float8):
         return replace(made, count=max(round(made.count * scale), 1))
     return made
 
@@ -222,6 +240,8 @@ def write(path: Path, made: Made) -> None:
         _write_weights(path, made)
     elif isinstance(made, Linears):
         _write_linears(path, made)
+    elif isinstance(made, Float8):
+        _write_float8(path, made)
     elif isinstance(made, Blocks):
         _write_blocks(path, made)
     else:
@@ -265,6 +285,19 @@ def _write_weights(path: Path, made: Weights) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for values in _values(made):
             values.tofile(file)
+
+
+def _write_float8(path: Path, made: Float8) -> None:
+    """Write the codes and scales of each matrix."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for number in range(made.count):
+        tensors[f"layers.{number}.weight"] = torch.randn(made.width, made.width).to(torch.float8_e4m3fn)
+        tensors[f"layers.{number}.weight_scale_inv"] = torch.rand(-(-made.width // 128), -(-made.width // 128))
+    save_file(tensors, path)
 
 
 def _write_blocks(path: Path, made: Blocks) -> None:

@@ -416,6 +416,14 @@ ROWS = (
     ),
     Row(
         VALUES,
+        "dequantise fp8 in blocks, to BF16",
+        ("fp8.safetensors",),
+        ckpt("convert fp8.safetensors -o out.safetensors --dequantize --dtype BF16"),
+        (_torch("torch, save_file", "torch_dequantize fp8.safetensors out-torch.safetensors", 0.8),),
+        megabytes=100,
+    ),
+    Row(
+        VALUES,
         "digest",
         (LARGE,),
         ckpt(f"digest {LARGE}"),

@@ -85,6 +85,22 @@ def torch_cast(name: str, output: str) -> None:
     _flush(output)
 
 
+def torch_dequantize(name: str, output: str) -> None:
+    """Multiply fp8 by the scales of its blocks, as transformers does, and save bfloat16."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, made = load_file(name), {}
+    for key in [key for key in tensors if key.endswith(".weight")]:
+        scales = tensors[f"{key}_scale_inv"][:, None, :, None]
+        blocks = (
+            tensors[key].float().reshape(scales.shape[0], -1, scales.shape[2], tensors[key].shape[1] // scales.shape[2])
+        )
+        made[key] = (blocks * scales).reshape(tensors[key].shape).to(torch.bfloat16)
+    save_file(made, output)
+    _flush(output)
+
+
 def gguf_dequantize(name: str, output: str) -> None:
     """Read a GGUF file, dequantise every tensor, and save safetensors."""
     import gguf
