@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from ckptkit import convert, open_checkpoint
-from ckptkit.errors import CkptkitError
+from ckptkit import choose_output, convert, execute, open_checkpoint, plan_remap
+from ckptkit.core.files.remote.traffic import meter_of
+from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats.writing.stores import transfers
+from ckptkit.formats.writing.stores.sending import Sending
+from ckptkit.formats.writing.targets import present_state
+from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
 from tests.helpers_stores import AtCloseStore, PartsStore, ShownStore, register_stores
 
@@ -126,3 +134,79 @@ def test_an_old_output_stays_until_the_new_one_is_sent(case: Case, source: Path)
     assert outcomes == {"old", "lost"}
     same_state(state_at(url), wanted(case, NEW))
     assert not PartsStore.unfinished
+
+
+def test_torch_reads_checksums_behind_the_records(source: Path) -> None:
+    """A torch file that was sent in order is a valid archive for torch and for zipfile."""
+    PartsStore.reset({})
+    write(source, "parts://bucket/out.pt", CASES[1])
+    data = PartsStore.content()["/bucket/out.pt"]
+    same_state(torch.load(io.BytesIO(data), weights_only=True), wanted(CASES[1], NEW))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        assert [info.flag_bits & 8 for info in archive.infolist()] == [0, 0, 8, 8, 8, 0]
+
+
+def test_bytes_that_come_early_wait() -> None:
+    """Bytes may come in any order that threads make; the parts are sent whole and in order."""
+
+    class Transfer:
+        part, at_once, is_held = 300, 3, True
+
+        def __init__(self) -> None:
+            self.parts: dict[int, bytes] = {}
+
+        def send(self, number: int, part: bytes) -> None:
+            self.parts[number] = part
+
+        def begin(self) -> None: ...
+        def close(self) -> None: ...
+        def commit(self) -> None: ...
+        def abort(self) -> None: ...
+
+    data = random.Random(0).randbytes(10_007)  # noqa: S311 - not a secret
+    transfer = Transfer()
+    sending = Sending(transfer, len(data), meter_of("test"))
+    starts = list(range(0, len(data), 101))
+    for window in range(0, len(starts), 7):
+        for start in reversed(starts[window : window + 7]):
+            sending.write(memoryview(data)[start : start + 101], start)
+    sending.finish()
+    sending.end_threads()
+    assert b"".join(transfer.parts[number] for number in range(len(transfer.parts))) == data
+    assert {len(part) for number, part in transfer.parts.items() if number < 33} == {300}
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://example.com/a.safetensors", "https:// is only read"),
+        ("zip://a.pt::memory://b.zip", "a chain of filesystems is only read"),
+        ("hf:org/name", "hf: is only read"),
+    ],
+)
+def test_stores_that_are_only_read_are_refused_at_once(url: str, reason: str) -> None:
+    """The output is refused before an input is read, and the hint names the way out."""
+    with pytest.raises(OutputError, match=reason) as refused:
+        choose_output(url)
+    assert "write to a path of this machine" in (refused.value.hint or "")
+
+
+def test_another_program_is_noticed(source: Path) -> None:
+    """A file that appears or changes in the store after the output was chosen is not replaced."""
+    url = "parts://bucket/out.safetensors"
+    for before in ({}, {"/bucket/out.safetensors": b"old"}):
+        PartsStore.reset(dict(before))
+        output = replace(choose_output(url, force=True), before=present_state(url))
+        PartsStore.reset({"/bucket/out.safetensors": b"of another program"})
+        with pytest.raises(OutputError, match="another program"):
+            execute(plan_remap(source), source, output)
+        assert PartsStore.content() == {"/bucket/out.safetensors": b"of another program"}
+        assert not PartsStore.unfinished
+
+
+def test_a_dry_run_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run asks the store once what is there."""
+    PartsStore.reset({})
+    ran = run_ckpt(capsys, "convert", str(source), "-o", "parts://bucket/out.safetensors", "--dry-run")
+    assert (ran.code, PartsStore.content(), PartsStore.count) == (0, {}, 1), ran.err

@@ -131,8 +131,8 @@ def _new_filesystem(url: str, *, writing: bool) -> Any:
         logging.getLogger(name).addHandler(logging.NullHandler())
     options = {"skip_instance_cache": True, **_options(scheme, writing=writing)}
     fs = _made_in_time(lambda: url_to_fs(request_url(url), **options)[0], url)
-    if scheme in ("s3", "s3a") and not writing:
-        fs.retries = 1  # tries, not repetitions
+    if scheme in ("s3", "s3a"):
+        fs.retries = 1  # tries, not repetitions; where parts are written, botocore alone sends them again
     return fs
 
 
@@ -168,6 +168,6 @@ def _options(scheme: str, *, writing: bool) -> dict[str, Any]:
     if scheme in ("s3", "s3a"):
         given = conf.get(scheme, {}).get("config_kwargs", {})
         limits = {"read_timeout": timeout(), "connect_timeout": timeout(), "max_pool_connections": MOST_REQUESTS}
-        once = {} if writing else {"retries": {"total_max_attempts": 1}}
-        return {"use_listings_cache": False, "config_kwargs": {**limits, **once, **given}}
+        tries = {"mode": "standard", "total_max_attempts": 6} if writing else {"total_max_attempts": 1}
+        return {"use_listings_cache": False, "config_kwargs": {**limits, "retries": tries, **given}}
     return {"use_listings_cache": False} if "::" not in scheme else {}
