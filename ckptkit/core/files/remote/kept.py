@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ckptkit.core.files.remote.failures import NotFoundError
+from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
 from ckptkit.core.files.remote.first_bytes import asked_next
 from ckptkit.core.files.remote.running import finish, on_fork, start
 from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState, Store
@@ -45,7 +45,12 @@ class _Kept(Generic[T]):
     def get(self, url: str) -> Future[T] | None:
         with self._lock:
             since, answer = self._answers.get(url, (0.0, None))
-            return answer if answer is not None and time.monotonic() - since < _SECONDS else None
+            if answer is None or time.monotonic() - since > _SECONDS:
+                return None
+            is_lost = answer.done() and (
+                answer.cancelled() or not isinstance(answer.exception(), NotFoundError | RefusedError | None)
+            )
+            return None if is_lost else answer
 
     def begin(self, url: str, request: Coroutine[Any, Any, T], meter: Meter) -> Future[T]:
         async def begun() -> T:

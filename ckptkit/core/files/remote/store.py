@@ -16,7 +16,7 @@ __all__ = ["HEAD", "MOST_REQUESTS", "Listing", "ObjectState", "Store", "state_of
 
 T = TypeVar("T")
 HEAD = 64 << 10  # bytes that are asked for together with the size
-MOST_REQUESTS = 32  # at once, of one store
+MOST_REQUESTS = 100  # at once, of one store: the limit of aiohttp, and shards are opened in one round
 _LATER = "run the command again later"
 
 
