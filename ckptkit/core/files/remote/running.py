@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -64,6 +65,9 @@ def on_fork(reset: Callable[[], None]) -> Callable[[], None]:
 
 
 def _reset_all() -> None:
+    asyn = sys.modules.get("fsspec.asyn")
+    if asyn is not None:
+        asyn.reset_lock()  # older versions keep the loop of the parent, which no thread runs here
     for reset in _resets:
         reset()
 
