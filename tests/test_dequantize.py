@@ -121,6 +121,16 @@ BROKEN = {
     "of another shape": ({"l.weight_scale_inv": torch.ones(3, 3)}, "does not fit a weight of"),
     "NaN": ({"l.weight_scale_inv": torch.full((2, 2), torch.nan)}, "values that are NaN or infinite"),
     "missing": ({}, "it lacks 'l.weight_scale_inv'"),
+    "of other blocks": ({"l.weight_scale_inv": torch.ones(4, 4)}, "in blocks of [128, 128]"),
+    "two of them": (
+        {"l.weight_scale_inv": torch.ones(2, 2), "l.weight_scale": torch.ones(1)},
+        "'l.weight_scale' and 'l.weight_scale_inv' are both its scales",
+    ),
+    "of other integers": (
+        {"l.weight": torch.ones(8, 8, dtype=torch.int8), "l.weight_scale": torch.ones(9, 1)},
+        "'l.weight_scale' is F32 [9, 1], which does not fit a weight of [8, 8]",
+    ),
+    "F64 and NaN": ({"l.weight_scale_inv": torch.full((2, 2), torch.nan).double()}, "values that are NaN or infinite"),
 }
 
 
@@ -135,7 +145,7 @@ def test_broken_parts_are_errors_and_findings(name: str, model: Model, tmp_path:
     assert reason in str(refusal.value)
     assert not (tmp_path / "out.safetensors").exists()
     found = {finding.code for finding in ckptkit.run_checks(model.path).findings if finding.severity == "error"}
-    assert found == {{"NaN": "nan", "missing": "missing-part"}.get(name, "broken-part")}
+    assert found == {{"NaN": "nan", "F64 and NaN": "nan", "missing": "missing-part"}.get(name, "broken-part")}
 
 
 def test_a_scheme_without_a_decoder_is_refused_by_name(tmp_path: Path) -> None:

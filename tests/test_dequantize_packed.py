@@ -232,6 +232,11 @@ def gptq_file() -> Parts:
     return named(gptq(4, "of activations", "v2")[0], codes="qweight", scales="scales", zeros="qzeros", g_idx="g_idx")
 
 
+def columns_file() -> Parts:
+    """Return the tensors of GPTQ of 4 bits without g_idx."""
+    return {key: part for key, part in gptq_file().items() if not key.endswith("g_idx")}
+
+
 def rows_file() -> Parts:
     """Return the tensors of packed rows of 4 bits."""
     parts = rows(4, "asymmetric")[0]
@@ -265,15 +270,22 @@ BROKEN: dict[str, tuple[Callable[[], Parts], Parts, str]] = {
     "a bad blocksize": (nf4, {STATE: state({"shape": [5, 7], "blocksize": "9"})}, f"'{STATE}' has a blocksize of 9"),
     "a group that is not there": (gptq_file, {"w.g_idx": torch.full((96,), 3).int()}, "'w.g_idx' has 96 of 96 values"),
     "few zero points": (gptq_file, {"w.qzeros": torch.zeros(3, 7).int()}, "4 bits, as the configuration says, do not"),
-    "scales of other columns": (rows_file, {"w.weight_scale": torch.ones(5, 4)}, "does not fit a weight of [5, 42]"),
+    "scales of other columns": (rows_file, {"w.weight_scale": torch.ones(5, 4)}, "says which columns of [5, 42]"),
     "a shape of other codes": (rows_file, {"w.weight_shape": torch.tensor([5, 4000])}, "no way of packing codes"),
     "a negative shape": (rows_file, {"w.weight_shape": torch.tensor([5, -4])}, "has the values [5, -4]"),
     "zero points of other rows": (rows_file, {"w.weight_zero_point": torch.zeros(2, 3).int()}, "and must be [1, 3]"),
     "scales of other rows": (int8_file, {"w.SCB": torch.ones(3)}, "'w.SCB' is F32 [3], and must have 4 elements"),
+    "odd groups": (
+        columns_file,
+        {"w.qzeros": torch.zeros(5, 8).int(), "w.scales": torch.ones(5, 64)},
+        "nothing says which of 96 columns a group has",
+    ),
+    "much too large a state": (nf4, {STATE: torch.zeros(70_000, dtype=torch.uint8)}, "too large to describe a weight"),
     "an unknown layout": (int8_file, {"w.weight_format": torch.tensor(9).byte()}, "'w.weight_format' is 9"),
 }  # fmt: skip
 CONFIGS = {
     gptq_file: {"quant_method": "gptq", "bits": 4},
+    columns_file: {"quant_method": "gptq", "bits": 4},
     rows_file: {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4}}}},
 }
 
@@ -302,6 +314,7 @@ FORMS: dict[str, tuple[Callable[[], Parts], Parts, object, str]] = {
     "Marlin": (gptq_file, {}, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "in the layout marlin"),
     "planes": (gptq_file, {}, {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_p"}, "in planes of bits"),
     "scaled inputs": (scaled_file, {"w.pre_quant_scale": torch.ones(6)}, None, "multiplied by 'w.pre_quant_scale'"),
+    "another method": (gptq_file, {}, {"quant_method": "other", "bits": 4}, "zero points of the method other"),
     "no configuration": (gptq_file, {}, None, "without a configuration that says what its zero points mean"),
 }  # fmt: skip
 

@@ -200,7 +200,6 @@ ORDINARY: dict[str, State] = {
     "integer buffers": {"weight": of(I64, 8, 8), "index": of(I32, 4), "mask": of(U8, 8, 8), "count": of(I64)},
     "integers that have only a bias": {"weight": of(I8, 8, 8), "bias": of(F32, 8)},
     "parts of two modules": {"qweight": of(I32, 16, 64), "k.scales": of(F16, 1, 64), "k.qzeros": of(I32, 1, 8)},
-    "a scale that is larger than the codes": {"weight": of(I8, 4, 4), "weight_scale": of(F32, 8, 8)},
     "a vector quantiser": {"codebooks": of(F32, 2, 256, 8), "codes": of(F32, 8, 4), "scales": of(F32, 8)},
     "bytes in blocks": {"pos_blocks": of(U8, 8, 4), "pos_scales": of(U8, 8), "m.blocks": of(U8, 8), "m.scales": of(U8)},
     "fp8 vectors with a scale": {"logit": of(F8, 1), "logit_scale": of(F32, 1), "gamma": of(F8, 8)},

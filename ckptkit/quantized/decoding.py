@@ -50,6 +50,7 @@ class Broken(NamedTuple):
 
 # The parts that change what a layer computes of the same weight: numbers without them would be another layer.
 _SCALES_OF_INPUTS = ("pre_quant_scale", "prequant_scaling_factor", "act_pre_scale")
+_CHANGING = ("weight_zero_point", "weight_g_idx")  # refused where the decoder of a scheme does not take them
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class Decoding:
             raise PlanError(reason, hint=weight.way_out)
         parts = {role: self.checkpoint[key] for role, key in weight.roles}
         try:
+            _refuse_unused(weight)
             settings, decoder = self._make(weight, parts)
         except UnknownFormError as error:
             reason = f"{quoted(weight.key)} is quantised ({weight.scheme} {error}), which ckptkit cannot dequantise"
@@ -157,6 +159,7 @@ class Decoding:
         """Return the settings and the decoder; raise ``BrokenPartError`` or ``UnknownFormError``."""
         from ckptkit.values.dequantize.schemes import make_decoder
 
+        _refuse_two_of_a_role(weight)
         settings: Mapping[str, Setting] = {}
         if weight.family in SETTINGS:
             module, function = SETTINGS[weight.family]
@@ -171,3 +174,23 @@ class Decoding:
 
     def _read(self, key: str) -> bytes:
         return b"".join(map(bytes, self._stored.payload(key).chunks()))
+
+
+def _refuse_unused(weight: QuantizedWeight) -> None:
+    """Raise ``UnknownFormError`` for a part that changes the numbers and that the decoder does not take."""
+    from ckptkit.values.dequantize.model import UnknownFormError
+
+    used = {key for _, key in weight.roles}
+    unused = next((key for key in weight.parts if key.endswith(_CHANGING) and key not in used), None)
+    if unused is not None:
+        raise UnknownFormError(f"with {quoted(unused)}")
+
+
+def _refuse_two_of_a_role(weight: QuantizedWeight) -> None:
+    """Raise ``BrokenPartError`` for two parts of which only one can be used, such as two tensors of scales."""
+    from ckptkit.values.dequantize.model import BrokenPartError
+
+    first: dict[str, str] = {}
+    for role, key in weight.roles:
+        if first.setdefault(role, key) != key:
+            raise BrokenPartError(role, f"and {quoted(first[role])} are both its {role}, and only one can be right")

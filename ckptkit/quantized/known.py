@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from ckptkit.core.checkpoint import Affine, TensorInfo
 
-__all__ = ["Known", "integers_of"]
+__all__ = ["Known", "integers_of", "small_part", "weights_of_groups"]
+
+_MOST_BYTES: Final = 1 << 16  # of a part that has a shape, a number or a few lines of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,31 @@ class Known:
         return next((value for value in found if value is not None), None)
 
 
+def small_part(known: Known, role: str) -> bytes:
+    """Return the bytes of a part that describes a weight. Raises ``BrokenPartError`` if it is too large for that."""
+    from ckptkit.values.dequantize.model import BrokenPartError
+
+    info = known.parts[role]
+    if info.nbytes > _MOST_BYTES:
+        raise BrokenPartError(role, f"is {info}, which is too large to describe a weight")
+    return known.read(role)
+
+
+def weights_of_groups(section: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """Yield what each group of a configuration of compressed-tensors says about weights."""
+    groups = section.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            yield weights
+
+
 def integers_of(known: Known, role: str) -> tuple[int, ...]:
-    """Return the values of a part that holds integers, such as the sizes of a shape."""
+    """Return the values of a part that holds integers, such as the sizes of a shape.
+
+    Raises ``BrokenPartError`` as ``small_part``.
+    """
+    data = small_part(known, role)
     width = known.parts[role].nbytes // max(known.parts[role].elements, 1)
-    data = known.read(role)
     starts = range(0, len(data), max(width, 1))
     return tuple(int.from_bytes(data[start : start + width], "little", signed=True) for start in starts)

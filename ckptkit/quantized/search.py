@@ -55,11 +55,10 @@ class Found(NamedTuple):
 
     @property
     def roles(self) -> tuple[tuple[str, str], ...]:
-        """Return the key of the part that has each role for the decoder."""
+        """Return the key of the part that has each role for the decoder; broken weights have two for one role."""
         coding = self.scheme.coding
-        keys = [(role, [self.stem + ending for ending in endings]) for role, endings in coding.roles] if coding else []
-        found = ((role, next((key for key in several if key in self.parts), None)) for role, several in keys)
-        return tuple((role, key) for role, key in found if key is not None)
+        keys = ((role, self.stem + ending) for role, endings in (coding.roles if coding else ()) for ending in endings)
+        return tuple((role, key) for role, key in keys if key in self.parts)
 
 
 def find_weights(checkpoint: Checkpoint) -> list[Found]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from ckptkit.quantized.known import Known
+from ckptkit.quantized.known import Known, small_part
 
 if TYPE_CHECKING:
     from ckptkit.values.dequantize.model import Setting
@@ -24,7 +24,7 @@ def of_four_bits(known: Known) -> Mapping[str, Setting]:
     from ckptkit.values.dequantize.model import BrokenPartError
 
     try:
-        state = json.loads(known.read("quant_state").decode())
+        state = json.loads(small_part(known, "quant_state").decode())
     except (ValueError, RecursionError):
         raise BrokenPartError("quant_state", "is not valid JSON") from None
     shape = state.get("shape") if isinstance(state, dict) else None
@@ -46,7 +46,7 @@ def of_int8(known: Known) -> Mapping[str, Setting]:
 
     if "weight_format" not in known.parts:
         return {}
-    number = int.from_bytes(known.read("weight_format")[:1], "little")
+    number = int.from_bytes(small_part(known, "weight_format")[:1], "little")
     if number >= len(_LAYOUTS):
         raise BrokenPartError("weight_format", f"is {number}, and the formats are 0 to {len(_LAYOUTS) - 1}")
     if number:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from ckptkit.quantized.known import Known, integers_of
+from ckptkit.quantized.known import Known, integers_of, weights_of_groups
 
 if TYPE_CHECKING:
     from ckptkit.values.dequantize.model import Setting
@@ -52,9 +52,7 @@ def of_packed_rows(known: Known) -> Mapping[str, Setting]:
 def _weights(known: Known, name: str) -> Iterator[int]:
     """Yield what the groups of the configuration say about weights."""
     for section in known.sections:
-        groups = section.get("config_groups")
-        for group in groups.values() if isinstance(groups, Mapping) else ():
-            weights = group.get("weights") if isinstance(group, Mapping) else None
-            value = weights.get(name) if isinstance(weights, Mapping) else None
+        for weights in weights_of_groups(section):
+            value = weights.get(name)
             if type(value) is int:
                 yield value

@@ -75,7 +75,7 @@ def _zeros(known: Known, bits: int, form: str) -> str:
 
     if "zeros" not in known.parts:
         return "symmetric"
-    if known.sections and not _is_auto_round(known):
+    if known.sections and _format(known, "quant_method") in ("", "gptq", "marlin"):
         return _ZEROS.get(form, "v1")  # as GPTQModel reads a configuration without a format
     # Nothing says whether 1 was subtracted. The middle of the range is the zero point of all symmetric codes.
     middle = 1 << bits - 1
@@ -83,7 +83,8 @@ def _zeros(known: Known, bits: int, form: str) -> str:
     if len(data) * 8 // bits and any(data == _filled(code, bits, len(data)) for code in (middle, middle - 1)):
         return "symmetric"
     if known.sections:
-        raise UnknownFormError("with zero points of AutoRound that are not symmetric")
+        method = "AutoRound" if _is_auto_round(known) else f"the method {_format(known, 'quant_method')}"
+        raise UnknownFormError(f"with zero points of {method} that are not symmetric")
     raise UnknownFormError("without a configuration that says what its zero points mean")
 
 

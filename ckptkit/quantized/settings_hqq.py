@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ckptkit.quantized.known import Known, integers_of
+from ckptkit.quantized.known import Known, integers_of, small_part
 
 if TYPE_CHECKING:
     from ckptkit.values.dequantize.model import Setting
@@ -18,7 +18,7 @@ def of_hqq(known: Known) -> Mapping[str, Setting]:
     from ckptkit.values.dequantize.model import BrokenPartError, UnknownFormError
 
     for role in ("quant_scale", "quant_zero"):
-        if role in known.parts and any(known.read(role)):
+        if role in known.parts and any(small_part(known, role)):
             raise UnknownFormError("with scales or zero points that are quantised too")
     missing = next((role for role in ("shape", "packing", "axis") if role not in known.parts), None)
     if missing is not None:
@@ -33,4 +33,4 @@ def of_hqq(known: Known) -> Mapping[str, Setting]:
 
 
 def _text(known: Known, role: str) -> str:
-    return known.read(role)[:80].decode("ascii", "replace")
+    return small_part(known, role)[:80].decode("ascii", "replace")

@@ -99,7 +99,7 @@ def _dtypes(names: str) -> frozenset[str]:
 _F8 = _dtypes("F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ")
 _E4M3 = _dtypes("F8_E4M3")
 _E8M0 = _dtypes("F8_E8M0 U8")  # older versions of safetensors have no dtype for exponents
-_FLOATS = _dtypes("F32 BF16 F16")
+_FLOATS = _dtypes("F64 F32 BF16 F16")
 _INTEGERS = _dtypes("I8 U8 I16 I32 I64")
 _CODES = _dtypes("I8 U8 I16 I32 F4") | _F8
 _ANY = _FLOATS | _INTEGERS | _F8 | _E8M0 | {"U32", "BOOL"}
@@ -113,7 +113,7 @@ _OF_INPUT = Part(
     _ANY,
 )  # fmt: skip
 _OF_WEIGHT = Part(("weight_zero_point", "weight_g_idx", "weight_shape"), _ANY)
-_SCALE = Part(("weight_scale",), _FLOATS, _is_scale, is_telling=True)
+_SCALE = Part(("weight_scale",), _FLOATS, is_telling=True)
 
 _WRITER = "dequantise it with the library that wrote it"
 _COMPRESSED = "load it with transformers and compressed-tensors, which decompress it, and save it with save_pretrained"
@@ -149,7 +149,7 @@ _OF_FP8 = Scheme(
     _dtypes("fp8 finegrained_fp8 fbgemm_fp8 quark"),
     (_OF_WEIGHT, _OF_INPUT),
     is_ordinary=True,
-    coding=_scaled("weight_scale_inv", "weight_scale"),
+    coding=_scaled("weight_scale_inv", "weight_scale", zeros=("weight_zero_point",), index=("weight_g_idx",)),
 )
 _BY_SCALE = replace(_OF_FP8, needed=(Part(("weight_scale", "weight_scale_inv"), _FLOATS | _E8M0, is_telling=True),))
 
@@ -255,7 +255,7 @@ SCHEMES = (
     _bitsandbytes_4bit("fp4"),
     Scheme(
         "bitsandbytes int8", Part(("weight",), _dtypes("I8")),
-        (Part(("SCB", "weight.SCB"), _FLOATS, _is_scale, is_telling=True),),
+        (Part(("SCB", "weight.SCB"), _FLOATS, is_telling=True),),
         f"{_DEQUANTIZE}; or use bitsandbytes.functional.int8_vectorwise_dequant",
         _dtypes("bitsandbytes bitsandbytes_8bit"), (Part(("weight_format",), _dtypes("U8")),),
         coding=Coding(

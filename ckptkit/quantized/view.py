@@ -99,6 +99,8 @@ def dequantized(
         answer = True if wanted is None else wanted(weight)
         if answer:
             decoded = decoding.decoded(weight)
+            if weight.key in weights:
+                raise PlanError(f"{quoted(weight.key)} is the name of two quantised weights")
             weights[weight.key] = decoded
             said = answer if isinstance(answer, str) else dtype
             dtypes[weight.key] = _dtype(said, decoding.dtype, decoded.decoder.recorded)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DequantizedInputs"]
 
+_NOTHING = "no weight is quantised, so none is dequantised"
 _PART = "a part of {}, which is dequantised"
 
 
@@ -44,6 +45,7 @@ class DequantizedInputs:
         ``dtype`` is that of the output, if the caller gives one.
         """
         is_wanted, given = parse_dequantize(dequantize)
+        self._is_wanted = is_wanted
         rows = [rule for stage in rules.stages for rule in stage.rules if _dtypes_of(rule)] if rules else []
 
         def wanted(weight: QuantizedWeight) -> str | bool:
@@ -67,7 +69,7 @@ class DequantizedInputs:
         """Return the plan with the parts of dequantised weights as sources, and a note about these weights."""
         weights = {role: view.weights for role, view in self.views.items() if view.weights}
         if not weights:
-            return plan
+            return replace(plan, notes=(*plan.notes, _NOTHING)) if self._is_wanted else plan
         steps = tuple(self._step(step, weights) for step in plan.steps)
         dropped: list[Dropped] = []
         for drop in plan.dropped:

@@ -91,10 +91,12 @@ def scale_layout(role: str, shape: Sequence[int], scales: TensorInfo, usual: Seq
     """Return the layout of scales of a weight of this shape; ``usual`` are the sizes of the last dims of a block.
 
     Scales of fewer dims belong to the first dims of the weight, or if there are as many as columns, to the columns.
+    Without ``usual``, blocks have 128 rows and columns if that gives as many scales, else all have the same size.
     Raises ``BrokenPartError`` for scales that fit in no way.
     """
     counts = _aligned(tuple(shape), scales.shape)
-    usual = (*(1,) * (len(shape) - len(usual)), *usual) if usual else (_USUAL_BLOCK,) * len(shape)
+    is_known = bool(usual)
+    usual = (*(1,) * (len(shape) - len(usual)), *usual[-len(shape) :]) if usual else (_USUAL_BLOCK,) * len(shape)
     blocks: list[int] = []
     for dim, (size, count) in enumerate(zip(shape, counts or (), strict=True) if counts is not None else ()):
         if count == size:
@@ -103,12 +105,13 @@ def scale_layout(role: str, shape: Sequence[int], scales: TensorInfo, usual: Seq
             blocks.append(size)
         elif count == -(-size // usual[dim]):
             blocks.append(usual[dim])
-        elif count and size % count == 0 and len(scales.shape) == len(shape):
+        elif not is_known and count and size % count == 0 and len(scales.shape) == len(shape):
             blocks.append(size // count)
         else:
             break
     if counts is None or len(blocks) < len(shape):
-        raise BrokenPartError(role, f"is {scales}, which does not fit a weight of {list(shape)}")
+        sizes = f" in blocks of {list(usual)}" if is_known else ""
+        raise BrokenPartError(role, f"is {scales}, which does not fit a weight of {list(shape)}{sizes}")
     return ScaleLayout(tuple(shape), tuple(blocks), counts)
 
 

@@ -126,6 +126,8 @@ def gptq(parts: Mapping[str, TensorInfo], settings: Settings) -> Gptq:
             raise BrokenPartError("g_idx", f"is {parts['g_idx']}, which does not fit codes of {list(codes)}")
     if zeros != "symmetric":
         require_part(parts, "zeros", ("I32",), (scales[0], codes_in_words(codes[1], bits)))
+    if inputs % scales[0] and "group_size" not in settings and "g_idx" not in parts:
+        raise BrokenPartError("scales", f"is {parts['scales']}, and nothing says which of {inputs} columns a group has")
     width = setting_int(settings, "group_size", -(-inputs // scales[0]))
     if -(-inputs // width) != scales[0]:
         raise BrokenPartError("scales", f"is {parts['scales']}: {inputs} columns are not as many groups of {width}")

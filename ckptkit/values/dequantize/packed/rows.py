@@ -116,7 +116,10 @@ def packed_rows(parts: Mapping[str, TensorInfo], settings: Settings) -> PackedRo
     is_dense = bool(dense)
     require_part(parts, "codes", ("I32",), (*shape[:-1], codes_in_words(shape[-1], bits, is_dense=is_dense)))
     scales, zeros = require_part(parts, "scales", FLOATS), parts.get("zeros")
-    layout = scale_layout("scales", shape, scales, (1, setting_int(settings, "group_size", shape[-1])))
+    groups = max(scales.shape[-1:], default=0) or 1
+    if shape[-1] % groups and "group_size" not in settings:
+        raise BrokenPartError("scales", f"is {scales}, and nothing says which columns of {list(shape)} a group has")
+    layout = scale_layout("scales", shape, scales, (1, setting_int(settings, "group_size", shape[-1] // groups)))
     if layout.blocks[-2] not in (1, shape[-2]):
         raise BrokenPartError("scales", f"is {scales}, which does not fit a weight of {list(shape)}")
     if zeros is not None and zeros.dtype == "I32":
