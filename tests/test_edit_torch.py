@@ -494,7 +494,7 @@ def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert "copied unchanged: epoch, args" in dry.out
     done = run_ckpt(capsys, *base, tmp_path / "out.pt", "--keep-unknown", "--verify")
     assert "copied unchanged: epoch, args" in done.err
-    assert f"refuse it ({tmp_path / 'out.pt'} holds argparse.Namespace): each of 1 tensor" in done.err
+    assert f"cannot read it ({tmp_path / 'out.pt'} holds argparse.Namespace): each of 1 tensor" in done.err
     assert "verified" not in done.err
     assert "left out" not in done.err
     assert list(loaded(tmp_path / "out.pt")) == ["model", "epoch", "args"]

@@ -134,6 +134,7 @@ def test_any_system_call_may_fail_in_the_threads_that_copy(
     """Whichever thread fails, for its checksum or for the output: one error, no output, and no thread is left."""
     source, place = saved(tmp_path / "in.safetensors", NEW), tmp_path / "place"
     write(str(source), tmp_path / "first.pt", None)  # whether blocks can be shared here is tried only once
+    threads = threading.active_count()  # fsspec keeps one after a test of stores
     for nth in itertools.count(1):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -145,7 +146,7 @@ def test_any_system_call_may_fail_in_the_threads_that_copy(
             refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
             made = faults.count
             faults.disarm()
-        assert threading.active_count() == 1
+        assert threading.active_count() == threads
         # The directory could not be flushed after the output had its name: then the output is whole.
         assert names_in(place) == ([] if refusal else ["out.pt"]) or zipfile.ZipFile(place / "out.pt").testzip() is None
         if made < nth:

@@ -71,7 +71,7 @@ def test_what_the_other_reader_refuses_is_not_called_verified(
     out = tmp_path / "out.pt"
     command = ("convert", source, "-o", out, "--keep-unknown", "--verify", "--force")
     ran = run_ckpt(capsys, *command)
-    assert (ran.code, f"refuse it ({out} holds argparse.Namespace): each of 3" in ran.err) == (0, True)
+    assert (ran.code, f"cannot read it ({out} holds argparse.Namespace): each of 3" in ran.err) == (0, True)
     assert "read back by ckptkit alone, because" in ran.err
     assert "verified" not in ran.err
     ran = run_ckpt(capsys, *command, "--json")
