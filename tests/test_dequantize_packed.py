@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit.errors import CkptkitError, FormatError, PlanError
 from ckptkit.values.dequantize.model import Settings
-from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized
+from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized, payload
 
 GOLDEN = load_file("fixtures/packed_weights.safetensors")
 Parts = dict[str, torch.Tensor]
@@ -357,3 +357,13 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     del tensors["w.quant_map"]
     with pytest.raises(CkptkitError, match=r"'w' cannot be dequantised: it lacks 'w\.quant_map'"):
         dequantized(write(tmp_path, tensors, None))
+
+
+def test_only_the_weights_that_were_read_last_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes that are read whole are forgotten after some other weights, and read again with the same result."""
+    monkeypatch.setattr("ckptkit.values.dequantize.payload._MOST_HELD", 0)
+    parts, settings, _ = gptq(4, "of activations", "v2")
+    several = [payload("gptq", parts, settings=settings) for _ in range(4)]
+    read = [b"".join(map(bytes, one.chunks())) for one in several]
+    assert [one._held.made is None for one in several] == [True, True, False, False]
+    assert b"".join(map(bytes, several[0].chunks())) == read[0] == read[3]

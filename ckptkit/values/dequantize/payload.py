@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["DequantizedPayload", "broken_part"]
 
 _WORKING: Final = "F32"
+_MOST_HELD: Final = 64 << 20  # bytes of parts that are read whole: memory does not grow with the checkpoint
+_ALWAYS_HELD: Final = 2  # weights: both sides of a comparison
 
 
 def broken_part(weight: str, decoder_parts: Mapping[str, TensorInfo], error: BrokenPartError) -> FormatError:
@@ -38,13 +42,35 @@ def broken_part(weight: str, decoder_parts: Mapping[str, TensorInfo], error: Bro
     return FormatError(f"{quoted(weight)} cannot be dequantised: {subject} {error.reason}")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class _Held:
-    """What the decoder keeps of the parts that are not streamed, made when it is first asked for."""
+    """The parts that are read by rows, and what the decoder keeps of the others, made when it is asked for."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    value: Any = None
-    streamed: Mapping[str, Payload] | None = None
+    made: tuple[Mapping[str, Payload], Any] | None = None
+
+
+class _Recent:
+    """The weights that were read last. What the decoders of others keep is forgotten, and made again if need be."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: deque[tuple[weakref.ref[_Held], int]] = deque()
+        self._total = 0
+
+    def add(self, held: _Held, nbytes: int) -> None:
+        with self._lock:
+            self._kept.append((weakref.ref(held), nbytes))
+            self._total += nbytes
+            while self._total > _MOST_HELD and len(self._kept) > _ALWAYS_HELD:
+                oldest, count = self._kept.popleft()
+                self._total -= count
+                found = oldest()
+                if found is not None and found is not held:
+                    found.made = None  # threads that decode with it have a reference of their own
+
+
+_RECENT: Final = _Recent()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +210,8 @@ class DequantizedPayload:
         """Return the parts that are read by rows, and what the decoder keeps of the others."""
         held = self._held
         with held.lock:
-            if held.streamed is None:
+            made = held.made
+            if made is None:
                 decoder = self.decoder
                 whole = {
                     role: memoryview(_bytes_of(source))
@@ -192,15 +219,18 @@ class DequantizedPayload:
                     if role not in decoder.streamed
                 }
                 try:
-                    held.value = decoder.prepare(whole)
+                    value = decoder.prepare(whole)
                 except BrokenPartError as error:
                     raise broken_part(self.out.key, decoder.parts, error) from None
-                held.streamed = {
+                streamed = {
                     role: source if hasattr(source, "slice") else _InMemory(_bytes_of(source))
                     for role, source in self.sources.items()
                     if role in decoder.streamed
                 }
-            return held.streamed, held.value
+                made = held.made = (streamed, value)
+                in_memory = (source.nbytes for source in streamed.values() if isinstance(source, _InMemory))
+                _RECENT.add(held, sum(map(len, whole.values())) + sum(in_memory))
+            return made
 
     def _keep(self, losses: Losses) -> None:
         if self.losses is not None:
