@@ -10,11 +10,12 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, dequantize_option, path_argument, skip_unread_option
-from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
+from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.formats import codes
 from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat
+from ckptkit.plans.quantized.as_codes import QuantizeLike
 from ckptkit.plans.remap import plan_remap
 
 __all__ = ["convert"]
@@ -25,6 +26,7 @@ __all__ = ["convert"]
 @plan_output_options
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
 @dequantize_option
+@quantize_option
 @click.option("--adapter", type=click.Choice(ADAPTER_FORMATS),
               help="SOURCE is a LoRA adapter: write it for this library. peft: OUT is a directory.")  # fmt: skip
 @click.option("--base", type=PATH_TYPE, metavar="BASE",
@@ -36,6 +38,7 @@ def convert(
     options: OutputOptions,
     dtype: str | None,
     dequantize: bool,
+    quantize: QuantizeLike | None,
     adapter: AdapterFormat | None,
     base: str | None,
     skip_unread: bool,
@@ -54,8 +57,15 @@ def convert(
     ckpt convert kohya.safetensors -o adapter --adapter peft --base unet.safetensors
     """  # noqa: D301 - \b is click's mark
     if adapter is not None:
-        if dtype is not None or dequantize or skip_unread or options.carry or options.output.max_shard_size is not None:
-            without = "--dtype, --dequantize, --skip-unread, --carry and --max-shard-size"
+        if (
+            dtype is not None
+            or dequantize
+            or quantize
+            or skip_unread
+            or options.carry
+            or options.output.max_shard_size is not None
+        ):
+            without = "--dtype, --dequantize, --quantize, --skip-unread, --carry and --max-shard-size"
             raise click.UsageError(f"{without} have no meaning with --adapter")
         _convert_adapter(source, options, adapter, base)
         return
@@ -63,7 +73,9 @@ def convert(
         raise click.UsageError("--base has no meaning without --adapter")
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         with default_error_path(source):
-            plan = plan_remap(checkpoint, dtype=dtype, dequantize=dequantize, skip_unread=skip_unread)
+            plan = plan_remap(
+                checkpoint, dtype=dtype, dequantize=dequantize, quantize=quantize, skip_unread=skip_unread
+            )
             plan = replace(plan, command="convert")
         run_plan(plan, {"source": checkpoint}, options)
 

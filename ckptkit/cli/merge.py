@@ -13,7 +13,7 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.donor_names import donor_weights
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import dequantize_option, path_argument, requirement_options, skip_unread_option
-from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
+from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path, json_bytes
@@ -32,6 +32,7 @@ from ckptkit.plans.policies import (
     OnMissing,
     OnUnexpected,
 )
+from ckptkit.plans.quantized.as_codes import QuantizeLike
 from ckptkit.rules.model import Rules
 
 __all__ = ["merge"]
@@ -68,6 +69,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @requirement_options
 @skip_unread_option
 @dequantize_option
+@quantize_option
 @click.option("--dtype", metavar="DTYPE", help="--dequantize only: the dtype of the numbers.")
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale of every adapter.")  # fmt: skip
@@ -93,6 +95,7 @@ def merge(
     min_coverage: float,
     skip_unread: bool,
     dequantize: bool,
+    quantize: QuantizeLike | None,
     dtype: str | None,
     scale: float,
     weight: tuple[str, ...],
@@ -129,6 +132,8 @@ def merge(
     if method == "extract-lora" and len(donors) > 1:
         raise click.UsageError(f"--method {method} takes one DONOR")
     weights = donor_weights(weight, donors)
+    if method == "extract-lora" and quantize is not None:
+        raise click.UsageError("--quantize has no meaning with --method extract-lora: the output is not a model")
     if method == "extract-lora" and options.carry:
         raise click.UsageError("--carry has no meaning with --method extract-lora: the output is not a model")
     expected = [codes.ADAPTER_BASE] if method == "lora" else []
@@ -152,6 +157,7 @@ def merge(
                     weights=weights,
                     on_unexpected=unexpected,
                     dequantize=numbers,
+                    quantize=quantize,
                     require=require,
                     min_coverage=min_coverage,
                 )
@@ -171,6 +177,7 @@ def merge(
                     on_unexpected=on_unexpected,
                     on_mismatch=on_mismatch,
                     dequantize=numbers,
+                    quantize=quantize,
                     skip_unread=skip_unread,
                     require=require,
                     min_coverage=min_coverage,

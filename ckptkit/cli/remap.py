@@ -9,11 +9,12 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, dequantize_option, path_argument, skip_unread_option
-from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
+from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.plans.plan import Plan
+from ckptkit.plans.quantized.as_codes import QuantizeLike
 from ckptkit.plans.remap import plan_remap
 from ckptkit.rules.model import Rules
 
@@ -26,6 +27,7 @@ __all__ = ["remap"]
 @rule_options(beside="source", or_beside="like")
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
 @dequantize_option
+@quantize_option
 @click.option("--like", type=PATH_TYPE, metavar="EXPECTED",
               help="Write exactly the keys, shapes and dtypes of EXPECTED, or refuse.")  # fmt: skip
 @skip_unread_option
@@ -39,6 +41,7 @@ def remap(
     rules: Rules,
     dtype: str | None,
     dequantize: bool,
+    quantize: QuantizeLike | None,
     like: str | None,
     apply_file: str | None,
     invert_file: str | None,
@@ -62,13 +65,14 @@ def remap(
         if plan_file is None:
             plan = _plan(
                 checkpoint, source, rules, dtype, like,
-                dequantize=dequantize, skip_unread=skip_unread, quiet=options.quiet,
+                dequantize=dequantize, quantize=quantize, skip_unread=skip_unread, quiet=options.quiet,
             )  # fmt: skip
         else:
             if (
                 rules.stages
                 or dtype
                 or dequantize
+                or quantize
                 or like
                 or skip_unread
                 or (apply_file is not None and invert_file is not None)
@@ -88,6 +92,7 @@ def _plan(
     like: str | None,
     *,
     dequantize: bool,
+    quantize: QuantizeLike | None,
     skip_unread: bool,
     quiet: bool,
 ) -> Plan:
@@ -95,5 +100,11 @@ def _plan(
         expected = None if like is None else stack.enter_context(open_checkpoints(like, quiet=quiet))[0]
         with default_error_path(source):
             return plan_remap(
-                checkpoint, rules, dtype=dtype, dequantize=dequantize, like=expected, skip_unread=skip_unread
+                checkpoint,
+                rules,
+                dtype=dtype,
+                dequantize=dequantize,
+                quantize=quantize,
+                like=expected,
+                skip_unread=skip_unread,
             )

@@ -31,7 +31,7 @@ from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Source
-from ckptkit.plans.quantized.configured import add_quantization
+from ckptkit.plans.quantized.configured import add_quantization, is_quantised
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 from ckptkit.tensor_ops.recipes import Recipe
@@ -155,7 +155,7 @@ def _decodes(recipe: Recipe) -> bool:
 def _adapt_dtype(config: dict[str, object], plan: Plan, owner: Checkpoint) -> tuple[list[Adapted], list[str]]:
     """Change the dtype in ``config`` where the tensors of the output have another one than those of the input."""
     before = {info.dtype for info in owner.values()} & _FLOATS
-    after = {step.out.dtype for step in plan.steps} & _FLOATS
+    after = {step.out.dtype for step in plan.steps if not is_quantised(step)} & _FLOATS
     if before == after:
         return [], []
     if len(after) != 1:

@@ -26,6 +26,7 @@ from ckptkit.plans.policies import (
     OnUnexpected,
 )
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
+from ckptkit.plans.quantized.as_codes import QuantizeLike, quantize_outputs
 from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import (
     dropped_entries,
@@ -53,6 +54,7 @@ def plan_merge(
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
     dequantize: DequantizeLike = False,
+    quantize: QuantizeLike | None = None,
     skip_unread: bool = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
@@ -81,6 +83,7 @@ def plan_merge(
 
     With ``dequantize``, quantised weights of every input are numbers, as in ``plan_remap``; those of a donor get the
     dtype of the base. ``dequantize`` may also be the dtype of those of the base.
+    With ``quantize``, the output has codes of linear weights, as in ``plan_remap``.
 
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
@@ -129,7 +132,8 @@ def plan_merge(
             inputs.checkpoints["base"], checkpoints, inputs.rules or rules, policies, requirements,
             skip_unread=skip_unread,
         )  # fmt: skip
-        return edit_metadata(inputs.finish(plan), metadata, drop_metadata)
+        plan = quantize_outputs(inputs.finish(plan), inputs.stored, quantize)
+        return edit_metadata(plan, metadata, drop_metadata)
 
 
 def plan_loading(

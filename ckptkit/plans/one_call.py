@@ -23,6 +23,7 @@ from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.metadata.edits import edit_metadata, refuse_without_metadata
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
+from ckptkit.plans.quantized.as_codes import QuantizeLike
 from ckptkit.plans.writing.written import Written
 from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.model import RulesLike
@@ -36,6 +37,7 @@ def convert(
     *,
     dtype: str | DType | None = None,
     dequantize: DequantizeLike = False,
+    quantize: QuantizeLike | None = None,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -52,10 +54,10 @@ def convert(
 ) -> Written:
     """Write a checkpoint in another format, in shards or with another dtype, as ``ckpt convert`` does.
 
-    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``dequantize``, ``skip_unread``,
-    ``metadata`` and ``drop_metadata`` are as in ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``,
-    ``only_tensors``, ``keep_unknown`` and ``reflink`` as in ``choose_output``; ``carry``, ``verify``,
-    ``allow_overflow`` and ``progress`` as in ``execute``.
+    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``dequantize``, ``quantize``,
+    ``skip_unread``, ``metadata`` and ``drop_metadata`` are as in ``plan_remap``. ``out``, ``format``,
+    ``max_shard_size``, ``force``, ``only_tensors``, ``keep_unknown`` and ``reflink`` are as in ``choose_output``;
+    ``carry``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
 
     Raises:
         PathError: The source cannot be read.
@@ -84,6 +86,7 @@ def convert(
             sources["source"],
             dtype=dtype,
             dequantize=dequantize,
+            quantize=quantize,
             skip_unread=skip_unread,
             metadata=metadata,
             drop_metadata=drop_metadata,
@@ -105,6 +108,7 @@ def merge(
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
     dequantize: DequantizeLike = False,
+    quantize: QuantizeLike | None = None,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     format: str | None = None,  # noqa: A002
@@ -124,9 +128,9 @@ def merge(
     """Write ``base`` with the values of the donors where key and shape agree, as ``ckpt merge`` does.
 
     ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``dequantize``,
-    ``skip_unread``, ``require``, ``min_coverage``, ``metadata``, ``drop_metadata`` and the policies are as in
-    ``plan_merge``; the other arguments are as in ``convert``. ``coverage`` of the result is the share of the base's
-    elements that got values from a donor, and ``from_base`` names the keys that have the values of the base.
+    ``quantize``, ``skip_unread``, ``require``, ``min_coverage``, ``metadata``, ``drop_metadata`` and the policies are
+    as in ``plan_merge``; the other arguments are as in ``convert``. ``coverage`` of the result is the share of the
+    base's elements that got values from a donor, and ``from_base`` names the keys that have the values of the base.
 
     Raises:
         PathError: An input cannot be read.
@@ -160,7 +164,7 @@ def merge(
             plan = plan_merge(
                 opened_base, opened_donors, rules,
                 on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch, dequantize=dequantize,
-                skip_unread=skip_unread,
+                quantize=quantize, skip_unread=skip_unread,
                 require=require, min_coverage=min_coverage, metadata=metadata, drop_metadata=drop_metadata,
             )  # fmt: skip
         return execute(
@@ -179,6 +183,7 @@ def merge_lora(
     weights: Sequence[float] | None = None,
     on_unexpected: OnUnexpected = "error",
     dequantize: DequantizeLike = False,
+    quantize: QuantizeLike | None = None,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     format: str | None = None,  # noqa: A002
@@ -197,7 +202,8 @@ def merge_lora(
     """Write ``base`` with one or several LoRA adapters folded into its weights, as ``ckpt merge --method lora`` does.
 
     ``base`` and each adapter are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules``,
-    ``scale``, ``weights``, ``on_unexpected``, ``dequantize``, ``require`` and ``min_coverage`` are as in ``plan_lora``;
+    ``scale``, ``weights``, ``on_unexpected``, ``dequantize``, ``quantize``, ``require`` and ``min_coverage`` are as in
+    ``plan_lora``;
     the other arguments are as in ``convert``.
 
     Raises:
@@ -233,7 +239,7 @@ def merge_lora(
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
             plan = plan_lora(
                 opened_base, donors, lora_config, rules, scale=scale, weights=weights, on_unexpected=on_unexpected,
-                dequantize=dequantize, require=require, min_coverage=min_coverage,
+                dequantize=dequantize, quantize=quantize, require=require, min_coverage=min_coverage,
             )  # fmt: skip
             plan = edit_metadata(plan, metadata, drop_metadata)
         return execute(

@@ -20,6 +20,7 @@ from ckptkit.plans.metadata.edits import edit_metadata
 from ckptkit.plans.metadata.moves import Rename, renamed_alike
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
+from ckptkit.plans.quantized.as_codes import QuantizeLike, quantize_outputs
 from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import (
     dropped_entries,
@@ -50,6 +51,7 @@ def plan_remap(
     dtype: str | DType | None = None,
     like: CheckpointLike | None = None,
     dequantize: DequantizeLike = False,
+    quantize: QuantizeLike | None = None,
     skip_unread: bool = False,
     metadata: Mapping[str, str] | None = None,
     drop_metadata: str | Sequence[str] = (),
@@ -76,6 +78,10 @@ def plan_remap(
     ``config.json`` names, else the one that the scheme records, else F32; ``notes`` of the plan say which.
     ``dequantize`` may also be a dtype. In ``rules``, the operation ``dequantize`` is for weights with names that match.
 
+    ``quantize`` is ``"fp8-block"``, ``"fp8-row"``, ``"fp8-tensor"`` or ``"int8-row"``: the output has codes and scales
+    in place of the weights of linear layers. These are the matrices in numbered layers, as in ``layers.0.q.weight``,
+    without embeddings, norms and routers. ``notes`` name the other matrices. To choose, use the operation ``quantize``.
+
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
     filled, where no tensor would be left, and where a tensor cannot be copied. It is also raised where a quantised
     weight would be cast, changed or taken apart, and for a weight that ckptkit cannot dequantise. A file that refers to
@@ -99,6 +105,7 @@ def plan_remap(
             plan = inputs.finish(
                 _plan(inputs.checkpoints["source"], inputs.rules or chosen, expected, to_dtype, skip_unread=skip_unread)
             )
+            plan = quantize_outputs(plan, inputs.stored, quantize)
         return edit_metadata(plan, metadata, drop_metadata)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ckptkit.core.torch_bridge import code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import ARITHMETIC, Int, Operation, Rounded, Shape, Text, printable_code
 
@@ -23,7 +24,8 @@ class Quantize(Operation):
     ``form`` is ``"fp8"`` (E4M3) or ``"int8"``. ``scales`` says how many there are: one for the ``tensor``, one for each
     ``row``, or one for each ``block`` of ``block`` rows and columns, of which the last can be smaller. Int8 has one for
     each row. A scale maps the largest magnitude to the largest code. So a number comes back within half the distance of
-    two neighbouring codes.
+    two neighbouring codes. Scales are F32; those of tensors and rows are BF16 where the weight is, as
+    compressed-tensors keeps them.
     """
 
     form: Text
@@ -51,6 +53,10 @@ class Quantize(Operation):
         """Two: codes and scales."""
         return 2
 
+    def divides(self, shape: Shape) -> bool:
+        """Return whether all blocks of a weight have one size, as transformers wants them; other groups always have."""
+        return self.scales != "block" or all(size <= self.block or size % self.block == 0 for size in shape[-2:])
+
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shapes of codes and scales; raise ``RuleError`` for a tensor without rows."""
         shape = self.only_shape(inputs)
@@ -66,7 +72,11 @@ class Quantize(Operation):
         """Return the dtypes of codes and scales; raise ``RuleError`` for any input but floats of 16 bits or more."""
         if inputs[0] not in ARITHMETIC:
             raise self.refusal(f"takes {', '.join(sorted(ARITHMETIC))}, not {printable_code(inputs[0])}")
-        return _DTYPES[self.form], "F32"
+        return _DTYPES[self.form], self._scales_dtype(inputs[0])
+
+    def _scales_dtype(self, found: str) -> str:
+        """Return BF16 for weights of BF16 where compressed-tensors reads the codes: it gives scales that dtype."""
+        return "BF16" if found == "BF16" and self.scales != "block" else "F32"
 
     def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Divide by the scales in F32, and round to the nearest code; no code is out of range."""
@@ -79,7 +89,9 @@ class Quantize(Operation):
             raise self.refusal("the weight has values that are NaN or infinite")
         scales = torch.where(largest == 0, 1.0, largest / _LARGEST[self.form])
         scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
-        parts = (numbers / self._spread(scales, numbers.shape)).clamp(-_LARGEST[self.form], _LARGEST[self.form])
+        scales = scales.to(torch_dtype(self._scales_dtype(code_of(tensors[0].dtype))))
+        spread = self._spread(scales.to(torch.float32), numbers.shape)
+        parts = (numbers / spread).clamp(-_LARGEST[self.form], _LARGEST[self.form])
         codes = parts.round().to(torch.int8) if self.form == "int8" else parts.to(torch.float8_e4m3fn)
         return codes.contiguous(), scales.contiguous()
 

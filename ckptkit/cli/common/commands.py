@@ -31,7 +31,8 @@ _SECTIONS: Final = {
 # The options that --help leaves out first where a command has too many.
 _RARE: Final = (
     "--verbose", "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--allow-overflow",
-    "--skip-unread", "--elementwise", "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
+    "--quantize", "--skip-unread", "--elementwise",
+    "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
     "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
     "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--dequantize",

@@ -28,6 +28,7 @@ from ckptkit.formats.writing.reflink import REFLINKS, Reflink
 from ckptkit.formats.writing.targets import prepare_side_file, present_state
 from ckptkit.plans.adapters.adapter_formats import adapter_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
+from ckptkit.plans.quantized.as_codes import QUANTIZE
 
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "OutputOptions",
     "output_options",
     "plan_output_options",
+    "quantize_option",
     "run_plan",
 ]
 
@@ -193,6 +195,10 @@ _plan_option = click.option(
 _verify_option = click.option(
     "--verify", is_flag=True,
     help="Let safetensors or torch read the output, and compare every tensor with the plan.",
+)  # fmt: skip
+quantize_option = click.option(
+    "--quantize", type=click.Choice(QUANTIZE),
+    help="Write codes and scales of the linear weights in numbered layers. Embeddings, norms and routers stay plain.",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnUnexpected, Policy, UnexpectedAction, parse_policy
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
+from ckptkit.plans.quantized.as_codes import QuantizeLike, quantize_outputs
 from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, role_to_edit
 from ckptkit.quantized.view import DequantizeLike
@@ -57,6 +58,7 @@ def plan_lora(
     weights: Sequence[float] | None = None,
     on_unexpected: OnUnexpected = "error",
     dequantize: DequantizeLike = False,
+    quantize: QuantizeLike | None = None,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
 ) -> Plan:
@@ -79,6 +81,7 @@ def plan_lora(
     in the model. ``skip`` leaves a tensor out.
 
     With ``dequantize``, quantised weights of the base are numbers, as in ``plan_remap``, and adapters fold into them.
+    With ``quantize``, the output has codes of linear weights, as in ``plan_remap``.
 
     ``require`` is a pattern or a list of patterns: an adapter must have values for every matching key of the base.
     ``min_coverage`` is the least share of the base's elements that are in such tensors, between 0 and 1. The plan has
@@ -117,7 +120,7 @@ def plan_lora(
             hint=f"see which layers it has: ckpt show {CheckpointSummary.of(first, ()).argument or 'DONOR'}",
             call="see which layers it has with open_checkpoint",
         )
-        return plan
+        return quantize_outputs(plan, roles, quantize)
 
 
 def _several(

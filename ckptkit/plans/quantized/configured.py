@@ -12,7 +12,7 @@ from ckptkit.plans.plan import Plan, Step
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.quantize import Quantize
 
-__all__ = ["add_quantization"]
+__all__ = ["add_quantization", "is_quantised"]
 
 _STATEMENT = "quantization_config"
 _WEIGHT = ".weight"
@@ -24,22 +24,32 @@ def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted]
     Nothing is changed where the plan quantises nothing, or in several ways, or where the configuration has a
     quantisation already.
     """
-    made = {step.out.key: operation for step in plan.steps if (operation := _quantize(step)) is not None}
+    made = {
+        step.out.key: operation
+        for step in plan.steps
+        if (operation := _quantize(step)) is not None and step.recipe is not None and not step.recipe.part
+    }
     if not made or len(set(made.values())) > 1 or _STATEMENT in config:
         return
     operation = next(iter(made.values()))
     modules = {key.removesuffix(_WEIGHT) for key in made}
-    # Only matrices are linear layers or embeddings: these libraries quantise every linear layer that is not listed.
-    matrices = [step.out.key for step in plan.steps if step.out.key.endswith(_WEIGHT) and len(step.out.shape) > 1]
-    plain = sorted({key.removesuffix(_WEIGHT) for key in matrices} - modules)
+    # These libraries quantise every linear layer and stack of experts that is not listed, with what is below a name.
+    matrices = [step.out.key for step in plan.steps if len(step.out.shape) > 1 and not is_quantised(step)]
+    above = {module[:end] for module in modules for end in range(len(module)) if module[end] == "."} | {""}
+    plain = sorted({key.rpartition(".")[0] for key in matrices} - modules - above)
     found = _fp8_blocks(operation, plain) if operation.scales == "block" else _compressed(operation, plain)
     config[_STATEMENT] = found
     yield Adapted(MODEL_CONFIG, _STATEMENT, None, found)
 
 
+def is_quantised(step: Step) -> bool:
+    """Return whether a step makes codes or scales of a weight."""
+    return _quantize(step) is not None
+
+
 def _quantize(step: Step) -> Quantize | None:
-    """Return the operation of a step that makes the codes of a weight."""
-    if step.recipe is None or step.recipe.part:
+    """Return the operation of a step that makes codes or scales of a weight."""
+    if step.recipe is None:
         return None
     from ckptkit.tensor_ops.quantize import Quantize
 
@@ -68,10 +78,12 @@ def _compressed(operation: Quantize, plain: list[str]) -> dict[str, object]:
         "dynamic": False,
     }
     name = "float-quantized" if is_float else "int-quantized"
+    # Without a format of the group, the library expects packed codes where inputs are not quantised.
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": name}
     return {
         "quant_method": "compressed-tensors",
         "format": name,
         "quantization_status": "compressed",
         "ignore": plain,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "config_groups": {"group_0": group},
     }

@@ -1,0 +1,105 @@
+"""Plans that write linear weights as codes and scales: made as if the output had plain weights, then quantised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Literal
+
+from ckptkit.core.arguments import require_choice
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.errors import PlanError
+from ckptkit.lazy_patterns import lazy_pattern
+from ckptkit.plans.plan import Plan, Step
+from ckptkit.plans.steps import complete_step, describe_step
+
+if TYPE_CHECKING:
+    from ckptkit.tensor_ops.quantize import Quantize
+
+__all__ = ["QUANTIZE", "QuantizeLike", "is_linear_weight", "quantize_outputs"]
+
+QuantizeLike = Literal["fp8-block", "fp8-row", "fp8-tensor", "int8-row"]
+QUANTIZE: Final[tuple[QuantizeLike, ...]] = ("fp8-block", "fp8-row", "fp8-tensor", "int8-row")
+
+_WEIGHT = ".weight"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+# Modules of a layer that are not linear layers, or that these libraries leave plain: routers, embeddings and norms.
+_PLAIN_MODULE = lazy_pattern(
+    r"gate|.*_gate|.*router.*|.*embed.*|.*_emb|.*norm.*|.*bias.*|.*lora.*|wte|wpe|ln_\w+|ln\d*", re.IGNORECASE
+)
+_RULE_FILE = "to choose the weights, give --rules FILE with the operation quantize"
+
+
+def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: QuantizeLike | None) -> Plan:
+    """Return the plan with codes and scales in place of the weights of linear layers, or as it is for None.
+
+    These are the matrices that ``is_linear_weight`` finds. A weight that would only be cast is quantised from its
+    source. Raises ``ArgumentError`` for a form that is not known, and ``PlanError`` if there is no such weight.
+    """
+    if quantize is None:
+        return plan
+    require_choice(quantize, QUANTIZE, "quantize")
+    from ckptkit.tensor_ops.quantize import Quantize
+
+    form, _, scales = quantize.partition("-")
+    operation = Quantize(form, scales)
+    steps: list[Step] = []
+    plain: list[str] = []
+    keys = {step.out.key for step in plan.steps}
+    biases = {step.out.key: step.out.shape for step in plan.steps if step.out.key.endswith(".bias")}
+    for step in plan.steps:
+        if is_linear_weight(step.out) and operation.divides(step.out.shape):
+            _refuse_transposed(step.out, biases)
+            made = list(_codes_and_scales(step, sources, operation))
+            if made[1].out.key in keys:
+                raise PlanError(f"{quoted(made[1].out.key)} would be the scales, and is a tensor already")
+            steps += made
+        else:
+            steps.append(step)
+            plain += [step.out.key] if len(step.out.shape) > 1 and step.out.dtype in _FLOATS else []
+    count = len(steps) - len(plan.steps)
+    if not count:
+        sizes = f" with sizes that are multiples of {operation.block}" if operation.scales == "block" else ""
+        raise PlanError(
+            f"no tensor of the output is a linear weight in a numbered layer{sizes}, as 'layers.0.q.weight' is",
+            hint=f"{_RULE_FILE}; --dequantize reads weights that are quantised already",
+        )
+    note = f"{plural(count, 'weight')} {'is' if count == 1 else 'are'} quantised ({quantize})"
+    stay = "stays as it is" if len(plain) == 1 else "stay as they are"
+    note += f"; {plural(len(plain), 'matrix', 'matrices')} {stay}: {listed(plain)}" if plain else ""
+    return replace(plan, steps=tuple(steps), notes=(*plan.notes, note))
+
+
+def is_linear_weight(info: TensorInfo) -> bool:
+    """Return whether a tensor is a matrix of floats in a numbered layer, and not of an embedding, norm or router."""
+    if not info.key.endswith(_WEIGHT) or len(info.shape) != 2 or info.dtype not in _FLOATS or not info.elements:
+        return False
+    segments = info.key.split(".")[:-1]
+    is_numbered = any(segment.isdigit() for segment in segments)
+    return is_numbered and not any(_PLAIN_MODULE.fullmatch(segment) for segment in segments)
+
+
+def _codes_and_scales(step: Step, sources: Mapping[str, Checkpoint], operation: Quantize) -> Iterator[Step]:
+    from ckptkit.tensor_ops.recipes import compose
+
+    found = describe_step(step, sources)
+    if found.dtype not in _FLOATS:
+        raise PlanError(f"{quoted(step.out.key)} is {found.dtype}, and cannot be cast and quantised at once")
+    suffix = "_scale_inv" if operation.scales == "block" else "_scale"
+    recipes = compose([step.recipe], [len(step.sources)], (operation,))
+    shapes, dtypes = operation.shapes([step.out.shape]), operation.dtypes([found.dtype])
+    for ending, recipe, shape, dtype in zip(("", suffix), recipes, shapes, dtypes, strict=True):
+        out = TensorInfo(step.out.key + ending, dtype, shape)
+        yield complete_step(Step(out, step.sources, rule=step.rule, recipe=recipe, equals=step.equals), sources)
+
+
+def _refuse_transposed(info: TensorInfo, biases: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``PlanError`` where the bias shows that the columns of a weight are its outputs, as in GPT-2."""
+    bias = biases.get(info.key.removesuffix(_WEIGHT) + ".bias")
+    if bias is not None and bias != info.shape[:1] and bias == info.shape[1:]:
+        raise PlanError(
+            f"{quoted(info.key)} is stored transposed, as in GPT-2: its bias has a number for each column",
+            hint=f"{_RULE_FILE}; the libraries that read such codes have linear layers only",
+        )

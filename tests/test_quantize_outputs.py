@@ -1,0 +1,89 @@
+"""The option ``quantize`` writes the linear weights of numbered layers as codes and scales, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ckptkit
+from ckptkit.errors import ArgumentError, PlanError
+from ckptkit.plans.quantized.as_codes import QUANTIZE, QuantizeLike
+
+PLAIN = {
+    "embed.weight": (16, 128), "layers.0.q.bias": (128,), "layers.0.norm.weight": (128,),
+    "layers.0.gate.weight": (4, 128), "layers.0.odd.weight": (300, 128), "layers.0.experts": (2, 128, 128),
+    "layers.0.pos_embedding.weight": (9, 128),
+    "head.weight": (16, 128),
+}  # fmt: skip
+CODED = {"layers.0.q.weight": (128, 256), "layers.0.mlp.gate_proj.weight": (64, 128)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "model"
+    path.mkdir()
+    state = {key: torch.randn(shape).bfloat16() for key, shape in (PLAIN | CODED).items()}
+    save_file(state, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    return path
+
+
+@pytest.mark.parametrize("form", QUANTIZE)
+def test_only_linear_weights_of_layers_get_codes(form: QuantizeLike, source: Path, tmp_path: Path) -> None:
+    """The numbers that come back are near; all other tensors have their bytes, and the configuration lists modules."""
+    out = tmp_path / "out"
+    out.mkdir()
+    written = ckptkit.convert(source, out / "model.safetensors", quantize=form, carry=True, verify=True)
+    assert written.verified
+    before, made = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    coded = set(CODED) | ({"layers.0.odd.weight"} if form != "fp8-block" else set())
+    assert {key for key, tensor in made.items() if tensor.element_size() == 1} == coded
+    assert all(torch.equal(made[key], before[key]) for key in before.keys() - coded)
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    section = config["quantization_config"]
+    plain = {"embed", "head", "layers.0.gate", "layers.0.pos_embedding"}  # the experts are beside quantised modules
+    listed = section["modules_to_not_convert" if form == "fp8-block" else "ignore"]
+    assert set(listed) == plain | ({"layers.0.odd"} if form == "fp8-block" else set())
+    back = ckptkit.plan_remap(out, dequantize=True).materialize(out)
+    assert list(back) == list(before)
+    for key in coded:
+        assert back[key].dtype == torch.bfloat16
+        assert torch.allclose(back[key].float(), before[key].float(), rtol=0.07, atol=0.05)
+
+
+def test_a_saved_plan_and_other_codes_can_come_before(source: Path, tmp_path: Path) -> None:
+    """Weights that are dequantised, or folded with an adapter, get codes in the same step."""
+    plan = ckptkit.plan_remap(source, quantize="int8-row")
+    ckptkit.execute(plan, source, tmp_path / "int8.safetensors")
+    ckptkit.save_plan(plan, tmp_path / "plan.json", source)
+    assert ckptkit.load_plan(tmp_path / "plan.json", source) == plan
+    again = ckptkit.plan_remap(tmp_path / "int8.safetensors", dequantize=True, quantize="fp8-block")
+    made = again.materialize(tmp_path / "int8.safetensors")
+    assert made["layers.0.q.weight"].dtype == torch.float8_e4m3fn
+    assert made["layers.0.q.weight_scale_inv"].shape == (1, 2)
+    adapter = {"layers.0.q.lora_A.weight": torch.ones(1, 256), "layers.0.q.lora_B.weight": torch.ones(128, 1)}
+    config = {"r": 1, "lora_alpha": 1}
+    out = tmp_path / "folded.safetensors"
+    ckptkit.merge_lora(source, adapter, out, config, quantize="fp8-row")
+    folded = ckptkit.plan_lora(source, adapter, config)
+    expected = folded.materialize({"base": source, "donor": adapter})["layers.0.q.weight"]
+    with ckptkit.open_checkpoint(out) as checkpoint:
+        scales = checkpoint.read("layers.0.q.weight_scale")
+    assert torch.equal(scales, (expected.float().abs().amax(1, keepdim=True) / 448).bfloat16())
+
+
+def test_what_cannot_be_quantised_is_an_error(source: Path) -> None:
+    """Without such a weight, of a transposed weight as in GPT-2, and for a form that is not known."""
+    with pytest.raises(PlanError, match="no tensor of the output is a linear weight in a numbered layer"):
+        ckptkit.plan_remap({"fc.weight": torch.ones(2, 2)}, quantize="int8-row")
+    gpt2 = {"h.0.attn.c_attn.weight": torch.ones(4, 12), "h.0.attn.c_attn.bias": torch.ones(12)}
+    with pytest.raises(PlanError, match="stored transposed"):
+        ckptkit.plan_remap(gpt2, quantize="fp8-row")
+    with pytest.raises(ArgumentError, match="quantize"):
+        ckptkit.plan_remap(source, quantize="int4")  # type: ignore[arg-type]
