@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from ckptkit import plan_remap
+from ckptkit.errors import PlanError
 from ckptkit.values.dequantize.model import BrokenPartError
-from tests.helpers_dequantize import decoded, decoded_by_rows
+from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized
 
 BOOK = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -60,3 +66,37 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     scales = torch.ones(5, 8).to(torch.float8_e4m3fn)
     with pytest.raises(BrokenPartError, match=r"global is F32 \[2\], and not one scale"):
         decoded("nvfp4", {"codes": codes, "scales": scales, "global": torch.ones(2)})
+
+
+def flat(folder: Path, name: str, **fields: object) -> Path:
+    """Write a weight of 4-bit floats as torchao flattens a tensor of a class."""
+    described = json.dumps({"_type": name, "_data": {"block_size": 16, **fields}})
+    parts = {"l._weight_qdata": random_codes(4, 16), "l._weight_scale": torch.ones(4, 2).to(torch.float8_e4m3fn)}
+    save_file(parts, folder / "m.safetensors", metadata={"l.weight": described})
+    return folder / "m.safetensors"
+
+
+def test_flat_parts_of_torchao(tmp_path: Path) -> None:
+    """The metadata says what the parts are: without a scale for the tensor, numbers are only times those of groups."""
+    path = flat(tmp_path, "NVFP4Tensor", orig_dtype={"_type": "torch.dtype", "_data": "bfloat16"})
+    codes = load_file(path)["l._weight_qdata"]
+    assert torch.equal(dequantized(path)["l.weight"], numbers(codes))
+    assert plan_remap(path, dequantize=True).steps[0].out.dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("NVFP4Tensor", {"is_swizzled_scales": True}, "as NVFP4Tensor with scales in the layout of a GPU"),
+        ("NVFP4Tensor", {"block_size": 32}, "as NVFP4Tensor in groups of 32"),
+        ("MXTensor", {"elem_dtype": "fp6_e2m3"}, "as MXTensor of fp6_e2m3"),
+        ("Int4Tensor", {}, "as Int4Tensor"),
+    ],
+)
+def test_other_forms_of_torchao_are_refused_by_name(
+    name: str, fields: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    """Nothing is guessed."""
+    with pytest.raises(PlanError) as caught:
+        dequantized(flat(tmp_path, name, **fields))
+    assert reason in str(caught.value)

@@ -244,6 +244,7 @@ def _torchao(anchor: str, joint: str, *, is_private: bool = False) -> Scheme:
                 ("codes", (f"{joint}{anchor}",)),
                 ("scales", (f"{joint}scale",)),
                 ("zeros", (f"{joint}zero_point",)),
+                ("global", (f"{joint}per_tensor_scale",)),
             ),
         ),
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.helpers_dequantize import decoded
+import ckptkit
+from tests.helpers_dequantize import decoded, dequantized
 
 
 def library(name: str) -> Any:
@@ -95,3 +98,29 @@ def test_nvfp4_and_mx_of_torchao() -> None:
     nvfp4 = module.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=common)
     parts = {"codes": nvfp4.qdata.view(torch.uint8), "scales": nvfp4.scale, "global": common.float()}
     assert torch.equal(decoded("nvfp4", parts), nvfp4.dequantize(torch.float32))
+
+
+FLAT = {
+    "mxfp4": torch.float4_e2m1fn_x2,
+    "mxfp8": torch.float8_e4m3fn,
+    "mxfp8, E5M2": torch.float8_e5m2,
+}
+
+
+@pytest.mark.parametrize("name", [*FLAT, "nvfp4", "nvfp4 without a scale for the tensor"])
+def test_flat_tensors_of_torchao(name: str, tmp_path: Path) -> None:
+    """A file of the parts that torchao flattens has the numbers of its ``dequantize``, and the dtype of the weight."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64, dtype=torch.bfloat16)
+    if name in FLAT:
+        mx = library("torchao.prototype.mx_formats.mx_tensor").MXTensor
+        made = mx.to_mx(weight, FLAT[name], block_size=32)
+    else:
+        module = library("torchao.prototype.mx_formats.nvfp4_tensor")
+        common = module.per_tensor_amax_to_scale(weight.float().abs().max()) if name == "nvfp4" else None
+        made = module.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=common)
+    flatten = library("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
+    tensors, metadata = flatten({"l.weight": made})
+    save_file(tensors, tmp_path / "m.safetensors", metadata=metadata)
+    assert torch.equal(dequantized(tmp_path / "m.safetensors")["l.weight"], made.dequantize(torch.float32))
+    assert ckptkit.plan_remap(tmp_path / "m.safetensors", dequantize=True).steps[0].out.dtype == "BF16"

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Float4", "Float4Blocks", "mxfp4", "mxfp4_blocks", "mxfp4_blocks_transposed", "nvfp4", "nvfp4_divided"]
+__all__ = [
+    "Float4",
+    "Float4Blocks",
+    "mxfp4",
+    "mxfp4_blocks",
+    "mxfp4_blocks_transposed",
+    "nvfp4",
+    "nvfp4_divided",
+    "nvfp4_without_global",
+]
 
 _PACKED = frozenset({"U8", "I8", "F4"})
 _OF_NVFP4, _OF_MX = 16, 32  # numbers for each scale
@@ -41,11 +50,17 @@ class Float4(Decoder):
 
     layout: ScaleLayout
     divides: bool = False
+    dtype: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the numbers."""
         return self.layout.shape
+
+    @property
+    def recorded(self) -> str | None:
+        """The dtype that the settings say, or None."""
+        return self.dtype
 
     def prepare(self, whole: Mapping[str, memoryview]) -> npt.NDArray[np.float32]:
         """Return the scale of each group."""
@@ -138,29 +153,40 @@ def _packed(parts: Mapping[str, TensorInfo], group: int) -> ScaleLayout:
     return scale_layout("scales", shape, scales, (group,))
 
 
-def mxfp4(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:  # noqa: ARG001
+def mxfp4(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:
     """Return the decoder of codes with a power of two for each 32 numbers of a row."""
     require_part(parts, "scales", E8M0)
-    return Float4(parts, _packed(parts, _OF_MX))
+    return Float4(parts, _packed(parts, _OF_MX), dtype=_dtype(settings))
 
 
-def nvfp4(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:  # noqa: ARG001
+def nvfp4(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:
     """Return the decoder of codes with an E4M3 scale for each 16 numbers of a row, times a global scale."""
-    return _with_global(parts, divides=False)
+    return _with_global(parts, settings, divides=False)
 
 
-def nvfp4_divided(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:  # noqa: ARG001
+def nvfp4_divided(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:
     """Return the decoder of codes with an E4M3 scale for each 16 numbers of a row, divided by a global scale."""
-    return _with_global(parts, divides=True)
+    return _with_global(parts, settings, divides=True)
 
 
-def _with_global(parts: Mapping[str, TensorInfo], *, divides: bool) -> Float4:
+def nvfp4_without_global(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:
+    """Return the decoder of codes with an E4M3 scale for each 16 numbers of a row, and no other scale."""
+    require_part(parts, "scales", ("F8_E4M3",))
+    return Float4(parts, _packed(parts, _OF_NVFP4), dtype=_dtype(settings))
+
+
+def _dtype(settings: Settings) -> str | None:
+    found = settings.get("dtype")
+    return found if isinstance(found, str) else None
+
+
+def _with_global(parts: Mapping[str, TensorInfo], settings: Settings, *, divides: bool) -> Float4:
     require_part(parts, "scales", ("F8_E4M3",))
     common = require_part(parts, "global", FLOATS)
     layout = _packed(parts, _OF_NVFP4)
     if common.elements not in {1, math.prod(layout.shape[:-2])}:
         raise BrokenPartError("global", f"is {common}, and not one scale, or one for each matrix")
-    return Float4(parts, layout, divides)
+    return Float4(parts, layout, divides, _dtype(settings))
 
 
 def mxfp4_blocks(parts: Mapping[str, TensorInfo], settings: Settings) -> Float4:  # noqa: ARG001

@@ -15,7 +15,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "affine": ("affine", "affine"),
     "gguf": ("gguf", "in_blocks"),
     "scaled": ("fp8", "scaled"),
-    "torchao": ("fp8", "scaled"),
+    "torchao": ("torchao", "torchao"),
     "mxfp4": ("fp4", "mxfp4"),
     "mxfp4 blocks": ("fp4", "mxfp4_blocks"),
     "mxfp4 blocks transposed": ("fp4", "mxfp4_blocks_transposed"),
