@@ -47,10 +47,10 @@ def range_server() -> Iterator[RangeServer]:
             name = self.path.partition("?")[0].removeprefix("/")
             server.asked.append((name, self.headers.get("Range", "")))
             server.headers.append({**dict(self.headers), "path": self.path})
-            if server.failures:
-                self._plain(server.failures.pop(0))
-                return
             data = server.files.get(name)
+            if server.failures:
+                self._plain(server.failures.pop(0), data or b"")
+                return
             if data is None:
                 self._plain(404)
                 return
@@ -78,11 +78,15 @@ def range_server() -> Iterator[RangeServer]:
             except ConnectionError:  # the client has seen enough
                 self.close_connection = True
 
-        def _plain(self, status: int) -> None:
+        def _plain(self, status: int, data: bytes = b"") -> None:
+            text = b"x" * 1000 if status == 416 else b""
             self.send_response(status)
-            self.send_header("Content-Length", "0")
+            if status == 416:
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", str(len(text)))
             self.send_header("Retry-After", "0")
             self.end_headers()
+            self.wfile.write(text)
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True

@@ -154,6 +154,55 @@ def test_memory_is_bounded() -> None:
     assert held.nbytes <= before
 
 
+def test_no_byte_is_fetched_twice_where_many_files_are_announced() -> None:
+    """What is fetched ahead of a reader of many files is not dropped for what is fetched ahead of another one."""
+    store, names = fsspec.filesystem("memory"), [f"{number:02}" for number in range(18)]
+    for name in names:
+        store.pipe(f"/many/{name}", bytes(4 << 20))
+    files = [opened(f"memory://many/{name}") for name in names]
+    meter = meter_of("memory://many")
+    before = meter.traffic().received
+    for file in files:
+        file.will_read([(0, file.size)])
+    buffer = memoryview(bytearray(4 << 20))
+    for file in files:
+        file.read_into(buffer, 0)
+        file.close()
+    store.rm("/many", recursive=True)
+    assert meter.traffic().received - before <= len(names) * (4 << 20)  # the first bytes may have been dropped
+
+
+def test_small_blocks_do_not_divide_a_request(server: RangeServer) -> None:
+    """After a few bytes here and there were read, the whole file is read by no more requests than before."""
+    file = opened(server.url("data.bin"))
+    file.will_read([(start, 100) for start in range(100_000, len(DATA), 200_000)])
+    for start in range(100_000, len(DATA), 200_000):
+        assert file.read(start, 100) == DATA[start : start + 100]
+    server.asked.clear()
+    file.will_read([(0, len(DATA))])
+    assert file.read(0, len(DATA)) == DATA
+    assert len(server.asked) == 1
+
+
+def test_the_text_of_a_refused_range_is_never_values(server: RangeServer) -> None:
+    """A server that refuses a range inside the file, with a text as long as the range, is an error."""
+    file = opened(server.url("data.bin"))
+    server.failures = [416]
+    with pytest.raises(PathError, match="416"):
+        file.read(2_000_000, 500)
+
+
+@pytest.mark.parametrize("opened_first", ["a", "index.json"])
+def test_a_file_beside_the_one_that_is_opened_is_asked_again(opened_first: str) -> None:
+    """Small files are kept for a minute, but not where the file or the index beside them is opened anew."""
+    store = fsspec.filesystem("memory")
+    for content in (b"first", b"second"):
+        store.pipe({f"/beside/{name}": content for name in ("a", "index.json", "config.json")})
+        opened(f"memory://beside/{opened_first}")
+        assert places.open_source("memory://beside/config.json").read(0, 4) == content[:4]
+    store.rm("/beside", recursive=True)
+
+
 def test_a_fault_that_passes_is_repeated(server: RangeServer) -> None:
     """A status that may pass, a short body and a cut connection; the bytes that had come are not asked again."""
     server.failures = [503, 429]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Final
 
@@ -69,7 +69,7 @@ class RemoteFile:
             raise ChangedError("the file became shorter while it was read", path=self._url)
         if self._process != os.getpid():  # in a child process, nothing that was under way ever comes
             self._begin(Opened(self._state, ()))
-        after: list[tuple[int, int]] | None = None
+        after: Iterator[tuple[int, int]] | None = None
         position = offset
         while position < end:
             with held.lock:
@@ -78,13 +78,12 @@ class RemoteFile:
                 held.use(block)  # before anything else is held, for which this block could be dropped
                 if after is None:  # reading the first bytes, which came unasked, does not show what is read next
                     is_first = block.future is None and end <= block.end
-                    after = [] if is_first else self._ahead.after(offset, end)
+                    after = iter(()) if is_first else self._ahead.after(offset, end)
                 if end > block.end:
                     self._fetch(block.end, min(self._until(block.end, end), position + AHEAD))
                 if end <= position + AHEAD:
-                    for begin, ahead in after:
-                        self._fetch(begin, ahead)
-                    after = []
+                    self._fetch_all(after)
+                    after = iter(())
             position += self._copy(block, buffer[position - offset :], position)
 
     def _copy(self, block: Block, buffer: memoryview, position: int) -> int:
@@ -104,6 +103,7 @@ class RemoteFile:
                 block.unread -= count
                 if not count or (block.unread <= 0 and block.nbytes > NEAR):  # values are read once
                     held.drop(block)
+                    held.fetch_waiting()
         return count
 
     def _until(self, position: int, end: int) -> int:
@@ -114,23 +114,46 @@ class RemoteFile:
 
     def _begin_block(self, position: int, end: int) -> Block:
         """Begin to fetch what no block holds from ``position`` on, at most a part. The lock is held."""
-        end = self._blocks.gap(position, min(end, position + PART))
+        end = self._gap(position, end)
         held.has_room(end - position)
         block = Block(position, bytearray(end - position))
         held.add(block, self._blocks)
         block.future = start(self._store.fetch(self._url, position, memoryview(block.data), self._state))
         return block
 
-    def _fetch(self, position: int, end: int) -> None:
-        """Begin to fetch what no block holds of a range that is read later, as far as there is room."""
+    def _gap(self, position: int, end: int) -> int:
+        """Return where a request for what no block holds from ``position`` on ends; it is at most a part.
+
+        Small blocks inside the range are dropped: to fetch them again costs less than a request more.
+        """
+        end = min(end, position + PART)
+        while (block := self._blocks.after(position)) is not None and block.start < end:
+            if block.nbytes >= NEAR or block.end >= end or block.users or not block.is_done:
+                return block.start
+            held.drop(block)
+        return end
+
+    def _fetch(self, position: int, end: int) -> bool:
+        """Begin to fetch what no block holds of a range that is read later; False where there is no room for all."""
         while position < end:
             block = self._blocks.at(position)
             if block is None:
-                stop = self._blocks.gap(position, min(end, position + PART))
-                if not held.has_room(stop - position):
-                    return
+                stop = self._gap(position, end)
+                if not held.has_room(stop - position, ahead=True):
+                    return False
                 block = self._begin_block(position, stop)
+                block.is_ahead = True
             position = block.end
+        return True
+
+    def _fetch_all(self, spans: Iterator[tuple[int, int]]) -> bool:
+        return all(self._fetch(begin, end) for begin, end in spans)
+
+    def _fetch_announced(self) -> bool:
+        """Begin to fetch the first ranges that were announced; False where there is no room for them."""
+        if self._is_closed or self._process != os.getpid():
+            return True
+        return self._fetch_all(self._ahead.next_announced())
 
     @property
     def _store(self) -> Store:
@@ -142,8 +165,8 @@ class RemoteFile:
             return
         with held.lock:
             self._ahead.announce((offset, offset + count) for offset, count in ranges)
-            for position, end in self._ahead.next_announced():
-                self._fetch(position, end)
+            held.wait_for_room(self._fetch_announced)
+            held.fetch_waiting()
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if the file changed since it was opened.

@@ -8,13 +8,16 @@ _MOST = 8 << 20  # bytes of a header that are fetched unasked
 _ZIP_END = 256 << 10  # holds the directory of some thousand entries; a reader looks for it in the last 64 KiB
 
 
-def asked_next(first: bytes, size: int) -> tuple[int, int] | None:
-    """Return the start and end of the range that is read after the first bytes, or None."""
+def asked_next(first: bytes, size: int, most: int = _MOST) -> tuple[int, int] | None:
+    """Return the start and end of the range that is read after the first bytes, or None if it has more than ``most``.
+
+    The end of a zip archive may be cut to ``most`` bytes, since a reader needs only a part of it.
+    """
     have = len(first)
     if first.startswith(b"PK\3\4"):
-        start = max(size - _ZIP_END, have)
+        start = max(size - min(_ZIP_END, most), have)
         return (start, size) if start < size else None
     header = 8 + int.from_bytes(first[:8], "little")
-    if first[8:9] == b"{" and have < header <= min(size, _MOST):  # safetensors: a length, then JSON
+    if first[8:9] == b"{" and have < header <= min(size, have + min(most, _MOST)):  # safetensors: a length, then JSON
         return have, header
     return None

@@ -24,6 +24,8 @@ _MOST_FILES = 4096
 _MOST_FOLDERS = 256
 _MOST_AHEAD = 16 << 20  # bytes of all files that are opened at once
 _SMALLEST_HEAD = 4 << 10
+_ZIP_TAIL = 64 << 10  # in which a reader looks for the directory of a zip archive
+_LARGEST_KEPT = 16 << 10  # bytes of a file that is kept after it was opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class _Kept(Generic[T]):
             for other in [other for other in self._answers if f"{other}/".startswith(below)]:
                 del self._answers[other]
 
+    def forget_in(self, folder: str) -> None:
+        with self._lock:
+            for other in [other for other in self._answers if other.rpartition("/")[0] == folder]:
+                del self._answers[other]
+
     def below(self, url: str) -> list[Future[T]]:
         with self._lock:
             return [answer for other, (_, answer) in self._answers.items() if other.startswith(url.rstrip("/") + "/")]
@@ -94,10 +101,13 @@ def _forget_all() -> None:
 
 
 def forget(url: str) -> None:
-    """Keep nothing of this URL, of what is below it, and of the names in the folder that holds it."""
+    """Keep nothing of this URL, of what is below it, and of the folder that holds it, with the files in it."""
+    folder = url.rstrip("/").rpartition("/")[0]
     _files.forget(url)
     _folders.forget(url)
-    _folders.pop(url.rstrip("/").rpartition("/")[0])
+    if not folder.endswith(":/"):
+        _files.forget_in(folder)  # shards of an index that may have been written anew, and configurations
+        _folders.pop(folder)
 
 
 def begin_open(url: str, *, of: int = 1) -> Future[Opened]:
@@ -107,12 +117,12 @@ def begin_open(url: str, *, of: int = 1) -> Future[Opened]:
         return kept
     count = max(min(HEAD, _MOST_AHEAD // of), _SMALLEST_HEAD)
     store = store_of(url)
-    return _files.begin(url, _open(store, url, count, known_state(url)), store.meter)
+    return _files.begin(url, _open(store, url, count, _MOST_AHEAD // of, known_state(url)), store.meter)
 
 
-async def _open(store: Store, url: str, count: int, known: ObjectState | None) -> Opened:
+async def _open(store: Store, url: str, count: int, most: int, known: ObjectState | None) -> Opened:
     state, first = await store.head(url, count, known)
-    following = asked_next(first, state.size)
+    following = asked_next(first, state.size, max(most, _ZIP_TAIL))
     if following is None:
         return Opened(state, ((0, first),))
     more = bytearray(following[1] - following[0])
@@ -125,7 +135,7 @@ def open_now(url: str) -> Opened:
     is_kept = False
     try:
         opened = finish(begin_open(url))
-        is_kept = opened.state.size <= HEAD
+        is_kept = opened.state.size <= _LARGEST_KEPT
     except NotFoundError:
         is_kept = True
         raise

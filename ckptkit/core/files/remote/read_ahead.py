@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 __all__ = ["AHEAD", "NEAR", "PART", "ReadAhead"]
@@ -36,11 +36,14 @@ class ReadAhead:
     size: int
     _parts: list[Span] = field(default_factory=list)
     _begun: list[bool] = field(default_factory=list)
+    _first: int = 0  # all parts before it have begun
     _by_start: list[tuple[int, int]] = field(default_factory=list)  # the start of each part, and its number
     _streams: list[_Stream] = field(default_factory=list)
 
     def announce(self, ranges: Iterable[Span]) -> None:
         """Take ranges, as start and end, that are read next in this order."""
+        if self._first_not_begun() == len(self._parts):  # nothing is left of what was announced before
+            self._parts, self._begun, self._by_start, self._first = [], [], [], 0
         first = len(self._parts)
         for start, end in _joined(ranges, self.size):
             self._parts += [(at, min(at + PART, end)) for at in range(start, end, PART)]
@@ -52,20 +55,27 @@ class ReadAhead:
             for item in added:
                 insort(self._by_start, item)
 
-    def next_announced(self) -> list[Span]:
-        """Return the announced ranges that are fetched before anybody reads: half of what is fetched ahead."""
-        first = next((number for number, begun in enumerate(self._begun) if not begun), len(self._begun))
-        return list(self._from_part(first, AHEAD // 2))
+    def next_announced(self) -> Iterator[Span]:
+        """Yield the announced ranges that are fetched before anybody reads: half of what is fetched ahead.
 
-    def after(self, start: int, end: int) -> list[Span]:
-        """Return what is fetched together with this range, which is read now, from the end of the range on."""
+        A range counts as fetched when the next one is asked for.
+        """
+        return self._from_part(self._first_not_begun(), AHEAD // 2)
+
+    def after(self, start: int, end: int) -> Iterator[Span]:
+        """Yield what is fetched together with this range, which is read now, from the end of the range on."""
         number = self._part_at(end - 1)
-        if number is not None:
-            part_end = self._parts[number][1]
-            self._begun[number] = True
-            rest = [(end, part_end)] if end < part_end else []
-            return rest + list(self._from_part(number + 1, AHEAD))
-        return self._after_stream(start, end)
+        if number is None:
+            return iter(self._after_stream(start, end))
+        part_end = self._parts[number][1]
+        self._begun[number] = True
+        rest = [(end, part_end)] if end < part_end else []
+        return chain(rest, self._from_part(number + 1, AHEAD))
+
+    def _first_not_begun(self) -> int:
+        while self._first < len(self._begun) and self._begun[self._first]:
+            self._first += 1
+        return self._first
 
     def is_announced(self, offset: int) -> bool:
         """Return whether the byte is in a range that was announced."""
@@ -86,8 +96,9 @@ class ReadAhead:
             if nbytes > most:
                 return
             if not self._begun[number]:  # what was fetched is not fetched again ahead: it may have been read already
-                self._begun[number] = True
                 yield start, end
+                if self._parts[number : number + 1] == [(start, end)]:  # nothing was announced anew meanwhile
+                    self._begun[number] = True
 
     def _after_stream(self, start: int, end: int) -> list[Span]:
         stream = next((one for one in self._streams if _continues(one, start)), None)

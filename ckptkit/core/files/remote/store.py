@@ -81,7 +81,10 @@ class Store:
         while done < len(buffer):
 
             async def once(done: int = done) -> int:
-                return await self._fetch_once(url, start + done, buffer[done:], state)
+                count = await self._fetch_once(url, start + done, buffer[done:], state)
+                if not count:
+                    raise TransientError("the connection was cut")
+                return count
 
             done += await self.tried(once, url, retries)
             if done < len(buffer):  # the rest is asked for, not what came

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ckptkit.core.files.remote.failures import NotFoundError, TransientError, not_found
+from ckptkit.core.files.remote.failures import NotFoundError, not_found
 from ckptkit.core.files.remote.retries import timeout
 from ckptkit.core.files.remote.running import in_thread
 from ckptkit.core.files.remote.store import Listing, ObjectState, Store, state_of
@@ -47,8 +47,6 @@ class AsyncStore(Store):
 
     async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:  # noqa: ARG002
         data = await self._bytes(url, start, start + len(buffer))
-        if not data:
-            raise TransientError("the connection was cut")
         count = min(len(data), len(buffer))
         buffer[:count] = data[:count]
         return count

@@ -46,6 +46,8 @@ class HttpStore(Store):
     async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:
         async with self._get(url, start, start + len(buffer), state.etag) as response:
             self.check(url, state, await self._state(response, url, start))
+            if response.status == 416:  # the body is a text about the refusal
+                raise status_failure(416, url, words=response.reason or "")
             if response.status == 200:
                 whole = memoryview(bytearray(state.size))
                 done = await copy_body(response.content, whole, self)
@@ -112,8 +114,6 @@ class HttpStore(Store):
         etag = etag if etag.strip('"') else ""
         total = total_of(headers.get("Content-Range", ""))
         if response.status == 416:
-            if total == "0":
-                return ObjectState(0, etag, modified)
             if total != "*":
                 return ObjectState(int(total), etag, modified)
             raise status_failure(416, url, words=response.reason or "")
