@@ -16,6 +16,7 @@ from ckptkit.values.dequantize.model import (
     Settings,
     UnknownFormError,
     floats_of,
+    half_dtype,
     require_part,
 )
 from ckptkit.values.dequantize.scales import ScaleLayout, scale_layout
@@ -55,8 +56,7 @@ class Scaled(Decoder):
     @property
     def recorded(self) -> str | None:
         """The dtype that the settings say, else that of the scales if it is F16 or BF16."""
-        found = self.dtype or self.parts["scales"].dtype
-        return found if self.dtype or found in {"F16", "BF16"} else None
+        return self.dtype or half_dtype(self.parts["scales"])
 
     def prepare(self, whole: Mapping[str, memoryview]) -> _Held:
         """Return the scales and zero points in their layouts."""

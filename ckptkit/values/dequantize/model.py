@@ -26,6 +26,7 @@ __all__ = [
     "Settings",
     "UnknownFormError",
     "floats_of",
+    "half_dtype",
     "require_part",
     "setting_int",
 ]
@@ -140,6 +141,11 @@ def require_part(
     if shape is not None and info.shape != tuple(shape):
         raise BrokenPartError(role, f"is {info}, and must be {list(shape)}")
     return info
+
+
+def half_dtype(scales: TensorInfo) -> str | None:
+    """Return the dtype of scales that have 16 bits, which is that of the weight; other scales do not tell it."""
+    return scales.dtype if scales.dtype in {"F16", "BF16"} else None
 
 
 def setting_int(settings: Settings, name: str, default: int | None = None) -> int:

@@ -14,6 +14,7 @@ from ckptkit.values.dequantize.model import (
     Settings,
     UnknownFormError,
     floats_of,
+    half_dtype,
     require_part,
 )
 from ckptkit.values.dequantize.packed.grouped import Groups, rows_of_groups
@@ -58,8 +59,7 @@ class Awq(Decoder):
     @property
     def recorded(self) -> str | None:
         """The dtype of the scales, which is that of the products."""
-        found = self.parts["scales"].dtype
-        return found if found in {"F16", "BF16"} else None
+        return half_dtype(self.parts["scales"])
 
     def prepare(self, whole: Mapping[str, memoryview]) -> _Held:
         """Return the words, and the scales and zero points by output feature."""

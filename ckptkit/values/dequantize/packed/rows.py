@@ -13,6 +13,7 @@ from ckptkit.values.dequantize.model import (
     Decoder,
     Settings,
     floats_of,
+    half_dtype,
     require_part,
     setting_int,
 )
@@ -53,8 +54,7 @@ class PackedRows(Decoder):
     @property
     def recorded(self) -> str | None:
         """The dtype of the scales, which is that of the products."""
-        found = self.parts["scales"].dtype
-        return found if found in {"F16", "BF16"} else None
+        return half_dtype(self.parts["scales"])
 
     def prepare(self, whole: Mapping[str, memoryview]) -> Groups:
         """Return the scales and zero points of each row."""
