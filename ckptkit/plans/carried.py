@@ -37,10 +37,9 @@ class Adapted:
         """Return the change as a sentence."""
         if self.written is None:
             return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
-        if isinstance(self.written, dict):
-            return (
-                f"{self.file}: {self.statement} was added, with the method {quoted(str(self.written['quant_method']))}"
-            )
+        if self.found is None and isinstance(self.written, dict) and "quant_method" in self.written:
+            method = quoted(str(self.written["quant_method"]))
+            return f"{self.file}: {self.statement} was added, with the method {method}"
         if self.found is None:
             return f"{self.file}: {self.statement} was not there and is now {_as_json(self.written)}"
         return f"{self.file}: {self.statement} was {_as_json(self.found)} and is now {_as_json(self.written)}"

@@ -29,7 +29,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _PLAIN_MODULE = lazy_pattern(
     r"gate|.*_gate|.*router.*|.*embed.*|.*_emb|.*norm.*|.*bias.*|.*lora.*|wte|wpe|ln_\w+|ln\d*", re.IGNORECASE
 )
-_RULE_FILE = "to choose the weights, give --rules FILE with the operation quantize"
+_BY_RULE = "the operation quantize of a rule takes the weights that its pattern matches"
 
 
 def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: QuantizeLike | None) -> Plan:
@@ -64,7 +64,7 @@ def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: Qu
         sizes = f" with sizes that are multiples of {operation.block}" if operation.scales == "block" else ""
         raise PlanError(
             f"no tensor of the output is a linear weight in a numbered layer{sizes}, as 'layers.0.q.weight' is",
-            hint=f"{_RULE_FILE}; --dequantize reads weights that are quantised already",
+            hint=_BY_RULE,
         )
     note = f"{plural(count, 'weight')} {'is' if count == 1 else 'are'} quantised ({quantize})"
     stay = "stays as it is" if len(plain) == 1 else "stay as they are"
@@ -101,5 +101,5 @@ def _refuse_transposed(info: TensorInfo, biases: Mapping[str, tuple[int, ...]]) 
     if bias is not None and bias != info.shape[:1] and bias == info.shape[1:]:
         raise PlanError(
             f"{quoted(info.key)} is stored transposed, as in GPT-2: its bias has a number for each column",
-            hint=f"{_RULE_FILE}; the libraries that read such codes have linear layers only",
+            hint=f"{_BY_RULE}; the libraries that read such codes have linear layers only",
         )
