@@ -209,3 +209,33 @@ def test_what_quantize_makes_comes_back_within_half_a_step(form: str, scales: st
     magnitudes = (weight / factors).abs()
     step = torch.ones(()) if form == "int8" else 2.0 ** (magnitudes.log2().floor().clamp(min=-6) - 3)
     assert ((back - weight).abs() <= factors * step * 0.5001).all()
+
+
+def test_zero_points_of_fp8_are_subtracted(tmp_path: Path) -> None:
+    """They are a part of the weight as those of integers are."""
+    codes, zeros = torch.randn(4, 8).to(torch.float8_e4m3fn), torch.tensor([[1.0], [0.0], [-2.0], [0.5]])
+    parts = {"q.weight": codes, "q.weight_scale": torch.rand(4, 1), "q.weight_zero_point": zeros}
+    save_file(parts, tmp_path / "fp8.safetensors")
+    ckptkit.convert(tmp_path / "fp8.safetensors", tmp_path / "out.safetensors", dequantize=True)
+    made = load_file(tmp_path / "out.safetensors")
+    assert made.keys() == {"q.weight"}
+    assert torch.equal(made["q.weight"], (codes.float() - zeros) * parts["q.weight_scale"])
+
+
+def test_a_part_that_the_decoder_does_not_take_is_refused(tmp_path: Path) -> None:
+    """Columns in another order would be other numbers."""
+    parts = {
+        "q.weight_packed": torch.zeros(4, 8, dtype=torch.uint8),
+        "q.weight_scale": torch.ones(4, 1).to(torch.float8_e4m3fn),
+        "q.weight_global_scale": torch.ones(1),
+        "q.weight_g_idx": torch.zeros(16, dtype=torch.int32),
+    }
+    save_file(parts, tmp_path / "nvfp4.safetensors")
+    with pytest.raises(PlanError, match=r"nvfp4 \(compressed-tensors\) with 'q\.weight_g_idx'"):
+        ckptkit.plan_remap(tmp_path / "nvfp4.safetensors", dequantize=True)
+
+
+def test_a_plan_says_when_no_weight_is_quantised() -> None:
+    """Someone who asks for numbers learns that nothing had to be decoded."""
+    plan = ckptkit.plan_remap({"w": torch.ones(2)}, dequantize=True)
+    assert plan.notes == ("no weight is quantised, so none is dequantised",)
