@@ -14,7 +14,7 @@ import pytest
 
 from ckptkit import ChangedError, PathError
 from ckptkit.core.files import places
-from ckptkit.core.files.remote import retries
+from ckptkit.core.files.remote import retries, stop_waiting
 from ckptkit.core.files.remote.blocks import MOST_HELD, held
 from ckptkit.core.files.remote.failures import explain
 from ckptkit.core.files.remote.traffic import forget_traffic, meter_of, traffic
@@ -406,3 +406,26 @@ def test_a_folder_says_its_names_once(tmp_path: Path) -> None:
     assert not places.folder_at(places.clean_path("memory://listed")).has_file("b.bin")
     with pytest.raises(PathError, match="no such"):
         places.folder_at("memory://not-there").names(9)
+
+
+def test_threads_stop_waiting_after_an_interrupt(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits for an answer that does not come ends at once; a new request is answered."""
+    file = opened(server.url("data.bin"))
+    monkeypatch.setattr(retries, "_FIRST_DELAY", 60.0)
+    server.failures = [503]
+    raised: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            file.read(1_000_000, 10)
+        except BaseException as error:  # noqa: BLE001 - compared below
+            raised.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while thread.is_alive():
+        stop_waiting()
+        thread.join(0.01)
+    assert [type(error) for error in raised] == [KeyboardInterrupt]
+    server.failures = []
+    assert file.read(1_000_000, 10) == DATA[1_000_000:1_000_010]

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -67,6 +67,10 @@ class Workers(Closing):
                     yield _first_result(work, waiting)
             while waiting:
                 yield _first_result(work, waiting)
+        except (KeyboardInterrupt, SystemExit):
+            self.stopped = True
+            _interrupt([future for _, future in waiting if future is not None])
+            raise
         finally:
             self.stopped = bool(waiting)
             begun = [future for _, future in waiting if future is not None]
@@ -125,6 +129,17 @@ class Workers(Closing):
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+
+
+def _interrupt(begun: list[Future[Any]]) -> None:
+    """Wait for tasks that have begun, but not for the answers of stores that these wait for."""
+    from ckptkit.core.files.remote import stop_waiting
+
+    for future in begun:
+        future.cancel()
+    while begun:
+        stop_waiting()
+        begun = list(wait(begun, 0.05).not_done)
 
 
 def pieces(count: int, size: int = PIECE) -> Iterator[tuple[int, int]]:

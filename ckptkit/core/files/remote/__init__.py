@@ -8,7 +8,7 @@ from __future__ import annotations
 from ckptkit.core.files.remote.urls import clean_url as _clean
 from ckptkit.core.files.source import ByteSource, Folder
 
-__all__ = ["clean_url", "forget", "open_remote", "remote_folder", "remote_kind"]
+__all__ = ["clean_url", "forget", "open_remote", "remote_folder", "remote_kind", "stop_waiting"]
 
 
 def clean_url(url: str) -> str:
@@ -31,6 +31,15 @@ def forget(url: str) -> None:
     kept = sys.modules.get("ckptkit.core.files.remote.kept")  # else nothing was asked
     if kept is not None:
         kept.forget(url)
+
+
+def stop_waiting() -> None:
+    """End the waiting of all threads for stores, after Ctrl-C; nothing is imported for it."""
+    import sys
+
+    running = sys.modules.get("ckptkit.core.files.remote.running")  # else nothing was asked
+    if running is not None:
+        running.stop_waiting()
 
 
 def open_remote(url: str) -> ByteSource:

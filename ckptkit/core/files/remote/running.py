@@ -6,14 +6,17 @@ import asyncio
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
-__all__ = ["finish", "in_thread", "on_fork", "start"]
+__all__ = ["finish", "in_thread", "on_fork", "start", "stop_waiting"]
 
 T = TypeVar("T")
 _resets: list[Callable[[], None]] = []
+_waited_for: list[Future[Any]] = []
+_stopped: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
 
 
 def start(request: Coroutine[Any, Any, T]) -> Future[T]:
@@ -25,11 +28,25 @@ def start(request: Coroutine[Any, Any, T]) -> Future[T]:
 
 def finish(future: Future[T]) -> T:
     """Wait for a request and return its result. After Ctrl-C, the request is cancelled and not waited for."""
+    _waited_for.append(future)
     try:
         return future.result()
     except (KeyboardInterrupt, SystemExit):
         future.cancel()
         raise
+    except CancelledError:
+        if future in _stopped:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        _waited_for.remove(future)
+
+
+def stop_waiting() -> None:
+    """Cancel every request that a thread waits for; ``finish`` raises ``KeyboardInterrupt`` there."""
+    for future in _waited_for.copy():
+        _stopped.add(future)
+        future.cancel()
 
 
 async def in_thread(call: Callable[[], T]) -> T:
