@@ -429,3 +429,9 @@ def test_threads_stop_waiting_after_an_interrupt(server: RangeServer, monkeypatc
     assert [type(error) for error in raised] == [KeyboardInterrupt]
     server.failures = []
     assert file.read(1_000_000, 10) == DATA[1_000_000:1_000_010]
+
+
+def test_a_decoded_password_is_left_out_too() -> None:
+    """A library may show a password as it is, and not as the URL encodes it."""
+    clean_url("https://me:pa%2Fss%40word1@decoded.test/x.pt?sig=ab%2Bcd%3D")
+    assert without_secrets("no pa/ss@word1 and no ab+cd=") == "no *** and no ***"

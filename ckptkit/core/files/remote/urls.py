@@ -69,7 +69,8 @@ def _clean_part(part: str) -> str:
     if login:
         _remember(_logins, _folder_of(shown), login)
         _remember(_logins, server, login)
-        _secrets.update(word for word in login.split(":", 1)[bool(user) :] if word)
+        for word in login.split(":", 1)[bool(user) :]:
+            _hide(word)
     return shown + _clean_query(shown, query) if mark else shown
 
 
@@ -82,10 +83,10 @@ def _clean_query(path: str, query: str) -> str:
     for name, value, item in pairs:
         if _SIGNING.fullmatch(name) or (is_signed and _BESIDE_SIGNATURE.fullmatch(name)):
             signing.append(item)
-            _secrets.add(value)
+            _hide(value)
         elif _LOOKS_RANDOM.fullmatch(value) and not _NAMES_OBJECT.fullmatch(name):
             shown.append(f"{name}={_HIDDEN}")
-            _secrets.add(value)
+            _hide(value)
             is_masked = True
         else:
             shown.append(item)
@@ -100,6 +101,13 @@ def _clean_query(path: str, query: str) -> str:
     if signing:
         _remember(_signatures, _folder_of(path), "&".join(signing))
     return text
+
+
+def _hide(word: str) -> None:
+    """Leave a word out of all texts, as it stands in the URL and as a library decodes it."""
+    from urllib.parse import unquote
+
+    _secrets.update(filter(None, (word, unquote(word))))
 
 
 def _remember(where: dict[str, str], url: str, value: str) -> None:
