@@ -1,0 +1,187 @@
+"""Outputs in S3, on moto's server: torch and safetensors read what s3fs downloads, or nothing is there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers_outputs import same_state, tensor_of
+from tests.oracles.servers.processes import free_port, run_command, server
+from tests.oracles.servers.proxy import Proxy
+from tests.oracles.servers.s3 import S3Server, variables_of
+
+s3fs = pytest.importorskip("s3fs")
+STATE = {
+    "a.weight": tensor_of("F32", (300, 400)),
+    "a.bias": tensor_of("F32", (40,), 1),
+    "b": tensor_of("BF16", (50,), 2),
+}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The S3 server of moto, with an empty bucket: rclone's takes minutes of processor time after an aborted upload."""
+    program = Path(sys.executable).with_name("moto_server")
+    found = str(program) if program.exists() else shutil.which("moto_server")
+    if found is None:
+        pytest.skip("needs moto_server, of the package moto[server]")
+    root, port = tmp_path_factory.mktemp("moto"), free_port()
+    with server([found, "-p", str(port)], port, root / "moto.log"):
+        yield S3Server(root, f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The filesystem of the bucket, in which nothing is left when the test ends: no unfinished upload either."""
+    for name, value in s3.variables.items():
+        monkeypatch.setenv(name, value)
+    filesystem = s3fs.S3FileSystem(endpoint_url=s3.address, skip_instance_cache=True, use_listings_cache=False)
+    if not filesystem.exists("tests"):
+        filesystem.mkdir("tests")
+    yield filesystem
+    assert unfinished(filesystem) == []
+    filesystem.rm("tests/up", recursive=True) if filesystem.exists("tests/up") else None
+
+
+def unfinished(filesystem: Any) -> list[str]:
+    uploads: list[dict[str, str]] = filesystem.call_s3("list_multipart_uploads", Bucket="tests").get("Uploads") or []
+    return [upload["Key"] for upload in uploads]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_file(STATE, tmp_path / "in.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], "torch_dtype": "float32"}))
+    return tmp_path / "in.safetensors"
+
+
+def ckpt(s3: S3Server, *words: str | Path, code: int = 0) -> str:
+    ran = run_command(*words, environment=s3.variables)
+    assert ran.code == code, ran.err
+    return ran.err
+
+
+def test_other_libraries_read_what_was_written(s3: S3Server, bucket: Any, source: Path, tmp_path: Path) -> None:
+    """A file, shards with config.json, a torch file and a distributed checkpoint; also from store to store."""
+
+    def downloaded() -> Path:
+        shutil.rmtree(tmp_path / "got", ignore_errors=True)
+        bucket.get("tests/up", str(tmp_path / "got"), recursive=True)
+        return tmp_path / "got"
+
+    base = f"{s3.url}/up"
+    ckpt(s3, "convert", source, "-o", f"{base}/a.safetensors", "--verify")
+    same_state(load_file(downloaded() / "a.safetensors"), STATE)
+    err = ckpt(s3, "convert", f"{base}/a.safetensors", "-o", f"{base}/a.pt", "--dtype", "F64", "--verify")
+    assert "read back by ckptkit alone" in err
+    here = downloaded()
+    for mmap in (False, True):
+        doubled = torch.load(here / "a.pt", weights_only=True, mmap=mmap)
+        same_state(doubled, {key: value.double() for key, value in STATE.items()})
+    ckpt(s3, "convert", source, "-o", f"{base}/shards", "--max-shard-size", "400kB", "--carry")
+    here = downloaded()
+    index = json.loads((here / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
+    same_state({key: load_file(here / "shards" / name)[key] for key, name in index.items()}, STATE)
+    assert (here / "shards" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    ckpt(s3, "convert", f"{base}/shards", "-o", f"{base}/dcp", "--format", "dcp", "--verify")
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    here = downloaded()
+    dcp_to_torch_save(here / "dcp", tmp_path / "dcp.pt")
+    same_state(torch.load(tmp_path / "dcp.pt", weights_only=True), STATE)
+    ckpt(s3, "convert", f"{base}/shards", "-o", tmp_path / "back.safetensors", "--carry", "--force")
+    same_state(load_file(tmp_path / "back.safetensors"), STATE)
+    assert "already exists" in ckpt(s3, "convert", source, "-o", f"{base}/shards", "--max-shard-size", "1MB", code=2)
+    ckpt(s3, "convert", source, "-o", f"{base}/shards", "--max-shard-size", "1GB", "--force")
+    here = downloaded()
+    assert sorted(os.listdir(here / "shards")) == ["config.json", "model.safetensors"]
+    same_state(load_file(here / "shards" / "model.safetensors"), STATE)
+
+
+def test_files_beside_the_result(s3: S3Server, bucket: Any, source: Path) -> None:
+    """Plans, rules and digests are written to the bucket and read from there."""
+    base = f"{s3.url}/up"
+    ckpt(s3, "remap", source, "--rename", "a.*=c.*", "-o", f"{base}/c.safetensors", "--plan", f"{base}/plan.json")
+    ckpt(s3, "remap", source, "--apply", f"{base}/plan.json", "-o", f"{base}/d.safetensors")
+    assert bucket.cat("tests/up/c.safetensors") == bucket.cat("tests/up/d.safetensors")
+    ckpt(s3, "align", source, f"{base}/c.safetensors", "-o", f"{base}/rules.toml")
+    ckpt(s3, "remap", f"{base}/c.safetensors", "--rules", f"{base}/rules.toml", "-o", f"{base}/e.safetensors")
+    bucket.get("tests/up/e.safetensors", str(source.with_name("e.safetensors")))
+    same_state(load_file(source.with_name("e.safetensors")), STATE)
+    ckpt(s3, "digest", f"{base}/c.safetensors", "-o", f"{base}/digests.txt")
+    ckpt(s3, "digest", f"{base}/c.safetensors", "--check", f"{base}/digests.txt")
+
+
+FAULTS = {
+    "every part": {"method": "PUT", "status": 500, "times": -1},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_nothing_is_left_after_a_fault(
+    s3: S3Server, bucket: Any, source: Path, proxied: Callable[..., Proxy], fault: dict[str, Any]
+) -> None:
+    """The error is one line and a hint; nothing is visible, and no upload is unfinished."""
+    proxy = proxied(s3.address)
+    proxy.fail(**fault)
+    ran = run_command("convert", source, "-o", f"{s3.url}/up/f.safetensors", environment=variables_of(proxy.url))
+    assert (ran.code, ran.err.splitlines()[0].startswith(f"ckpt: {s3.url}/up/f.safetensors: ")) == (2, True), ran.err
+    assert not bucket.exists("tests/up/f.safetensors")
+
+
+@pytest.mark.parametrize(("number", "shards"), [(signal.SIGTERM, ())], ids=["file"])
+def test_a_signal_leaves_nothing(
+    s3: S3Server,
+    bucket: Any,
+    source: Path,
+    proxied: Callable[..., Proxy],
+    *,
+    number: int,
+    shards: tuple[str, ...],
+) -> None:
+    """Whenever the signal comes, the bucket is empty when the process has ended, and no upload is unfinished."""
+    save_file({str(key): torch.ones(4 << 20) for key in range(4)}, source)
+    proxy = proxied(s3.address, latency=0.05)
+    environment = {**os.environ, **variables_of(proxy.url), "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = ["convert", str(source), "-o", f"{s3.url}/up/k{'' if shards else '.safetensors'}"]
+    for parts in (1, 4, 7):
+        proxy.reset()
+        run = subprocess.Popen(
+            [sys.executable, "-m", "ckptkit", *words, *shards], env=environment, stderr=subprocess.PIPE
+        )
+        until = time.monotonic() + 30
+        while len(proxy.requests("up/k", "PUT")) < parts and run.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+        run.send_signal(number)
+        _, err = run.communicate(timeout=30)
+        assert run.returncode == 128 + number, err
+        assert not bucket.exists("tests/up") or bucket.find("tests/up") == []
+        assert unfinished(bucket) == []
+
+
+@pytest.mark.usefixtures("bucket")
+def test_memory_is_bounded(s3: S3Server, tmp_path: Path) -> None:
+    """An upload of 800 MB takes less than 200 MB more than that of a small file."""
+    took = []
+    for name, size in (("small", 1 << 20), ("large", 800 << 20)):
+        # The file is sparse: memory that this process has used counts for a process that it starts.
+        header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 8 + len(header) + size)
+        ran = run_command("convert", path, "-o", f"{s3.url}/up/{name}.safetensors", environment=s3.variables)
+        assert ran.code == 0, ran.err
+        took.append(ran.memory)
+    assert took[1] - took[0] < 200 << 20
