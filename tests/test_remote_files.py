@@ -348,6 +348,7 @@ def test_credentials_reach_the_server_and_the_files_beside(server: RangeServer) 
         ("s4x://bucket/a.pt", "no filesystem for 's4x://'", None),
         ("htps://host/a.pt", "no filesystem for 'htps://'", "did you mean https://?"),
         ("memory://nowhere/a.pt", "no such file or directory", None),
+        ("s3://", "the URL is not complete", "write s3://BUCKET/NAME"),
     ],
 )
 def test_a_wrong_url_is_one_line(url: str, reason: str, hint: str | None) -> None:
@@ -355,6 +356,7 @@ def test_a_wrong_url_is_one_line(url: str, reason: str, hint: str | None) -> Non
     with pytest.raises(PathError, match=reason) as caught:
         opened(url)
     assert (caught.value.hint, caught.value.path) == (hint, url)
+    assert type(caught.value) is PathError  # a public class
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +365,10 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(PathError, match="az:// needs adlfs, which is not installed") as caught:
         opened("az://container/a.pt")
     assert caught.value.hint == "install the extra [az]"
+    monkeypatch.setitem(sys.modules, "smbclient", None)  # of the package smbprotocol
+    with pytest.raises(PathError, match="smb:// needs smbclient, which is not installed") as caught:
+        opened("smb://host/a.pt")
+    assert "smbprotocol" in str(caught.value.hint)
 
 
 class NoCredentialsError(Exception):

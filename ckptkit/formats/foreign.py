@@ -196,6 +196,10 @@ def unsupported_format(file: ByteSource, head: bytes) -> FormatError:
         return FormatError("an HTML page, not a checkpoint (a failed download?)", hint="download it again")
     if is_onnx(head, file.size, file.read):
         return FormatError("an ONNX model, which is not read", hint="onnx.load reads it")
+    if head.lstrip()[:1] in (b"{", b"[") and file.path.lower().endswith(".json"):
+        return FormatError(
+            "a JSON file, which holds no tensors", hint="give the directory, the file of weights, or the index"
+        )
     if head[257:262] == b"ustar":
         return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from ckptkit.core.text import printable
 from ckptkit.errors import ChangedError, CkptkitError, PathError
 
 __all__ = [
+    "NoBucketError",
     "NotFoundError",
     "RefusedError",
     "TransientError",
@@ -19,6 +21,7 @@ __all__ = [
     "is_transient_status",
     "missing_library",
     "not_found",
+    "public_errors",
     "refused",
     "status_failure",
 ]
@@ -60,8 +63,21 @@ class NotFoundError(PathError):
     """No file is there."""
 
 
+class NoBucketError(NotFoundError):
+    """The bucket does not exist."""
+
+
 class RefusedError(PathError):
     """The store asks for other credentials."""
+
+
+@contextlib.contextmanager
+def public_errors() -> Iterator[None]:
+    """Raise the public class for an error that only this package tells from others."""
+    try:
+        yield
+    except (NotFoundError, RefusedError) as error:
+        raise PathError(error.reason, hint=error.hint, path=error.path) from None
 
 
 class TransientError(Exception):
@@ -110,7 +126,7 @@ def status_failure(
 ) -> CkptkitError | TransientError:
     """Return the error for a response with this HTTP status; ``code`` is the word of an S3 server."""
     if code == "NoSuchBucket":
-        return NotFoundError(f"there is no bucket {host_of(url)}", path=url)
+        return NoBucketError(f"there is no bucket {host_of(url)}", path=url)
     if status in (404, 410):
         return not_found(url)
     if status in (401, 403, 407):
@@ -139,6 +155,8 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return refused(url, is_known=False)
     if names & {"GatedRepoError", "RepositoryNotFoundError", "DisabledRepoError"}:
         return refused(url)
+    if "ParamValidationError" in names:  # of botocore, which has sent nothing
+        return PathError("not a valid name of a bucket or an object", path=url)
     if "OfflineModeIsEnabled" in names:
         return PathError("HF_HUB_OFFLINE forbids asking the hub", path=url)
     if isinstance(error, ImportError):
@@ -206,11 +224,24 @@ def _unreachable(chain: list[BaseException], names: set[str], url: str) -> Trans
 
 
 def missing_library(url: str, error: ImportError) -> PathError:
-    """Return the error for a library that is not installed; it names the extra."""
+    """Return the error for a library that is not installed; it names the extra or the package."""
     extra = _library(url)
     name = error.name or "its library"
+    said = _said_by_fsspec(url) or str(error)
+    if error.name and f'"{error.name}"' in said:  # a package is not always called as its module
+        said = f"install the package {error.name}"
     return PathError(
         f"{scheme_of(url)}:// needs {printable(name)}, which is not installed",
-        hint=f"install the extra [{extra}]" if extra else printable(without_secrets(str(error)))[:_LONGEST],
+        hint=f"install the extra [{extra}]" if extra else printable(without_secrets(said))[:_LONGEST],
         path=url,
     )
+
+
+def _said_by_fsspec(url: str) -> str:
+    """Return which package fsspec asks for, or an empty string where it says nothing."""
+    try:
+        from fsspec.registry import known_implementations
+    except ImportError:
+        return ""
+    scheme = scheme_of(url) or url.partition("::")[0]
+    return str(known_implementations.get(scheme, {}).get("err", ""))

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError
 from typing import Final
 
 from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
-from ckptkit.core.files.remote.failures import NotFoundError
+from ckptkit.core.files.remote.failures import NotFoundError, public_errors
 from ckptkit.core.files.remote.kept import Opened, open_now
 from ckptkit.core.files.remote.read_ahead import AHEAD, NEAR, PART, ReadAhead
 from ckptkit.core.files.remote.running import finish, start
@@ -24,6 +24,7 @@ class RemoteFile:
 
     is_remote: Final = True
 
+    @public_errors()
     def __init__(self, url: str) -> None:
         """Open the file at a URL without credentials. Raises ``PathError`` where it is missing or cannot be read."""
         opened = open_now(url)
@@ -62,6 +63,7 @@ class RemoteFile:
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
+    @public_errors()
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the bytes from ``offset``. Raises the same errors as ``read``."""
         end = offset + len(buffer)
@@ -168,6 +170,7 @@ class RemoteFile:
             held.wait_for_room(self._fetch_announced)
             held.fetch_waiting()
 
+    @public_errors()
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if the file changed since it was opened.
 

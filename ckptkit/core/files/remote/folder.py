@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
+from ckptkit.core.files.remote.failures import NotFoundError, RefusedError, public_errors
 from ckptkit.core.files.remote.file import RemoteFile
 from ckptkit.core.files.remote.kept import begin_list, begin_open, is_known_missing
 from ckptkit.core.files.remote.running import finish
@@ -28,12 +28,14 @@ class RemoteFolder:
         """The URL without credentials, and without a slash at its end."""
         return self._url
 
+    @public_errors()
     def names(self, most: int) -> FolderNames:
         """Return the names, at most ``most`` and one more. Raises ``PathError`` for a folder that does not exist."""
         listing = finish(begin_list(self._url))
         files = sorted(listing.files)[: most + 1]
         return FolderNames(tuple(files), tuple(sorted(listing.folders)[: most + 1 - len(files)]), listing.is_listed)
 
+    @public_errors()
     def _listing_of(self, name: str) -> tuple[Listing, str]:
         folder, _, last = name.rpartition("/")
         try:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-from ckptkit.core.files.remote.failures import NotFoundError, RefusedError
+from ckptkit.core.files.remote.failures import (
+    NoBucketError,
+    NotFoundError,
+    RefusedError,
+    public_errors,
+)
 from ckptkit.core.files.remote.kept import begin_list, begin_open, found_below
 from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
@@ -13,6 +18,7 @@ from ckptkit.core.files.remote.urls import is_host
 __all__ = ["kind_of_url"]
 
 
+@public_errors()
 def kind_of_url(url: str) -> str:
     """Return ``"file"``, ``"folder"``, or an empty string where nothing is found."""
     if url.endswith("/") or is_host(url):
@@ -41,9 +47,9 @@ def kind_of_url(url: str) -> str:
 def _folder(request: Future[Listing], url: str, *, is_sure: bool) -> str:
     try:
         listing = finish(request)
-    except NotFoundError as error:
-        if error.reason.startswith("there is no bucket"):
-            raise
+    except NoBucketError:
+        raise
+    except NotFoundError:
         return ""
     if listing.is_listed or is_sure or found_below(url):
         return "folder"

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from ckptkit.core.files.remote import forget
-from ckptkit.core.files.remote.failures import TransientError, explain
+from ckptkit.core.files.remote.failures import NoBucketError, TransientError, explain
 from ckptkit.core.files.remote.store import ObjectState, state_of
 from ckptkit.core.files.remote.stores import filesystem
 from ckptkit.core.files.remote.traffic import Meter, meter_of
@@ -64,7 +64,8 @@ class Store:
         try:
             with self.meter.request():
                 info = self.filesystem.info(self.path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            self._refuse_without_bucket(error)
             return None
         return "folder" if info["type"] == "directory" else state_of(info)
 
@@ -77,7 +78,8 @@ class Store:
         try:
             with self.meter.request():
                 found: list[dict[str, Any]] = self.filesystem.ls(self.path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self._refuse_without_bucket(error)
             return None
         start = self.path.rstrip("/") + "/"
         entries: dict[str, Hashable] = {}
@@ -89,6 +91,10 @@ class Store:
             elif not is_folder and info["size"]:
                 return {"": state_of(info)}
         return entries
+
+    def _refuse_without_bucket(self, error: OSError) -> None:
+        if isinstance(failure := explain(error, self.url), NoBucketError):
+            raise failure from None
 
     def remove(self, name: str = "") -> None:
         """Remove the file, or the file of this name in the folder. A missing file is not an error."""

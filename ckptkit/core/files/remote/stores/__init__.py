@@ -28,6 +28,7 @@ _WITHOUT_HOST = {"http", "https", "s3", "s3a", "gs", "gcs", "memory", "hf"}  # o
 _RETRY_THEMSELVES = {"gs", "gcs", "az", "abfs", "abfss", "adl", "hf"}
 _WITHOUT_LOGIN = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}
 
+_WITH_BUCKET = {"s3", "s3a", "gs", "gcs", "az", "http", "https"}
 _LOGGERS: Final = ("gcsfs", "s3fs", "aiobotocore", "botocore", "azure", "adlfs", "fsspec", "google")
 _LONGEST_START: Final = 10.0  # seconds
 _REFUSED_FOR: Final = 2.0
@@ -88,6 +89,10 @@ def _key(url: str) -> str:
 
 
 def _filesystem(url: str, *, writing: bool) -> Any:
+    scheme = scheme_of(url)
+    if scheme in _WITH_BUCKET and host_of(url) == f"{scheme}://":
+        what = "HOST/PATH" if scheme.startswith("http") else "BUCKET/NAME"
+        raise PathError("the URL is not complete", hint=f"write {scheme}://{what}", path=url)
     key = (_key(url), writing)
     if (refusal := _refusals.get(key)) is not None and time.monotonic() - refusal[0] < _REFUSED_FOR:
         raise type(refusal[1])(refusal[1].reason, hint=refusal[1].hint, path=url)

@@ -10,7 +10,7 @@ from ckptkit.core.files.remote.failures import NotFoundError, not_found
 from ckptkit.core.files.remote.retries import timeout
 from ckptkit.core.files.remote.running import in_thread
 from ckptkit.core.files.remote.store import Listing, ObjectState, Store, state_of
-from ckptkit.core.files.remote.urls import own_part
+from ckptkit.core.files.remote.urls import is_host, own_part
 from ckptkit.errors import PathError
 
 __all__ = ["AsyncStore", "SyncStore"]
@@ -99,7 +99,7 @@ class AsyncStore(Store):
             return await self.timed(ls(path))
 
         rows = await self.tried(once, url)
-        if not rows:
+        if not rows and not is_host(url):  # an empty bucket is there
             raise not_found(url)
         files: dict[str, ObjectState | None] = {}
         folders = set()
