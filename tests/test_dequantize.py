@@ -81,17 +81,24 @@ def test_rules_see_plain_tensors_and_can_dequantise_some(model: Model) -> None:
 
 
 def test_adapters_fold_into_the_numbers(model: Model, tmp_path: Path) -> None:
-    """Folding into a dequantised base is the same as dequantising it, and folding then."""
+    """The sum is that with the float32 numbers of the base, rounded once to the dtype of the output."""
     adapter = {"l.lora_A.weight": torch.randn(2, COLUMNS), "l.lora_B.weight": torch.randn(ROWS, 2)}
     config = {"r": 2, "lora_alpha": 2}
-    ckptkit.convert(model.path, tmp_path / "plain.safetensors", dequantize="bfloat16")
+    ckptkit.convert(model.path, tmp_path / "plain.safetensors", dequantize="float32")
     plain = tmp_path / "plain.safetensors"
     expected = ckptkit.plan_lora(plain, adapter, config).materialize({"base": plain, "donor": adapter})
     sources = {"base": model.path, "donor": adapter}
     plan = ckptkit.plan_lora(model.path, adapter, config, dequantize=True)
-    assert torch.equal(plan.materialize(sources)["l.weight"], expected["l.weight"])
+    assert torch.equal(plan.materialize(sources)["l.weight"], expected["l.weight"].bfloat16())
     ckptkit.save_plan(plan, tmp_path / "plan.json", sources)
     assert ckptkit.load_plan(tmp_path / "plan.json", sources).steps == plan.steps
+
+
+def test_operations_of_rules_round_once(model: Model) -> None:
+    """An operation that computes gets the float32 numbers, and those behind it move the result."""
+    rules = {"rule": [{"from": "l.weight", "to": "l.weight", "op": [{"scale": {"factor": 3}}, "transpose"]}]}
+    plan = ckptkit.plan_remap(model.path, rules, dequantize=True)
+    assert torch.equal(plan.materialize(model.path)["l.weight"], (model.numbers * 3).T.bfloat16())
 
 
 def test_merge_in_both_directions(model: Model, tmp_path: Path) -> None:
@@ -239,3 +246,47 @@ def test_a_plan_says_when_no_weight_is_quantised() -> None:
     """Someone who asks for numbers learns that nothing had to be decoded."""
     plan = ckptkit.plan_remap({"w": torch.ones(2)}, dequantize=True)
     assert plan.notes == ("no weight is quantised, so none is dequantised",)
+
+
+LISTS = [
+    ({"quant_method": "fp8", "modules_to_not_convert": ["head"]}, {"modules_to_not_convert": ["head", "l"]}),
+    ({"quant_method": "fp8"}, {"modules_to_not_convert": ["embed", "l", "lm_head"]}),  # heads were the library's own
+    ({"quant_method": "compressed-tensors", "ignore": []}, {"ignore": ["l"]}),
+]
+
+
+@pytest.mark.parametrize(("section", "expected"), LISTS)
+def test_a_carried_configuration_lists_what_a_rule_dequantised(
+    section: dict[str, object], expected: dict[str, object], model: Model, tmp_path: Path
+) -> None:
+    """The codes of other weights stay, and the parts of those that are numbers are not called missing."""
+    parts: dict[str, torch.Tensor] = {}
+    for name in ("l", "m"):
+        parts |= {f"{name}.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}
+        parts |= {f"{name}.weight_scale_inv": torch.ones(1, 1)}
+    model.save(parts | {"embed.weight": torch.ones(2, 2)})
+    config = {"dtype": "bfloat16", "quantization_config": section}
+    (model.path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    plan = ckptkit.plan_remap(model.path, {"rule": [{"from": "l.weight", "to": "l.weight", "op": "dequantize"}]})
+    written = ckptkit.execute(plan, model.path, out / "model.safetensors", carry=True)
+    assert json.loads((out / "config.json").read_text())["quantization_config"] == section | expected
+    assert "'l'" in str(written.adapted[0])
+    assert written.plan is not None
+    assert not any("not in the output" in note or "still" in note for note in written.plan.notes)
+
+
+def test_a_configuration_without_a_known_list_is_said_to_be_false(model: Model, tmp_path: Path) -> None:
+    """One sentence says what to edit."""
+    codes = {f"{name}.weight": torch.ones(2, 2).to(torch.float8_e4m3fn) for name in "lm"}
+    model.save(codes | {f"{name}.weight_scale": torch.ones(1) for name in "lm"})
+    config = {"quantization_config": {"quant_method": "modelopt"}}
+    (model.path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    plan = ckptkit.plan_remap(model.path, {"rule": [{"from": "l.weight", "to": "l.weight", "op": "dequantize"}]})
+    written = ckptkit.execute(plan, model.path, out / "model.safetensors", carry=True)
+    assert json.loads((out / "config.json").read_text()) == config
+    assert written.plan is not None
+    assert any("1 weight is plain in the output" in note for note in written.plan.notes)

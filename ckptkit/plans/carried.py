@@ -11,7 +11,7 @@ from typing import Protocol
 from ckptkit.core.checkpoint import Payload
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.files.places import is_same_file, join, open_source
-from ckptkit.core.text import quoted
+from ckptkit.core.text import listed, quoted
 from ckptkit.formats.writing.output_file import OutputFile
 from ckptkit.formats.writing.state import Target
 from ckptkit.formats.writing.targets import prepare_target
@@ -19,6 +19,9 @@ from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped
 
 __all__ = ["Adapted", "Carried", "target_of", "write_carried"]
+
+
+_MOST_LISTED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,10 @@ class Adapted:
         if self.found is None and isinstance(self.written, dict) and "quant_method" in self.written:
             method = quoted(str(self.written["quant_method"]))
             return f"{self.file}: {self.statement} was added, with the method {method}"
+        if isinstance(self.written, list):
+            before = self.found if isinstance(self.found, list) else []
+            added = [str(one) for one in self.written if one not in before]
+            return f"{self.file}: {self.statement} also lists {listed(added, _MOST_LISTED)}"
         if self.found is None:
             return f"{self.file}: {self.statement} was not there and is now {_as_json(self.written)}"
         return f"{self.file}: {self.statement} was {_as_json(self.found)} and is now {_as_json(self.written)}"

@@ -2,7 +2,8 @@
 
 What is taken, and how it changes, is decided before anything is written. ``adapter_config.json`` follows the names of
 the modules. Only four statements of ``config.json`` ever change: the dtype and the size of the vocabulary, where those
-of the output differ; the quantisation, where it is gone; and the tie of an embedding, where the output ends it.
+of the output differ; the quantisation, where it is gone, or gone for some weights; and the tie of an embedding, where
+the output ends it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ckptkit.plans.metadata.layouts import pattern_fields
 from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Source
-from ckptkit.plans.quantized.configured import add_quantization, is_quantised
+from ckptkit.plans.quantized.configured import add_quantization, is_quantised, leave_plain
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 from ckptkit.tensor_ops.recipes import Recipe
@@ -60,7 +61,9 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     first = sources[_base_first(sources)[0]]  # the output is an adapter if this is one
     is_adapter = any(name_of(file) in ADAPTER_NAMES for file in first.files)
     role, directory, found = _find_owner(sources, is_adapter=is_adapter)
-    is_plain = not _is_quantized(plan, sources) and bool(quantized_weights(sources[role]))
+    coded = _coded(plan, sources)
+    is_plain = not coded and bool(quantized_weights(sources[role]))
+    numbers = _plain_weights(plan, sources[role], role)
     names = [name for name in found if not is_plain or name == MODEL_CONFIG or name not in CONFIGURATION_FILES]
     notes = []
     if "base" in sources and role != "base":
@@ -82,6 +85,11 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
                 found_statement = section.pop(_QUANTIZATION)
                 adapted.append(Adapted(MODEL_CONFIG, path + _QUANTIZATION, found_statement, None))
         adapted += add_quantization(new, plan)
+        for change in leave_plain(new, plan, numbers, coded) if numbers and coded else ():
+            if isinstance(change, Adapted):
+                adapted.append(change)
+            else:
+                notes.append(f"{MODEL_CONFIG}: {change}")
         if adapted:
             contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
     if ADAPTER_CONFIG in names:
@@ -95,7 +103,8 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     notes += _notes_about_code(directory, config)
     notes += _notes_about_name(output, config, is_adapter=is_adapter)
     if not is_adapter:  # its configuration follows the names, and PEFT asks for no other key
-        parts = {key for w in quantized_weights(sources[role]).weights for key in w.parts} if is_plain else frozenset()
+        weights = quantized_weights(sources[role]).weights
+        parts = {key for w in weights if is_plain or w.key in numbers.values() for key in w.parts}
         notes += _notes_about_keys(plan, role, sources[role].without(parts) if parts else sources[role])
     notes += _notes_about_names(carried, plan, sources[role])
     return replace(carried, notes=tuple(notes))
@@ -133,8 +142,8 @@ def _find_owner(sources: Mapping[str, Checkpoint], *, is_adapter: bool) -> tuple
     raise PlanError("no input has a configuration or a tokenizer beside its weights", hint="leave out --carry")
 
 
-def _is_quantized(plan: Plan, sources: Mapping[str, Checkpoint]) -> bool:
-    """Return whether any tensor of the output has the codes of a quantised weight."""
+def _coded(plan: Plan, sources: Mapping[str, Checkpoint]) -> set[str]:
+    """Return the keys of the output that hold the codes of a quantised weight."""
     codes = {
         (role, weight.coded): checkpoint[weight.coded].dtype
         for role, checkpoint in sources.items()
@@ -143,7 +152,27 @@ def _is_quantized(plan: Plan, sources: Mapping[str, Checkpoint]) -> bool:
     }
     # Codes can be stored in the dtype that the numbers get, as bitsandbytes does with bnb_4bit_quant_storage.
     kept = [step for step in plan.steps if step.recipe is None or not _decodes(step.recipe)]
-    return any(codes.get((source.role, source.key)) == step.out.dtype for step in kept for source in step.sources)
+    return {
+        step.out.key
+        for step in kept
+        if any(codes.get((source.role, source.key)) == step.out.dtype for source in step.sources)
+    }
+
+
+def _plain_weights(plan: Plan, owner: Checkpoint, role: str) -> dict[str, str]:
+    """Return the weights that are quantised in an input and numbers in the output: new keys to old ones."""
+    weights = quantized_weights(owner)
+    by_key = {weight.key: weight for weight in weights.weights}
+    found: dict[str, str] = {}
+    for step in plan.steps if weights else ():
+        of_owner = [weights.by_key[s.key] for s in step.sources if s.role == role and s.key in weights.by_key]
+        if step.out.dtype not in _FLOATS or is_quantised(step):
+            continue
+        if of_owner and step.recipe is not None and _decodes(step.recipe):
+            found[step.out.key] = of_owner[0].key
+        elif step.out.key in by_key and not of_owner:  # plain numbers of another input
+            found[step.out.key] = step.out.key
+    return found
 
 
 def _decodes(recipe: Recipe) -> bool:
@@ -276,7 +305,8 @@ def _notes_about_names(carried: Carried, plan: Plan, owner: Checkpoint) -> Itera
         return
     for name in carried.names:
         if name in CONFIGURATION_FILES or name == ADAPTER_CONFIG:
-            changed = carried.contents.get(name)
+            has_list = any(isinstance(change.written, list) for change in carried.adapted if change.file == name)
+            changed = None if has_list else carried.contents.get(name)  # a list of the new names is not stale
             content = read_json(folder_at(carried.directory), name) if changed is None else json_value(changed.decode())
             found = stale.found_in(content)
             if found:

@@ -85,3 +85,30 @@ def test_routers_stay_plain_and_experts_are_quantised(tmp_path: Path, capsys: py
     ran = run_ckpt(capsys, "convert", coded, "-o", back / "model.safetensors", "--dequantize", "--carry")
     assert ran.code == 0, ran.err
     assert torch.equal(logits(loaded(coded)), logits(loaded(back)))
+
+
+@pytest.mark.parametrize("form", ["fp8-block", "int8-row", "nf4"])
+def test_a_model_with_some_dequantised_layers_opens(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The carried configuration lists what a rule dequantised: no key is missing, and the logits are near."""
+    needed = {"int8-row": "compressed_tensors", "nf4": "bitsandbytes"}.get(form)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    plain, coded, mixed = saved(tmp_path / "plain", "llama", torch.bfloat16), tmp_path / "coded", tmp_path / "mixed"
+    mixed.mkdir()
+    if form == "nf4":
+        options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=options, device_map="cpu")
+        model.save_pretrained(coded)
+    else:
+        coded.mkdir()
+        out = coded / "model.safetensors"
+        assert run_ckpt(capsys, "convert", plain, "-o", out, "--quantize", form, "--carry").code == 0
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nfrom = "model.layers.0.*"\nto = "model.layers.0.*"\nop = "dequantize"\n')
+    ran = run_ckpt(capsys, "remap", coded, "-o", mixed / "model.safetensors", "--rules", rules, "--carry")
+    assert ran.code == 0, ran.err
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(mixed, device_map="cpu", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.allclose(logits(model.eval()), logits(loaded(coded)), atol=0.02)

@@ -82,14 +82,19 @@ def is_linear_weight(info: TensorInfo) -> bool:
 
 
 def _codes_and_scales(step: Step, sources: Mapping[str, Checkpoint], operation: Quantize) -> Iterator[Step]:
+    from ckptkit.tensor_ops.arithmetic import Cast
     from ckptkit.tensor_ops.recipes import compose
 
     found = describe_step(step, sources)
     if found.dtype not in _FLOATS:
         raise PlanError(f"{quoted(step.out.key)} is {found.dtype}, and cannot be cast and quantised at once")
     suffix = "_scale_inv" if operation.scales == "block" else "_scale"
-    recipes = compose([step.recipe], [len(step.sources)], (operation,))
-    shapes, dtypes = operation.shapes([step.out.shape]), operation.dtypes([found.dtype])
+    dtypes = operation.dtypes([step.out.dtype])
+    # Scales in the dtype of the weight are made of its numbers in that dtype.
+    is_wide = dtypes != operation.dtypes([found.dtype])
+    chain = (Cast(step.out.dtype), operation) if is_wide else (operation,)
+    recipes = compose([step.recipe], [len(step.sources)], chain)
+    shapes = operation.shapes([step.out.shape])
     for ending, recipe, shape, dtype in zip(("", suffix), recipes, shapes, dtypes, strict=True):
         out = TensorInfo(step.out.key + ending, dtype, shape)
         yield complete_step(Step(out, step.sources, rule=step.rule, recipe=recipe, equals=step.equals), sources)

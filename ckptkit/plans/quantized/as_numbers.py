@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import quoted
-from ckptkit.errors import PlanError
+from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import complete_step
 from ckptkit.quantized import QuantizedWeight
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DequantizedInputs"]
 
 _NOTHING = "no weight is quantised, so none is dequantised"
+_NARROW = frozenset({"F16", "BF16"})
 _PART = "a part of {}, which is dequantised"
 
 
@@ -126,8 +127,35 @@ class DequantizedInputs:
             recipe = inner[0]
             assert isinstance(recipe, Recipe)  # noqa: S101 - the only source is a quantised weight
         else:
-            recipe = _substituted(step.recipe, inner)
+            recipe = self._with_one_rounding(step, tuple(sources), step.recipe, inner)
         return complete_step(replace(step, sources=tuple(sources), recipe=recipe), self.stored)
+
+    def _with_one_rounding(
+        self, step: Step, sources: Sequence[Source], recipe: Recipe, inner: Sequence[int | Recipe]
+    ) -> Recipe:
+        """Return a recipe of numbers in float32 where operations compute with them, so that only the result is rounded.
+
+        The numbers have their own dtype where it is wide already, where elements are only moved, and where they are
+        joined with tensors of that dtype.
+        """
+        from ckptkit.tensor_ops.recipes import recipe_dtype
+
+        own = _substituted(recipe, inner)
+        if not recipe.is_lossy or step.out.dtype not in _NARROW:
+            return own
+        wide = _substituted(recipe, [one if isinstance(one, int) else _in_float32(one) for one in inner])
+        try:
+            found = recipe_dtype(wide, [self.stored[source.role][source.key].dtype for source in sources])
+        except RuleError:
+            return own
+        return wide if found in {"F32", step.out.dtype} else own
+
+
+def _in_float32(recipe: Recipe) -> Recipe:
+    from ckptkit.tensor_ops.dequantize import Dequantize
+
+    made = (replace(one, dtype="F32") if isinstance(one, Dequantize) else one for one in recipe.operations)
+    return replace(recipe, operations=tuple(made))
 
 
 def _substituted(recipe: Recipe, inner: Sequence[int | Recipe]) -> Recipe:

@@ -1,10 +1,11 @@
-"""Write the configuration of weights that a plan quantises into ``config.json``."""
+"""Write into ``config.json`` which weights a plan quantises, and which it leaves plain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+from ckptkit.core.text import plural
 from ckptkit.formats.directories.model_files import MODEL_CONFIG
 from ckptkit.plans.carried import Adapted
 from ckptkit.plans.plan import Plan, Step
@@ -12,10 +13,16 @@ from ckptkit.plans.plan import Plan, Step
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.quantize import Quantize
 
-__all__ = ["add_quantization", "is_quantised"]
+__all__ = ["add_quantization", "is_quantised", "leave_plain"]
 
 _STATEMENT = "quantization_config"
 _WEIGHT = ".weight"
+# The list of modules that stay plain, by the method of transformers that reads it for stored codes too.
+_PLAIN_LISTS = {
+    "awq": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "ignore",
+    "fp8": "modules_to_not_convert", "torchao": "modules_to_not_convert",
+}  # fmt: skip
+_HEAD = "lm_head"
 
 
 def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted]:
@@ -40,6 +47,35 @@ def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted]
     found = _fp8_blocks(operation, plain) if operation.scales == "block" else _compressed(operation, plain)
     config[_STATEMENT] = found
     yield Adapted(MODEL_CONFIG, _STATEMENT, None, found)
+
+
+def leave_plain(
+    config: dict[str, object], plan: Plan, keys: Collection[str], coded: Collection[str]
+) -> Iterator[Adapted | str]:
+    """List the modules of the weights ``keys``, which are plain in the output, as those that are not quantised.
+
+    ``coded`` are the keys of the output that hold codes. Yields the change, or a sentence that says what to edit where
+    the method has no list that is known here.
+    """
+    section = config.get(_STATEMENT)
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    name = _PLAIN_LISTS.get(str(method))
+    found = section.get(name) if isinstance(section, dict) and name is not None else None
+    if not isinstance(section, dict) or name is None or not isinstance(found, list | None):
+        yield (
+            f"{plural(len(keys), 'weight')} {'is' if len(keys) == 1 else 'are'} plain in the output, and the "
+            f"configuration still calls {'it' if len(keys) == 1 else 'them'} quantised: edit it, or dequantise all "
+            "weights"
+        )
+        return
+    modules = {key.removesuffix(_WEIGHT) for key in keys}
+    if found is None:  # a list takes the place of the one that the library makes itself, of heads and tied weights
+        plain = {step.out.key for step in plan.steps if len(step.out.shape) == 2 and not is_quantised(step)}
+        modules |= {key.removesuffix(_WEIGHT) for key in plain.difference(coded) if key.endswith(_WEIGHT)} | {_HEAD}
+    section = {**section, name: [*(found or ()), *sorted(modules.difference(found or ()))]}
+    if section[name] != found:
+        config[_STATEMENT] = section
+        yield Adapted(MODEL_CONFIG, f"{_STATEMENT}.{name}", found, section[name])
 
 
 def is_quantised(step: Step) -> bool:
