@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ckptkit import diff, open_checkpoint, run_checks, stats
 from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.errors import FormatError
 from ckptkit.quantized import ANCHOR_DTYPES, Quantized, quantized_weights
 from ckptkit.quantized.configuration import Configuration, read_configuration
 from ckptkit.quantized.table import SCHEMES
@@ -381,6 +382,43 @@ DIFFERENT: dict[str, tuple[State, State, str, bool]] = {
         {"m.q.weight": of(I8, 8, 4), "m.q.weight_scale": of(BF16, 8, 1)}, "both", True,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("symmetric", "lacking"), [(False, ["a", "b", "c"]), (True, []), (None, ["c"])])
+def test_zero_points_are_expected_where_codes_are_not_symmetric(
+    symmetric: bool | None, lacking: list[str], tmp_path: Path
+) -> None:
+    """The configuration says so; if there is none, the other weights do. Without zero points, numbers are wrong."""
+    zeros = [] if symmetric is False else ["a", "b"]
+    state = {
+        f"{name}.{part}": tensor.clone()
+        for name in "abc"
+        for part, tensor in QUANTIZED["int8"][1].items()
+        if part != "weight_zero_point" or name in zeros
+    }
+    group = {"weights": {"num_bits": 8, "symmetric": symmetric}}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}}
+    found = saved(tmp_path, state, None if symmetric is None else config)
+    missing = {weight.key: weight.missing for weight in found.weights if weight.missing}
+    assert missing == {f"{name}.weight": (f"{name}.weight_zero_point",) for name in lacking}
+    codes = [one.code for one in run_checks(tmp_path / "model.safetensors").findings if one.severity == "error"]
+    assert codes == ["missing-part"] * len(lacking)
+
+
+@pytest.mark.parametrize("gone", ["qdata", "zero_point"])
+def test_the_metadata_of_torchao_names_the_parts(gone: str, tmp_path: Path) -> None:
+    """A weight without its codes is not left out in silence, and one without its zero points is not other numbers."""
+    names = ["qdata", "scale", "zero_point"]
+    described = json.dumps({"_type": "Int8Tensor", "_data": {"block_size": [1, 4]}, "_tensor_data_names": names})
+    parts = {f"{name}.{part}": one.clone() for name in "ab" for part, one in QUANTIZED["torchao"][1].items()}
+    del parts[f"b._weight_{gone}"]
+    save_file(parts, tmp_path / "m.safetensors", dict.fromkeys(("a.weight", "b.weight", "left.out"), described))
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        weights = quantized_weights(checkpoint).weights
+    missing = [(weight.key, weight.missing) for weight in weights]
+    assert missing == [("a.weight", ()), ("b.weight", (f"b._weight_{gone}",))]
+    with pytest.raises(FormatError, match=rf"'b\.weight' cannot be dequantised: it lacks 'b\._weight_{gone}'"):
+        diff(tmp_path / "m.safetensors", tmp_path / "m.safetensors", dequantize=True)
 
 
 @pytest.mark.parametrize(("expected", "found", "side", "loads"), DIFFERENT.values(), ids=DIFFERENT)

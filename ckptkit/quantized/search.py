@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.quantized.configuration import Configuration, read_configuration
+from ckptkit.quantized.found import Found, with_expected_parts
 from ckptkit.quantized.table import SCHEMES, Coding, Part, Scheme
 
-__all__ = ["Found", "find_weights"]
+__all__ = ["find_weights"]
 
 _MOST_INCOMPLETE, _MOST_KEPT = 1000, 10_000
 _GGUF = "convert it with gguf.quants.dequantize, or load it with from_pretrained(..., gguf_file=...) of transformers"
@@ -38,29 +38,6 @@ def _stem(key: str, ending: str) -> str | None:
     return stem if not ending[:1].isalpha() or not stem or stem[-1] == "." else None
 
 
-class Found(NamedTuple):
-    """A weight that is found: the row of the table, the stem of the keys, and the parts."""
-
-    scheme: Scheme
-    stem: str
-    parts: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Return the name of the weight."""
-        parent, dot, name = self.stem.rpartition(".")
-        stem = f"{parent}{dot}{name.removeprefix('_')}" if self.scheme.is_private else self.stem
-        return stem + self.scheme.weight
-
-    @property
-    def roles(self) -> tuple[tuple[str, str], ...]:
-        """Return the key of the part that has each role for the decoder; broken weights have two for one role."""
-        coding = self.scheme.coding
-        keys = ((role, self.stem + ending) for role, endings in (coding.roles if coding else ()) for ending in endings)
-        return tuple((role, key) for role, key in keys if key in self.parts)
-
-
 def find_weights(checkpoint: Checkpoint) -> list[Found]:
     """Return the quantised weights of a checkpoint: first all complete weights, then those that lack parts."""
     search = _Search(checkpoint)
@@ -68,7 +45,9 @@ def find_weights(checkpoint: Checkpoint) -> list[Found]:
         if info.dtype in _ROWS or info.kind != "dense":
             search.add(info)
     search.add_incomplete()
-    return search.found
+    if not search.found:
+        return []
+    return with_expected_parts(search.found, search.infos, checkpoint.metadata, search.configuration)
 
 
 class _Search:
