@@ -216,6 +216,21 @@ def test_verbose_says_what_was_asked(twin: Twin, capsys: pytest.CaptureFixture[s
     assert run_ckpt(capsys, "show", "-v", TEN).err == ""
 
 
+def test_show_and_check_take_a_star_in_a_url(twin: Twin, capsys: pytest.CaptureFixture[str]) -> None:
+    """It matches what the shell matches in a local folder, and a URL without a match is an error."""
+    for command in ("show", "check --fast"):
+        url, local = f"{twin.url}/fixtures/lenet_*.safetensors", sorted(twin.local.glob("fixtures/lenet_*.safetensors"))
+        ran, expected = run_ckpt(capsys, *command.split(), url), run_ckpt(capsys, *command.split(), *local)
+        assert len(local) > 1
+        assert (ran.code, ran.out) == (expected.code, expected.out.replace(str(twin.local), twin.url))
+    assert run_ckpt(capsys, "show", f"{twin.url}/*.nothing").err.endswith(": no name matches '*.nothing'\n")
+    err = run_ckpt(capsys, "digest", f"{twin.url}/fixtures/lenet_*").err
+    assert "take * in the last part of a URL" in err
+    err = run_ckpt(capsys, "show", f"{twin.url}/fixtures").err
+    assert "one of the directories inside: encoder_sharded" in err
+    assert f"ckpt show '{twin.url}/fixtures/*'" in err
+
+
 def test_the_line_of_a_store() -> None:
     assert traffic_line(Traffic("s3://bucket", 3, 2, 131_042, 0, 0, 0.21)) == (
         "s3://bucket: 3 requests in 2 rounds, 131.0 kB read, 0.2 s"

@@ -88,6 +88,9 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
                     error.hint = f"for a URL write two slashes: {shell_word(f'{match[1]}/{path[len(match[1]) :]}')}"
                 elif _IMPORTABLE.fullmatch(name):
                     error.hint = f"for a live model write {LIVE_PREFIX}{name}"
+                elif is_url(path) and "*" in path:
+                    error.hint = "show and check take * in the last part of a URL; quote it for the shell"
+                    error.call = "give the URL of one checkpoint"
                 elif near:
                     error.hint = f"did you mean {shell_word(near)}?"
                 elif _HUB_NAME.fullmatch(name) and not kind_at(parent_of(name)):

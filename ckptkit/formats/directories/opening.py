@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
-from ckptkit.core.files.places import absolute, join, name_of
+from ckptkit.core.files.places import absolute, is_url, join, name_of
 from ckptkit.core.files.source import Folder
 from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
@@ -277,9 +277,13 @@ def _only_weights_file(listing: Listing) -> str:
     if len(weights) > 1 and (chosen := _only_variant(weights)) is not None:
         return chosen
     if len(weights) > 1:
+        folders = f" or one of the directories inside: {listed(listing.folders, 4, show=printable)}"
+        call = f"give the path of one file{folders if listing.folders else ''}"
+        all_of_them = f"; ckpt show {shell_word(join(folder.path, '*'))} lists all of them"
         raise FormatError(
             f"a directory with {len(weights):,} files of weights and no index: {listed(weights, 4, show=printable)}",
-            hint="give the path of one file",
+            hint=call + (all_of_them if is_url(folder.path) else ""),
+            call=call,
         )
     return weights[0]
 

@@ -1,0 +1,47 @@
+"""Take ``*`` in the last part of a URL as the shell does in the path of a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from ckptkit.core.files.places import folder_at, is_url, join, split
+from ckptkit.core.text import quoted
+from ckptkit.errors import PathError
+from ckptkit.formats import split_path
+
+__all__ = ["expand_urls"]
+
+_MOST_NAMES = 100_000
+_MOST_MATCHES = 1_000
+
+
+def expand_urls(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the paths, with each URL that has ``*`` in its last part replaced by those that match, sorted by name.
+
+    A hidden name needs a pattern that begins with a dot. Raises ``PathError`` where nothing matches, or too much.
+    """
+    return tuple(one for path in paths for one in _expanded(path))
+
+
+def _expanded(path: str) -> Iterator[str]:
+    url, key = split_path(path) if is_url(path) else (path, "")
+    folder, pattern = split(url)
+    if "*" not in pattern or not is_url(path):
+        yield path
+        return
+    names = folder_at(folder).names(_MOST_NAMES)
+    if not names.is_listed:
+        raise PathError("the server does not list its files", hint="give the URL of each file", path=url)
+    matches = re.compile(".*".join(map(re.escape, re.split(r"\*+", pattern))), re.DOTALL).fullmatch
+    found = sorted(
+        name for name in names.all if matches(name) and (pattern.startswith(".") or not name.startswith("."))
+    )
+    if not found:
+        raise PathError(f"no name matches {quoted(pattern)}", path=url)
+    if len(found) > _MOST_MATCHES:
+        raise PathError(
+            f"more than {_MOST_MATCHES:,} names match {quoted(pattern)}", hint="give a narrower pattern", path=url
+        )
+    for name in found:
+        yield f"{join(folder, name)}{'::' if key else ''}{key}"
