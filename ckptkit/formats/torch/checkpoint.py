@@ -208,6 +208,7 @@ def build_checkpoint(
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
+    # The functions below live as long as the checkpoint. They must not keep ``file``, which can hold a million numbers.
     locate = file.locate
 
     def region_of(storage: StorageRef) -> Region:
@@ -237,9 +238,8 @@ def build_checkpoint(
         stored = replace(info, dtype=CODES_OF_QUANTIZED[info.dtype], kind="dense")
         region = region_of(tensor.storage)
         codes = _span(stored, region) if is_contiguous(stored) else Strided(region, stored)
-        return affine_of_pickle(tensor.spec, codes, file.locate)
+        return affine_of_pickle(tensor.spec, codes, locate)
 
-    # The functions below live as long as the checkpoint, and must not keep a million numbers beside the weights.
     rest, size, list_records = without_numbers(tree) if chosen else None, file.pickle_size, file.records
 
     def records() -> Iterable[Record]:
