@@ -11,8 +11,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
+from safetensors.torch import save
 
-from ckptkit import ChangedError, PathError
+from ckptkit import ChangedError, PathError, open_checkpoint, run_checks
 from ckptkit.core.files import places
 from ckptkit.core.files.remote import retries, stop_waiting
 from ckptkit.core.files.remote.blocks import MOST_HELD, held
@@ -340,6 +342,14 @@ def test_credentials_reach_the_server_and_the_files_beside(server: RangeServer) 
     ]
     assert all(seen["Authorization"].startswith("Basic ") for seen in server.headers)
     assert not {"pass-word", "top-secret"} & set(str(caught.value).replace("/", " ").split())
+
+
+def test_few_files_beside_one_on_a_web_server_are_asked_for(server: RangeServer) -> None:
+    """Only the configuration that can matter, and without the signature of the other file."""
+    server.files["signed/a.safetensors"] = save({"weight": torch.zeros(2, 2)})
+    with open_checkpoint(f"{server.url('signed/a.safetensors')}?{SIGNED}") as checkpoint:
+        run_checks(checkpoint, fast=True)
+    assert [seen["path"] for seen in server.headers] == [f"/signed/a.safetensors?{SIGNED}", "/signed/config.json"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -62,15 +62,15 @@ class Configuration:
         return any(".".join(run) in self.modules for run in runs)
 
 
-def read_configuration(checkpoint: Checkpoint) -> Configuration:
+def read_configuration(checkpoint: Checkpoint, names: Sequence[str] = CONFIGURATION_FILES) -> Configuration:
     """Return what the configuration files in the directory say; a file that cannot be read is left out."""
     methods: set[str] = set()
     ignored: list[str] = []
     sections: list[Mapping[str, object]] = []
     folder = folder_at(parent_of(checkpoint.files[0])) if checkpoint.files else None
     if folder is not None:
-        folder.will_open(CONFIGURATION_FILES)
-    for name in CONFIGURATION_FILES:
+        folder.will_open(names)
+    for name in names:
         if folder is not None and folder.has_file(name):
             try:
                 content = read_json(folder, name)

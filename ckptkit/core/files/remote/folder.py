@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptkit.core.files.remote.failures import NotFoundError, RefusedError, public_errors
 from ckptkit.core.files.remote.file import RemoteFile
-from ckptkit.core.files.remote.kept import begin_list, begin_open, is_known_missing
+from ckptkit.core.files.remote.kept import begin_list, begin_open, is_known_missing, is_listing_kept
 from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
 from ckptkit.core.files.remote.urls import join_url
@@ -35,9 +35,15 @@ class RemoteFolder:
         files = sorted(listing.files)[: most + 1]
         return FolderNames(tuple(files), tuple(sorted(listing.folders)[: most + 1 - len(files)]), listing.is_listed)
 
+    @property
+    def _is_web(self) -> bool:
+        return self._url.startswith(("http://", "https://"))
+
     @public_errors()
     def _listing_of(self, name: str) -> tuple[Listing, str]:
         folder, _, last = name.rpartition("/")
+        if self._is_web and not folder and not is_listing_kept(self._url):
+            return Listing({}, is_listed=False), last
         try:
             return finish(begin_list(join_url(self._url, folder) if folder else self._url)), last
         except NotFoundError:
@@ -78,8 +84,13 @@ class RemoteFolder:
             self._hint(begin_open, join_url(self._url, name), of=len(unique))
 
     def will_list(self, names: Sequence[str]) -> None:
-        """Ask for the names in these folders, and do not wait."""
+        """Ask for the names in these folders, and do not wait; the empty name is this folder.
+
+        A web server is not asked for this folder: it seldom lists, and a few files are asked for by their names.
+        """
         for name in dict.fromkeys(names):
+            if not name and self._is_web:
+                continue
             self._hint(begin_list, join_url(self._url, name))
 
     def _hint(self, begin: object, url: str, **options: int) -> None:

@@ -16,7 +16,17 @@ from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState, Store
 from ckptkit.core.files.remote.stores import store_of
 from ckptkit.core.files.remote.traffic import Meter
 
-__all__ = ["Opened", "begin_list", "begin_open", "forget", "found_below", "is_known_missing", "known_state", "open_now"]
+__all__ = [
+    "Opened",
+    "begin_list",
+    "begin_open",
+    "forget",
+    "found_below",
+    "is_known_missing",
+    "is_listing_kept",
+    "known_state",
+    "open_now",
+]
 
 T = TypeVar("T")
 _SECONDS = 60.0
@@ -165,6 +175,11 @@ def is_known_missing(url: str) -> bool:
     """Return whether a listing that is kept has no such file."""
     listing, name = _listing_above(url)
     return listing is not None and listing.is_listed and name not in listing.files
+
+
+def is_listing_kept(url: str) -> bool:
+    """Return whether the names in a folder were asked for."""
+    return _folders.get(url) is not None
 
 
 def _listing_above(url: str) -> tuple[Listing | None, str]:

@@ -29,13 +29,14 @@ _SIGNED = lazy_pattern(r"(?i).*signature|sig|hmac|md5")
 _BESIDE_SIGNATURE = lazy_pattern(  # of CloudFront, and of the shared access signatures of Azure
     r"(?i)expires|policy|s[eprvt]|sip|spr|ske|skoid|sks|skt|sktid|skv|saoid|scid|sdd|ses|srt|ss"
 )
+_SIGNS_ONE_FILE = lazy_pattern(r"(?i)x-(?:amz|goog|oss|cos|ms|obs)-signature|signature")
 _NAMES_OBJECT = lazy_pattern(r"(?i)version_?id|generation|revision|ref|commit|sha\d*|etag|snapshot|id|file|path|name")
 _LOOKS_RANDOM = lazy_pattern(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=.~%-]{20,}")
 _ANY_URL = lazy_pattern(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 _logins: dict[str, str] = {}  # what stood before @, by the URL of a file, a folder or a server
 _queries: dict[str, str] = {}  # the whole query of a file, by the URL that is shown
-_signatures: dict[str, str] = {}  # what signs the query of a file, by the URL of its folder
+_signatures: dict[str, str] = {}  # what signs the query of a file and of others, by the folder
 _secrets: set[str] = set()
 
 
@@ -98,7 +99,7 @@ def _clean_query(path: str, query: str) -> str:
         number += 1
         text = f"?{'&'.join(shown)}".replace(_HIDDEN, f"{_HIDDEN}{number}")
     _remember(_queries, path + text, query)
-    if signing:
+    if signing and not _is_of_one_file(pairs):
         _remember(_signatures, _folder_of(path), "&".join(signing))
     return text
 
@@ -108,6 +109,13 @@ def _hide(word: str) -> None:
     from urllib.parse import unquote
 
     _secrets.update(filter(None, (word, unquote(word))))
+
+
+def _is_of_one_file(pairs: list[tuple[str, str, str]]) -> bool:
+    """Return whether what signs a query is worth nothing for the files beside: the signature covers the name."""
+    values = {name.lower(): value for name, value, _ in pairs}
+    is_signed = any(_SIGNS_ONE_FILE.fullmatch(name) for name in values) and "policy" not in values  # of CloudFront
+    return is_signed or values.get("sr") == "b"  # a blob, for a shared access signature of Azure
 
 
 def _remember(where: dict[str, str], url: str, value: str) -> None:
