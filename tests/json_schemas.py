@@ -625,6 +625,18 @@ SCHEMAS: dict[str, Schema] = dict(
                         },
                     ),
                 ),
+                "dequantized": _list(
+                    "The quantised weights that were compared as numbers.",
+                    _object(
+                        "A weight.",
+                        {
+                            "side": _one_of("The side that has it.", "expected", "found"),
+                            "key": _text("The key of the weight, before rules."),
+                            "scheme": _text("The quantisation scheme."),
+                            "dtype": _text("The dtype of the numbers."),
+                        },
+                    ),
+                ),
                 "values": {
                     "description": "The comparison of values; null where they were not compared.",
                     "anyOf": [_ref("values", "The comparison of values."), {"type": "null"}],
@@ -696,6 +708,17 @@ SCHEMAS: dict[str, Schema] = dict(
                     _object("A tensor.", {"key": _KEY, **_LOOKS, "reason": _text("Why it was not measured.")}),
                 ),
                 "quantized": _list("The quantised weights; their parts are not measured.", "quantized"),
+                "dequantized": _list(
+                    "The quantised weights that were measured as numbers.",
+                    _object(
+                        "A weight.",
+                        {
+                            "key": _text("The key of the weight, before rules."),
+                            "scheme": _text("The quantisation scheme."),
+                            "dtype": _text("The dtype of the numbers."),
+                        },
+                    ),
+                ),
                 "total": _ref("numbers", "The statistics of all measured tensors; tied tensors count once."),
                 "summary": _object("Totals of the checkpoint.", _TOTALS),
             },

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptkit
 from ckptkit.errors import FormatError, PlanError
+from tests.helpers_cli import run_ckpt
 
 ROWS, COLUMNS = 200, 256
 
@@ -122,6 +123,36 @@ def test_diff_stats_and_load_see_the_numbers(model: Model) -> None:
     live = torch.nn.ModuleDict({"l": torch.nn.Linear(COLUMNS, ROWS, bias=False)})
     ckptkit.load_into(live, model.path, dequantize=True)
     assert torch.equal(live.get_parameter("l.weight"), model.numbers)
+
+
+def test_diff_and_stats_say_what_is_dequantised(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers of two quantised sides are F32, so that a small difference is seen; a plain side gives its dtype."""
+    save_file(
+        {"l.weight": model.numbers.bfloat16(), "n.weight": model.parts["n.weight"]}, tmp_path / "plain.safetensors"
+    )
+    other = tmp_path / "other.safetensors"
+    save_file(model.parts | {"l.weight_scale_inv": model.parts["l.weight_scale_inv"] * (1 + 1e-5)}, other)
+    result = ckptkit.diff(model.path, other, values=True, dequantize=True)
+    assert [(one.key, one.scheme, one.dtype) for one in result.found_numbers] == [("l.weight", "fp8", "F32")]
+    assert result.values is not None
+    assert [one.rel_l2 for one in result.values.different] == [pytest.approx(1e-5, rel=0.01)]
+    with_dtype = ckptkit.diff(model.path, other, values=True, dequantize="bfloat16")
+    assert {one.dtype for one in (*with_dtype.expected_numbers, *with_dtype.found_numbers)} == {"BF16"}
+    sides = (tmp_path / "plain.safetensors", model.path)
+    ran = run_ckpt(capsys, "diff", *sides, "--values", "--dequantize")
+    assert ran.code == 0
+    assert "found: 1 weight (fp8) is dequantised to BF16\nvalues: all 2 tensors are equal" in ran.out
+    assert "load_state_dict accepts the checkpoint once it is dequantised" in ran.out
+    page = run_ckpt(capsys, "diff", *sides, "--values").out
+    assert "values: 1 tensor is equal; 1 was not compared\n1 quantised weight was not compared: --dequantize" in page
+    page = run_ckpt(capsys, "stats", model.path, "--dequantize", "--dtype", "F16").out
+    assert "1 weight (fp8) is dequantised to F16" in page
+    row = {"key": "l.weight", "scheme": "fp8", "dtype": "F32"}
+    assert ckptkit.stats(model.path, dequantize=True).to_dict()["dequantized"] == [row]
+    assert result.to_dict()["dequantized"] == [{"side": side, **row} for side in ("expected", "found")]
+    assert run_ckpt(capsys, "stats", model.path, "--dtype", "F16").code == 2
 
 
 BROKEN = {

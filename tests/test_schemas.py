@@ -214,6 +214,9 @@ def live_documents() -> Iterator[Any]:
     right = {**left, "a": torch.ones(2) + 1e-6, "b": torch.zeros(2)}
     yield ckptkit.compare_values(left, right, atol=1e-5).to_dict()
     yield ckptkit.diff(left, right, atol=1e-5, max_rel_l2=1).to_dict()
+    codes = {"q.weight": torch.ones(2, 2, dtype=torch.int8), "q.weight_scale": torch.ones(2, 1)}
+    yield ckptkit.diff(codes, codes, dequantize=True).to_dict()
+    yield ckptkit.stats(codes, dequantize=True).to_dict()
     yield ckptkit.load_into(model, DDP, ["module.*=*"], on_mismatch="skip").to_dict()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))

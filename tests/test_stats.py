@@ -213,7 +213,8 @@ def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"m.b": ODD, "m.h": torch.tensor([1e200, 1e200], dtype=torch.float64)}, path)
     document = json.loads(run_ckpt(capsys, "stats", path, "--json", "--depth", "1").out)
     assert list(document) == [
-        "schema", "path", "format", "tensors", "modules", "not_judged", "quantized", "total", "summary",
+        "schema", "path", "format", "tensors", "modules", "not_judged", "quantized", "dequantized",
+        "total", "summary",
     ]  # fmt: skip
     assert document["schema"] == "ckptkit.stats/1"
     second, first = document["tensors"]

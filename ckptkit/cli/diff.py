@@ -12,6 +12,7 @@ from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import (
     dequantize_option,
     expand_option,
+    numbers_dtype_option,
     path_argument,
     quiet_option,
     report_options,
@@ -48,6 +49,7 @@ def _parse_size(context: click.Context, option: click.Parameter, text: str | Non
 @requirement_options
 @click.option("--values", is_flag=True, help="Compare the values too: read both sides once.")
 @dequantize_option
+@numbers_dtype_option
 @click.option(
     "--rtol", callback=_parse_size, metavar="X", help="Compare values, and allow differences relative to EXPECTED."
 )
@@ -81,6 +83,7 @@ def diff(
     min_coverage: float,
     values: bool,
     dequantize: bool,
+    dtype: str | None,
     rtol: float | None,
     atol: float | None,
     expect_frozen: tuple[str, ...],
@@ -106,6 +109,8 @@ def diff(
     ckpt diff base.safetensors tuned.safetensors --values
     ckpt diff base.safetensors tuned.safetensors --expect-frozen 'backbone.*'
     """  # noqa: D301 - \b is click's mark
+    if dtype is not None and not dequantize:
+        raise click.UsageError("--dtype has no meaning without --dequantize")
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
             has_gates = bool(expect_frozen or expect_changed) or max_rel_l2 is not None
@@ -117,7 +122,7 @@ def diff(
             with progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
                 result = compare(
                     left, right, rules, require=require, min_coverage=min_coverage, values=values,
-                    dequantize=dequantize, rtol=rtol, atol=atol, expect_frozen=expect_frozen,
+                    dequantize=dtype or dequantize, rtol=rtol, atol=atol, expect_frozen=expect_frozen,
                     expect_changed=expect_changed, max_rel_l2=max_rel_l2, progress=progress,
                 )  # fmt: skip
         is_all = expand or everything

@@ -12,7 +12,13 @@ from click.core import ParameterSource
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.donor_names import donor_weights
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import dequantize_option, path_argument, requirement_options, skip_unread_option
+from ckptkit.cli.common.options import (
+    dequantize_option,
+    numbers_dtype_option,
+    path_argument,
+    requirement_options,
+    skip_unread_option,
+)
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
@@ -70,7 +76,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @skip_unread_option
 @dequantize_option
 @quantize_option
-@click.option("--dtype", metavar="DTYPE", help="--dequantize only: the dtype of the numbers.")
+@numbers_dtype_option
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale of every adapter.")  # fmt: skip
 @click.option("--weight", multiple=True, metavar="NAME=X",

@@ -10,6 +10,7 @@ from ckptkit.cli.common.options import (
     dequantize_option,
     expand_option,
     filter_options,
+    numbers_dtype_option,
     path_argument,
     quiet_option,
     report_options,
@@ -32,6 +33,7 @@ __all__ = ["stats"]
 )
 @click.option("--top", type=click.IntRange(1), metavar="N", help="List the first N only.")
 @dequantize_option
+@numbers_dtype_option
 @expand_option
 @report_options
 @quiet_option
@@ -44,6 +46,7 @@ def stats(
     sort: str | None,
     top: int | None,
     dequantize: bool,
+    dtype: str | None,
     expand: bool,
     report_format: ReportFormat,
     quiet: bool,
@@ -57,9 +60,13 @@ def stats(
     ckpt stats model.safetensors --depth 2
     ckpt stats run.ckpt --sort abs-max --top 10
     """  # noqa: D301 - \b is click's mark
+    if dtype is not None and not dequantize:
+        raise click.UsageError("--dtype has no meaning without --dequantize")
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
         with progress_bar(size, "reading", hidden=quiet) as progress:
-            result = stats_of(checkpoint, parse_rules(keep=keep, drop=drop), dequantize=dequantize, progress=progress)
+            result = stats_of(
+                checkpoint, parse_rules(keep=keep, drop=drop), dequantize=dtype or dequantize, progress=progress
+            )
         view = StatsView(depth, sort, top)
         echo_result(report_format, result, chosen={"view": view}, expand=expand or sort is not None)

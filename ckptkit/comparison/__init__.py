@@ -10,6 +10,7 @@ from ckptkit.comparison.gates import Gates, Subject, judge, parse_gates, refuse_
 from ckptkit.comparison.hints import joined_hint
 from ckptkit.comparison.matching import diff_checkpoints
 from ckptkit.comparison.parts import align_command
+from ckptkit.comparison.quantized import with_dtypes_of_plain
 from ckptkit.comparison.same_ranges import keys_with_same_range, share_a_file
 from ckptkit.comparison.state_dict_diff import (
     KeyPair,
@@ -66,7 +67,8 @@ def diff(
         values: Whether to read and compare the values of all matched tensors. ``values`` of the result has the
             differences.
         dequantize: Whether quantised weights of both sides are compared as numbers, or the dtype of the numbers.
-            Without one, it is that of ``config.json``, else the one that the scheme records, else F32.
+            Without one, a weight has the dtype of the plain tensor that the other side has of it. It is F32 if both
+            sides are quantised, so that a small difference is not rounded away.
         rtol: The tolerance relative to the expected value, as in ``torch.allclose``; 0 where only ``atol`` is given.
         atol: The absolute tolerance, as in ``torch.allclose``; 0 where only ``rtol`` is given.
         expect_frozen: A pattern or a list of patterns: the values of every matching tensor must be equal. A matching
@@ -97,10 +99,17 @@ def diff(
             require_number(tolerance, name, "a number of at least 0, such as 1e-5", at_least=0)
     require_progress(progress)
     with opened(expected, "expected") as stored_expected, opened(found, "found") as stored_found:
-        expected_side, found_side = (as_numbers(side, dequantize) for side in (stored_expected, stored_found))
+        views = as_numbers(stored_expected, dequantize), as_numbers(stored_found, dequantize)
+        expected_side, found_side = (view.checkpoint for view in views)
         all_rules = rules_for(rules, found_side, expected_side)
         key_map = apply_rules(all_rules, found_side, expected_side)
+        if dequantize is True:
+            views = with_dtypes_of_plain(*views, key_map)
+            expected_side, found_side = (view.checkpoint for view in views)
+            key_map = apply_rules(all_rules, found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
+        if views[0].weights or views[1].weights:
+            result = replace(result, expected_numbers=views[0].listed, found_numbers=views[1].listed)
         if result.missing and key_map.dropped:
             result = replace(result, left_out=_left_out(result, all_rules, key_map, found_side, expected_side))
         unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint") if requirements else []

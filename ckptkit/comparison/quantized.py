@@ -9,8 +9,12 @@ from typing import Literal
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, plural
 from ckptkit.quantized import QuantizedWeight, quantized_weights
+from ckptkit.quantized.view import DequantizedView, dequantized
+from ckptkit.rules.model import KeyMap
 
-__all__ = ["QuantizedKey", "find_quantized_keys", "quantized_messages"]
+__all__ = ["QuantizedKey", "find_quantized_keys", "quantized_messages", "with_dtypes_of_plain"]
+
+_PLAIN = frozenset({"F64", "F32", "BF16", "F16"})
 
 Side = Literal["expected", "found", "both"]
 _PLACES: Mapping[Side, str] = {
@@ -64,6 +68,29 @@ def find_quantized_keys(
         if info is not None and info.key not in in_found.by_key:
             result.append(QuantizedKey(weight.key, "expected", weight, weight.parts))
     return tuple(result)
+
+
+def with_dtypes_of_plain(
+    expected: DequantizedView, found: DequantizedView, key_map: KeyMap
+) -> tuple[DequantizedView, DequantizedView]:
+    """Return both sides with each weight in the dtype of the plain tensor that the other side has of it, else F32."""
+    if not (expected.weights or found.weights):
+        return expected, found
+    names = {source: new for new, one in key_map.outputs().items() for source in one.sources}
+    sources = {new: source for source, new in names.items()}
+    return _as_plain(expected, found, sources), _as_plain(found, expected, names)
+
+
+def _as_plain(view: DequantizedView, other: DequantizedView, names: Mapping[str, str]) -> DequantizedView:
+    dtypes: dict[str, str] = {}
+    for key in view.weights:
+        name = names.get(key, "")
+        info = other.checkpoint.get(name) if name not in other.weights else None
+        if info is not None and info.dtype in _PLAIN:
+            dtypes[key] = info.dtype
+    if all(dtype == view.checkpoint[key].dtype for key, dtype in dtypes.items()):
+        return view
+    return dequantized(view.original, "F32", wanted=lambda weight: dtypes.get(weight.key, True))
 
 
 def quantized_messages(keys: tuple[QuantizedKey, ...]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from ckptkit.core.coverage.requirements import Requirements, Unmet, find_unmet
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.ties import tied_keys
+from ckptkit.quantized.view import DequantizedWeight
 
 __all__ = ["KeyPair", "StateDictDiff", "extra_state_key", "find_unmet_in", "loaded_keys", "reasons_not_loaded"]
 
@@ -94,6 +95,8 @@ class StateDictDiff(Result):
         values: How the values of the matched tensors differ; None where they were not compared.
         gates: The gates on values, each with its judgement; ``unmet`` has the broken ones too.
         left_out: Missing keys that the found side has, but that ``keep`` or ``drop`` of the rules leave out.
+        expected_numbers: The quantised weights of the expected side that were compared as numbers.
+        found_numbers: Those of the found side.
 
     Example:
         >>> result = ckptkit.diff("py:fixtures.lenet:build", "fixtures/lenet_10class.pth")
@@ -135,6 +138,8 @@ class StateDictDiff(Result):
     values: ValueDiff | None = None
     gates: tuple[Gate, ...] = ()
     left_out: frozenset[str] = frozenset()
+    expected_numbers: tuple[DequantizedWeight, ...] = ()
+    found_numbers: tuple[DequantizedWeight, ...] = ()
 
     @property
     def in_short(self) -> str:

@@ -131,7 +131,7 @@ def load_into(
         base = _describe(model)
         requirements = parse_requirements(require, min_coverage)
         stored = stack.enter_context(opened(checkpoint, "checkpoint"))
-        donor = as_numbers(stored, dequantize, default="F32")
+        donor = as_numbers(stored, dequantize).checkpoint
         plan, own = plan_loading(
             base,
             donor,

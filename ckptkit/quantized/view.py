@@ -15,7 +15,14 @@ from ckptkit.errors import PlanError
 from ckptkit.quantized import QuantizedWeight, quantized_weights
 from ckptkit.quantized.decoding import Decoded, Decoding
 
-__all__ = ["DequantizeLike", "DequantizedView", "as_numbers", "dequantized", "parse_dequantize"]
+__all__ = [
+    "DequantizeLike",
+    "DequantizedView",
+    "DequantizedWeight",
+    "as_numbers",
+    "dequantized",
+    "parse_dequantize",
+]
 
 # Whether quantised weights are read as numbers, or the dtype of these.
 DequantizeLike: TypeAlias = bool | str | DType
@@ -35,13 +42,13 @@ def parse_dequantize(dequantize: DequantizeLike) -> tuple[bool, str | None]:
     return True, float_dtype(dequantize)
 
 
-def as_numbers(checkpoint: Checkpoint, dequantize: DequantizeLike, *, default: str | None = None) -> Checkpoint:
-    """Return a checkpoint with its quantised weights as numbers, or as it is if ``dequantize`` is false.
+@dataclass(frozen=True, slots=True)
+class DequantizedWeight:
+    """A quantised weight that is read as numbers: its key, the scheme of its codes, and the dtype of the numbers."""
 
-    ``default`` is the dtype of the numbers if ``dequantize`` names none. Raises as ``dequantized``.
-    """
-    is_wanted, dtype = parse_dequantize(dequantize)
-    return dequantized(checkpoint, dtype or default).checkpoint if is_wanted else checkpoint
+    key: str
+    scheme: str
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,14 @@ class DequantizedView:
     weights: Mapping[str, Decoded]
     reasons: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def listed(self) -> tuple[DequantizedWeight, ...]:
+        """The weights that are read as numbers, for a report."""
+        return tuple(
+            DequantizedWeight(key, decoded.weight.scheme, self.checkpoint[key].dtype)
+            for key, decoded in self.weights.items()
+        )
+
     def notes(self, dtypes: Mapping[str, str] | None = None) -> list[str]:
         """Return sentences that say how many weights are dequantised, to which dtype, and what says so.
 
@@ -76,6 +91,15 @@ class DequantizedView:
             f"{plural(count, 'weight')} ({scheme}) {'is' if count == 1 else 'are'} dequantised to {dtype}{reason}"
             for (scheme, dtype, reason), count in counts.items()
         ]
+
+
+def as_numbers(checkpoint: Checkpoint, dequantize: DequantizeLike) -> DequantizedView:
+    """Return a checkpoint with its quantised weights as numbers, or as it is if ``dequantize`` is false.
+
+    The numbers are F32 if ``dequantize`` names no dtype. Raises as ``dequantized``.
+    """
+    is_wanted, dtype = parse_dequantize(dequantize)
+    return dequantized(checkpoint, dtype or "F32") if is_wanted else DequantizedView(checkpoint, checkpoint, {})
 
 
 def dequantized(

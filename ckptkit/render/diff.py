@@ -10,7 +10,13 @@ from ckptkit.comparison.hints import Hint as DiffHint
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable, shell_word
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, name_beside, table_rows
-from ckptkit.render.summary import checkpoint_document, describe, tensor_document
+from ckptkit.render.summary import (
+    checkpoint_document,
+    dequantized_document,
+    dequantized_lines,
+    describe,
+    tensor_document,
+)
 from ckptkit.render.values import values_in_diff, values_page
 
 __all__ = ["answers_first", "diff_document", "diff_page", "hints_below"]
@@ -48,6 +54,11 @@ def diff_document(result: StateDictDiff) -> dict[str, object]:
         "quantized": [
             {"key": key.key, "scheme": key.weight.scheme, "side": key.side, "parts": list(key.weight.parts)}
             for key in result.quantized
+        ],
+        "dequantized": [
+            {"side": side, **dequantized_document(weight)}
+            for side, weights in (("expected", result.expected_numbers), ("found", result.found_numbers))
+            for weight in weights
         ],
         "values": None if result.values is None else values_in_diff(result.values, result.gates),
         "unmet": [
@@ -126,9 +137,15 @@ def diff_page(
     return [
         Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
         Line(("found     ", *describe(result.found_checkpoint, "found"))),
+        *dequantized_lines(result.expected_numbers, "expected"),
+        *dequantized_lines(result.found_numbers, "found"),
         *_gate_lines(result),
         *_random_lines(result),
-        *([] if result.values is None else values_page(result.values, expand=expand or everything, depth=depth)),
+        *(
+            []
+            if result.values is None
+            else values_page(result.values, expand=expand or everything, depth=depth, quantized=len(result.quantized))
+        ),
         *(() if is_short else [table]),
         Line((", ".join(counts),)),
         *([] if _lists_dtypes(result, is_all=expand or everything) else _dtype_lines(result)),
@@ -294,7 +311,8 @@ def _verdict(result: StateDictDiff) -> str:
         return f"load_state_dict raises, even with strict=False: {printable(result.refusals[0])}"
     if result.loads_strict:
         codes = ", but takes codes for numbers" if _codes_for_numbers(result) else ""
-        return f"load_state_dict accepts the checkpoint{codes}"
+        once = " once it is dequantised" if result.found_numbers else ""
+        return f"load_state_dict accepts the checkpoint{once}{codes}"
     if result.loads:
         codes = ", and takes codes for numbers" if _codes_for_numbers(result) else ""
         loaded = "the matched keys" if result.matched or codes else "nothing"

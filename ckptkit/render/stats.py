@@ -15,7 +15,15 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
 from ckptkit.render.page.sparkline import sparkline
-from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
+from ckptkit.render.summary import (
+    dequantized_document,
+    dequantized_lines,
+    describe,
+    json_number,
+    quantized_document,
+    quantized_lines,
+    totals_document,
+)
 from ckptkit.statistics.columns import Columns, StatsTable
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
@@ -83,7 +91,11 @@ def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool
     total = result.total
     named = measured if view.depth is None else StatsTable.of(result.modules(view.depth))
     listed = view.chosen(named)
-    page: list[Block] = [Line(describe(result.checkpoint)), *quantized_lines(result.quantized, _keys(result))]
+    page: list[Block] = [
+        Line(describe(result.checkpoint)),
+        *dequantized_lines(result.dequantized),
+        *quantized_lines(result.quantized, _keys(result)),
+    ]
     if listed:
         axis = _Axis.of(total)
         page += [_table(result, listed, view, axis, expand=expand), *([Line((str(axis),))] if axis else [])]
@@ -288,6 +300,7 @@ def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[
             for key, info, why in _unmeasured(result)
         ],
         "quantized": quantized_document(result.quantized, _keys(result)),
+        "dequantized": [dequantized_document(weight) for weight in result.dequantized],
         "total": next(_documents(StatsTable.of({"": result.total}))),
         "summary": totals_document(result.checkpoint),
     }

@@ -15,10 +15,11 @@ from ckptkit.render.page import Code, Line, as_code, table_rows
 if TYPE_CHECKING:
     from ckptkit.core.coverage import ModuleCoverage
     from ckptkit.quantized import Quantized
+    from ckptkit.quantized.view import DequantizedWeight
 
 __all__ = [
-    "checkpoint_document", "coverage_documents", "describe", "json_number", "names_in_short", "quantized_document",
-    "quantized_lines", "share_cell", "tensor_document", "totals_document",
+    "checkpoint_document", "coverage_documents", "dequantized_document", "dequantized_lines", "describe", "json_number",
+    "names_in_short", "quantized_document", "quantized_lines", "share_cell", "tensor_document", "totals_document",
     "value_cell",
 ]  # fmt: skip
 
@@ -74,6 +75,21 @@ def quantized_lines(quantized: Quantized, keys: Container[str]) -> list[Line]:
         for scheme, count in weights.items()
         if count
     ]
+
+
+def dequantized_lines(weights: Iterable[DequantizedWeight], label: str = "") -> list[Line]:
+    """Return one line for each scheme and dtype with the number of weights that were read as numbers."""
+    counts = Counter((weight.scheme, weight.dtype) for weight in weights)
+    side = f"{label}: " if label else ""
+    return [
+        Line((f"{side}{plural(count, 'weight')} ({scheme}) {'is' if count == 1 else 'are'} dequantised to {dtype}",))
+        for (scheme, dtype), count in counts.items()
+    ]
+
+
+def dequantized_document(weight: DequantizedWeight) -> dict[str, object]:
+    """Return a weight that was read as numbers for a JSON document."""
+    return {"key": weight.key, "scheme": weight.scheme, "dtype": weight.dtype}
 
 
 def coverage_documents(modules: Iterable[ModuleCoverage]) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from ckptkit.comparison.values import SideCounts, ValueDiff, ValueDifference
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, percent, plural, printable, quoted, short_number
-from ckptkit.render.page import Code, Line, Listing, Page, Table
+from ckptkit.render.page import Code, Hint, Line, Listing, Page, Table
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import describe, json_number
 
@@ -29,19 +29,20 @@ _LEAST = 5e-324  # a change without a size
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,6})(?=\.|$)")
 
 
-def values_page(result: ValueDiff, *, expand: bool = False, depth: int | None = None) -> Page:
+def values_page(result: ValueDiff, *, expand: bool = False, depth: int | None = None, quantized: int = 0) -> Page:
     """Return the page of ``compare_values``: the answer, the ten worst tensors or all, and the change by layer.
 
-    With ``depth``, a row for each module down to it takes the place of tensors and layers.
+    With ``depth``, a row for each module down to it takes the place of tensors and layers. ``quantized`` is the number
+    of weights that were not compared because one side has them as codes.
     """
     if depth is not None:
-        return [*_answer(result), *_remarks(result), _module_table(result, depth)]
+        return [*_answer(result, quantized), *_remarks(result, quantized), _module_table(result, depth)]
     shown = result.different if expand else result.different[:_SHOWN]
     more = len(result.different) - len(shown)
     layers = _layer_lines(result)
     return [
-        *_answer(result),
-        *_remarks(result),
+        *_answer(result, quantized),
+        *_remarks(result, quantized),
         _table(shown),
         *([Line((f"and {plural(more, 'more tensor')}",))] if more else []),
         *([Listing(layers)] if layers else []),
@@ -112,16 +113,20 @@ def _side_counts(counts: SideCounts) -> dict[str, int]:
     return {"expected": counts.expected, "found": counts.found}
 
 
-def _answer(values: ValueDiff) -> list[Line]:
+def _answer(values: ValueDiff, quantized: int) -> list[Line]:
     if not values.compared:
         return [Line(("values: no tensor could be compared",))]
     tolerances = f"rtol {short_number(values.rtol)}, atol {short_number(values.atol)}"
     if not values.different:
-        tensors = f"{'all ' * (values.compared > 1)}{plural(values.compared, 'tensor')}"
+        left = len(values.skipped) + quantized
+        others = f"; {left:,} {'was' if left == 1 else 'were'} not compared" if left else ""
+        tensors = f"{'all ' * (values.compared > 1 and not left)}{plural(values.compared, 'tensor')}"
         verb, also = ("is", "agrees") if values.compared == 1 else ("are", "agree")
         if not values.within:
-            return [Line((f"values: {tensors} {verb} equal",))]
-        return [Line((f"values: {tensors} {also} within {tolerances}; the bits of {len(values.within):,} differ",))]
+            return [Line((f"values: {tensors} {verb} equal{others}",))]
+        return [
+            Line((f"values: {tensors} {also} within {tolerances}; the bits of {len(values.within):,} differ{others}",))
+        ]
     count = len(values.different)
     beyond = "" if values.rtol is None else f" beyond {tolerances}"
     differ = f"values: {count:,} of {plural(values.compared, 'tensor')} {'differs' if count == 1 else 'differ'}{beyond}"
@@ -148,7 +153,7 @@ def _how_much(different: Sequence[ValueDifference]) -> list[Line]:
     return lines
 
 
-def _remarks(values: ValueDiff) -> list[Line]:
+def _remarks(values: ValueDiff, quantized: int) -> list[Line]:
     """Return what the numbers do not cover."""
     lines = []
     if values.skipped:
@@ -157,6 +162,9 @@ def _remarks(values: ValueDiff) -> list[Line]:
             f"{plural(len(values.skipped), 'tensor')} {'was' if len(values.skipped) == 1 else 'were'} not compared: "
         )
         lines.append(Line((count, Code(listed(reasons, 3, show=str)))))
+    if quantized:
+        weights = f"{plural(quantized, 'quantised weight')} {'was' if quantized == 1 else 'were'} not compared: "
+        lines.append(Line((weights, Hint("--dequantize compares numbers"))))
     if values.as_stored:
         count = plural(len(values.as_stored), "tensor")
         verb = "is" if len(values.as_stored) == 1 else "are"

@@ -174,7 +174,8 @@ def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | No
         decoded = dequantized_sources(recipe)
         for number, info in enumerate(sources):
             if info.kind != "dense" and number not in decoded:
-                raise RuleError(f"{quoted(info.key)} is a {info.kind} tensor")
+                hint = "--dequantize reads it as numbers" if info.kind == "quantized" else ""
+                raise RuleError(f"{quoted(info.key)} is a {info.kind} tensor", hint=hint)
         shape = recipe_shape(recipe, [info.shape for info in sources])
         dtype = recipe_dtype(recipe, [info.dtype for info in sources])
     except RuleError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptkit.core.arguments import require_number, require_progress, takes_rules
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
@@ -15,7 +15,7 @@ from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.ties import first_of_ties
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
-from ckptkit.quantized.view import DequantizeLike, as_numbers
+from ckptkit.quantized.view import DequantizedWeight, DequantizeLike, as_numbers
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.columns import Columns, StatsTable
@@ -95,7 +95,8 @@ class StateDictStats(Result):
     """The statistics of each tensor, by key and in the order of the checkpoint. Tied tensors have equal statistics.
 
     ``quantized`` are the quantised weights by the keys of the checkpoint; their parts are not measured.
-    ``checkpoint`` has path, format and size of the tensors that are listed.
+    ``checkpoint`` has path, format and size of the tensors that are listed. ``dequantized`` are the weights that are
+    measured as numbers, with their schemes and dtypes.
 
     Example:
         >>> result = ckptkit.stats({"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)})
@@ -106,6 +107,7 @@ class StateDictStats(Result):
     tensors: MeasuredTensors
     quantized: Quantized = field(default_factory=Quantized)
     checkpoint: CheckpointSummary = NO_CHECKPOINT
+    dequantized: tuple[DequantizedWeight, ...] = ()
 
     @property
     def in_short(self) -> str:
@@ -158,7 +160,7 @@ def stats(
         checkpoint: A path, a Checkpoint, a Module or a mapping of tensors. What is opened here is closed at the end.
         rules: Rules that keep, drop and rename keys, or the path of a rule file.
         dequantize: Whether quantised weights are read as numbers, or the dtype of the numbers. Without a dtype it is
-            the one that ``config.json`` names, else the one that the scheme records, else F32.
+            F32, so that nothing is rounded.
         progress: Called with the number of bytes after each chunk.
 
     Raises:
@@ -175,8 +177,11 @@ def stats(
     """
     require_progress(progress)
     with opened(checkpoint, "checkpoint") as stored:
-        found = as_numbers(stored, dequantize)
-        return _stats(found, rules_for(rules, found), progress)
+        view = as_numbers(stored, dequantize)
+        found = view.checkpoint
+        result = _stats(found, rules_for(rules, found), progress)
+        kept = {info.key for info in result.tensors.infos.values()}
+        return replace(result, dequantized=tuple(one for one in view.listed if one.key in kept))
 
 
 def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateDictStats:

@@ -22,6 +22,7 @@ __all__ = [
     "expand_option",
     "filter_options",
     "ignore_option",
+    "numbers_dtype_option",
     "output_report_options",
     "path_argument",
     "quiet_option",
@@ -68,6 +69,9 @@ skip_unread_option: Decorator = click.option(
 )
 dequantize_option: Decorator = click.option(
     "--dequantize", is_flag=True, help="Read quantised weights as numbers, such as fp8, GPTQ, nf4 and GGUF blocks."
+)
+numbers_dtype_option: Decorator = click.option(
+    "--dtype", metavar="DTYPE", help="--dequantize only: the dtype of the numbers."
 )
 ignore_option: Decorator = click.option(
     "--ignore",
