@@ -95,6 +95,19 @@ def test_adapters_fold_into_the_numbers(model: Model, tmp_path: Path) -> None:
     assert ckptkit.load_plan(tmp_path / "plan.json", sources).steps == plan.steps
 
 
+def test_config_json_has_the_wider_dtype_of_folded_weights(model: Model, tmp_path: Path) -> None:
+    """Else a loader that follows it would round the weights to what the other tensors have."""
+    model.save(model.parts | {"norm.weight": torch.ones(2, dtype=torch.bfloat16)})
+    adapter = {"l.lora_A.weight": torch.ones(1, COLUMNS), "l.lora_B.weight": torch.ones(ROWS, 1)}
+    sources = {"base": model.path, "donor": adapter}
+    for dtype, expected in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        out = tmp_path / dtype
+        out.mkdir()
+        plan = ckptkit.plan_lora(model.path, adapter, {"r": 1, "lora_alpha": 1}, dequantize=dtype)
+        ckptkit.execute(plan, sources, out / "model.safetensors", carry=True)
+        assert json.loads((out / "config.json").read_text())["dtype"] == expected
+
+
 def test_operations_of_rules_round_once(model: Model) -> None:
     """An operation that computes gets the float32 numbers, and those behind it move the result."""
     rules = {"rule": [{"from": "l.weight", "to": "l.weight", "op": [{"scale": {"factor": 3}}, "transpose"]}]}

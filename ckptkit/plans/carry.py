@@ -75,7 +75,7 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         with errors_about(join(directory, MODEL_CONFIG)):
             config = read_json(folder_at(directory), MODEL_CONFIG)
         new = dict(config)
-        adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
+        adapted, about_dtype = _adapt_dtype(new, plan, sources[role], () if coded else numbers)
         notes += about_dtype
         adapted += _adapt_vocabulary(new, plan, sources[role])
         if role == "base" and _unties(plan, sources[role], config):
@@ -181,10 +181,18 @@ def _decodes(recipe: Recipe) -> bool:
     return any(one.name == "dequantize" for one in recipe.operations) or any(map(_decodes, inner))
 
 
-def _adapt_dtype(config: dict[str, object], plan: Plan, owner: Checkpoint) -> tuple[list[Adapted], list[str]]:
-    """Change the dtype in ``config`` where the tensors of the output have another one than those of the input."""
-    before = {info.dtype for info in owner.values()} & _FLOATS
+def _adapt_dtype(
+    config: dict[str, object], plan: Plan, owner: Checkpoint, numbers: Collection[str]
+) -> tuple[list[Adapted], list[str]]:
+    """Change the dtype in ``config`` where the tensors of the output have another one than those of the input.
+
+    ``numbers`` are the keys of dequantised weights.
+    """
+    parts = quantized_weights(owner).by_key
+    before = {info.dtype for info in owner.values() if info.key not in parts} & _FLOATS
     after = {step.out.dtype for step in plan.steps if not is_quantised(step)} & _FLOATS
+    if {step.out.dtype for step in plan.steps if step.out.key in numbers} == {"F32"} and "F64" not in after:
+        after = {"F32"}  # which all other tensors can be loaded as, while another dtype would round these
     if before == after:
         return [], []
     if len(after) != 1:
