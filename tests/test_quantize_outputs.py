@@ -47,7 +47,13 @@ def test_only_linear_weights_of_layers_get_codes(form: QuantizeLike, source: Pat
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     section = config["quantization_config"]
-    plain = {"embed", "head", "layers.0.gate", "layers.0.pos_embedding"}  # the experts are beside quantised modules
+    plain = {
+        "embed",
+        "head",
+        "lm_head",
+        "layers.0.gate",
+        "layers.0.pos_embedding",
+    }  # the experts are beside quantised modules
     listed = section["modules_to_not_convert" if form == "fp8-block" else "ignore"]
     assert set(listed) == plain | ({"layers.0.odd"} if form == "fp8-block" else set())
     back = ckptkit.plan_remap(out, dequantize=True).materialize(out)
@@ -87,3 +93,33 @@ def test_what_cannot_be_quantised_is_an_error(source: Path) -> None:
         ckptkit.plan_remap(gpt2, quantize="fp8-row")
     with pytest.raises(ArgumentError, match="quantize"):
         ckptkit.plan_remap(source, quantize="int4")  # type: ignore[arg-type]
+
+
+def test_scales_that_a_library_would_not_find_are_not_carried(source: Path, tmp_path: Path) -> None:
+    """Scales for blocks have one name, those for rows another; blocks of odd sizes are said."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for scales, wrong in (("row", "weight_scale_inv"), ("block", "weight_scale")):
+        operation = {"quantize": {"form": "fp8", "scales": scales}}
+        names = ["layers.0.odd.weight", f"layers.0.odd.{wrong}"]
+        plan = ckptkit.plan_remap(source, {"rule": [{"from": names[0], "to": names, "op": operation}]})
+        with pytest.raises(PlanError, match="which the library that reads such codes expects"):
+            ckptkit.execute(plan, source, out / "model.safetensors", carry=True)
+    names[1] = "layers.0.odd.weight_scale_inv"
+    plan = ckptkit.plan_remap(source, {"rule": [{"from": names[0], "to": names, "op": operation}]})
+    written = ckptkit.execute(plan, source, out / "model.safetensors", carry=True)
+    assert written.plan is not None
+    assert any("does not read blocks of 'layers.0.odd.weight'" in note for note in written.plan.notes)
+
+
+def test_a_replaced_configuration_is_one_change(source: Path, tmp_path: Path) -> None:
+    """The old codes are gone, and new ones are made: nothing says that no weight is quantised."""
+    coded, out = tmp_path / "coded", tmp_path / "out"
+    form: QuantizeLike
+    for directory, origin, form in ((coded, source, "int8-row"), (out, coded, "fp8-block")):
+        directory.mkdir()
+        plan = ckptkit.plan_remap(origin, dequantize=True, quantize=form)
+        written = ckptkit.execute(plan, origin, directory / "model.safetensors", carry=True)
+    assert [str(change) for change in written.adapted] == [
+        "config.json: quantization_config was replaced, with the method 'fp8'"
+    ]

@@ -40,9 +40,10 @@ class Adapted:
         """Return the change as a sentence."""
         if self.written is None:
             return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
-        if self.found is None and isinstance(self.written, dict) and "quant_method" in self.written:
+        if isinstance(self.written, dict) and "quant_method" in self.written:
             method = quoted(str(self.written["quant_method"]))
-            return f"{self.file}: {self.statement} was added, with the method {method}"
+            verb = "added" if self.found is None else "replaced"
+            return f"{self.file}: {self.statement} was {verb}, with the method {method}"
         if isinstance(self.written, list):
             before = self.found if isinstance(self.found, list) else []
             added = [str(one) for one in self.written if one not in before]

@@ -80,16 +80,17 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         adapted += _adapt_vocabulary(new, plan, sources[role])
         if role == "base" and _unties(plan, sources[role], config):
             adapted += _untie(new)
+        removed: dict[str, object] = {}
         for path, section in list(_sections(new)) if is_plain else ():
             if _QUANTIZATION in section:
-                found_statement = section.pop(_QUANTIZATION)
-                adapted.append(Adapted(MODEL_CONFIG, path + _QUANTIZATION, found_statement, None))
-        adapted += add_quantization(new, plan)
-        for change in leave_plain(new, plan, numbers, coded) if numbers and coded else ():
+                removed[path + _QUANTIZATION] = section.pop(_QUANTIZATION)
+        changes = list(add_quantization(new, plan))
+        changes += leave_plain(new, plan, numbers, coded) if numbers and coded else ()
+        for change in changes:
             if isinstance(change, Adapted):
-                adapted.append(change)
-            else:
-                notes.append(f"{MODEL_CONFIG}: {change}")
+                adapted.append(replace(change, found=removed.pop(change.statement, change.found)))
+        adapted += [Adapted(MODEL_CONFIG, statement, section, None) for statement, section in removed.items()]
+        notes += [f"{MODEL_CONFIG}: {change}" for change in changes if isinstance(change, str)]
         if adapted:
             contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
     if ADAPTER_CONFIG in names:

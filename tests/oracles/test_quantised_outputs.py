@@ -29,10 +29,11 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def saved(path: Path, kind: str, dtype: torch.dtype) -> Path:
-    """Save a small model: a Llama, or a Mixtral with a router and experts."""
+    """Save a small model: a Llama, one with a tied head, or a Mixtral with a router and experts."""
     options = {
         "vocab_size": 128, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "tie_word_embeddings": kind == "tied",
     }  # fmt: skip
     torch.manual_seed(0)
     if kind == "mixtral":
@@ -112,3 +113,19 @@ def test_a_model_with_some_dequantised_layers_opens(
     model, info = transformers.AutoModelForCausalLM.from_pretrained(mixed, device_map="cpu", output_loading_info=True)
     assert not any(info.values())
     assert torch.allclose(logits(model.eval()), logits(loaded(coded)), atol=0.02)
+
+
+@pytest.mark.parametrize("form", ["fp8-block", "int8-row"])
+def test_a_head_that_is_tied_to_the_embedding_stays_plain(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file has no tensor of it, and the library must not ask for its codes."""
+    if form != "fp8-block" and importlib.util.find_spec("compressed_tensors") is None:
+        pytest.skip("compressed_tensors is not installed")
+    plain, coded = saved(tmp_path / "plain", "tied", torch.bfloat16), tmp_path / "coded"
+    coded.mkdir()
+    out = coded / "model.safetensors"
+    assert run_ckpt(capsys, "convert", plain, "-o", out, "--quantize", form, "--carry").code == 0
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(coded, device_map="cpu", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.allclose(logits(model.eval()), logits(loaded(plain)), atol=0.2)

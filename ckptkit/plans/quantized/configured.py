@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from ckptkit.core.text import plural
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.errors import PlanError
 from ckptkit.formats.directories.model_files import MODEL_CONFIG
 from ckptkit.plans.carried import Adapted
 from ckptkit.plans.plan import Plan, Step
@@ -23,13 +24,15 @@ _PLAIN_LISTS = {
     "fp8": "modules_to_not_convert", "torchao": "modules_to_not_convert",
 }  # fmt: skip
 _HEAD = "lm_head"
+_MOST_NAMED = 4
 
 
-def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted]:
-    """Add the quantisation of the weights that a plan quantises, and yield the change.
+def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted | str]:
+    """Add the quantisation of the weights that a plan quantises; yield the change, and a sentence about odd sizes.
 
     Nothing is changed where the plan quantises nothing, or in several ways, or where the configuration has a
-    quantisation already.
+    quantisation already. Raises ``PlanError`` where scales have another name than the one that is read with these
+    codes.
     """
     made = {
         step.out.key: operation
@@ -39,14 +42,39 @@ def add_quantization(config: dict[str, object], plan: Plan) -> Iterator[Adapted]
     if not made or len(set(made.values())) > 1 or _STATEMENT in config:
         return
     operation = next(iter(made.values()))
+    _refuse_other_scales(plan, operation, made)
     modules = {key.removesuffix(_WEIGHT) for key in made}
     # These libraries quantise every linear layer and stack of experts that is not listed, with what is below a name.
     matrices = [step.out.key for step in plan.steps if len(step.out.shape) > 1 and not is_quantised(step)]
     above = {module[:end] for module in modules for end in range(len(module)) if module[end] == "."} | {""}
     plain = sorted({key.rpartition(".")[0] for key in matrices} - modules - above)
+    if config.get("tie_word_embeddings") is not False and not any(
+        key.endswith(f"{_HEAD}{_WEIGHT}") for key in matrices
+    ):
+        plain.append(_HEAD)  # tied to the embedding, it has no tensor of its own, and must not get codes
     found = _fp8_blocks(operation, plain) if operation.scales == "block" else _compressed(operation, plain)
     config[_STATEMENT] = found
     yield Adapted(MODEL_CONFIG, _STATEMENT, None, found)
+    odd = [step.out.key for step in plan.steps if step.out.key in made and not operation.divides(step.out.shape)]
+    if odd:
+        yield (
+            f"transformers does not read blocks of {listed(odd, _MOST_NAMED)}: a size is above {operation.block} and "
+            f"not a multiple of it"
+        )
+
+
+def _refuse_other_scales(plan: Plan, operation: Quantize, made: Collection[str]) -> None:
+    """Raise ``PlanError`` where a library would not find the scales of codes under their names, and draw others."""
+    suffix = "_scale_inv" if operation.scales == "block" else "_scale"
+    for step in plan.steps:
+        if step.recipe is not None and step.recipe.part and _quantize(step) == operation:
+            codes = next((one for one in plan.steps if one.out.key in made and one.sources == step.sources), None)
+            if codes is not None and step.out.key != codes.out.key + suffix:
+                raise PlanError(
+                    f"{quoted(step.out.key)} has the scales of {quoted(codes.out.key)}, which the library that reads "
+                    f"such codes expects as {quoted(codes.out.key + suffix)}",
+                    hint="change the second name of the rule, or leave out --carry",
+                )
 
 
 def leave_plain(
