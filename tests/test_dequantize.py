@@ -136,6 +136,10 @@ def test_diff_stats_and_load_see_the_numbers(model: Model) -> None:
     live = torch.nn.ModuleDict({"l": torch.nn.Linear(COLUMNS, ROWS, bias=False)})
     ckptkit.load_into(live, model.path, dequantize=True)
     assert torch.equal(live.get_parameter("l.weight"), model.numbers)
+    live["l"].weight = torch.nn.Parameter(model.parts["l.weight"], requires_grad=False)
+    live["l"].register_buffer("weight_scale_inv", model.parts["l.weight_scale_inv"])
+    with pytest.raises(PlanError, match="as its own are, without dequantize=True"):
+        ckptkit.load_into(live, model.path, dequantize=True)
 
 
 def test_diff_and_stats_say_what_is_dequantised(

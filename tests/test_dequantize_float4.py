@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptkit import plan_remap
+from ckptkit.core.checkpoint.payload import Part, Payload
 from ckptkit.errors import PlanError
 from ckptkit.values.dequantize.model import BrokenPartError
-from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized
+from tests.helpers_dequantize import decoded, decoded_by_rows, dequantized, payload
 
 BOOK = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -21,6 +24,22 @@ def numbers(codes: torch.Tensor) -> torch.Tensor:
     """Return two numbers for each byte: that of its lower half first."""
     halves = torch.stack([codes & 15, codes >> 4], -1)
     return BOOK[halves.long()].flatten(-2)
+
+
+class Recorded:
+    """The bytes of codes, and which ranges of them were read."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self.data = codes.numpy().tobytes()
+        self.nbytes = len(self.data)
+        self.reads: list[tuple[int, int]] = []
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.data
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        self.reads.append((start, nbytes))
+        return Part(self, start, nbytes)
 
 
 def random_codes(*shape: int) -> torch.Tensor:
@@ -56,6 +75,22 @@ def test_blocks_of_gpt_oss() -> None:
     assert torch.equal(decoded("mxfp4 blocks", parts), expected)
     assert torch.equal(decoded("mxfp4 blocks transposed", parts), expected.mT)
     assert torch.equal(decoded_by_rows("mxfp4 blocks transposed", parts, rows=5), expected.mT)
+
+
+def test_a_matrix_of_gpt_oss_is_decoded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a transposed matrix can end anywhere in it, and its codes are read once for all of them."""
+    monkeypatch.setattr("ckptkit.values.dequantize.payload.PIECE", 64 * 6)
+    codes, exponents = random_codes(2, 6, 3, 16), torch.randint(100, 140, (2, 6, 3), dtype=torch.uint8)
+    expected = (numbers(codes) * (2.0 ** (exponents.float() - 127))[..., None]).flatten(-2).mT
+    parts = {"codes": codes, "scales": exponents}
+    assert torch.equal(decoded("mxfp4 blocks transposed", parts), expected)
+    assert torch.equal(decoded_by_rows("mxfp4 blocks transposed", parts, rows=7), expected)
+    made, source = payload("mxfp4 blocks transposed", parts), Recorded(codes)
+    made = replace(made, sources={**made.sources, "codes": source})
+    assert torch.equal(
+        torch.frombuffer(bytearray(b"".join(map(bytes, made.chunks()))), dtype=torch.float32), expected.flatten()
+    )
+    assert source.reads == [(0, 288), (288, 288)]
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

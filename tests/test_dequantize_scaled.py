@@ -76,6 +76,38 @@ def test_any_range_has_the_bytes_of_the_whole() -> None:
         assert bytes(buffer) == whole[start : start + count]
 
 
+@pytest.mark.parametrize("scales", [(1, 1), (1, 79), (1, 10_001)], ids=["whole", "blocks", "columns"])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_long_row_is_decoded_in_parts(
+    scales: tuple[int, ...], is_flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory does not grow with the length of a row, and the numbers are the same."""
+    monkeypatch.setattr("ckptkit.values.dequantize.payload.PIECE", 4096)
+    codes = torch.randn(1, 10_001).to(torch.float8_e4m3fn)
+    values = torch.rand(scales) + 0.5
+    expected = codes.float() * values.repeat_interleave(128 if scales[1] == 79 else 1, 1)[:, :10_001]
+    if is_flat:
+        codes, values, expected = codes[0], values[0], expected[0]
+    made = payload("scaled", {"codes": codes, "scales": values})
+    pieces = [bytes(piece) for piece in made.chunks()]
+    assert [len(piece) // 4 for piece in pieces] == [4096, 4096, 1809]
+    assert torch.equal(torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.float32), expected.flatten())
+    assert torch.equal(decoded("scaled", {"codes": codes, "scales": values}), expected)
+    part = bytearray(4 * 3000)
+    made.read_range(4 * 5000, memoryview(part))
+    assert torch.equal(torch.frombuffer(part, dtype=torch.float32), expected.flatten()[5000:8000])
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_products_that_float32_cannot_hold_are_losses(dtype: str) -> None:
+    """A code that stands for inf or NaN stays so, and is not a loss."""
+    codes = torch.tensor([[2.0, torch.inf, torch.nan, 1.0]]).to(torch.float8_e5m2)
+    made = payload("scaled", {"codes": codes, "scales": torch.tensor([[3e38]])}, dtype)
+    made.find_losses()
+    assert made.losses is not None
+    assert made.losses["w"].overflowed == 1
+
+
 def test_broken_scales_are_refused_with_the_name_of_the_part() -> None:
     """A shape that fits in no way is found from the header, NaN when the scales are read."""
     codes = torch.ones(4, 4).to(torch.float8_e4m3fn)

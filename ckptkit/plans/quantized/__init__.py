@@ -255,6 +255,11 @@ class QuantizedInputs:
                     f"and {quoted(source.key)} of the {source.role} is plain {info}"
                 )
                 hint = f"to make {self.where} plain: {weight.ways_out}"
+                if self.target is not None and self.target.model is not None:
+                    hint = (
+                        "build the model without quantisation; or load weights that are quantised as its own are, "
+                        "without --dequantize"
+                    )
                 yield QuantizedProblem(weight.key, (step.out.key,), message, hint)
 
 

@@ -58,6 +58,11 @@ class Float4(Decoder):
         return self.layout.shape
 
     @property
+    def splits_rows(self) -> bool:
+        """Each number is decoded alone."""
+        return True
+
+    @property
     def recorded(self) -> str | None:
         """The dtype that the settings say, or None."""
         return self.dtype
@@ -79,13 +84,25 @@ class Float4(Decoder):
         streamed: Mapping[str, memoryview],
         held: Any,
         out: npt.NDArray[np.float32],
-        workers: Workers,  # noqa: ARG002
+        workers: Workers,
     ) -> None:
         """Look up the numbers, and multiply them."""
+        self.decode_columns(first, 0, streamed, held, out, workers)
+
+    def decode_columns(  # noqa: PLR0917
+        self,
+        row: int,
+        start: int,
+        streamed: Mapping[str, memoryview],
+        held: Any,
+        out: npt.NDArray[np.float32],
+        workers: Workers,  # noqa: ARG002
+    ) -> None:
+        """Do so with the columns from ``start`` on."""
         import numpy as np
 
         look_up(np.frombuffer(streamed["codes"], np.uint8), float4_values().tolist(), out.reshape(-1), high_first=False)
-        self.layout.multiply(out, held, first, out)
+        self.layout.multiply(out, held, row, out, start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +119,17 @@ class Float4Blocks(Float4):
 
     @property
     def multiple(self) -> int:
-        """All rows of a matrix where it is transposed, since each row of the codes is a column."""
+        """The number of rows that share scales where the weight is transposed, since they are columns of the codes."""
+        return _OF_MX if self.is_transposed else 1
+
+    @property
+    def splits_rows(self) -> bool:
+        """A row of the transpose is a column of the codes."""
+        return not self.is_transposed
+
+    @property
+    def rows_together(self) -> int:
+        """All rows of a matrix where it is transposed."""
         return self.layout.shape[-1] if self.is_transposed else 1
 
     def range_of(self, role: str, first: int, last: int) -> tuple[int, int]:  # noqa: ARG002 - only codes are streamed
@@ -112,7 +139,8 @@ class Float4Blocks(Float4):
             width = columns // 2
             return first * width, (last - first) * width
         matrix = rows * columns // 2
-        return first // columns * matrix, -(-(last - first) // columns) * matrix
+        start = first // columns
+        return start * matrix, (-(-last // columns) - start) * matrix
 
     def decode(  # noqa: PLR0917
         self,
@@ -123,20 +151,25 @@ class Float4Blocks(Float4):
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Decode the rows as they are stored, and transpose each matrix."""
+        """Decode the rows as they are stored; or some columns of each matrix of codes, which are transposed."""
         import numpy as np
 
         if not self.is_transposed:
             Float4.decode(self, first, last, streamed, held, out, workers)
             return
         rows, columns = self.layout.shape[-2:]
-        size = rows * columns // 2
-        wide = workers.buffer("matrix", np.float32, rows * columns).reshape(rows, columns)
-        for number, begin in enumerate(range(first, last, columns)):
-            data = {"codes": streamed["codes"][number * size : (number + 1) * size]}
-            Float4.decode(self, begin // columns * rows, 0, data, held, wide, workers)
-            stop = min(begin + columns, last)
-            np.copyto(out[begin - first : stop - first], wide.T[: stop - begin])
+        matrices = np.frombuffer(streamed["codes"], np.uint8).reshape(-1, rows, columns // 2)
+        at = first
+        while at < last:
+            number, begin = divmod(at, columns)
+            end = min(begin + last - at, columns)
+            part = matrices[number - first // columns, :, begin // 2 : -(-end // 2)]
+            codes = workers.buffer("codes of a matrix", np.uint8, part.size).reshape(part.shape)
+            np.copyto(codes, part)
+            wide = workers.buffer("matrix", np.float32, 2 * part.size).reshape(rows, -1)
+            self.decode_columns(number * rows, begin, {"codes": codes.data.cast("B")}, held, wide, workers)
+            np.copyto(out[at - first : at - first + end - begin], wide.T[: end - begin])
+            at += end - begin
 
 
 def _packed(parts: Mapping[str, TensorInfo], group: int) -> ScaleLayout:

@@ -54,9 +54,24 @@ class Scaled(Decoder):
         return self.parts["codes"].shape
 
     @property
+    def splits_rows(self) -> bool:
+        """Each number is decoded alone."""
+        return True
+
+    @property
     def recorded(self) -> str | None:
         """The dtype that the settings say, else that of the scales if it is F16 or BF16."""
         return self.dtype or half_dtype(self.parts["scales"])
+
+    def infinite_codes(self, streamed: Mapping[str, memoryview]) -> int:
+        """Return the number of codes of 8-bit floats that are NaN or inf."""
+        import numpy as np
+
+        dtype = self.parts["codes"].dtype
+        if dtype not in FP8:
+            return 0
+        numbers = np.frombuffer(cast_bytes(streamed["codes"], dtype, "F32", Workers(1)), np.float32)
+        return numbers.size - int(np.count_nonzero(np.isfinite(numbers)))
 
     def prepare(self, whole: Mapping[str, memoryview]) -> _Held:
         """Return the scales and zero points in their layouts."""
@@ -75,14 +90,26 @@ class Scaled(Decoder):
         workers: Workers,
     ) -> None:
         """Widen the codes, subtract the zero points, and multiply."""
+        self.decode_columns(first, 0, streamed, held, out, workers)
+
+    def decode_columns(  # noqa: PLR0917
+        self,
+        row: int,
+        start: int,
+        streamed: Mapping[str, memoryview],
+        held: Any,
+        out: npt.NDArray[np.float32],
+        workers: Workers,
+    ) -> None:
+        """Do so with the columns from ``start`` on."""
         import numpy as np
 
         wide = cast_bytes(streamed["codes"], self.parts["codes"].dtype, "F32", workers, "wide")
         numbers = np.frombuffer(wide, np.float32).reshape(out.shape)
         if self.zeros is not None:
-            self.zeros.apply(np.subtract, numbers, held.zeros, first, out)
+            self.zeros.apply(np.subtract, numbers, held.zeros, row, out, start)
             numbers = out
-        self.layout.multiply(numbers, held.scales, first, out)
+        self.layout.multiply(numbers, held.scales, row, out, start)
 
 
 def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:

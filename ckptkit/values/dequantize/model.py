@@ -91,6 +91,16 @@ class Decoder(ABC):
         return 1
 
     @property
+    def rows_together(self) -> int:
+        """The number of rows that are made from the same bytes, which are then read once for all of their blocks."""
+        return 1
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether ``decode_columns`` decodes some columns of a row, so that a long row needs little memory."""
+        return False
+
+    @property
     def grid(self) -> tuple[int, int]:
         """The weight as a matrix in row-major order: the number of its rows and of its columns."""
         shape = self.shape
@@ -101,6 +111,16 @@ class Decoder(ABC):
         info, rows = self.parts[role], self.grid[0]
         width = info.nbytes // rows if rows else 0
         return first * width, (last - first) * width
+
+    def range_in_row(self, role: str, row: int, start: int, stop: int) -> tuple[int, int]:
+        """Return the first byte and the number of bytes of a streamed part for some columns of a row."""
+        begin, width = self.range_of(role, row, row + 1)
+        low = start * width // self.grid[1]
+        return begin + low, -(-stop * width // self.grid[1]) - low
+
+    def infinite_codes(self, streamed: Mapping[str, memoryview]) -> int:  # noqa: ARG002 - few schemes have such codes
+        """Return how many of the codes stand for NaN or inf, whatever their scales are."""
+        return 0
 
     @abstractmethod
     def prepare(self, whole: Mapping[str, memoryview]) -> Any:
@@ -124,6 +144,21 @@ class Decoder(ABC):
         ``streamed`` has the bytes of ``range_of``, and ``held`` is what ``prepare`` returned. Several threads share
         ``held``; scratch memory is from ``workers.buffer``.
         """
+
+    def decode_columns(  # noqa: PLR0917 - as ``decode``
+        self,
+        row: int,
+        start: int,
+        streamed: Mapping[str, memoryview],
+        held: Any,
+        out: npt.NDArray[np.float32],
+        workers: Workers,
+    ) -> None:
+        """Fill ``out``, a matrix of one row, with the columns of a row from ``start`` on, an even number.
+
+        ``streamed`` has the bytes of ``range_in_row``. Only decoders with ``splits_rows`` have this method.
+        """
+        raise NotImplementedError
 
 
 def require_part(

@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint.info import TensorInfo
@@ -30,6 +30,7 @@ __all__ = ["DequantizedPayload", "broken_part"]
 
 _WORKING: Final = "F32"
 _MOST_HELD: Final = 64 << 20  # bytes of parts that are read whole: memory does not grow with the checkpoint
+_UNIT: Final = 1 << 12  # columns at whose multiples a part of a long row begins
 _ALWAYS_HELD: Final = 2  # weights: both sides of a comparison
 
 
@@ -42,12 +43,26 @@ def broken_part(weight: str, decoder_parts: Mapping[str, TensorInfo], error: Bro
     return FormatError(f"{quoted(weight)} cannot be dequantised: {subject} {error.reason}")
 
 
+class _Block(NamedTuple):
+    """Some rows, or some columns of one row."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        return (self.last - self.first) * (self.stop - self.start)
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Held:
     """The parts that are read by rows, and what the decoder keeps of the others, made when it is asked for."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     made: tuple[Mapping[str, Payload], Any] | None = None
+    read: tuple[str, int, int, memoryview] | None = None  # the last range of a part that several blocks are made from
 
 
 class _Recent:
@@ -67,7 +82,7 @@ class _Recent:
                 self._total -= count
                 found = oldest()
                 if found is not None and found is not held:
-                    found.made = None  # threads that decode with it have a reference of their own
+                    found.made = found.read = None  # threads that decode with it have a reference of their own
 
 
 _RECENT: Final = _Recent()
@@ -102,8 +117,8 @@ class DequantizedPayload:
         """Yield the bytes in pieces, all of them computed in this thread."""
         own = Workers(1)  # a piece is valid until the next one, also where a caller reads two payloads in turn
         found = Losses()
-        for first, last in self._blocks():
-            made, losses = self._decoded(first, last, own)
+        for block in self._blocks():
+            made, losses = self._decoded(block, own)
             found = found.plus(losses)
             yield made
         self._keep(found)
@@ -115,11 +130,10 @@ class DequantizedPayload:
 
     def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
         """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
-        width = self.decoder.grid[1] * DTYPES[self.out.dtype].bits // 8
 
-        def work(block: tuple[int, int]) -> tuple[int, Losses, int]:
-            made, losses = self._decoded(*block, self.workers)
-            out.write(made, offset + block[0] * width)
+        def work(block: _Block) -> tuple[int, Losses, int]:
+            made, losses = self._decoded(block, self.workers)
+            out.write(made, offset + self._place(block))
             return len(made), losses, zlib.crc32(made) if checksum else 0
 
         crc, found = 0, Losses()
@@ -139,8 +153,8 @@ class DequantizedPayload:
         """Decode all rows, and forget them. Raises ``BrokenPartError`` instead of the error that names the weight."""
         streamed, held = self._prepared()
 
-        def work(block: tuple[int, int]) -> None:
-            self._numbers(*block, streamed, held, self.workers)
+        def work(block: _Block) -> None:
+            self._numbers(block, self._read(block, streamed, self.workers), held, self.workers)
 
         for _ in self.workers.each(work, self._blocks()):
             pass
@@ -152,58 +166,112 @@ class DequantizedPayload:
 
     def read_range(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from byte ``start`` on."""
-        rows, columns = self.decoder.grid
-        width = columns * DTYPES[self.out.dtype].bits // 8
+        itemsize = DTYPES[self.out.dtype].bits // 8
         if not len(buffer):
             return
-        multiple = self.decoder.multiple
-        first = start // width // multiple * multiple
         stop = start + len(buffer)
-        for low, high in self._blocks(first, min(-(-stop // width), rows)):
-            made, _ = self._decoded(low, high, self.workers)
-            begin, end = max(start, low * width), min(stop, high * width)
-            buffer[begin - start : end - start] = made[begin - low * width : end - low * width]
+        for block in self._blocks(start // itemsize, -(-stop // itemsize)):
+            made, _ = self._decoded(block, self.workers)
+            place = self._place(block)
+            begin, end = max(start, place), min(stop, place + len(made))
+            buffer[begin - start : end - start] = made[begin - place : end - place]
 
-    def _blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+    def _place(self, block: _Block) -> int:
+        """Return the number of bytes before a block."""
+        return (block.first * self.decoder.grid[1] + block.start) * DTYPES[self.out.dtype].bits // 8
+
+    def _blocks(self, low: int = 0, high: int | None = None) -> Iterator[_Block]:
+        """Yield the blocks that have the numbers from ``low`` to ``high``: rows, or columns of a row if it is long."""
         rows, columns = self.decoder.grid
+        end = rows * columns if high is None else high
+        if not columns or low >= end:
+            return
+        if columns > PIECE and self.decoder.splits_rows:
+            for row in range(low // columns, -(-end // columns)):
+                first = max(low - row * columns, 0) // _UNIT * _UNIT
+                last = min(end - row * columns, columns)
+                for start in range(first, last, PIECE):
+                    yield _Block(row, row + 1, start, min(start + PIECE, last))
+            return
         multiple = self.decoder.multiple
-        step = max(PIECE // max(columns, 1) // multiple, 1) * multiple
-        end = rows if last is None else last
-        for start in range(first, end if columns else first, step):
-            yield start, min(start + step, end)
+        step = max(PIECE // columns // multiple, 1) * multiple
+        start, last = low // columns // multiple * multiple, -(-end // columns)
+        together = self.decoder.rows_together
+        while start < last:
+            stop = min(start + step, last)
+            if step < together:
+                stop = min(stop, (start // together + 1) * together)
+            yield _Block(start, stop, 0, columns)
+            start = stop
 
-    def _decoded(self, first: int, last: int, workers: Workers) -> tuple[memoryview, Losses]:
-        """Return the bytes of some rows in a buffer of this thread, and the losses of their rounding."""
+    def _decoded(self, block: _Block, workers: Workers) -> tuple[memoryview, Losses]:
+        """Return the bytes of a block in a buffer of this thread, and the losses of their rounding."""
         import numpy as np
 
-        streamed, held = self._prepared()
+        parts, held = self._prepared()
+        streamed = self._read(block, parts, workers)
         try:
-            numbers = self._numbers(first, last, streamed, held, workers)
+            numbers = self._numbers(block, streamed, held, workers)
         except BrokenPartError as error:
             raise broken_part(self.out.key, self.decoder.parts, error) from None
         found: memoryview = numbers.view(np.uint8).data
+        losses = Losses() if self.losses is None else self._overflows(numbers, streamed, workers)
         if self.out.dtype == _WORKING:
-            return found, Losses()
+            return found, losses
         made = cast_bytes(found, _WORKING, self.out.dtype, workers)
-        losses = Losses()
         if self.losses is not None:
-            losses = count_losses(found, made, _WORKING, self.out.dtype, workers)
+            losses = losses.plus(count_losses(found, made, _WORKING, self.out.dtype, workers))
         return made, losses
 
-    def _numbers(
-        self, first: int, last: int, streamed: Mapping[str, Payload], held: Any, workers: Workers
-    ) -> npt.NDArray[np.float32]:
-        """Return the numbers of some rows in a buffer of this thread. Raises ``BrokenPartError``."""
+    def _overflows(
+        self, numbers: npt.NDArray[np.float32], streamed: Mapping[str, memoryview], workers: Workers
+    ) -> Losses:
+        """Return how many products of finite codes and finite scales float32 cannot hold."""
         import numpy as np
 
-        decoder = self.decoder
-        numbers: npt.NDArray[np.float32] = workers.buffer("decoded", np.float32, (last - first) * decoder.grid[1])
-        data: dict[str, memoryview] = {}
-        for role in decoder.streamed if streamed else ():
-            if role in streamed:
-                data[role] = workers.read(role, streamed[role], *decoder.range_of(role, first, last))
+        finite = np.isfinite(numbers, out=workers.buffer("finite", np.bool_, numbers.size))
+        count = numbers.size - int(np.count_nonzero(finite))
+        if count:
+            count -= self.decoder.infinite_codes(streamed)
+        return Losses(overflowed=count, is_mask=False) if count else Losses()
+
+    def _read(self, block: _Block, parts: Mapping[str, Payload], workers: Workers) -> Mapping[str, memoryview]:
+        """Return the bytes of the parts that are read by rows, for a block."""
+        decoder, data = self.decoder, {}
+        for role in decoder.streamed:
+            if role not in parts:
+                continue
+            if decoder.rows_together > 1:
+                data[role] = self._read_once(role, parts[role], *decoder.range_of(role, block.first, block.last))
+            elif block.stop - block.start < decoder.grid[1]:
+                found = decoder.range_in_row(role, block.first, block.start, block.stop)
+                data[role] = workers.read(role, parts[role], *found)
+            else:
+                data[role] = workers.read(role, parts[role], *decoder.range_of(role, block.first, block.last))
+        return data
+
+    def _read_once(self, role: str, source: Payload, start: int, nbytes: int) -> memoryview:
+        """Return a range that is read only if it is not the one that was read last."""
+        held = self._held
+        with held.lock:
+            if held.read is None or held.read[:3] != (role, start, nbytes):
+                held.read = (role, start, nbytes, memoryview(_bytes_of(part_of(source, start, nbytes))))
+            return held.read[3]
+
+    def _numbers(
+        self, block: _Block, streamed: Mapping[str, memoryview], held: Any, workers: Workers
+    ) -> npt.NDArray[np.float32]:
+        """Return the numbers of a block in a buffer of this thread. Raises ``BrokenPartError``."""
+        import numpy as np
+
+        first, last, start, stop = block
+        numbers: npt.NDArray[np.float32] = workers.buffer("decoded", np.float32, block.elements)
+        out = numbers.reshape(last - first, stop - start)
         with np.errstate(all="ignore"):
-            decoder.decode(first, last, data, held, numbers.reshape(last - first, decoder.grid[1]), workers)
+            if stop - start < self.decoder.grid[1]:
+                self.decoder.decode_columns(first, start, streamed, held, out, workers)
+            else:
+                self.decoder.decode(first, last, streamed, held, out, workers)
         return numbers
 
     def _prepared(self) -> tuple[Mapping[str, Payload], Any]:
@@ -235,7 +303,8 @@ class DequantizedPayload:
     def _keep(self, losses: Losses) -> None:
         if self.losses is not None:
             key = self.out.key
-            self.losses[key] = losses.of(key, _WORKING, self.out.dtype, self.out.elements)
+            found = _WORKING if self.out.dtype != _WORKING else self.decoder.parts["codes"].dtype
+            self.losses[key] = losses.of(key, found, self.out.dtype, self.out.elements)
 
 
 def _bytes_of(source: Payload) -> bytearray:

@@ -46,25 +46,30 @@ class ScaleLayout:
         spread: npt.NDArray[np.float32],
         first: int,
         out: npt.NDArray[np.float32],
+        column: int = 0,
     ) -> None:
         """Multiply the rows of a block, which begins at the row ``first``, by their scales, into ``out``."""
         import numpy as np
 
-        self.apply(np.multiply, numbers, spread, first, out)
+        self.apply(np.multiply, numbers, spread, first, out, column)
 
-    def apply(
+    def apply(  # noqa: PLR0917 - a block, its place and what it is combined with
         self,
         operation: np.ufunc,
         numbers: npt.NDArray[Any],
         spread: npt.NDArray[Any],
         first: int,
         out: npt.NDArray[Any],
+        column: int = 0,
     ) -> None:
-        """Combine the rows of a block, which begins at the row ``first``, with their scales or zero points."""
+        """Combine the rows of a block, which begins at the row ``first``, with their scales or zero points.
+
+        The block has the columns from ``column`` on.
+        """
         import numpy as np
 
         rows = self.shape[-2] if len(self.shape) > 1 else 1
-        columns = self.shape[-1] if self.shape else 1
+        columns = numbers.shape[1]
         tall, wide = (1, 1, *self.blocks)[-2:]
         last = first + len(numbers)
         at = first
@@ -77,13 +82,16 @@ class ScaleLayout:
                 end = min(at + tall - row % tall, at + rows - row, last)
                 scales = spread[matrix, row // tall : row // tall + 1]
             block = slice(at - first, end - first)
+            if scales.shape[1] > 1:
+                scales = scales[:, column // wide : -(-(column + columns) // wide)]
             if scales.shape[1] in (1, columns):
                 operation(numbers[block], scales, out=out[block])
-            elif columns % wide == 0:
+            elif columns % wide == column % wide == 0:
                 grouped = (end - at, scales.shape[1], wide)
                 operation(numbers[block].reshape(grouped), scales[:, :, None], out=out[block].reshape(grouped))
             else:
-                operation(numbers[block], np.repeat(scales, wide, axis=1)[:, :columns], out=out[block])
+                groups = np.arange(column, column + columns) // wide - column // wide
+                operation(numbers[block], np.take(scales, groups, axis=1), out=out[block])
             at = end
 
 

@@ -55,11 +55,20 @@ class FourBits(Decoder):
         """The dtype that the quant_state records."""
         return self.dtype
 
-    def range_of(self, role: str, first: int, last: int) -> tuple[int, int]:  # noqa: ARG002 - of the codes
+    @property
+    def splits_rows(self) -> bool:
+        """Each number is decoded alone."""
+        return True
+
+    def range_of(self, role: str, first: int, last: int) -> tuple[int, int]:
         """Return the bytes of some rows; the first and the last of them can belong to two rows."""
-        columns = self.grid[1]
-        start = first * columns // 2
-        return start, -(-last * columns // 2) - start
+        return self.range_in_row(role, first, 0, (last - first) * self.grid[1])
+
+    def range_in_row(self, role: str, row: int, start: int, stop: int) -> tuple[int, int]:  # noqa: ARG002 - of codes
+        """Return the bytes of some numbers after the beginning of a row."""
+        begin = row * self.grid[1]
+        low = (begin + start) // 2
+        return low, -(-(begin + stop) // 2) - low
 
     def prepare(self, whole: Mapping[str, memoryview]) -> _Held:
         """Return the book and the scale of each block."""
@@ -85,19 +94,31 @@ class FourBits(Decoder):
         workers: Workers,
     ) -> None:
         """Look up the numbers of the codes, and multiply each block by its scale."""
+        self.decode_columns(first, 0, streamed, held, out, workers)
+
+    def decode_columns(  # noqa: PLR0917
+        self,
+        row: int,
+        start: int,
+        streamed: Mapping[str, memoryview],
+        held: Any,
+        out: npt.NDArray[np.float32],
+        workers: Workers,
+    ) -> None:
+        """Do so with the columns from ``start`` on."""
         import numpy as np
 
         packed = np.frombuffer(streamed["codes"], np.uint8)
-        start = first * out.shape[1]
+        begin = row * self.grid[1] + start
         flat = out.reshape(-1)
-        odd = start % 2
+        odd = begin % 2
         if not odd and not flat.size % 2:
             look_up(packed, held.book, flat, high_first=True)
         else:
             numbers = workers.buffer("unpacked", np.float32, 2 * len(packed))
             look_up(packed, held.book, numbers, high_first=True)
             np.copyto(flat, numbers[odd : odd + flat.size])
-        combine_blocks(np.multiply, flat, start, held.scales, self.blocksize)
+        combine_blocks(np.multiply, flat, begin, held.scales, self.blocksize)
 
 
 def four_bits(parts: Mapping[str, TensorInfo], settings: Settings) -> FourBits:
@@ -145,6 +166,11 @@ class Int8Rows(Decoder):
         """The shape of the codes."""
         return self.parts["codes"].shape
 
+    @property
+    def splits_rows(self) -> bool:
+        """Each number is decoded alone."""
+        return True
+
     def prepare(self, whole: Mapping[str, memoryview]) -> npt.NDArray[np.float32]:
         """Return the largest absolute value of each row."""
         return floats_of("scales", self.parts["scales"], whole["scales"]).reshape(-1, 1)
@@ -152,17 +178,29 @@ class Int8Rows(Decoder):
     def decode(  # noqa: PLR0917
         self,
         first: int,
-        last: int,
+        last: int,  # noqa: ARG002 - ``out`` has as many rows
+        streamed: Mapping[str, memoryview],
+        held: Any,
+        out: npt.NDArray[np.float32],
+        workers: Workers,
+    ) -> None:
+        """Multiply in the order of bitsandbytes, which rounds twice."""
+        self.decode_columns(first, 0, streamed, held, out, workers)
+
+    def decode_columns(  # noqa: PLR0917
+        self,
+        row: int,
+        start: int,  # noqa: ARG002 - a row has one scale
         streamed: Mapping[str, memoryview],
         held: Any,
         out: npt.NDArray[np.float32],
         workers: Workers,  # noqa: ARG002 - no scratch memory is needed
     ) -> None:
-        """Multiply in the order of bitsandbytes, which rounds twice."""
+        """Do so with any columns."""
         import numpy as np
 
         codes = np.frombuffer(streamed["codes"], np.int8).reshape(out.shape)
-        np.multiply(codes, held[first:last], out=out)
+        np.multiply(codes, held[row : row + len(out)], out=out)
         np.multiply(out, np.float32(_PER_127), out=out)
 
 
