@@ -345,9 +345,9 @@ def test_check_reports_nothing_about_healthy_parts(tmp_path: Path) -> None:
 
 
 def test_check_reports_nan_in_scales_and_in_fp8() -> None:
-    """NaN and Inf in scales and in fp8 codes are real; other codes can have any bits."""
+    """NaN and Inf in scales are broken parts, those in fp8 codes are real, and other codes can have any bits."""
     scale = {"q.weight": of(F8, 8, 8), "q.weight_scale": torch.tensor([torch.inf])}
-    assert findings_of(scale) == {"quantized": "q.weight", "inf": "q.weight_scale"}
+    assert findings_of(scale) == {"quantized": "q.weight", "broken-part": "q.weight_scale"}
     codes = {"q.weight": torch.full((8, 8), torch.nan).to(F8), "q.weight_scale": torch.ones(1)}
     assert findings_of(codes) == {"quantized": "q.weight", "nan": "q.weight"}
     any_bits = _bitsandbytes("nf4", BF16) | {"weight": torch.full((2048, 1), torch.nan, dtype=BF16)}

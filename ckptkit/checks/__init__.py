@@ -38,6 +38,7 @@ __all__ = ["run_checks"]
 _MAX_PER_CODE = 32
 _ONE_OF_SEVERAL = frozenset({reader_codes.ONE_SHARD.name, reader_codes.PART_OF_SEVERAL.name})
 # With these warnings the reader has already said where the scale of the adapter is, or that it is unknown.
+_NOT_FINITE = {codes.NAN.name, codes.INF.name}  # of a broken part, which has a finding of its own
 _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTER_CONFIG.name})
 
 
@@ -145,7 +146,9 @@ def _check(
 
             if not scan.stopped:
                 scan.values.read_remaining()
-            findings += check_values(checkpoint, scan.values.stats, quantized, workers)
+            broken = {finding.key for finding in findings if finding.code == codes.BROKEN_PART.name}
+            found = check_values(checkpoint, scan.values.stats, quantized, workers)
+            findings += (one for one in found if not (one.key in broken and one.code in _NOT_FINITE))
             if expected is not None and result is not None:
                 from ckptkit.checks.expected import check_expected_values
                 from ckptkit.core.random_state import NEW_MODEL_SEED, restored_random_state

@@ -41,11 +41,10 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
 
 
 class Broken(NamedTuple):
-    """A part that its weight cannot have: its key, a sentence, and whether the reason are NaN or infinities."""
+    """A part that its weight cannot have: its key, and a sentence."""
 
     key: str
     reason: str
-    is_not_finite: bool
 
 
 # The parts that change what a layer computes of the same weight: numbers without them would be another layer.
@@ -144,7 +143,7 @@ class Decoding:
             return None
         except BrokenPartError as error:
             reason = broken_part(weight.key, parts, error).reason
-            return Broken(keys.get(error.role, weight.coded), reason, error.is_not_finite)
+            return Broken(keys.get(error.role, weight.coded), reason)
         return None
 
     def _try_all(self, weight: QuantizedWeight, decoder: Decoder) -> None:

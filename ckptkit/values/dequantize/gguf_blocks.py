@@ -45,7 +45,7 @@ def finite(scales: Values) -> Values:
     import numpy as np
 
     if not np.isfinite(scales).all():
-        raise BrokenPartError("codes", "has blocks with a scale that is NaN or infinite", is_not_finite=True)
+        raise BrokenPartError("codes", "has blocks with a scale that is NaN or infinite")
     return scales
 
 

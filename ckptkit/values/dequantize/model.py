@@ -43,15 +43,13 @@ class BrokenPartError(Exception):
     """Raised where a part of a quantised weight cannot be a part of it; the caller makes a sentence with its name.
 
     ``role`` is the part, and ``reason`` continues a sentence that begins with its key: ``has 3 NaN``.
-    ``is_not_finite`` is true if the reason are values that are NaN or infinite.
     """
 
-    def __init__(self, role: str, reason: str, *, is_not_finite: bool = False) -> None:
+    def __init__(self, role: str, reason: str) -> None:
         """Set the fields."""
         super().__init__(f"{role} {reason}")
         self.role = role
         self.reason = reason
-        self.is_not_finite = is_not_finite
 
 
 class UnknownFormError(Exception):
@@ -204,5 +202,5 @@ def floats_of(role: str, info: TensorInfo, data: memoryview, workers: Workers | 
     bad = numbers.size - int(np.count_nonzero(np.isfinite(numbers)))
     if bad:
         reason = f"has {bad:,} of {numbers.size:,} values that are NaN or infinite"
-        raise BrokenPartError(role, reason, is_not_finite=True)
+        raise BrokenPartError(role, reason)
     return numbers

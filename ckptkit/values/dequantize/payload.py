@@ -15,6 +15,7 @@ from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.checkpoint.payload import Payload, Sink, part_of, read_into
 from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files.payloads import Extent
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.values.casting import cast_bytes
@@ -112,6 +113,11 @@ class DequantizedPayload:
     def is_seekable(self) -> bool:
         """Whether a range is read without the bytes before it: it is."""
         return True
+
+    def _refusal(self, error: BrokenPartError) -> FormatError:
+        refusal, source = broken_part(self.out.key, self.decoder.parts, error), self.sources.get(error.role)
+        refusal.path = source.file.path if isinstance(source, Extent) else None
+        return refusal
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in pieces, all of them computed in this thread."""
@@ -213,7 +219,7 @@ class DequantizedPayload:
         try:
             numbers = self._numbers(block, streamed, held, workers)
         except BrokenPartError as error:
-            raise broken_part(self.out.key, self.decoder.parts, error) from None
+            raise self._refusal(error) from None
         found: memoryview = numbers.view(np.uint8).data
         losses = Losses() if self.losses is None else self._overflows(numbers, streamed, workers)
         if self.out.dtype == _WORKING:
@@ -289,7 +295,7 @@ class DequantizedPayload:
                 try:
                     value = decoder.prepare(whole)
                 except BrokenPartError as error:
-                    raise broken_part(self.out.key, decoder.parts, error) from None
+                    raise self._refusal(error) from None
                 streamed = {
                     role: source if hasattr(source, "slice") else _InMemory(_bytes_of(source))
                     for role, source in self.sources.items()
