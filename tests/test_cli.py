@@ -43,6 +43,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "version": (["-V"], 0, "ckpt 0.", ""),
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
+    "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),
     "missing argument": (["diff", TEN], 2, "", "hint: see ckpt diff --help"),
     "show": (["show", TEN], 0, "fc3.weight    F32      [10, 84]", ""),
     "show not scanned": (["show", TEN], 0, "\nheaders only: no tensor value was read\n", ""),

@@ -78,11 +78,19 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     elif isinstance(error, click.NoSuchOption):
         reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
         right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
+    elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
+        one = f"{context.command_path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
+        return reason, f"{one}; see {context.command_path} --help"
     elif found := _NOT_ONE_OF.search(reason):
         wrong, right = found["value"], _QUOTED.findall(found["choices"])
     near = _nearest(wrong, right)
     start = f"did you mean {'--' * isinstance(error, click.NoSuchOption)}{near}? " if near else ""
     return reason, f"{start}see {context.command_path if context else 'ckpt'} --help"
+
+
+def _takes_one_path(command: click.Command) -> bool:
+    arguments = [param for param in command.params if isinstance(param, click.Argument)]
+    return len(arguments) == 1 and arguments[0].nargs == 1
 
 
 def _nearest(wrong: str, right: Sequence[str]) -> str | None:
