@@ -550,6 +550,7 @@ SCHEMAS: dict[str, Schema] = dict(
                             "envelope": _text_or_null("The mapping inside the file that holds the weights, if any."),
                             **_TOTALS,
                             "dtypes": _table("The number of tensors of each dtype.", {"type": "integer"}),
+                            "quantized": _table("The number of quantised weights of each scheme.", {"type": "integer"}),
                             "error": _text_or_null("Why the checkpoint cannot be read."),
                         },
                     ),

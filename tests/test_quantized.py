@@ -315,6 +315,16 @@ def test_show_says_which_weights_are_quantised(tmp_path: Path, capsys: pytest.Ca
     assert json.loads(run_ckpt(capsys, "stats", path, "--json").out)["quantized"] == weights
 
 
+def test_a_list_says_how_many_weights_are_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column has the schemes of each checkpoint, and the document too."""
+    save_file(_bitsandbytes("nf4", nested=False), tmp_path / "q.safetensors")
+    save_file({"w": of(F32, 2)}, tmp_path / "plain.safetensors")
+    paths = (tmp_path / "q.safetensors", tmp_path / "plain.safetensors")
+    assert "bitsandbytes nf4 ×1" in run_ckpt(capsys, "show", *paths).out
+    rows = json.loads(run_ckpt(capsys, "show", *paths, "--json").out)["checkpoints"]
+    assert [row["quantized"] for row in rows] == [{"bitsandbytes nf4": 1}, {}]
+
+
 def test_stats_measure_no_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Codes and scales are listed with the reason why they are not measured, and do not count in the total."""
     path = fp8_model(tmp_path)
