@@ -435,7 +435,7 @@ def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
         "matched": [{"key": "str", "found_key": "str", **tensor, "by_own_code": "bool"}],
         "missing": [], "unexpected": [], "computed": [], "reported": [], "own_code": "NoneType",
         "shape_mismatched": [{"key": "str", "found_key": "str", "expected": tensor, "found": tensor}],
-        "dtype_mismatched": [], "quantized": [], "values": "NoneType", "unmet": [], "hints": [],
+        "dtype_mismatched": [], "quantized": [], "dequantized": [], "values": "NoneType", "unmet": [], "hints": [],
         "summary": {
             "matched": "int", "missing": "int", "unexpected": "int", "shape_mismatched": "int",
             "dtype_mismatched": "int", "quantized": "int", "computed": "int", "coverage": "float",

@@ -35,7 +35,7 @@ _RARE: Final = (
     "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
     "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
-    "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--as-layer", "--depth",
+    "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--as-layer", "--depth", "--dtype",
 )  # fmt: skip
 
 
