@@ -278,8 +278,9 @@ def _open_path(name: str, selection: Selection, *, listing_parts: bool = False) 
     folder, file_name = folder_at(name), name_of(name)
     if is_url(name) and not _SUFFIX.search(file_name):
         folder.will_open(_LIKELY)
-    elif is_url(name):
-        folder_at(parent_of(name)).will_list([""])  # configurations beside the file are looked for later
+    elif is_url(name) and (is_index(file_name) or not name.startswith(("http://", "https://"))):
+        # Shards and configurations are looked for later. A web server, which seldom lists, is asked for a few by name.
+        folder_at(parent_of(name)).will_list([""])
     if kind_at(name) == "folder":
         from ckptkit.formats.directories.opening import open_directory
 

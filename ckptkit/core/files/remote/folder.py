@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ckptkit.core.files.remote.failures import NotFoundError, RefusedError, public_errors
 from ckptkit.core.files.remote.file import RemoteFile
@@ -84,17 +84,11 @@ class RemoteFolder:
             self._hint(begin_open, join_url(self._url, name), of=len(unique))
 
     def will_list(self, names: Sequence[str]) -> None:
-        """Ask for the names in these folders, and do not wait; the empty name is this folder.
-
-        A web server is not asked for this folder: it seldom lists, and a few files are asked for by their names.
-        """
+        """Ask for the names in these folders, and do not wait; the empty name is this folder."""
         for name in dict.fromkeys(names):
-            if not name and self._is_web:
-                continue
             self._hint(begin_list, join_url(self._url, name))
 
-    def _hint(self, begin: object, url: str, **options: int) -> None:
-        assert callable(begin)  # noqa: S101 - it is one of two functions
+    def _hint(self, begin: Callable[..., object], url: str, **options: int) -> None:
         try:
             begin(url, **options)
         except CkptkitError:
