@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator
 
 from ckptkit.checks import codes
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import CkptkitError
@@ -13,8 +14,6 @@ from ckptkit.quantized import Quantized, QuantizedWeight
 from ckptkit.quantized.decoding import Decoding
 
 __all__ = ["check_broken_parts", "check_quantized", "has_numbers"]
-
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def check_quantized(quantized: Quantized, keys: Container[str], *, is_one_shard: bool = False) -> Iterator[Finding]:
@@ -67,4 +66,4 @@ def has_numbers(info: TensorInfo, weight: QuantizedWeight | None) -> bool:
     """Return whether NaN and infinities in a tensor are real: in codes of fp8 and in scales, not in other codes."""
     if weight is None:
         return True
-    return info.dtype.startswith("F8_") or (info.dtype in _FLOATS and info.key != weight.coded)
+    return info.dtype.startswith("F8_") or (info.dtype in PLAIN_FLOATS and info.key != weight.coded)

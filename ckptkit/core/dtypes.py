@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 __all__ = [
-    "BLOCK_TYPES", "DTYPES", "BlockType", "DType", "dtype_code", "is_float", "torch_shape", "torch_view",
-    "unpack_float4",
+    "BLOCK_TYPES", "DTYPES", "PLAIN_FLOATS", "BlockType", "DType", "dtype_code", "is_float", "torch_shape",
+    "torch_view", "unpack_float4",
 ]  # fmt: skip
 
 
@@ -91,6 +91,10 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
         for name, nbytes in sizes.items()
     }
 )
+
+
+# What layers compute with. Narrower floats are codes of quantised weights.
+PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def is_float(code: str) -> bool:

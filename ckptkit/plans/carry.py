@@ -15,7 +15,7 @@ from dataclasses import replace
 from ckptkit.adapters.renamed_config import moved_modules_of, rename_in_config
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import json_value, read_json
-from ckptkit.core.dtypes import DTYPES, is_float
+from ckptkit.core.dtypes import DTYPES, PLAIN_FLOATS, is_float
 from ckptkit.core.files.places import folder_at, is_same_file, join, kind_at, name_of, parent_of
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
@@ -39,7 +39,6 @@ from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["plan_carried"]
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _DTYPE_FIELDS = ("dtype", "torch_dtype")  # the name since transformers 4.56, and before
 _VOCABULARY = "vocab_size"
 _QUANTIZATION = "quantization_config"
@@ -167,7 +166,7 @@ def _plain_weights(plan: Plan, owner: Checkpoint, role: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for step in plan.steps if weights else ():
         of_owner = [weights.by_key[s.key] for s in step.sources if s.role == role and s.key in weights.by_key]
-        if step.out.dtype not in _FLOATS or is_quantised(step):
+        if step.out.dtype not in PLAIN_FLOATS or is_quantised(step):
             continue
         if of_owner and step.recipe is not None and _decodes(step.recipe):
             found[step.out.key] = of_owner[0].key
@@ -190,8 +189,8 @@ def _adapt_dtype(
     ``numbers`` are the keys of dequantised weights.
     """
     parts = quantized_weights(owner).by_key
-    before = {info.dtype for info in owner.values() if info.key not in parts} & _FLOATS
-    after = {step.out.dtype for step in plan.steps if not is_quantised(step)} & _FLOATS
+    before = {info.dtype for info in owner.values() if info.key not in parts} & PLAIN_FLOATS
+    after = {step.out.dtype for step in plan.steps if not is_quantised(step)} & PLAIN_FLOATS
     if {step.out.dtype for step in plan.steps if step.out.key in numbers} == {"F32"} and "F64" not in after:
         after = {"F32"}  # which all other tensors can be loaded as, while another dtype would round these
     if before == after:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ckptkit.core.dtypes import PLAIN_FLOATS as _FLOATS
+
 __all__ = ["SCHEMES", "Coding", "Part", "Scheme"]
 
 Shape = tuple[int, ...]
@@ -99,7 +101,6 @@ def _dtypes(names: str) -> frozenset[str]:
 _F8 = _dtypes("F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ")
 _E4M3 = _dtypes("F8_E4M3")
 _E8M0 = _dtypes("F8_E8M0 U8")  # older versions of safetensors have no dtype for exponents
-_FLOATS = _dtypes("F64 F32 BF16 F16")
 _INTEGERS = _dtypes("I8 U8 I16 I32 I64")
 _CODES = _dtypes("I8 U8 I16 I32 F4") | _F8
 _ANY = _FLOATS | _INTEGERS | _F8 | _E8M0 | {"U32", "BOOL"}

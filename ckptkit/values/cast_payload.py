@@ -15,6 +15,7 @@ from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.errors import ChangedError
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.losses import Losses, count_losses
+from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
 __all__ = ["CastPayload"]
@@ -49,7 +50,7 @@ class CastPayload:
 
     def readinto(self, buffer: memoryview) -> None:
         """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
-        for _ in self.write_to(_Memory(buffer), 0):
+        for _ in self.write_to(MemorySink(buffer), 0):
             pass
 
     def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
@@ -68,7 +69,7 @@ class CastPayload:
 
     def find_losses(self) -> None:
         """Compute all bytes only for their losses."""
-        for _ in self.write_to(_Nowhere(), 0):
+        for _ in self.write_to(NullSink(), 0):
             pass
 
 
@@ -234,16 +235,3 @@ def _losses_of_each(
             losses[segment.number] = losses.get(segment.number, Losses()).plus(loss)
         start, at = end, to
     return losses
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    buffer: memoryview
-
-    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        self.buffer[offset : offset + len(data)] = data
-
-
-class _Nowhere:
-    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        """Forget the bytes."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
 from ckptkit.lazy_patterns import lazy_pattern
@@ -24,7 +25,6 @@ QuantizeLike = Literal["fp8-block", "fp8-row", "fp8-tensor", "int8-row"]
 QUANTIZE: Final[tuple[QuantizeLike, ...]] = ("fp8-block", "fp8-row", "fp8-tensor", "int8-row")
 
 _WEIGHT = ".weight"
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 # Modules of a layer that are not linear layers, or that these libraries leave plain: routers, embeddings and norms.
 _PLAIN_MODULE = lazy_pattern(
     r"gate|.*_gate|.*router.*|.*embed.*|.*_emb|.*norm.*|.*bias.*|.*lora.*|wte|wpe|ln_\w+|ln\d*", re.IGNORECASE
@@ -58,7 +58,7 @@ def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: Qu
             steps += made
         else:
             steps.append(step)
-            plain += [step.out.key] if len(step.out.shape) > 1 and step.out.dtype in _FLOATS else []
+            plain += [step.out.key] if len(step.out.shape) > 1 and step.out.dtype in PLAIN_FLOATS else []
     count = len(steps) - len(plan.steps)
     if not count:
         sizes = f" with sizes that are multiples of {operation.block}" if operation.scales == "block" else ""
@@ -74,7 +74,7 @@ def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: Qu
 
 def is_linear_weight(info: TensorInfo) -> bool:
     """Return whether a tensor is a matrix of floats in a numbered layer, and not of an embedding, norm or router."""
-    if not info.key.endswith(_WEIGHT) or len(info.shape) != 2 or info.dtype not in _FLOATS or not info.elements:
+    if not info.key.endswith(_WEIGHT) or len(info.shape) != 2 or info.dtype not in PLAIN_FLOATS or not info.elements:
         return False
     segments = info.key.split(".")[:-1]
     is_numbered = any(segment.isdigit() for segment in segments)
@@ -86,7 +86,7 @@ def _codes_and_scales(step: Step, sources: Mapping[str, Checkpoint], operation: 
     from ckptkit.tensor_ops.recipes import compose
 
     found = describe_step(step, sources)
-    if found.dtype not in _FLOATS:
+    if found.dtype not in PLAIN_FLOATS:
         raise PlanError(f"{quoted(step.out.key)} is {found.dtype}, and cannot be cast and quantised at once")
     suffix = "_scale_inv" if operation.scales == "block" else "_scale"
     dtypes = operation.dtypes([step.out.dtype])

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.arrays import float4_values
 from ckptkit.values.dequantize.model import (
     E8M0,
-    FLOATS,
     BrokenPartError,
-    Decoder,
+    ElementwiseDecoder,
     Settings,
     floats_of,
     require_part,
@@ -42,7 +42,7 @@ _OF_NVFP4, _OF_MX = 16, 32  # numbers for each scale
 
 
 @dataclass(frozen=True, slots=True)
-class Float4(Decoder):
+class Float4(ElementwiseDecoder):
     """Two numbers in each byte, the first in its lower half, each times the scale of its group.
 
     With a global scale, the scale of a group is multiplied by it, or divided, before it is used.
@@ -56,11 +56,6 @@ class Float4(Decoder):
     def shape(self) -> tuple[int, ...]:
         """The shape of the numbers."""
         return self.layout.shape
-
-    @property
-    def splits_rows(self) -> bool:
-        """Each number is decoded alone."""
-        return True
 
     @property
     def recorded(self) -> str | None:
@@ -77,18 +72,6 @@ class Float4(Decoder):
             raise BrokenPartError("global", "is 0, and the scales are divided by it")
         return scales / common if self.divides else scales * common
 
-    def decode(  # noqa: PLR0917
-        self,
-        first: int,
-        last: int,  # noqa: ARG002 - ``out`` has as many rows
-        streamed: Mapping[str, memoryview],
-        held: Any,
-        out: npt.NDArray[np.float32],
-        workers: Workers,
-    ) -> None:
-        """Look up the numbers, and multiply them."""
-        self.decode_columns(first, 0, streamed, held, out, workers)
-
     def decode_columns(  # noqa: PLR0917
         self,
         row: int,
@@ -98,7 +81,7 @@ class Float4(Decoder):
         out: npt.NDArray[np.float32],
         workers: Workers,  # noqa: ARG002
     ) -> None:
-        """Do so with the columns from ``start`` on."""
+        """Look up the numbers, and multiply them."""
         import numpy as np
 
         look_up(np.frombuffer(streamed["codes"], np.uint8), float4_values().tolist(), out.reshape(-1), high_first=False)
@@ -215,7 +198,7 @@ def _dtype(settings: Settings) -> str | None:
 
 def _with_global(parts: Mapping[str, TensorInfo], settings: Settings, *, divides: bool) -> Float4:
     require_part(parts, "scales", ("F8_E4M3",))
-    common = require_part(parts, "global", FLOATS)
+    common = require_part(parts, "global", PLAIN_FLOATS)
     layout = _packed(parts, _OF_NVFP4)
     if common.elements not in {1, math.prod(layout.shape[:-2])}:
         raise BrokenPartError("global", f"is {common}, and not one scale, or one for each matrix")

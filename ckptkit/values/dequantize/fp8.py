@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.dequantize.model import (
     E8M0,
-    FLOATS,
     FP8,
-    Decoder,
+    ElementwiseDecoder,
     Settings,
     UnknownFormError,
     floats_of,
@@ -37,7 +37,7 @@ class _Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled(Decoder):
+class Scaled(ElementwiseDecoder):
     """Numbers of 8 bits, each less its zero point if there is one, and times its scale.
 
     Whatever the scales are called, they multiply: ``weight_scale_inv`` is the inverse of what the weight was multiplied
@@ -52,11 +52,6 @@ class Scaled(Decoder):
     def shape(self) -> tuple[int, ...]:
         """The shape of the codes."""
         return self.parts["codes"].shape
-
-    @property
-    def splits_rows(self) -> bool:
-        """Each number is decoded alone."""
-        return True
 
     @property
     def recorded(self) -> str | None:
@@ -80,18 +75,6 @@ class Scaled(Decoder):
             return _Held(scales, None)
         return _Held(scales, self.zeros.spread(floats_of("zeros", self.parts["zeros"], whole["zeros"])))
 
-    def decode(  # noqa: PLR0917
-        self,
-        first: int,
-        last: int,  # noqa: ARG002 - ``out`` has as many rows
-        streamed: Mapping[str, memoryview],
-        held: Any,
-        out: npt.NDArray[np.float32],
-        workers: Workers,
-    ) -> None:
-        """Widen the codes, subtract the zero points, and multiply."""
-        self.decode_columns(first, 0, streamed, held, out, workers)
-
     def decode_columns(  # noqa: PLR0917
         self,
         row: int,
@@ -101,7 +84,7 @@ class Scaled(Decoder):
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Do so with the columns from ``start`` on."""
+        """Widen the codes, subtract the zero points, and multiply."""
         import numpy as np
 
         wide = cast_bytes(streamed["codes"], self.parts["codes"].dtype, "F32", workers, "wide")
@@ -115,13 +98,13 @@ class Scaled(Decoder):
 def scaled(parts: Mapping[str, TensorInfo], settings: Settings) -> Scaled:
     """Return the decoder of these parts; the settings can have ``block``, the sizes of a block, and ``dtype``."""
     codes = require_part(parts, "codes", FP8 | {"I8"})
-    scales = require_part(parts, "scales", FLOATS | E8M0)
+    scales = require_part(parts, "scales", PLAIN_FLOATS | E8M0)
     if "g_idx" in parts:
         raise UnknownFormError("with columns in the order of activations")
     block = settings.get("block", ())
     usual = block if isinstance(block, tuple) else ()
     layout, zeros = scale_layout("scales", codes.shape, scales, usual), None
     if "zeros" in parts:
-        zeros = scale_layout("zeros", codes.shape, require_part(parts, "zeros", FLOATS | FP8 | _INTEGERS), usual)
+        zeros = scale_layout("zeros", codes.shape, require_part(parts, "zeros", PLAIN_FLOATS | FP8 | _INTEGERS), usual)
     dtype = settings.get("dtype")
     return Scaled(parts, layout, zeros, dtype if isinstance(dtype, str) else None)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "E8M0",
-    "FLOATS",
     "FP8",
     "BrokenPartError",
     "Decoder",
+    "ElementwiseDecoder",
     "Setting",
     "Settings",
     "UnknownFormError",
@@ -31,7 +31,6 @@ __all__ = [
     "setting_int",
 ]
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 E8M0 = frozenset({"F8_E8M0", "U8"})  # powers of two, also where a file has no dtype for them
 FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
@@ -94,11 +93,6 @@ class Decoder(ABC):
         return 1
 
     @property
-    def splits_rows(self) -> bool:
-        """Whether ``decode_columns`` decodes some columns of a row, so that a long row needs little memory."""
-        return False
-
-    @property
     def grid(self) -> tuple[int, int]:
         """The weight as a matrix in row-major order: the number of its rows and of its columns."""
         shape = self.shape
@@ -109,12 +103,6 @@ class Decoder(ABC):
         info, rows = self.parts[role], self.grid[0]
         width = info.nbytes // rows if rows else 0
         return first * width, (last - first) * width
-
-    def range_in_row(self, role: str, row: int, start: int, stop: int) -> tuple[int, int]:
-        """Return the first byte and the number of bytes of a streamed part for some columns of a row."""
-        begin, width = self.range_of(role, row, row + 1)
-        low = start * width // self.grid[1]
-        return begin + low, -(-stop * width // self.grid[1]) - low
 
     def infinite_codes(self, streamed: Mapping[str, memoryview]) -> int:  # noqa: ARG002 - few schemes have such codes
         """Return how many of the codes stand for NaN or inf, whatever their scales are."""
@@ -143,7 +131,37 @@ class Decoder(ABC):
         ``held``; scratch memory is from ``workers.buffer``.
         """
 
-    def decode_columns(  # noqa: PLR0917 - as ``decode``
+
+class ElementwiseDecoder(Decoder):
+    """A decoder of numbers that are decoded alone, so that some columns of a long row need little memory."""
+
+    __slots__ = ()
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether ``decode_columns`` is called for rows that are long."""
+        return True
+
+    def range_in_row(self, role: str, row: int, start: int, stop: int) -> tuple[int, int]:
+        """Return the first byte and the number of bytes of a streamed part for some columns of a row."""
+        begin, width = self.range_of(role, row, row + 1)
+        low = start * width // self.grid[1]
+        return begin + low, -(-stop * width // self.grid[1]) - low
+
+    def decode(  # noqa: PLR0917 - as the method of ``Decoder``
+        self,
+        first: int,
+        last: int,  # noqa: ARG002 - ``out`` has as many rows
+        streamed: Mapping[str, memoryview],
+        held: Any,
+        out: npt.NDArray[np.float32],
+        workers: Workers,
+    ) -> None:
+        """Decode all columns of the rows."""
+        self.decode_columns(first, 0, streamed, held, out, workers)
+
+    @abstractmethod
+    def decode_columns(  # noqa: PLR0917 - a place, its bytes and its numbers
         self,
         row: int,
         start: int,
@@ -152,11 +170,10 @@ class Decoder(ABC):
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Fill ``out``, a matrix of one row, with the columns of a row from ``start`` on, an even number.
+        """Fill ``out``, a matrix, with the columns from ``start`` on, an even number, of the rows from ``row`` on.
 
-        ``streamed`` has the bytes of ``range_in_row``. Only decoders with ``splits_rows`` have this method.
+        ``streamed`` has the bytes of ``range_in_row``, or those of whole rows.
         """
-        raise NotImplementedError
 
 
 def require_part(

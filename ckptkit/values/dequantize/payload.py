@@ -19,8 +19,9 @@ from ckptkit.core.files.payloads import Extent
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.dequantize.model import BrokenPartError, Decoder
+from ckptkit.values.dequantize.model import BrokenPartError, Decoder, ElementwiseDecoder
 from ckptkit.values.losses import Losses, count_losses
+from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class DequantizedPayload:
 
     def readinto(self, buffer: memoryview) -> None:
         """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
-        for _ in self.write_to(_Memory(buffer), 0):
+        for _ in self.write_to(MemorySink(buffer), 0):
             pass
 
     def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
@@ -167,7 +168,7 @@ class DequantizedPayload:
 
     def find_losses(self) -> None:
         """Compute all bytes only for their losses."""
-        for _ in self.write_to(_Nowhere(), 0):
+        for _ in self.write_to(NullSink(), 0):
             pass
 
     def read_range(self, start: int, buffer: memoryview) -> None:
@@ -192,7 +193,7 @@ class DequantizedPayload:
         end = rows * columns if high is None else high
         if not columns or low >= end:
             return
-        if columns > PIECE and self.decoder.splits_rows:
+        if columns > PIECE and isinstance(self.decoder, ElementwiseDecoder) and self.decoder.splits_rows:
             for row in range(low // columns, -(-end // columns)):
                 first = max(low - row * columns, 0) // _UNIT * _UNIT
                 last = min(end - row * columns, columns)
@@ -249,7 +250,7 @@ class DequantizedPayload:
                 continue
             if decoder.rows_together > 1:
                 data[role] = self._read_once(role, parts[role], *decoder.range_of(role, block.first, block.last))
-            elif block.stop - block.start < decoder.grid[1]:
+            elif isinstance(decoder, ElementwiseDecoder) and block.stop - block.start < decoder.grid[1]:
                 found = decoder.range_in_row(role, block.first, block.start, block.stop)
                 data[role] = workers.read(role, parts[role], *found)
             else:
@@ -274,7 +275,7 @@ class DequantizedPayload:
         numbers: npt.NDArray[np.float32] = workers.buffer("decoded", np.float32, block.elements)
         out = numbers.reshape(last - first, stop - start)
         with np.errstate(all="ignore"):
-            if stop - start < self.decoder.grid[1]:
+            if isinstance(self.decoder, ElementwiseDecoder) and stop - start < self.decoder.grid[1]:
                 self.decoder.decode_columns(first, start, streamed, held, out, workers)
             else:
                 self.decoder.decode(first, last, streamed, held, out, workers)
@@ -353,16 +354,3 @@ class _InMemory:
 
     def slice(self, start: int, nbytes: int) -> Payload:
         return _InMemory(self.data[start : start + nbytes])
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    buffer: memoryview
-
-    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        self.buffer[offset : offset + len(data)] = data
-
-
-class _Nowhere:
-    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        """Forget the bytes."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.dequantize.model import (
-    FLOATS,
     BrokenPartError,
     Decoder,
     Settings,
@@ -109,7 +109,7 @@ def awq(parts: Mapping[str, TensorInfo], settings: Settings) -> Awq:  # noqa: AR
     if "g_idx" in parts:
         raise UnknownFormError("with input features in the order of activations")
     codes = require_part(parts, "codes", ("I32",)).shape
-    scales = require_part(parts, "scales", FLOATS).shape
+    scales = require_part(parts, "scales", PLAIN_FLOATS).shape
     fits = len(codes) == len(scales) == 2 and scales[1] == codes[1] * _EACH
     if not fits or not scales[0] or codes[0] % scales[0]:
         raise BrokenPartError("scales", f"is {parts['scales']}, which does not fit codes of {list(codes)}")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, floats_of, require_part, setting_int
+from ckptkit.values.dequantize.model import (
+    BrokenPartError,
+    ElementwiseDecoder,
+    Settings,
+    floats_of,
+    require_part,
+    setting_int,
+)
 from ckptkit.values.dequantize.packed.bits import look_up
 from ckptkit.values.dequantize.packed.grouped import combine_blocks
 from ckptkit.values.workers import Workers
@@ -30,7 +37,7 @@ class _Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class FourBits(Decoder):
+class FourBits(ElementwiseDecoder):
     """Codes of 4 bits that name numbers of a book, two in a byte with the higher bits first, row after row.
 
     Each block of ``blocksize`` numbers of the flat weight has a scale, also across the ends of rows. Nested scales are
@@ -54,11 +61,6 @@ class FourBits(Decoder):
     def recorded(self) -> str | None:
         """The dtype that the quant_state records."""
         return self.dtype
-
-    @property
-    def splits_rows(self) -> bool:
-        """Each number is decoded alone."""
-        return True
 
     def range_of(self, role: str, first: int, last: int) -> tuple[int, int]:
         """Return the bytes of some rows; the first and the last of them can belong to two rows."""
@@ -84,18 +86,6 @@ class FourBits(Decoder):
         scales += np.float32(self.nested_offset)
         return _Held(tuple(book.tolist()), scales)
 
-    def decode(  # noqa: PLR0917
-        self,
-        first: int,
-        last: int,  # noqa: ARG002 - ``out`` has as many rows
-        streamed: Mapping[str, memoryview],
-        held: Any,
-        out: npt.NDArray[np.float32],
-        workers: Workers,
-    ) -> None:
-        """Look up the numbers of the codes, and multiply each block by its scale."""
-        self.decode_columns(first, 0, streamed, held, out, workers)
-
     def decode_columns(  # noqa: PLR0917
         self,
         row: int,
@@ -105,7 +95,7 @@ class FourBits(Decoder):
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Do so with the columns from ``start`` on."""
+        """Look up the numbers of the codes, and multiply each block by its scale."""
         import numpy as np
 
         packed = np.frombuffer(streamed["codes"], np.uint8)
@@ -151,11 +141,11 @@ def four_bits(parts: Mapping[str, TensorInfo], settings: Settings) -> FourBits:
         raise BrokenPartError(
             "nested_absmax", f"is {parts['nested_absmax']}, and must have {-(-blocks // size):,} elements"
         )
-    return FourBits(parts, shape, made.blocksize, dtype, size, float(offset))
+    return replace(made, nested_blocksize=size)
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Rows(Decoder):
+class Int8Rows(ElementwiseDecoder):
     """Integers of 8 bits, with the largest absolute value of each row in ``SCB``.
 
     Source: https://github.com/bitsandbytes-foundation/bitsandbytes, ``int8_vectorwise_dequant``.
@@ -166,26 +156,9 @@ class Int8Rows(Decoder):
         """The shape of the codes."""
         return self.parts["codes"].shape
 
-    @property
-    def splits_rows(self) -> bool:
-        """Each number is decoded alone."""
-        return True
-
     def prepare(self, whole: Mapping[str, memoryview]) -> npt.NDArray[np.float32]:
         """Return the largest absolute value of each row."""
         return floats_of("scales", self.parts["scales"], whole["scales"]).reshape(-1, 1)
-
-    def decode(  # noqa: PLR0917
-        self,
-        first: int,
-        last: int,  # noqa: ARG002 - ``out`` has as many rows
-        streamed: Mapping[str, memoryview],
-        held: Any,
-        out: npt.NDArray[np.float32],
-        workers: Workers,
-    ) -> None:
-        """Multiply in the order of bitsandbytes, which rounds twice."""
-        self.decode_columns(first, 0, streamed, held, out, workers)
 
     def decode_columns(  # noqa: PLR0917
         self,
@@ -196,7 +169,7 @@ class Int8Rows(Decoder):
         out: npt.NDArray[np.float32],
         workers: Workers,  # noqa: ARG002 - no scratch memory is needed
     ) -> None:
-        """Do so with any columns."""
+        """Multiply in the order of bitsandbytes, which rounds twice."""
         import numpy as np
 
         codes = np.frombuffer(streamed["codes"], np.int8).reshape(out.shape)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.dequantize.model import (
-    FLOATS,
     BrokenPartError,
     Decoder,
     Settings,
@@ -116,7 +116,7 @@ def gptq(parts: Mapping[str, TensorInfo], settings: Settings) -> Gptq:
     if zeros not in _ZEROS:
         raise BrokenPartError("codes", f"cannot be decoded: zeros is {zeros!r}, and not one of {_ZEROS}")
     codes = require_part(parts, "codes", ("I32",)).shape
-    scales = require_part(parts, "scales", FLOATS).shape
+    scales = require_part(parts, "scales", PLAIN_FLOATS).shape
     if len(codes) != 2 or len(scales) != 2 or scales[1] != codes[1] or not scales[0]:
         raise BrokenPartError("scales", f"is {parts['scales']}, which does not fit codes of {list(codes)}")
     inputs = codes[0] * 32 // bits

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.core.dtypes import dtype_code
-from ckptkit.values.dequantize.model import FLOATS, BrokenPartError, Decoder, Settings, floats_of, require_part
+from ckptkit.core.dtypes import PLAIN_FLOATS, dtype_code
+from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, floats_of, require_part
 from ckptkit.values.dequantize.packed.grouped import combine_blocks
 from ckptkit.values.workers import Workers
 
@@ -104,13 +104,13 @@ def hqq(parts: Mapping[str, TensorInfo], settings: Settings) -> Hqq:
     if axis not in (0, 1):
         raise BrokenPartError("axis", f"is {axis!r}, and must be 0 or 1")
     bits, each = _PACKINGS[packing]
-    scales = require_part(parts, "scales", FLOATS)
-    require_part(parts, "zeros", FLOATS, scales.shape)
+    scales = require_part(parts, "scales", PLAIN_FLOATS)
+    require_part(parts, "zeros", PLAIN_FLOATS, scales.shape)
     count, groups = math.prod(shape), scales.elements
     if not groups or count % groups:
         raise BrokenPartError("scales", f"is {scales}, which does not fit a weight of {list(shape)}")
     rows, columns = (groups, count // groups) if axis else (count // groups, groups)
-    codes = require_part(parts, "codes", FLOATS | {"U8", "I32"})
+    codes = require_part(parts, "codes", PLAIN_FLOATS | {"U8", "I32"})
     wanted = -(-rows // each) * columns * (4 if packing == "3bit_32" else 1)
     if codes.nbytes != wanted or (rows % each and packing != "3bit_32"):
         raise BrokenPartError("codes", f"is {codes}, which does not fit {packing} of a weight of {list(shape)}")

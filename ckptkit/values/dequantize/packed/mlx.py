@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.dequantize.model import (
-    FLOATS,
     BrokenPartError,
     Decoder,
     Settings,
@@ -85,8 +85,8 @@ def mlx(parts: Mapping[str, TensorInfo], settings: Settings) -> Mlx:
     if bits not in _BITS:
         raise BrokenPartError("codes", f"cannot be decoded: {bits} bits are not one of {_BITS}")
     codes = require_part(parts, "codes", ("U32",))
-    scales = require_part(parts, "scales", FLOATS)
-    require_part(parts, "biases", FLOATS, scales.shape)
+    scales = require_part(parts, "scales", PLAIN_FLOATS)
+    require_part(parts, "biases", PLAIN_FLOATS, scales.shape)
     columns = codes.shape[-1] * 32 // bits if codes.shape else 0
     if len(codes.shape) != len(scales.shape) or len(codes.shape) < 2 or scales.shape[-1] * size != columns:
         raise BrokenPartError("scales", f"is {scales}, which does not fit {columns} columns in groups of {size}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.dequantize.model import (
-    FLOATS,
     BrokenPartError,
     Decoder,
     Settings,
@@ -115,7 +115,7 @@ def packed_rows(parts: Mapping[str, TensorInfo], settings: Settings) -> PackedRo
         raise BrokenPartError("codes", f"cannot be decoded: {bits} bits are more than {_MOST_BITS}")
     is_dense = bool(dense)
     require_part(parts, "codes", ("I32",), (*shape[:-1], codes_in_words(shape[-1], bits, is_dense=is_dense)))
-    scales, zeros = require_part(parts, "scales", FLOATS), parts.get("zeros")
+    scales, zeros = require_part(parts, "scales", PLAIN_FLOATS), parts.get("zeros")
     groups = max(scales.shape[-1:], default=0) or 1
     if shape[-1] % groups and "group_size" not in settings:
         raise BrokenPartError("scales", f"is {scales}, and nothing says which columns of {list(shape)} a group has")
