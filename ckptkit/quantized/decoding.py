@@ -103,20 +103,16 @@ class Decoding:
         if weight.missing:
             raise FormatError(f"{quoted(weight.key)} cannot be dequantised: it lacks {listed(weight.missing)}")
         if not weight.family:
-            reason = f"{quoted(weight.key)} is quantised ({weight.scheme}), which ckptkit cannot dequantise"
-            raise PlanError(reason, hint=weight.way_out)
+            raise _unknown(weight)
         scaled = next((key for key in weight.parts if key.endswith(_SCALES_OF_INPUTS)), None)
         if scaled is not None:
-            inputs = f"for inputs that are multiplied by {quoted(scaled)}"
-            reason = f"{quoted(weight.key)} is quantised ({weight.scheme}) {inputs}, which ckptkit cannot dequantise"
-            raise PlanError(reason, hint=weight.way_out)
+            raise _unknown(weight, inputs=f" for inputs that are multiplied by {quoted(scaled)}")
         parts = {role: self.checkpoint[key] for role, key in weight.roles}
         try:
             _refuse_unused(weight)
             settings, decoder = self._make(weight, parts)
         except UnknownFormError as error:
-            reason = f"{quoted(weight.key)} is quantised ({weight.scheme} {error}), which ckptkit cannot dequantise"
-            raise PlanError(reason, hint=weight.way_out) from None
+            raise _unknown(weight, form=f" {error}") from None
         except BrokenPartError as error:
             raise broken_part(weight.key, parts, error) from None
         return Decoded(weight, decoder, weight.family, tuple(settings.items()))
@@ -173,6 +169,12 @@ class Decoding:
 
     def _read(self, key: str) -> bytes:
         return b"".join(map(bytes, self._stored.payload(key).chunks()))
+
+
+def _unknown(weight: QuantizedWeight, *, form: str = "", inputs: str = "") -> PlanError:
+    """Return the error for a scheme, or a form of it, without a decoder."""
+    reason = f"{quoted(weight.key)} is quantised ({weight.scheme}{form}){inputs}, which ckptkit cannot dequantise"
+    return PlanError(reason, hint=weight.way_out)
 
 
 def _refuse_unused(weight: QuantizedWeight) -> None:

@@ -18,7 +18,6 @@ __all__ = [
     "TransientError",
     "changed",
     "explain",
-    "is_transient_status",
     "missing_library",
     "not_found",
     "public_errors",
@@ -114,11 +113,6 @@ def refused(url: str, *, is_known: bool = True) -> RefusedError:
     else:
         reason = "permission denied" if is_known else "credentials are needed, and none were found"
     return RefusedError(reason, hint=_CREDENTIALS.get(library), path=url)
-
-
-def is_transient_status(status: int) -> bool:
-    """Return whether a request with this HTTP status is sent again."""
-    return status in _RETRIED
 
 
 def status_failure(

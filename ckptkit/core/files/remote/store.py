@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ class Listing:
 
 
 @dataclass
-class Store:
+class Store(ABC):
     """A bucket or a server. Its coroutines run on the loop of fsspec."""
 
     fs: Any
@@ -70,9 +71,9 @@ class Store:
     _slots: asyncio.Semaphore | None = field(default=None, repr=False)
     _has_answered: bool = False
 
+    @abstractmethod
     async def head(self, url: str, count: int, known: ObjectState | None) -> tuple[ObjectState, bytes]:
         """Return the state of an object and its first bytes, ``count`` or all; ``known`` is from a listing."""
-        raise NotImplementedError
 
     async def fetch(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> None:
         """Fill the buffer with the bytes from ``start`` of this version of the object."""
@@ -92,17 +93,17 @@ class Store:
                     raise PathError("the connection was cut again and again", hint=_LATER, path=url)
                 self.meter.add(retries=1)
 
+    @abstractmethod
     async def _fetch_once(self, url: str, start: int, buffer: memoryview, state: ObjectState) -> int:
         """Fill the buffer, or a part of it where the connection is cut; return how many bytes."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def state(self, url: str) -> ObjectState:
         """Return the state that the object has now."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def listing(self, url: str) -> Listing:
         """Return the names in a folder. Raises ``NotFoundError`` where nothing is."""
-        raise NotImplementedError
 
     def check(self, url: str, state: ObjectState, now: ObjectState) -> None:
         """Raise ``ChangedError`` if the two states are of different versions."""

@@ -155,7 +155,7 @@ class HttpStore(Store):
 
         try:
             text = (await self.tried(once, url)).decode("utf-8", "replace")
-        except (NotFoundError, PathError):
+        except PathError:
             return Listing({}, is_listed=False)
         return _links(text, page)
 
