@@ -76,7 +76,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "wrappers/explain.py: --strip XX would leave a dot": _MESSAGE,
     "formats/directories/opening.py: ckpt searched for an index": "names the program, not a command",
     "formats/directories/opening.py: ckpt show XX lists all of them": "followed by tests/test_urls.py",
-    "plans/output.py: leave out --reflink": "a store: tests/test_uploads.py refuses it",
+    "plans/output.py: leave out --reflink": "followed by tests/test_uploads.py",
     "plans/quantized/configured.py: or leave out --carry": "followed by tests/test_quantize_outputs.py",
     "formats/__init__.py: diff, align, merge and --like": "a note about commands, without one to run",
     "plans/adapters/fold.py: with a second ckpt merge": "a note: which weights they are, only the user knows",

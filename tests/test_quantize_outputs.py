@@ -105,6 +105,7 @@ def test_scales_that_a_library_would_not_find_are_not_carried(source: Path, tmp_
         plan = ckptkit.plan_remap(source, {"rule": [{"from": names[0], "to": names, "op": operation}]})
         with pytest.raises(PlanError, match="which the library that reads such codes expects"):
             ckptkit.execute(plan, source, out / "model.safetensors", carry=True)
+        ckptkit.execute(plan, source, tmp_path / f"{scales}.safetensors")  # as the hint says
     names[1] = "layers.0.odd.weight_scale_inv"
     plan = ckptkit.plan_remap(source, {"rule": [{"from": names[0], "to": names, "op": operation}]})
     written = ckptkit.execute(plan, source, out / "model.safetensors", carry=True)

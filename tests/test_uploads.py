@@ -192,6 +192,15 @@ def test_stores_that_are_only_read_are_refused_at_once(url: str, reason: str) ->
     assert "write to a path of this machine" in (refused.value.hint or "")
 
 
+def test_a_store_shares_no_blocks(source: Path) -> None:
+    """``--reflink always`` is refused before an input is read; without it, the output is written."""
+    url = "memory://uploads/shared.safetensors"
+    with pytest.raises(OutputError, match="cannot share blocks") as refused:
+        choose_output(url, reflink="always")
+    assert refused.value.hint == "leave out --reflink"
+    assert convert(source, url, force=True).path == url
+
+
 def test_another_program_is_noticed(source: Path) -> None:
     """A file that appears or changes in the store after the output was chosen is not replaced."""
     url = "parts://bucket/out.safetensors"
