@@ -30,7 +30,6 @@ DATA = random.Random(0).randbytes(3_000_000)  # noqa: S311 - any bytes
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[RangeServer]:
-    pytest.importorskip("aiohttp")
     with range_server() as server:
         yield server
 
