@@ -41,6 +41,7 @@ _HOMES = {
     "Plan": "plans.plan",
     "PlanError": "errors",
     "Preflight": "readiness",
+    "RecipeError": "errors",
     "Report": "core.findings",
     "RuleError": "errors",
     "Rules": "rules.model",

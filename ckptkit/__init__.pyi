@@ -28,6 +28,7 @@ from ckptkit.errors import ModelError as ModelError
 from ckptkit.errors import OutputError as OutputError
 from ckptkit.errors import PathError as PathError
 from ckptkit.errors import PlanError as PlanError
+from ckptkit.errors import RecipeError as RecipeError
 from ckptkit.errors import RuleError as RuleError
 from ckptkit.formats import open_checkpoint as open_checkpoint
 from ckptkit.formats import open_optimizer as open_optimizer
@@ -117,6 +118,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Preflight",
+    "RecipeError",
     "Report",
     "RuleError",
     "Rules",

@@ -11,6 +11,7 @@ Each error has a reason in one sentence, and usually a hint that says what to do
     │   └── LoadError      loading stopped half way, and the model is changed in part
     ├── RuleError          a pattern or a rule is wrong
     ├── PlanError          the request would lose or mix up tensors
+    ├── RecipeError        a recipe of a merge, or a parameter of its method, is wrong
     ├── OutputError        the output cannot be written
     └── GroupsError        param groups do not fit the model
 
@@ -41,6 +42,7 @@ __all__ = [
     "OutputError",
     "PathError",
     "PlanError",
+    "RecipeError",
     "RuleError",
     "hint_for_python",
     "message_for_python",
@@ -389,6 +391,16 @@ class PlanError(CkptkitError):
         >>> ckptkit.load_into(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2)})
         Traceback (most recent call last):
         ckptkit.errors.PlanError: 'weight' is [2, 2] in the model and [3, 2] in the checkpoint ...
+    """
+
+
+class RecipeError(CkptkitError):
+    """Raised where a recipe of a merge is not valid, or does not fit its inputs; the reason begins with its line.
+
+    Example:
+        >>> raise ckptkit.RecipeError("line 3: density is 1.5, and must be from 0 to 1")
+        Traceback (most recent call last):
+        ckptkit.errors.RecipeError: line 3: density is 1.5, and must be from 0 to 1
     """
 
 
