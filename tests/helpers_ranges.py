@@ -24,6 +24,7 @@ class RangeServer:
     cut_after: list[int] = field(default_factory=list)  # bytes of the next bodies, after which the connection is closed
     asked: list[tuple[str, str]] = field(default_factory=list)  # the path and the range of each request
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request
+    together: threading.Barrier | None = None  # each answer waits until so many requests have come
     sent: int = 0
 
     def url(self, name: str) -> str:
@@ -47,6 +48,8 @@ def range_server() -> Iterator[RangeServer]:
             name = self.path.partition("?")[0].removeprefix("/")
             server.asked.append((name, self.headers.get("Range", "")))
             server.headers.append({**dict(self.headers), "path": self.path})
+            if server.together is not None:
+                server.together.wait(5)
             data = server.files.get(name)
             if server.failures:
                 self._plain(server.failures.pop(0), data or b"")
@@ -63,6 +66,8 @@ def range_server() -> Iterator[RangeServer]:
             else:
                 self.send_response(200)
             self.send_header("Content-Length", str(end - start))
+            if name.endswith("/"):
+                self.send_header("Content-Type", "text/html")
             if server.etags:
                 self.send_header("ETag", f'"{hash(data)}"')
             self.send_header("Last-Modified", f"Mon, 30 Nov 2026 0{data[0] % 10}:00:00 GMT")

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from ckptkit import ChangedError, PathError, open_checkpoint, run_checks
 from ckptkit.core.files import places
+from ckptkit.core.files.pool import FilePool
 from ckptkit.core.files.remote import retries, stop_waiting
 from ckptkit.core.files.remote.blocks import MOST_HELD, held
 from ckptkit.core.files.remote.failures import explain
@@ -450,3 +451,67 @@ def test_a_decoded_password_is_left_out_too() -> None:
     """A library may show a password as it is, and not as the URL encodes it."""
     clean_url("https://me:pa%2Fss%40word1@decoded.test/x.pt?sig=ab%2Bcd%3D")
     assert without_secrets("no pa/ss@word1 and no ab+cd=") == "no *** and no ***"
+
+
+OUTSIDE = (
+    "../other/x.bin",
+    "/x.bin",
+    "a/../../x.bin",
+    "memory://other/x.bin",
+    "x.bin::memory://other",
+    "a::b",
+    "..\\x",
+    "",
+)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_no_request_leaves_the_folder(name: str, server: RangeServer) -> None:
+    """A name out of an index cannot lead to another folder, server or filesystem."""
+    folder = places.folder_at(places.clean_path(server.url("folder")))
+    folder.will_open([name])
+    folder.will_list([name] if name else [])  # the empty name is the folder itself
+    assert not folder.has_file(name)
+    assert not folder.has_folder(name)
+    for use in (folder.open, folder.folder):
+        with pytest.raises(PathError, match="not a valid name in a folder"):
+            use(name)
+    assert not server.asked
+
+
+def test_an_encoded_name_is_the_name_of_a_file(server: RangeServer) -> None:
+    """The server gets the percent sign encoded, so that it does not decode two dots."""
+    with pytest.raises(PathError, match="no such"):
+        places.folder_at(server.url("folder")).open("%2e%2e")
+    assert [name for name, _ in server.asked] == ["folder/%252e%252e"]
+
+
+@pytest.mark.parametrize(("title", "is_listed"), [("Index of /folder/", True), ("Our models", False)])
+def test_a_page_of_links_does_not_prove_that_a_file_is_missing(
+    title: str, is_listed: bool, server: RangeServer
+) -> None:
+    """Only a page that a server makes of a folder has all its names; else the file is asked for."""
+    name = f"folder-{is_listed}"
+    page = f'<title>{title}</title><a href="x.bin">x</a><a href="sub/">sub</a>'
+    server.files |= {f"{name}/": page.encode(), f"{name}/x.bin": b"1", f"{name}/config.json": b"{}"}
+    folder = places.folder_at(places.clean_path(server.url(name)))
+    assert folder.names(9) == (("x.bin",), ("sub",), is_listed)
+    assert folder.has_file("config.json") is not is_listed
+    assert folder.has_file("x.bin")
+    assert places.kind_at(folder.path) == "folder"
+
+
+def test_all_files_are_checked_at_once(server: RangeServer) -> None:
+    """The request of each file is under way before an answer is waited for; a change is seen."""
+    names = [f"{number}.bin" for number in range(5)]
+    server.files |= dict.fromkeys(names, b"1234")
+    pool = FilePool(places.folder_at(places.clean_path(server.address)))
+    for name in names:
+        pool.get(name)
+    server.together = threading.Barrier(len(names))
+    pool.check_unchanged(by_path=True)
+    server.together = None
+    server.files[names[-1]] = b"5678"
+    with pytest.raises(ChangedError):
+        pool.check_unchanged(by_path=True)
+    pool.close()

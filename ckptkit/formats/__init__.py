@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.files.hub import is_hub_path, suggest_hub_path
+from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.places import clean_path, folder_at, is_url, join, kind_at, name_of, parent_of, split
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
@@ -94,6 +94,8 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
                 elif near:
                     error.hint = f"did you mean {shell_word(near)}?"
                 elif _HUB_NAME.fullmatch(name) and not kind_at(parent_of(name)):
+                    from ckptkit.core.files.hub import suggest_hub_path
+
                     error.hint = f"for a model of the Hugging Face Hub write {suggest_hub_path(name)}"
             raise
         opened = opened.with_warnings(*notes)

@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.core.files.hub_prefix import HUB_PREFIX
 from ckptkit.core.text import listed, nearest, shell_word
 from ckptkit.errors import PathError
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["HUB_PREFIX", "HubPath", "hub_path", "is_hub_path", "may_ask_hub", "parse_hub_path", "suggest_hub_path"]
+__all__ = ["HubPath", "hub_path", "may_ask_hub", "parse_hub_path", "suggest_hub_path"]
 
-HUB_PREFIX = "hf:"
 _KINDS = ("models", "datasets", "spaces")
 _MAIN = "main"
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
@@ -103,11 +103,6 @@ class HubPath:
     @property
     def _folder(self) -> str:
         return os.path.join(_cache_folder(), _folder_name(self.kind, self.repository))
-
-
-def is_hub_path(path: str) -> bool:
-    """Return whether ``path`` is ``hf:`` and the name of a repository. ``hf://`` is a URL as any other."""
-    return path.startswith(HUB_PREFIX) and not path.startswith(f"{HUB_PREFIX}//")
 
 
 def hub_path(path: str, *, asking: bool = True) -> str:

@@ -169,6 +169,9 @@ class LocalFile:
     def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Do nothing: the kernel reads ahead."""
 
+    def will_check(self) -> None:
+        """Do nothing: the state of a file is read at once."""
+
     def close(self) -> None:
         """Close the file. Closing twice is allowed."""
         fd, self._fd = self._fd, -1

@@ -7,7 +7,7 @@ import re
 from collections.abc import Hashable
 from contextlib import closing, suppress
 
-from ckptkit.core.files.hub import hub_path, is_hub_path
+from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.local import LocalFile, LocalFolder, is_same_local
 from ckptkit.core.files.source import ByteSource, Folder
 from ckptkit.errors import PathError
@@ -62,12 +62,20 @@ def clean_path(path: str) -> str:
 
 def _place_of(path: str) -> str:
     """Return the local path or the URL of ``hf:org/name``; any other path is its own place. Raises ``PathError``."""
-    return hub_path(path) if is_hub_path(path) else path
+    if not is_hub_path(path):
+        return path
+    from ckptkit.core.files.hub import hub_path
+
+    return hub_path(path)
 
 
 def _judged_at(path: str) -> str:
     """Return where it is seen whether a path exists. The hub is not asked what a snapshot of the cache lacks."""
-    return hub_path(path, asking=False) if is_hub_path(path) else path
+    if not is_hub_path(path):
+        return path
+    from ckptkit.core.files.hub import hub_path
+
+    return hub_path(path, asking=False)
 
 
 def open_source(path: str) -> ByteSource:

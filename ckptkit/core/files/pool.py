@@ -72,6 +72,9 @@ class FilePool:
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` where one of the files changed since it was first opened."""
+        if by_path:
+            for file in self.files.values():
+                file.will_check()
         for file in self.files.values():
             file.check_unchanged(by_path=by_path)
 

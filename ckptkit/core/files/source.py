@@ -57,6 +57,10 @@ class ByteSource(Protocol):
         """
         ...
 
+    def will_check(self) -> None:
+        """Take a hint: ``check_unchanged(by_path=True)`` is called next. A store is asked now; a disk does nothing."""
+        ...
+
     def close(self) -> None:
         """Close the file. Closing twice is allowed; reading a closed file raises ``PathError``."""
         ...
@@ -67,7 +71,7 @@ class FolderNames(NamedTuple):
 
     files: tuple[str, ...]
     folders: tuple[str, ...]
-    is_listed: bool = True  # False for a server that does not list folders: both are empty, and names must be tried
+    is_listed: bool = True  # False for a server that does not list folders: names must be tried, others may be missing
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -156,6 +160,10 @@ class Section:
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` where the whole file changed."""
         self.file.check_unchanged(by_path=by_path)
+
+    def will_check(self) -> None:
+        """Give the hint to the whole file."""
+        self.file.will_check()
 
     def close(self) -> None:
         """Do nothing: the owner of the whole file closes it."""

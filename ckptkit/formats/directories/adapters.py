@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.files.hub import HUB_PREFIX
+from ckptkit.core.files.hub_prefix import HUB_PREFIX
 from ckptkit.core.files.places import kind_at
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ckptkit.core.files.places import join
-from ckptkit.core.files.source import Folder
+from ckptkit.core.files.source import Folder, FolderNames
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors, has_no_storages, has_suffix
 from ckptkit.formats.directories.trainer_files import is_trainer_file
@@ -95,22 +95,22 @@ def list_directory(folder: Folder) -> Listing:
     """
     names = folder.names(_MOST_NAMES)
     if not names.is_listed:
-        return _try_names(folder)
+        return _try_names(folder, names)
     if len(names.all) > _MOST_NAMES:
         raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of one file")
     return Listing(folder, names.files, names.folders)
 
 
-def _try_names(folder: Folder) -> Listing:
-    """Return those usual names that a folder has, which its server does not list."""
+def _try_names(folder: Folder, linked: FolderNames) -> Listing:
+    """Return those usual names that a folder has, which its server does not list, and those that its page links to."""
     folder.will_open(_TRIED)
-    files = sorted(name for name in _TRIED if folder.has_file(name))
+    files = sorted({*linked.files, *(name for name in _TRIED if folder.has_file(name))})
     if not any(name in files for name in (*MODEL_NAMES, *ADAPTER_NAMES)) and not any(map(is_index, files)):
         raise FormatError(
             "a folder of a server that does not list its files, and none has a usual name",
             hint="give the URL of a file or of an index",
         )
-    return Listing(folder, tuple(files), ())
+    return Listing(folder, tuple(files), linked.folders)
 
 
 def find_weights_files(folder: Folder, names: Iterable[str], most: int = _MOST_TESTED) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 import stat
 from collections.abc import Iterable
 
-from ckptkit.core.files.hub import is_hub_path
+from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.local import file_state
 from ckptkit.core.files.places import clean_path, is_same_file, is_url
 from ckptkit.core.text import printable, quoted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Final
 
 from ckptkit.core.files.remote.blocks import Block, FileBlocks, held
@@ -12,7 +12,7 @@ from ckptkit.core.files.remote.failures import NotFoundError, public_errors
 from ckptkit.core.files.remote.kept import Opened, open_now
 from ckptkit.core.files.remote.read_ahead import AHEAD, NEAR, PART, ReadAhead
 from ckptkit.core.files.remote.running import finish, start
-from ckptkit.core.files.remote.store import Store
+from ckptkit.core.files.remote.store import ObjectState, Store
 from ckptkit.core.files.remote.stores import store_of
 from ckptkit.errors import ChangedError, PathError
 
@@ -37,6 +37,7 @@ class RemoteFile:
         self._process = os.getpid()
         self._blocks = FileBlocks()
         self._ahead = ReadAhead(self.size)
+        self._check: Future[ObjectState] | None = None
         with held.lock:
             for offset, data in opened.pieces:
                 if data and held.has_room(len(data)):
@@ -179,11 +180,19 @@ class RemoteFile:
         self._refuse_closed()
         if not by_path and self._store.pins and (self._state.etag or self._state.modified):
             return
+        if self._process != os.getpid():
+            self._begin(Opened(self._state, ()))
+        asked, self._check = self._check, None  # an answer counts once, since the file may change after it
         try:
-            now = finish(start(self._store.state(self._url)))
+            now = finish(asked or start(self._store.state(self._url)))
         except NotFoundError:
             return
         self._store.check(self._url, self._state, now)
+
+    def will_check(self) -> None:
+        """Ask for the state of the file, which ``check_unchanged(by_path=True)`` takes; do not wait."""
+        if self._process == os.getpid() and not self._is_closed:
+            self._check = start(self._store.state(self._url))
 
     def _refuse_closed(self) -> None:
         if self._is_closed:

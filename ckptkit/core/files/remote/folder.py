@@ -11,7 +11,8 @@ from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
 from ckptkit.core.files.remote.urls import join_url
 from ckptkit.core.files.source import ByteSource, Folder, FolderNames
-from ckptkit.errors import CkptkitError
+from ckptkit.core.text import quoted
+from ckptkit.errors import CkptkitError, PathError
 
 __all__ = ["RemoteFolder"]
 
@@ -33,7 +34,14 @@ class RemoteFolder:
         """Return the names, at most ``most`` and one more. Raises ``PathError`` for a folder that does not exist."""
         listing = finish(begin_list(self._url))
         files = sorted(listing.files)[: most + 1]
-        return FolderNames(tuple(files), tuple(sorted(listing.folders)[: most + 1 - len(files)]), listing.is_listed)
+        folders = sorted(filter(_is_inside, listing.folders))[: most + 1 - len(files)]
+        return FolderNames(tuple(files), tuple(folders), listing.is_listed)
+
+    def _url_of(self, name: str) -> str:
+        """Return the URL of a name in the folder. Raises ``PathError`` for one that would lead out of the folder."""
+        if not _is_inside(name):
+            raise PathError(f"not a valid name in a folder: {quoted(name)}", path=self._url)
+        return join_url(self._url, name)
 
     @property
     def _is_web(self) -> bool:
@@ -42,10 +50,12 @@ class RemoteFolder:
     @public_errors()
     def _listing_of(self, name: str) -> tuple[Listing, str]:
         folder, _, last = name.rpartition("/")
+        if not _is_inside(name):
+            return Listing({}), last
         if self._is_web and not folder and not is_listing_kept(self._url):
             return Listing({}, is_listed=False), last
         try:
-            return finish(begin_list(join_url(self._url, folder) if folder else self._url)), last
+            return finish(begin_list(self._url_of(folder) if folder else self._url)), last
         except NotFoundError:
             return Listing({}), last
 
@@ -55,7 +65,7 @@ class RemoteFolder:
         if listing.is_listed:
             return last in listing.files
         try:
-            finish(begin_open(join_url(self._url, name)))
+            finish(begin_open(self._url_of(name)))
         except (NotFoundError, RefusedError):
             return False
         return True
@@ -71,25 +81,33 @@ class RemoteFolder:
 
     def open(self, name: str) -> ByteSource:
         """Return the open file. Raises ``PathError`` where it is missing or cannot be read."""
-        return RemoteFile(join_url(self._url, name))
+        return RemoteFile(self._url_of(name))
 
     def folder(self, name: str) -> Folder:
         """Return the folder of this name; nothing is asked."""
-        return RemoteFolder(join_url(self._url, name))
+        return RemoteFolder(self._url_of(name))
 
     def will_open(self, names: Sequence[str]) -> None:
         """Ask for the sizes and first bytes of these files, but for those that a listing lacks; do not wait."""
-        unique = [name for name in dict.fromkeys(names) if not is_known_missing(join_url(self._url, name))]
-        for name in unique:
-            self._hint(begin_open, join_url(self._url, name), of=len(unique))
+        urls = [self._url_of(name) for name in dict.fromkeys(names) if _is_inside(name)]
+        urls = [url for url in urls if not is_known_missing(url)]
+        for url in urls:
+            self._hint(begin_open, url, of=len(urls))
 
     def will_list(self, names: Sequence[str]) -> None:
         """Ask for the names in these folders, and do not wait; the empty name is this folder."""
         for name in dict.fromkeys(names):
-            self._hint(begin_list, join_url(self._url, name))
+            if not name or _is_inside(name):
+                self._hint(begin_list, join_url(self._url, name))
 
     def _hint(self, begin: Callable[..., object], url: str, **options: int) -> None:
         try:
             begin(url, **options)
         except CkptkitError:
             return
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name, which may be a path, stays in its folder. A ``::`` would name another filesystem."""
+    is_odd = "::" in name or "\\" in name or "\0" in name
+    return not is_odd and not any(part in ("", ".", "..") for part in name.split("/"))

@@ -51,6 +51,6 @@ def _folder(request: Future[Listing], url: str, *, is_sure: bool) -> str:
         raise
     except NotFoundError:
         return ""
-    if listing.is_listed or is_sure or found_below(url):
+    if listing.is_listed or listing.files or listing.folders or is_sure or found_below(url):
         return "folder"
     return ""

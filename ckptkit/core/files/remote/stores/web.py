@@ -20,6 +20,7 @@ MOST_WITHOUT_RANGES = 1 << 20  # bytes of a body that was not asked for
 _LARGEST_PAGE = 4 << 20  # a list of files in HTML
 _ENCODED = lazy_pattern(r"[!#$%&'()*+,/:;=?@\[\]~\w.-]+")
 _LINK = lazy_pattern(r"""(?i)<a\s[^>]*?href\s*=\s*["']([^"'?#]+)["']""")
+_INDEX = lazy_pattern(r"(?i)<(title|h1)[^>]*>\s*(?:index of|directory listing (?:for|of))\s")
 _CONTENT_RANGE = lazy_pattern(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
@@ -157,7 +158,7 @@ class HttpStore(Store):
             text = (await self.tried(once, url)).decode("utf-8", "replace")
         except PathError:
             return Listing({}, is_listed=False)
-        return _links(text, page)
+        return _links(text, page) if len(text) <= _LARGEST_PAGE else Listing({}, is_listed=False)
 
 
 def total_of(content_range: str) -> str:
@@ -182,6 +183,7 @@ def without_ranges(size: int | None, url: str) -> PathError:
 
 
 def _links(text: str, page: str) -> Listing:
+    """Return the names that a page links to. Only a page that a server makes of a folder has all its names."""
     from html import unescape
     from urllib.parse import unquote, urljoin
 
@@ -196,7 +198,7 @@ def _links(text: str, page: str) -> Listing:
             folders.add(name[:-1])
         elif name and "/" not in name:
             files[name] = None
-    return Listing(files, frozenset(folders), is_listed=bool(files or folders))
+    return Listing(files, frozenset(folders), is_listed=_INDEX.search(text) is not None and bool(files or folders))
 
 
 async def copy_body(content: Any, buffer: memoryview, store: Store) -> int:
