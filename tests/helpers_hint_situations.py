@@ -684,6 +684,20 @@ def _cast_of_a_quantised_weight(folder: Path) -> list[str]:
     return ["remap", path, "-o", str(folder / "out.pt"), "--dtype", "BF16"]
 
 
+@situation("checks/expected.py: ckpt convert XX -o OUT --dequantize makes plain weights", ends=True)
+def _a_weight_that_only_one_side_has_quantised(folder: Path) -> list[str]:
+    found, plain = save(folder, fp8=_fp8("a"), plain={"a.weight": randn(4, 4)})
+    return ["check", found, "--like", plain]
+
+
+@situation("rules/gguf/__init__.py: make it a model first: ckpt remap BASE", ends=True)
+def _rules_of_a_base(folder: Path) -> list[str]:
+    pairs = [pair("general.architecture", STRING, string("qwen2"))]
+    (folder / "m.gguf").write_bytes(gguf_file([info("output_norm.weight")], pairs, bytes(16)))
+    (donor,) = save(folder, donor={"model.norm.weight": randn(4)})
+    return ["merge", str(folder / "m.gguf"), donor, "-o", str(folder / "out.safetensors"), "--rules", "gguf:auto"]
+
+
 @situation("plans/steps.py: --drop XX leaves it out, or --rename XX gives it a name", NEW="b")
 def _two_places_of_one_name(folder: Path) -> list[str]:
     torch.save({"a.b": randn(2), "a": {"b": randn(2)}, "c": randn(2)}, folder / "two.pt")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckptkit
-from ckptkit.errors import FormatError, PlanError
+from ckptkit.errors import FormatError, PlanError, RuleError
 from tests.helpers_cli import run_ckpt
 
 ROWS, COLUMNS = 200, 256
@@ -79,6 +79,21 @@ def test_rules_see_plain_tensors_and_can_dequantise_some(model: Model) -> None:
     with pytest.raises(PlanError, match="so a cast to F16 would not dequantise it") as refusal:
         ckptkit.plan_remap(model.path, dtype="float16")
     assert "dequantize=True reads it as numbers" in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", [{"drop": ["*.weight_scale_inv"]}, {"keep": ["n.*", "*_scale_inv"]}])
+def test_a_pattern_for_parts_that_are_gone_is_an_error_that_says_so(
+    options: dict[str, list[str]], model: Model
+) -> None:
+    """The output has no parts of what is dequantised; a pattern that matches nothing is the error that it was."""
+    with pytest.raises(
+        RuleError, match=r"matches only parts of weights that are dequantised, such as 'l\.weight_scale"
+    ):
+        ckptkit.plan_remap(model.path, ckptkit.parse_rules(**options), dequantize=True)  # type: ignore[arg-type]
+    rules = ckptkit.parse_rules(**options, allow_unused=True)  # type: ignore[arg-type]
+    assert "n.weight" in {step.out.key for step in ckptkit.plan_remap(model.path, rules, dequantize=True).steps}
+    with pytest.raises(RuleError, match="matches none of 2 keys"):
+        ckptkit.plan_remap(model.path, ckptkit.parse_rules(drop=["x.*"]), dequantize=True)
 
 
 def test_adapters_fold_into_the_numbers(model: Model, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "rules/apply.py: --strip": _MESSAGE,
     "rules/apply.py: --keep XX matches none of": _MESSAGE,
     "rules/apply.py: matches no --keep": _MESSAGE,
+    "plans/quantized/as_numbers.py: --keep XX": _MESSAGE,
     "rules/gguf/__init__.py: --rules XX": _MESSAGE,
     "rules/transformers/__init__.py: --rules XX: ": _MESSAGE,
     "testing.py: --keep XX matches none of": _MESSAGE,

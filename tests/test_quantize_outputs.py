@@ -93,6 +93,13 @@ def test_what_cannot_be_quantised_is_an_error(source: Path) -> None:
         ckptkit.plan_remap(gpt2, quantize="fp8-row")
     with pytest.raises(ArgumentError, match="quantize"):
         ckptkit.plan_remap(source, quantize="int4")  # type: ignore[arg-type]
+    coded = {"h.0.q.weight": torch.ones(8, 8).to(torch.float8_e4m3fn), "h.0.q.weight_scale_inv": torch.ones(1, 1)}
+    to = ["*.q.weight", "*.q.weight_scale_inv"]
+    rules = {"rule": [{"from": "*.q.weight", "to": to, "op": {"quantize": {"form": "fp8"}}}]}
+    for form, given in (("fp8-row", None), (None, rules)):
+        with pytest.raises(PlanError, match=r"'h\.0\.q\.weight' is already quantised .*dequantize=True reads it"):
+            ckptkit.plan_remap(coded, given, quantize=form)  # type: ignore[arg-type]
+    assert len(ckptkit.plan_remap(coded, rules, dequantize=True).steps) == 2
 
 
 def test_scales_that_a_library_would_not_find_are_not_carried(source: Path, tmp_path: Path) -> None:

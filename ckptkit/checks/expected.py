@@ -12,6 +12,7 @@ from ckptkit.checks.value_reader import ValueReader
 from ckptkit.checks.values import have_equal_bytes
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.comparison.hints import joined_hint
+from ckptkit.comparison.quantized import QuantizedKey, quantized_messages
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import pattern_for
@@ -37,7 +38,9 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     adds: an error where it refuses the checkpoint, a warning where it reports further keys, a note where names decided.
     """
     expected, path = result.expected_checkpoint.argument, result.found_checkpoint.argument
-    hint = joined_hint(result.hints) or f"ckpt diff {expected or 'EXPECTED'} {path or 'PATH'} lists all keys"
+    told = set(quantized_messages(result.quantized))  # a finding of its own says this
+    others = [hint for hint in result.hints if hint.message not in told]
+    hint = joined_hint(others) or f"ckpt diff {expected or 'EXPECTED'} {path or 'PATH'} lists all keys"
     matched = {pair.key for pair in result.matched}
     partners = {key: group for group in tied_keys(result.expected.values()) for key in group}
     missing = [info.key for info in result.missing if info.key not in result.filled | result.excused]
@@ -60,7 +63,7 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
         weights = list(group)
         names = [weight.key for weight in weights]
         text = f"{plural(len(weights), 'weight')} {remark}: {listed(names)}"
-        yield codes.QUANTIZED_MISMATCHED.finding(names[0], text, weights[0].weight.way_out, keys=names)
+        yield codes.QUANTIZED_MISMATCHED.finding(names[0], text, _way_to_plain(weights[0], expected, path), keys=names)
     uncopyable = {pair.key for pair in result.uncopyable}
     yield from _findings_of_pairs(codes.UNCOPYABLE, result.uncopyable, "with a kind or dtype that torch cannot copy")
     cast = [pair for pair in result.dtype_mismatched if pair.key not in uncopyable]
@@ -73,6 +76,15 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     )
     yield from _findings_of_keys(codes.EXTRA_STATE, result.extra_state, "of extra state that only one side has")
     yield from _own_code_findings(result)
+
+
+def _way_to_plain(key: QuantizedKey, expected: str, path: str) -> str:
+    """Return how to make plain weights of the side that is quantised, as a hint."""
+    weight = key.weight
+    source = expected or "EXPECTED" if key.side == "expected" else path or "PATH"
+    if not weight.family or source.startswith(LIVE_PREFIX):
+        return weight.way_out
+    return f"ckpt convert {source} -o OUT --dequantize makes plain weights; or {weight.way_out}"
 
 
 def _own_code_findings(result: StateDictDiff) -> Iterator[Finding]:

@@ -115,6 +115,7 @@ def _plan(
     refuse_suspicious(checkpoint, "source")
     checkpoint, skipped = without_unread(checkpoint, "source") if skip_unread else (checkpoint, [])
     quantized = QuantizedInputs({"source": checkpoint}, expected, where="like")
+    quantized.refuse_quantizing("source", rules)
     key_map = apply_rules(rules, checkpoint, expected)
     outputs = key_map.outputs()
     quantized.refuse_operations("source", outputs)

@@ -79,6 +79,7 @@ def make_overlay(quantized: QuantizedInputs, donor: Checkpoint, role: str, rules
     """Return what a donor gives to the base. Raises the errors of the policies, and of a donor that does not fit."""
     base = quantized.sources["base"]
     refuse_suspicious(donor, role)
+    quantized.refuse_quantizing(role, rules)
     key_map = apply_rules(rules, donor, base)
     outputs = key_map.outputs()
     quantized.refuse_operations(role, outputs)

@@ -7,15 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
+from ckptkit.core.patterns import matches_any
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan.step import Source, Step
 from ckptkit.quantized import Quantized, QuantizedWeight, quantized_weights
 from ckptkit.quantized.configuration import read_configuration
-from ckptkit.rules.model import Derivation
+from ckptkit.rules.model import Derivation, Rules, Stage
 
-__all__ = ["QuantizedInputs", "QuantizedProblem", "change_reason", "check_quantized", "refuse_part"]
+__all__ = [
+    "QuantizedInputs",
+    "QuantizedProblem",
+    "already_quantised",
+    "change_reason",
+    "check_quantized",
+    "refuse_part",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,16 @@ class QuantizedInputs:
     def __bool__(self) -> bool:
         """Return whether any input has a quantised weight."""
         return bool(self.in_target) or any(self.weights.values())
+
+    def refuse_quantizing(self, role: str, rules: Rules) -> None:
+        """Raise ``PlanError`` where a rule would quantise a weight of this input that is quantised already."""
+        weights = self.weights[role].weights
+        stage = rules.stages[0] if weights and rules.stages else Stage()
+        for rule in stage.rules:
+            if any(operation.name == "quantize" for operation in rule.operations):
+                for weight in weights:
+                    if any(matches_any(rule.sources, key) for key in (weight.coded, weight.key)):
+                        raise already_quantised(weight)
 
     def refuse_operations(self, role: str, outputs: Mapping[str, Derivation]) -> None:
         """Raise ``PlanError`` where rules compute a tensor from a part of a quantised weight of this input."""
@@ -290,6 +308,11 @@ def _dequantized(step: Step) -> frozenset[int]:
     from ckptkit.tensor_ops.recipes import dequantized_sources
 
     return dequantized_sources(step.recipe)
+
+
+def already_quantised(weight: QuantizedWeight) -> PlanError:
+    """Return the error for a weight that is to be quantised, and is."""
+    return PlanError(f"{quoted(weight.key)} is already quantised ({weight.scheme})", hint=weight.ways_out)
 
 
 def refuse_part(quantized: Quantized, key: str, reason: str) -> None:

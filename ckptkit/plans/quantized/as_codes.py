@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -14,7 +14,9 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
 from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.plans.plan import Plan, Step
+from ckptkit.plans.quantized import already_quantised
 from ckptkit.plans.steps import complete_step, describe_step
+from ckptkit.quantized import quantized_weights
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.quantize import Quantize
@@ -61,6 +63,7 @@ def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: Qu
             plain += [step.out.key] if len(step.out.shape) > 1 and step.out.dtype in PLAIN_FLOATS else []
     count = len(steps) - len(plan.steps)
     if not count:
+        _refuse_quantised(sources, keys)
         sizes = f" with sizes that are multiples of {operation.block}" if operation.scales == "block" else ""
         raise PlanError(
             f"no tensor of the output is a linear weight in a numbered layer{sizes}, as 'layers.0.q.weight' is",
@@ -70,6 +73,14 @@ def quantize_outputs(plan: Plan, sources: Mapping[str, Checkpoint], quantize: Qu
     stay = "stays as it is" if len(plain) == 1 else "stay as they are"
     note += f"; {plural(len(plain), 'matrix', 'matrices')} {stay}: {listed(plain)}" if plain else ""
     return replace(plan, steps=tuple(steps), notes=(*plan.notes, note))
+
+
+def _refuse_quantised(sources: Mapping[str, Checkpoint], outs: Collection[str]) -> None:
+    """Raise ``PlanError`` if the output has codes of a weight that is quantised already."""
+    for checkpoint in sources.values():
+        for weight in quantized_weights(checkpoint).weights:
+            if weight.coded in outs:
+                raise already_quantised(weight)
 
 
 def is_linear_weight(info: TensorInfo) -> bool:

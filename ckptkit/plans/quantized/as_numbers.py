@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.text import quoted
+from ckptkit.core.patterns import Pattern, matches_any
+from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import complete_step
@@ -61,10 +62,34 @@ class DequantizedInputs:
             if is_wanted or (rows and role in by_rules):
                 self.views[role] = dequantized(checkpoint, wanted=wanted if role in by_rules else _all(dtype or given))
         self.checkpoints = {role: self._view(role) for role in roles}
+        for role in by_rules if rules and not rules.allow_unused else ():
+            self._refuse_names_of_parts(role, rules)
         self.rules = _without_dequantize(rules) if rows and rules else rules
 
     def _view(self, role: str) -> Checkpoint:
         return self.views[role].checkpoint if role in self.views else self.stored[role]
+
+    def _refuse_names_of_parts(self, role: str, rules: Rules | None) -> None:
+        """Raise ``RuleError`` for a pattern that matches only tensors that are parts of dequantised weights."""
+        view = self.views.get(role)
+        if view is None or rules is None or not rules.stages:
+            return
+        stage = rules.stages[0]
+        wanted: list[tuple[str, tuple[Pattern, ...]]] = [
+            (f"--keep {shell_word(pattern.text)}", (pattern,)) for pattern in stage.keep
+        ]
+        wanted += [(str(rule), rule.sources) for rule in stage.rules if not rule.optional]
+        for name, patterns in wanted if view.weights else ():
+            if any(matches_any(patterns, key) for key in view.checkpoint):
+                continue
+            for key, decoded in view.weights.items():
+                part = next((part for part in decoded.weight.parts if matches_any(patterns, part)), None)
+                if part is not None:
+                    raise RuleError(
+                        f"{name} matches only parts of weights that are dequantised, such as {quoted(part)} of "
+                        f"{quoted(key)}",
+                        hint="leave it out: of such a weight, the output has one tensor, and no parts",
+                    )
 
     def finish(self, plan: Plan) -> Plan:
         """Return the plan with the parts of dequantised weights as sources, and a note about these weights."""

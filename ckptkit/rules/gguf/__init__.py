@@ -39,7 +39,11 @@ class GgufStages:
 
         del live
         if checkpoint is None or "gguf" not in checkpoint.format:
-            raise RuleError(f"--rules {self} needs a GGUF file: its metadata says which model it is")
+            raise RuleError(
+                f"--rules {self} needs a GGUF file: its metadata says which model it is",
+                hint="rules of a merge are for what is merged into the base; to merge into a GGUF file, make it a "
+                "model first: ckpt remap BASE -o OUT --rules gguf:auto --dequantize",
+            )
         metadata: dict[str, object] = {}
         for entry in checkpoint.entries:  # the first of several shards has all metadata
             metadata.setdefault(entry.path, entry.value)
