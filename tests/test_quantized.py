@@ -247,6 +247,10 @@ CONFIGURED: dict[str, tuple[State, object, str, list[tuple[str, str, tuple[str, 
         {"q.weight_scale_inv": of(F32, 2, 2), "norm.weight": of(BF16, 8)}, {"quantization_config": FP8}, "config.json",
         [("q.weight", "fp8", ("q.weight",))],
     ),
+    "a scale without its weight, explained by modelopt's own file": (
+        {"q.weight_scale": of(F32), "norm.weight": of(BF16, 8)}, {"quantization": {"quant_algo": "FP8"}},
+        "hf_quant_config.json", [("q.weight", "fp8 (modelopt)", ("q.weight",))],
+    ),
     "modules that stay plain": (
         {"lm_head.weight": of(F8, 8, 8), "layers.0.mlp.gate.weight": of(F8, 8, 8)}, {"quantization_config": COMPRESSED},
         "config.json", [],

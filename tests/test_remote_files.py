@@ -23,6 +23,7 @@ from ckptkit.core.files.remote.failures import explain
 from ckptkit.core.files.remote.traffic import forget_traffic, meter_of, traffic
 from ckptkit.core.files.remote.urls import clean_url, request_url, without_secrets
 from ckptkit.core.files.source import ByteSource
+from ckptkit.quantized import quantized_weights
 from tests.helpers_ranges import RangeServer, range_server
 
 HEAD = 64 << 10
@@ -350,6 +351,15 @@ def test_few_files_beside_one_on_a_web_server_are_asked_for(server: RangeServer)
     with open_checkpoint(f"{server.url('signed/a.safetensors')}?{SIGNED}") as checkpoint:
         run_checks(checkpoint, fast=True)
     assert [seen["path"] for seen in server.headers] == [f"/signed/a.safetensors?{SIGNED}", "/signed/config.json"]
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_store_that_lists_is_asked_for_every_configuration(name: str) -> None:
+    """Plain dtypes alone do not say that codes are missing; the only configuration does."""
+    fsspec.filesystem("memory").pipe(f"/{name}/a.safetensors", save({"q.weight_scale": torch.tensor(1.0)}))
+    fsspec.filesystem("memory").pipe(f"/{name}/{name}", b'{"quantization": {"quant_algo": "FP8"}}')
+    with open_checkpoint(f"memory://{name}/a.safetensors") as checkpoint:
+        assert [weight.missing for weight in quantized_weights(checkpoint).weights] == [("q.weight",)]
 
 
 @pytest.mark.parametrize(

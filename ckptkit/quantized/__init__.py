@@ -9,7 +9,7 @@ from operator import attrgetter
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
+from ckptkit.quantized.configuration import read_configuration
 
 __all__ = ["ANCHOR_DTYPES", "Quantized", "QuantizedWeight", "quantized_weights"]
 
@@ -85,8 +85,7 @@ def quantized_weights(checkpoint: Checkpoint) -> Quantized:
     """
     dtypes, kinds = set(map(_DTYPE_OF, checkpoint.values())), set(map(_KIND_OF, checkpoint.values()))
     is_plain = ANCHOR_DTYPES.isdisjoint(dtypes) and kinds <= {"dense"}
-    # Without codes, only the configuration of the model is asked for: each name is a request to a web server.
-    if is_plain and not read_configuration(checkpoint, CONFIGURATION_FILES[:1]).methods:
+    if is_plain and not read_configuration(checkpoint, has_codes=False).methods:
         return Quantized()
     from ckptkit.quantized.search import find_weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -62,13 +62,18 @@ class Configuration:
         return any(".".join(run) in self.modules for run in runs)
 
 
-def read_configuration(checkpoint: Checkpoint, names: Sequence[str] = CONFIGURATION_FILES) -> Configuration:
-    """Return what the configuration files in the directory say; a file that cannot be read is left out."""
+def read_configuration(checkpoint: Checkpoint, *, has_codes: bool = True) -> Configuration:
+    """Return what the configuration files in the directory say; a file that cannot be read is left out.
+
+    A server that does not list its files gets a request for each. Without codes it is only asked for ``config.json``.
+    """
     methods: set[str] = set()
     ignored: list[str] = []
     sections: list[Mapping[str, object]] = []
     folder = folder_at(parent_of(checkpoint.files[0])) if checkpoint.files else None
+    names = []
     if folder is not None:
+        names = [name for name in CONFIGURATION_FILES if has_codes or name == "config.json" or folder.knows(name)]
         folder.will_open(names)
     for name in names:
         if folder is not None and folder.has_file(name):

@@ -78,7 +78,7 @@ def test_a_header_takes_few_ranges(name: str, store: Store) -> None:
 def test_a_sharded_checkpoint_opens_in_two_rounds(shards: int, store: Store) -> None:
     """The index comes first, then all headers at once; for a folder as well, where the store lists it."""
     url = f"{store.made('requests', _files)}/of_{shards}"
-    store.proxy.latency = LATENCY
+    store.proxy.latency = 4 * LATENCY  # the requests of 60 shards take a while to be sent
     for path in (url, f"{url}/model.safetensors.index.json"):
         if path == url and url.startswith("http"):
             continue

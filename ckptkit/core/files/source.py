@@ -99,6 +99,10 @@ class Folder(Protocol):
         """Return whether the folder has a file of this name; a store that lists answers by its listing."""
         ...
 
+    def knows(self, name: str) -> bool:
+        """Return whether ``has_file`` of this name needs no request of its own, since a listing answers it."""
+        ...
+
     def has_folder(self, name: str) -> bool:
         """Return whether the folder has a folder of this name."""
         ...

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ckptkit.core.files.remote.failures import NotFoundError, RefusedError, public_errors
 from ckptkit.core.files.remote.file import RemoteFile
-from ckptkit.core.files.remote.kept import begin_list, begin_open, is_known_missing, is_listing_kept
+from ckptkit.core.files.remote.kept import begin_list, begin_open, is_asked, is_known_missing, is_listing_kept
 from ckptkit.core.files.remote.running import finish
 from ckptkit.core.files.remote.store import Listing
 from ckptkit.core.files.remote.urls import join_url
@@ -69,6 +69,10 @@ class RemoteFolder:
         except (NotFoundError, RefusedError):
             return False
         return True
+
+    def knows(self, name: str) -> bool:
+        """Return whether a listing answers ``has_file``, or the file was asked for."""
+        return self._listing_of(name)[0].is_listed or is_asked(self._url_of(name))
 
     def has_folder(self, name: str) -> bool:
         """Return whether the folder has this folder, by its listing."""

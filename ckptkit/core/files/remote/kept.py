@@ -22,6 +22,7 @@ __all__ = [
     "begin_open",
     "forget",
     "found_below",
+    "is_asked",
     "is_known_missing",
     "is_listing_kept",
     "known_state",
@@ -175,6 +176,11 @@ def is_known_missing(url: str) -> bool:
     """Return whether a listing that is kept has no such file."""
     listing, name = _listing_above(url)
     return listing is not None and listing.is_listed and name not in listing.files
+
+
+def is_asked(url: str) -> bool:
+    """Return whether a file was asked for, and the answer is kept or under way."""
+    return _files.get(url) is not None
 
 
 def is_listing_kept(url: str) -> bool:
