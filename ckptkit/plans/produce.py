@@ -17,13 +17,17 @@ from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan.extracted import ExtractedChange
 from ckptkit.plans.plan.step import Step
 from ckptkit.plans.steps import describe_step
+from ckptkit.rules.model import describe_output
 
 if TYPE_CHECKING:
+    from ckptkit.plans.methods.operation import Merge
     from ckptkit.tensor_ops.casting import RecipeCounter
     from ckptkit.tensor_ops.dequantize import Dequantize
     from ckptkit.tensor_ops.operation import Rounded
+    from ckptkit.tensor_ops.recipes import Recipe
     from ckptkit.values.cast_payload import CastPayload
     from ckptkit.values.dequantize.payload import DequantizedPayload
+    from ckptkit.values.merging.payload import MergedPayload
     from ckptkit.values.workers import Workers
 
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
@@ -57,14 +61,21 @@ class Producer:
         """
         found = describe_step(step, self.roles)
         if step.recipe is not None:
-            operation, numbers = self._only_dequantize(step)
-            if operation is not None and found.dtype == step.out.dtype:
-                return self._dequantized(step, operation, numbers, step.out, self.losses)
-            return ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
+            return self._made(step, found, self.losses)
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         if found.dtype == step.out.dtype:
             return payload
         return self._cast(payload, TensorInfo(step.out.key, found.dtype, found.shape), step.out)
+
+    def _made(self, step: Step, found: TensorInfo, losses: MutableMapping[str, CastLoss]) -> Payload:
+        """Return the bytes of a step with a recipe, given the description before its last cast."""
+        merge = _only_merge(step)
+        if merge is not None:
+            return self._merged(step, merge, losses)
+        operation, numbers = self._only_dequantize(step)
+        if operation is not None and found.dtype == step.out.dtype:
+            return self._dequantized(step, operation, numbers, step.out, losses)
+        return ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
 
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.
@@ -79,6 +90,10 @@ class Producer:
         from ckptkit.tensor_ops.casting import RecipeCounter
         from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe, lift_dequantize
 
+        merge = _only_merge(step)
+        if merge is not None:
+            merged = self._merged(step, merge, self.losses)
+            return read_tensor(step.out, lambda _: merged)
         operation, numbers = self._only_dequantize(step)
         if operation is not None:
             tensor = self._dequantized_tensor(step, operation, numbers, self.losses)
@@ -148,6 +163,27 @@ class Producer:
         payload = self._dequantized(step, operation, numbers, out, losses)
         return read_tensor(out, lambda _: payload)
 
+    def _merged(self, step: Step, merge: Merge, losses: MutableMapping[str, CastLoss]) -> MergedPayload:
+        """Return the tensor of a step that merges its sources, or what recipes make of them, and does nothing else.
+
+        The numbers are rounded once, also where the step ends with a cast.
+        """
+        from ckptkit.values.merging.payload import MergeInput
+
+        assert step.recipe is not None  # noqa: S101 - it has the merge
+        inputs = []
+        for item in step.recipe.inputs:
+            source = step.sources[_first_source(item)]
+            checkpoint = self.roles[source.role]
+            if isinstance(item, int):
+                inputs.append(MergeInput(source.role, checkpoint[source.key], checkpoint.payload(source.key)))
+                continue
+            infos = [self.roles[one.role][one.key] for one in step.sources]
+            found = describe_output(step.out.key, infos, item, step.rule)
+            made = Step(TensorInfo(step.out.key, found.dtype, found.shape), step.sources, rule=step.rule, recipe=item)
+            inputs.append(MergeInput(source.role, made.out, self._made(made, found, {})))
+        return merge.payload(inputs, step.out, losses, self._shared_workers())
+
     def _stored_bytes(self, role: str) -> StoredBytes:
         if role not in self._stored:
             self._stored[role] = StoredBytes(self.roles[role])
@@ -180,9 +216,11 @@ class Producer:
         if step.recipe is not None:
             if not step.is_cast and not step.recipe.is_lossy:
                 return None
-            operation, numbers = self._only_dequantize(step)
-            if operation is not None and operation.dtype == step.out.dtype:
-                self._dequantized(step, operation, numbers, step.out, self.losses).find_losses()
+            from ckptkit.values.computed import BlockPayload
+
+            payload = self.payload(step)
+            if isinstance(payload, BlockPayload):
+                payload.find_losses()
             else:
                 self.tensor(step)
         else:
@@ -230,6 +268,18 @@ class Producer:
         """Return the description of the tensor before the last cast, under the key of the output."""
         found = describe_step(step, self.roles)
         return TensorInfo(step.out.key, found.dtype, found.shape)
+
+
+def _only_merge(step: Step) -> Merge | None:
+    """Return the operation of a step that merges tensors and does nothing else after it."""
+    from ckptkit.plans.methods.operation import Merge
+
+    operations = step.recipe.operations if step.recipe is not None else ()
+    return operations[0] if len(operations) == 1 and isinstance(operations[0], Merge) else None
+
+
+def _first_source(recipe: int | Recipe) -> int:
+    return recipe if isinstance(recipe, int) else _first_source(recipe.inputs[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.metadata import follow_metadata
+from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -28,6 +29,7 @@ from ckptkit.plans.steps import (
     refuse_suspicious,
     role_to_edit,
 )
+from ckptkit.tensor_ops.operation import Operation
 from ckptkit.tensor_ops.recipes import Recipe
 from ckptkit.tensor_ops.registry import invert_chain, parse_operation
 
@@ -159,7 +161,12 @@ def _recipe(item: Mapping[str, Any], depth: int = 1) -> Recipe:
     if depth > _MAX_DEPTH:
         raise ValueError(f"recipes are nested more than {_MAX_DEPTH} deep")
     inputs = tuple(part if isinstance(part, int) else _recipe(part, depth + 1) for part in item["inputs"])
-    return Recipe(inputs, tuple(map(parse_operation, item["operations"])), _size(item["part"]))
+    return Recipe(inputs, tuple(map(_operation, item["operations"])), _size(item["part"]))
+
+
+def _operation(item: Mapping[str, Any]) -> Operation:
+    """Return an operation of a recipe: of the registry, or a merge, which rule files do not know."""
+    return Merge.parse(item[Merge.name]) if list(item) == [Merge.name] else parse_operation(item)
 
 
 def _size(value: object) -> int:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import threading
 import weakref
-import zlib
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.core.checkpoint.payload import Payload, Sink, part_of, read_into
-from ckptkit.core.crc32 import joined_crc32
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.checkpoint.payload import Payload, part_of
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.values.casting import cast_bytes
+from ckptkit.values.computed import BlockPayload, HeldBytes, bytes_of
 from ckptkit.values.dequantize.model import BrokenPartError, Decoder, ElementwiseDecoder
 from ckptkit.values.losses import Losses, count_losses
-from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
 if TYPE_CHECKING:
@@ -91,7 +88,7 @@ _RECENT: Final = _Recent()
 
 
 @dataclass(frozen=True, slots=True)
-class DequantizedPayload:
+class DequantizedPayload(BlockPayload[_Block]):
     """A payload that decodes a quantised weight while it is read, and rounds its numbers to the dtype of ``out``.
 
     ``sources`` has the payload of each part by its role. Once all bytes were read, ``losses`` has the losses of the
@@ -105,56 +102,10 @@ class DequantizedPayload:
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
     _held: _Held = field(default_factory=_Held, repr=False, compare=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of the weight."""
-        return self.out.nbytes
-
-    @property
-    def is_seekable(self) -> bool:
-        """Whether a range is read without the bytes before it: it is."""
-        return True
-
     def _refusal(self, error: BrokenPartError) -> FormatError:
         refusal, source = broken_part(self.out.key, self.decoder.parts, error), self.sources.get(error.role)
         refusal.path = source.file.path if isinstance(source, Extent) else None
         return refusal
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes in pieces, all of them computed in this thread."""
-        own = Workers(1)  # a piece is valid until the next one, also where a caller reads two payloads in turn
-        found = Losses()
-        for block in self._blocks():
-            made, losses = self._decoded(block, own)
-            found = found.plus(losses)
-            yield made
-        self._keep(found)
-
-    def readinto(self, buffer: memoryview) -> None:
-        """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
-        for _ in self.write_to(MemorySink(buffer), 0):
-            pass
-
-    def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
-        """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
-
-        def work(block: _Block) -> tuple[int, Losses, int]:
-            made, losses = self._decoded(block, self.workers)
-            out.write(made, offset + self._place(block))
-            return len(made), losses, zlib.crc32(made) if checksum else 0
-
-        crc, found = 0, Losses()
-        for count, losses, part in self.workers.each(work, self._blocks()):
-            found = found.plus(losses)
-            if checksum:
-                crc = joined_crc32(crc, part, count)
-            yield count
-        self._keep(found)
-        return crc
-
-    def slice(self, start: int, nbytes: int) -> Payload:
-        """Return some of the bytes, for which only their rows are decoded."""
-        return _Slice(self, start, nbytes)
 
     def try_all(self) -> None:
         """Decode all rows, and forget them. Raises ``BrokenPartError`` instead of the error that names the weight."""
@@ -163,31 +114,14 @@ class DequantizedPayload:
         def work(block: _Block) -> None:
             self._numbers(block, self._read(block, streamed, self.workers), held, self.workers)
 
-        for _ in self.workers.each(work, self._blocks()):
+        for _ in self.workers.each(work, self.blocks()):
             pass
 
-    def find_losses(self) -> None:
-        """Compute all bytes only for their losses."""
-        for _ in self.write_to(NullSink(), 0):
-            pass
+    def first_element(self, block: _Block) -> int:
+        """Return the number of elements before a block."""
+        return block.first * self.decoder.grid[1] + block.start
 
-    def read_range(self, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes from byte ``start`` on."""
-        itemsize = DTYPES[self.out.dtype].bits // 8
-        if not len(buffer):
-            return
-        stop = start + len(buffer)
-        for block in self._blocks(start // itemsize, -(-stop // itemsize)):
-            made, _ = self._decoded(block, self.workers)
-            place = self._place(block)
-            begin, end = max(start, place), min(stop, place + len(made))
-            buffer[begin - start : end - start] = made[begin - place : end - place]
-
-    def _place(self, block: _Block) -> int:
-        """Return the number of bytes before a block."""
-        return (block.first * self.decoder.grid[1] + block.start) * DTYPES[self.out.dtype].bits // 8
-
-    def _blocks(self, low: int = 0, high: int | None = None) -> Iterator[_Block]:
+    def blocks(self, low: int = 0, high: int | None = None) -> Iterator[_Block]:
         """Yield the blocks that have the numbers from ``low`` to ``high``: rows, or columns of a row if it is long."""
         rows, columns = self.decoder.grid
         end = rows * columns if high is None else high
@@ -211,7 +145,7 @@ class DequantizedPayload:
             yield _Block(start, stop, 0, columns)
             start = stop
 
-    def _decoded(self, block: _Block, workers: Workers) -> tuple[memoryview, Losses]:
+    def make(self, block: _Block, workers: Workers) -> tuple[memoryview, Losses]:
         """Return the bytes of a block in a buffer of this thread, and the losses of their rounding."""
         import numpy as np
 
@@ -262,7 +196,7 @@ class DequantizedPayload:
         held = self._held
         with held.lock:
             if held.read is None or held.read[:3] != (role, start, nbytes):
-                held.read = (role, start, nbytes, memoryview(_bytes_of(part_of(source, start, nbytes))))
+                held.read = (role, start, nbytes, memoryview(bytes_of(part_of(source, start, nbytes))))
             return held.read[3]
 
     def _numbers(
@@ -289,7 +223,7 @@ class DequantizedPayload:
             if made is None:
                 decoder = self.decoder
                 whole = {
-                    role: memoryview(_bytes_of(source))
+                    role: memoryview(bytes_of(source))
                     for role, source in self.sources.items()
                     if role not in decoder.streamed
                 }
@@ -298,59 +232,18 @@ class DequantizedPayload:
                 except BrokenPartError as error:
                     raise self._refusal(error) from None
                 streamed = {
-                    role: source if hasattr(source, "slice") else _InMemory(_bytes_of(source))
+                    role: source if hasattr(source, "slice") else HeldBytes(bytes_of(source))
                     for role, source in self.sources.items()
                     if role in decoder.streamed
                 }
                 made = held.made = (streamed, value)
-                in_memory = (source.nbytes for source in streamed.values() if isinstance(source, _InMemory))
+                in_memory = (source.nbytes for source in streamed.values() if isinstance(source, HeldBytes))
                 _RECENT.add(held, sum(map(len, whole.values())) + sum(in_memory))
             return made
 
-    def _keep(self, losses: Losses) -> None:
+    def keep(self, losses: Losses) -> None:
+        """Store the losses of all blocks, if they are wanted."""
         if self.losses is not None:
             key = self.out.key
             found = _WORKING if self.out.dtype != _WORKING else self.decoder.parts["codes"].dtype
             self.losses[key] = losses.of(key, found, self.out.dtype, self.out.elements)
-
-
-def _bytes_of(source: Payload) -> bytearray:
-    data = bytearray(source.nbytes)
-    read_into(source, memoryview(data))
-    return data
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    whole: DequantizedPayload
-    start: int
-    nbytes: int
-
-    def chunks(self) -> Iterator[memoryview]:
-        for start in range(0, self.nbytes, PIECE):
-            data = memoryview(bytearray(min(PIECE, self.nbytes - start)))
-            self.whole.read_range(self.start + start, data)
-            yield data
-
-    def readinto(self, buffer: memoryview) -> None:
-        self.whole.read_range(self.start, buffer)
-
-    def slice(self, start: int, nbytes: int) -> Payload:
-        return part_of(self.whole, self.start + start, nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class _InMemory:
-    """The bytes of a payload that can be read only from its beginning."""
-
-    data: bytearray
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
-
-    def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(self.data)
-
-    def slice(self, start: int, nbytes: int) -> Payload:
-        return _InMemory(self.data[start : start + nbytes])

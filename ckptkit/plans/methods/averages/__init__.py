@@ -1,0 +1,1 @@
+"""Methods that average tensors, or add differences of tensors."""

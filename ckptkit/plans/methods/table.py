@@ -1,0 +1,24 @@
+"""All methods of merging by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckptkit.core.text import nearest, quoted
+from ckptkit.errors import ArgumentError
+from ckptkit.plans.methods.averages.linear import Average, Linear
+from ckptkit.plans.methods.model import Method
+
+__all__ = ["METHODS", "method_named"]
+
+_KINDS: tuple[type[Method], ...] = (Linear, Average)
+METHODS: Mapping[str, type[Method]] = {kind.name: kind for kind in _KINDS}
+
+
+def method_named(name: str) -> type[Method]:
+    """Return the method of this name. Raises ``ArgumentError`` for an unknown name, with the nearest one."""
+    if name in METHODS:
+        return METHODS[name]
+    near = nearest(name, METHODS)
+    hint = f"did you mean {quoted(near)}?" if near else f"known: {', '.join(METHODS)}"
+    raise ArgumentError(f"there is no method {quoted(name)}", hint=hint)

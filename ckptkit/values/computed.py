@@ -1,0 +1,170 @@
+"""The base class of payloads that compute their bytes in blocks: by all threads, in any order, with their losses."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.core.checkpoint.payload import Payload, Sink, part_of, read_into
+from ckptkit.core.crc32 import joined_crc32
+from ckptkit.core.dtypes import DTYPES
+from ckptkit.values.losses import Losses
+from ckptkit.values.sinks import MemorySink, NullSink
+from ckptkit.values.workers import PIECE, Workers
+
+__all__ = ["BlockPayload", "HeldBytes", "bytes_of"]
+
+_Block = TypeVar("_Block")
+
+
+class BlockPayload(ABC, Generic[_Block]):
+    """A payload that is computed in blocks, which lie one after the other; ``out`` describes the result.
+
+    The threads are those of ``workers``, which may be shared.
+    """
+
+    __slots__ = ()
+
+    out: TensorInfo
+    workers: Workers
+
+    @abstractmethod
+    def blocks(self, low: int = 0, high: int | None = None) -> Iterator[_Block]:
+        """Yield the blocks that have the elements from ``low`` to ``high``, by default all, in order."""
+
+    @abstractmethod
+    def first_element(self, block: _Block) -> int:
+        """Return the number of elements before a block."""
+
+    @abstractmethod
+    def make(self, block: _Block, workers: Workers) -> tuple[memoryview, Losses]:
+        """Return the bytes of a block in a buffer of this thread, and the losses of their rounding."""
+
+    @abstractmethod
+    def keep(self, losses: Losses) -> None:
+        """Store the losses of all blocks."""
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the result."""
+        return self.out.nbytes
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a range is read without the bytes before it: it is."""
+        return True
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes in pieces, all of them computed in this thread."""
+        own = Workers(1)  # a piece is valid until the next one, also where a caller reads two payloads in turn
+        found = Losses()
+        for block in self.blocks():
+            made, losses = self.make(block, own)
+            found = found.plus(losses)
+            yield made
+        self.keep(found)
+
+    def readinto(self, buffer: memoryview) -> None:
+        """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
+        for _ in self.write_to(MemorySink(buffer), 0):
+            pass
+
+    def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
+        """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
+
+        def work(block: _Block) -> tuple[int, Losses, int]:
+            made, losses = self.make(block, self.workers)
+            out.write(made, offset + self._place(block))
+            return len(made), losses, zlib.crc32(made) if checksum else 0
+
+        crc, found = 0, Losses()
+        for count, losses, part in self.workers.each(work, self.blocks()):
+            found = found.plus(losses)
+            if checksum:
+                crc = joined_crc32(crc, part, count)
+            yield count
+        self.keep(found)
+        return crc
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        """Return some of the bytes, for which only their blocks are computed."""
+        return _Slice(self, start, nbytes)
+
+    def find_losses(self) -> None:
+        """Compute all bytes only for their losses."""
+        for _ in self.write_to(NullSink(), 0):
+            pass
+
+    def read_range(self, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes from byte ``start`` on."""
+        itemsize = DTYPES[self.out.dtype].bits // 8
+        if not len(buffer):
+            return
+        stop = start + len(buffer)
+        for block in self.blocks(start // itemsize, -(-stop // itemsize)):
+            made, _ = self.make(block, self.workers)
+            place = self._place(block)
+            begin, end = max(start, place), min(stop, place + len(made))
+            buffer[begin - start : end - start] = made[begin - place : end - place]
+
+    def _place(self, block: _Block) -> int:
+        return self.first_element(block) * DTYPES[self.out.dtype].bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    whole: BlockPayload[Any]
+    start: int
+    nbytes: int
+
+    @property
+    def is_seekable(self) -> bool:
+        return True
+
+    def chunks(self) -> Iterator[memoryview]:
+        for start in range(0, self.nbytes, PIECE):
+            data = memoryview(bytearray(min(PIECE, self.nbytes - start)))
+            self.whole.read_range(self.start + start, data)
+            yield data
+
+    def readinto(self, buffer: memoryview) -> None:
+        self.whole.read_range(self.start, buffer)
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        return part_of(self.whole, self.start + start, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """The bytes of a payload that can be read only from its beginning."""
+
+    data: bytearray
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return len(self.data)
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a range is read without the bytes before it: it is."""
+        return True
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield all bytes."""
+        yield memoryview(self.data)
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        """Return some of the bytes."""
+        return HeldBytes(self.data[start : start + nbytes])
+
+
+def bytes_of(source: Payload) -> bytearray:
+    """Return all bytes of a payload."""
+    data = bytearray(source.nbytes)
+    read_into(source, memoryview(data))
+    return data
