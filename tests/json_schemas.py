@@ -414,6 +414,7 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
                         "overflowed": _count("How many were too large for the new dtype."),
                         "underflowed": _count("How many became 0."),
                         "truncated": _count("How many lost a fraction."),
+                        "infinite_codes": _count("How many codes of a quantised weight stand for NaN or inf."),
                     },
                 ),
             ),

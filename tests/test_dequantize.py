@@ -81,6 +81,27 @@ def test_rules_see_plain_tensors_and_can_dequantise_some(model: Model) -> None:
     assert "dequantize=True reads it as numbers" in str(refusal.value)
 
 
+def test_codes_that_stand_for_nan_are_written_and_said(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are numbers of the checkpoint, as NaN in a plain tensor is; the report has their count and tensor."""
+    codes = model.parts["l.weight"].clone()
+    codes.view(torch.uint8)[3, :2] = 0x7F
+    model.save(model.parts | {"l.weight": codes})
+    out = tmp_path / "out.safetensors"
+    ran = run_ckpt(capsys, "convert", str(model.path), "-o", str(out), "--dequantize")
+    assert ran.code == 0
+    assert f"2 codes stand for NaN or inf, and are written so: 'l.weight' (2 of {ROWS * COLUMNS:,})" in ran.err
+    assert int(load_file(out)["l.weight"].isnan().sum()) == 2
+    adapter = {"l.lora_A.weight": torch.randn(2, COLUMNS), "l.lora_B.weight": torch.randn(ROWS, 2)}
+    config = {"r": 2, "lora_alpha": 2}
+    folded = ckptkit.merge_lora(model.path, adapter, tmp_path / "folded.safetensors", config, dequantize=True)
+    assert [loss.infinite_codes for loss in folded.losses] == [2]
+    net = torch.nn.ModuleDict({"l": torch.nn.Linear(COLUMNS, ROWS, bias=False), "n": torch.nn.LayerNorm(4, bias=False)})
+    report = ckptkit.load_into(net, model.path, dequantize=True)
+    assert [finding.key for finding in report.findings if finding.code == "load.infinite"] == ["l.weight"]
+
+
 @pytest.mark.parametrize("options", [{"drop": ["*.weight_scale_inv"]}, {"keep": ["n.*", "*_scale_inv"]}])
 def test_a_pattern_for_parts_that_are_gone_is_an_error_that_says_so(
     options: dict[str, list[str]], model: Model

@@ -100,12 +100,12 @@ def test_a_long_row_is_decoded_in_parts(
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_products_that_float32_cannot_hold_are_losses(dtype: str) -> None:
-    """A code that stands for inf or NaN stays so, and is not a loss."""
+    """A code that stands for inf or NaN stays so: it does not overflow, and is counted."""
     codes = torch.tensor([[2.0, torch.inf, torch.nan, 1.0]]).to(torch.float8_e5m2)
     made = payload("scaled", {"codes": codes, "scales": torch.tensor([[3e38]])}, dtype)
     made.find_losses()
     assert made.losses is not None
-    assert made.losses["w"].overflowed == 1
+    assert (made.losses["w"].overflowed, made.losses["w"].infinite_codes) == (1, 2)
 
 
 def test_broken_scales_are_refused_with_the_name_of_the_part() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.dtypes import is_float
-from ckptkit.core.text import plural, quoted, short_number
+from ckptkit.core.text import listed, plural, quoted, short_number
 
-__all__ = ["CastLoss", "describe_overflow", "describe_small_losses", "wider_dtype"]
+__all__ = ["CastLoss", "describe_infinite_codes", "describe_overflow", "describe_small_losses", "wider_dtype"]
 
 _MOST_KEYS = 4
 _WIDER = {  # the largest finite values
@@ -29,6 +29,7 @@ class CastLoss:
     ``largest`` is the largest finite magnitude among the overflowed values. ``is_mask`` is true if each of them is the
     lowest value of a floating-point dtype, as in masks. ``infinite`` counts those of the overflowed that were inf, and
     that the dtype cannot hold either. ``saturated`` is true if they become the largest value of the dtype, not NaN.
+    ``infinite_codes`` counts the codes of a quantised weight that stand for NaN or inf, and are written so.
     """
 
     key: str
@@ -42,6 +43,7 @@ class CastLoss:
     is_mask: bool = False
     infinite: int = 0
     saturated: bool = False
+    infinite_codes: int = 0
 
     def __add__(self, later: CastLoss) -> CastLoss:
         """Return the losses of two casts of one tensor, the second after the first."""
@@ -57,6 +59,7 @@ class CastLoss:
             later.is_mask and not self.overflowed,
             self.infinite + later.infinite,
             self.saturated or later.saturated,
+            self.infinite_codes + later.infinite_codes,
         )
 
     @property
@@ -65,8 +68,8 @@ class CastLoss:
         return _overflowed_value(self.dtype) == "inf"
 
     def __bool__(self) -> bool:
-        """Return whether any value changed in one of the counted ways."""
-        return bool(self.overflowed or self.underflowed or self.truncated)
+        """Return whether any value changed, or stands for a number, in one of the counted ways."""
+        return bool(self.overflowed or self.underflowed or self.truncated or self.infinite_codes)
 
     def __str__(self) -> str:
         """Return the tensor, its dtypes and the counts: ``'w' (F32 to F16): 2 of 4 values become inf``."""
@@ -128,6 +131,17 @@ def describe_small_losses(losses: Iterable[CastLoss]) -> list[str]:
         counts = str(total).partition("): ")[2]
         lines.append(f"cast of {len(several):,} tensors ({found} to {dtype}): {counts}; most in {quoted(first.key)}")
     return lines
+
+
+def describe_infinite_codes(losses: Iterable[CastLoss]) -> list[str]:
+    """Return a sentence about the codes that stand for NaN or inf, if there are any, with the first keys."""
+    found = [loss for loss in losses if loss.infinite_codes]
+    if not found:
+        return []
+    count = sum(loss.infinite_codes for loss in found)
+    named = [f"{quoted(loss.key)} ({loss.infinite_codes:,} of {loss.values:,})" for loss in found]
+    verbs = "stands for NaN or inf, and is" if count == 1 else "stand for NaN or inf, and are"
+    return [f"{plural(count, 'code')} {verbs} written so: {listed(named, _MOST_KEYS, show=str)}"]
 
 
 def _total(losses: Sequence[CastLoss]) -> CastLoss:

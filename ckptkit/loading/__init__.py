@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from ckptkit.core.arguments import require_flags, takes_rules
+from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.gc_pause import rare_gc
@@ -26,6 +27,7 @@ from ckptkit.loading.report import Asked, LoadReport, report_load
 from ckptkit.loading.snapshot import Snapshot
 from ckptkit.loading.watch import named_tensors
 from ckptkit.plans.merge import plan_loading
+from ckptkit.plans.plan import Step
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
     MISSING_ACTIONS,
@@ -131,7 +133,8 @@ def load_into(
         base = _describe(model)
         requirements = parse_requirements(require, min_coverage)
         stored = stack.enter_context(opened(checkpoint, "checkpoint"))
-        donor = as_numbers(stored, dequantize).checkpoint
+        rounded: dict[str, CastLoss] = {}
+        donor = as_numbers(stored, dequantize, rounded).checkpoint
         plan, own = plan_loading(
             base,
             donor,
@@ -154,11 +157,20 @@ def load_into(
         extra_states = [step.out.key for step in steps if is_extra_state(step.out.key)]
         before = stack.enter_context(Snapshot(model, extra_states)) if rollback else loading.watch()
         found = loading.run(before)
+        found = replace(found, losses=(*found.losses, *_under_keys(rounded, steps)))
     asked = Asked(
         parse_policy("on_missing", "keep" if on_missing is None else on_missing, MISSING_ACTIONS),
         parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
     )
     return report_load(base, plan, handing, found, donor.warnings, asked=asked)
+
+
+def _under_keys(losses: Mapping[str, CastLoss], steps: Sequence[Step]) -> Iterator[CastLoss]:
+    """Yield the losses of tensors of the checkpoint under the keys that they have in the model."""
+    for step in steps:
+        loss = losses.get(step.sources[0].key)
+        if loss:
+            yield replace(loss, key=step.out.key)
 
 
 def _describe(model: Module) -> Checkpoint:

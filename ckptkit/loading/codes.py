@@ -7,6 +7,7 @@ from ckptkit.core.findings import Code, codes_in
 __all__ = [
     "CODES",
     "DERIVED",
+    "INFINITE",
     "META",
     "MISSING",
     "NAMED",
@@ -20,6 +21,7 @@ __all__ = [
     "UNPROVED",
 ]
 
+INFINITE = Code("load.infinite", ("warning",), "Codes of a quantised weight stand for NaN or inf, and were loaded so.")
 MISSING = Code(
     "load.missing", ("warning", "note"), "A tensor of the model is not in the checkpoint and keeps its value."
 )

@@ -126,6 +126,9 @@ def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
     for loss in losses:
         if loss.overflowed:
             yield codes.OVERFLOW.finding(loss.key, describe_overflow([loss]))
+        if loss.infinite_codes:
+            count = f"{loss.infinite_codes:,} of {plural(loss.values, 'code')}"
+            yield codes.INFINITE.finding(loss.key, f"{quoted(loss.key)} has {count} that stand for NaN or inf")
         for sentence in describe_small_losses([loss]):
             yield codes.UNDERFLOW.finding(loss.key, sentence)
 

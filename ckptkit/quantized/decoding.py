@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,7 @@ from ckptkit.quantized.configuration import Configuration, configured_dtype, rea
 from ckptkit.quantized.known import Known
 
 if TYPE_CHECKING:
+    from ckptkit.core.cast_losses import CastLoss
     from ckptkit.values.dequantize.model import Decoder, Setting
     from ckptkit.values.dequantize.payload import DequantizedPayload
     from ckptkit.values.workers import Workers
@@ -66,13 +67,22 @@ class Decoded:
         """The key of the part that has each role."""
         return self.weight.roles
 
-    def payload(self, stored: StoredBytes, out: TensorInfo, workers: Workers | None = None) -> DequantizedPayload:
-        """Return the bytes of the weight, with the dtype of ``out``; ``stored`` has the bytes of the parts."""
+    def payload(
+        self,
+        stored: StoredBytes,
+        out: TensorInfo,
+        workers: Workers | None = None,
+        losses: MutableMapping[str, CastLoss] | None = None,
+    ) -> DequantizedPayload:
+        """Return the bytes of the weight, with the dtype of ``out``; ``stored`` has the bytes of the parts.
+
+        ``losses`` gets the losses of the numbers whenever all bytes were read.
+        """
         from ckptkit.values.dequantize.payload import DequantizedPayload
         from ckptkit.values.workers import Workers
 
         sources = {role: stored.payload(key) for role, key in self.weight.roles}
-        return DequantizedPayload(self.decoder, sources, out, None, workers or Workers())
+        return DequantizedPayload(self.decoder, sources, out, losses, workers or Workers())
 
 
 class Decoding:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ckptkit.core.arguments import refuse
+from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, replaced_tensors
 from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.text import plural, quoted
@@ -93,13 +94,17 @@ class DequantizedView:
         ]
 
 
-def as_numbers(checkpoint: Checkpoint, dequantize: DequantizeLike) -> DequantizedView:
+def as_numbers(
+    checkpoint: Checkpoint, dequantize: DequantizeLike, losses: MutableMapping[str, CastLoss] | None = None
+) -> DequantizedView:
     """Return a checkpoint with its quantised weights as numbers, or as it is if ``dequantize`` is false.
 
-    The numbers are F32 if ``dequantize`` names no dtype. Raises as ``dequantized``.
+    The numbers are F32 if ``dequantize`` names no dtype. ``losses`` and errors are as in ``dequantized``.
     """
     is_wanted, dtype = parse_dequantize(dequantize)
-    return dequantized(checkpoint, dtype or "F32") if is_wanted else DequantizedView(checkpoint, checkpoint, {})
+    if not is_wanted:
+        return DequantizedView(checkpoint, checkpoint, {})
+    return dequantized(checkpoint, dtype or "F32", losses=losses)
 
 
 def dequantized(
@@ -107,11 +112,13 @@ def dequantized(
     dtype: str | None = None,
     *,
     wanted: Callable[[QuantizedWeight], str | bool] | None = None,
+    losses: MutableMapping[str, CastLoss] | None = None,
 ) -> DequantizedView:
     """Return a checkpoint with its quantised weights as numbers of ``dtype``; none of them is read yet.
 
     Without ``dtype``, the dtype is the one that ``config.json`` names, else the one that the scheme records, else F32.
-    ``wanted`` says of each weight whether it is dequantised, or to which dtype.
+    ``wanted`` says of each weight whether it is dequantised, or to which dtype. ``losses`` gets the losses of each
+    weight whenever all of it was read.
 
     Raises ``PlanError`` for a scheme that ckptkit cannot decode, and ``FormatError`` for missing or broken parts.
     """
@@ -146,7 +153,7 @@ def dequantized(
 
     def payload(info: TensorInfo) -> Payload | None:
         decoded = weights.get(info.key)
-        return None if decoded is None else decoded.payload(stored, info, workers)
+        return None if decoded is None else decoded.payload(stored, info, workers, losses)
 
     reasons = {key: reason for key, (_, reason) in dtypes.items()}
     return DequantizedView(checkpoint, replaced_tensors(checkpoint, infos, payload), weights, reasons)

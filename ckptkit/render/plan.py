@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
+from ckptkit.core.cast_losses import CastLoss, describe_infinite_codes, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.errors import COMMAND
 from ckptkit.formats.safetensors_header import METADATA
@@ -87,6 +87,7 @@ def _cast_document(loss: CastLoss) -> dict[str, object]:
         "overflowed": loss.overflowed,
         "underflowed": loss.underflowed,
         "truncated": loss.truncated,
+        "infinite_codes": loss.infinite_codes,
     }
 
 
@@ -209,9 +210,9 @@ def _unread(plan: Plan) -> list[str]:
 
 
 def _losses(written: Written) -> list[str]:
-    """Return sentences about the values that casts changed to inf, to 0 or to an integer."""
+    """Return sentences about the values that casts changed to inf, to 0 or to an integer, and about infinite codes."""
     overflow = [describe_overflow(written.losses)] if any(loss.overflowed for loss in written.losses) else []
-    return [*overflow, *describe_small_losses(written.losses)]
+    return [*overflow, *describe_small_losses(written.losses), *describe_infinite_codes(written.losses)]
 
 
 def _first_names(names: Sequence[str], most: int) -> str:

@@ -53,6 +53,7 @@ class RecipeCounter:
     largest: float = 0.0
     infinite: int = 0
     saturated: bool = False
+    infinite_codes: int = 0
 
     def add(self, inputs: Sequence[Tensor], before: Tensor, after: Tensor) -> None:
         """Count the losses of an output of an operation: before and after it was rounded to its dtype.
@@ -78,6 +79,7 @@ class RecipeCounter:
             self.overflowed += loss.overflowed
             self.underflowed += loss.underflowed
             self.largest = max(self.largest, loss.largest)
+            self.infinite_codes += loss.infinite_codes
             self.found = loss.found
 
     def loss(self, key: str, output: Tensor) -> CastLoss:
@@ -85,7 +87,7 @@ class RecipeCounter:
         import torch
 
         code = code_of(output.dtype)
-        loss = CastLoss(key, self.found or code, code, output.numel())
+        loss = CastLoss(key, self.found or code, code, output.numel(), infinite_codes=self.infinite_codes)
         if not (self.overflowed or self.underflowed or self.truncated):
             return loss
         # Later operations can have left out some of the values, or given them to another output.

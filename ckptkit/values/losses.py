@@ -31,10 +31,11 @@ class Losses(NamedTuple):
     is_mask: bool = True
     infinite: int = 0
     saturated: bool = False
+    infinite_codes: int = 0
 
     def __bool__(self) -> bool:
         """Return whether any value was lost."""
-        return bool(self.overflowed or self.underflowed or self.truncated)
+        return bool(self.overflowed or self.underflowed or self.truncated or self.infinite_codes)
 
     def plus(self, other: Losses) -> Losses:
         """Return the losses of the values of both."""
@@ -46,6 +47,7 @@ class Losses(NamedTuple):
             self.is_mask and other.is_mask,
             self.infinite + other.infinite,
             self.saturated or other.saturated,
+            self.infinite_codes + other.infinite_codes,
         )
 
     def of(self, key: str, found: str, out: str, values: int) -> CastLoss:
@@ -53,7 +55,7 @@ class Losses(NamedTuple):
         return CastLoss(
             key, found, out, values, *self[:3],
             largest=self.largest, is_mask=bool(self.overflowed) and self.is_mask,
-            infinite=self.infinite, saturated=self.saturated,
+            infinite=self.infinite, saturated=self.saturated, infinite_codes=self.infinite_codes,
         )  # fmt: skip
 
 

@@ -117,6 +117,7 @@ CODE_NAMES = frozenset(
         "inf",
         "link-outside",
         "load.derived",
+        "load.infinite",
         "load.meta",
         "load.missing",
         "load.named",

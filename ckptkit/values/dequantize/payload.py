@@ -167,14 +167,16 @@ class DequantizedPayload(BlockPayload[_Block]):
     def _overflows(
         self, numbers: npt.NDArray[np.float32], streamed: Mapping[str, memoryview], workers: Workers
     ) -> Losses:
-        """Return how many products of finite codes and finite scales float32 cannot hold."""
+        """Return how many codes stand for NaN or inf, and how many products of finite numbers float32 cannot hold."""
         import numpy as np
 
         finite = np.isfinite(numbers, out=workers.buffer("finite", np.bool_, numbers.size))
         count = numbers.size - int(np.count_nonzero(finite))
-        if count:
-            count -= self.decoder.infinite_codes(streamed)
-        return Losses(overflowed=count, is_mask=False) if count else Losses()
+        if not count:
+            return Losses()
+        infinite = min(self.decoder.infinite_codes(streamed), count)
+        overflowed = count - infinite
+        return Losses(overflowed=overflowed, is_mask=not overflowed, infinite_codes=infinite)
 
     def _read(self, block: _Block, parts: Mapping[str, Payload], workers: Workers) -> Mapping[str, memoryview]:
         """Return the bytes of the parts that are read by rows, for a block."""
