@@ -53,7 +53,7 @@ def load_rules(
     require_path(path, "path")
     require_type(variables, Mapping | None, "variables", 'a mapping, such as {"heads": 32}')
     require_strings(variables or (), "variables", 'a mapping, such as {"heads": 32}')
-    from ckptkit.core.config_files import default_error_path, read_settings, read_table_file
+    from ckptkit.core.config_files import default_error_path, format_of, read_settings, read_table_file
     from ckptkit.rules.variables import Settings
 
     name = clean_path(os.fsdecode(path))
@@ -67,7 +67,8 @@ def load_rules(
     settings = Settings(given, None if config is None else lambda: read_settings(config, _CONFIG))
     with default_error_path(name):
         text = _text_of(name)
-        return parse_rules(file=read_table_file(name, text), lines=rule_lines(text), settings=settings)
+        lines = rule_lines(text) if format_of(name) == "toml" else ()
+        return parse_rules(file=read_table_file(name, text), lines=lines, settings=settings)
 
 
 def preset_rules(name: str, variables: Mapping[str, int] | None = None, *, config: object = None) -> Rules:

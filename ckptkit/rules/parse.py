@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, TypeGuard, cast, get_args
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast, get_args
 from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.patterns import Template, parse_pattern, parse_rename, parse_template
 from ckptkit.core.text import quoted
+from ckptkit.core.toml_lines import toml_lines
 from ckptkit.errors import RuleError
 from ckptkit.rules.model import OnCollision, Rule, Rules, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
@@ -22,7 +22,6 @@ __all__ = ["FILE_KEYS", "are_strings", "parse_rules", "rule_lines", "rules_from_
 FILE_KEYS = frozenset({"keep", "strip", "rule", "stage", "vars"})
 _MAX_STAGES = 50
 _COLLISIONS: tuple[str, ...] = get_args(OnCollision)
-_RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*(?P<staged>stage[ \t]*\.[ \t]*)?rule[ \t]*\]\]", re.MULTILINE)
 
 
 def parse_rules(
@@ -67,16 +66,11 @@ def parse_rules(
 
 def rule_lines(text: str) -> tuple[int, ...]:
     """Return the line, counted from 1, on which each ``[[rule]]`` of a TOML file begins, in the order of the stages."""
+    lines = toml_lines(text)
     # A [[rule]] belongs to the first stage wherever it is in the file; a [[stage.rule]] does not.
-    headers = sorted(_RULE_HEADER.finditer(text), key=lambda header: header["staged"] is not None)
-    starts = sorted(header.start() for header in headers)
-    lines: dict[int, int] = {}
-    line, done = 1, 0
-    for start in starts:
-        line += text.count("\n", done, start)
-        done = start
-        lines[start] = line
-    return tuple(lines[header.start()] for header in headers)
+    first = [line for path, line in lines.items() if len(path) == 2 and path[0] == "rule"]
+    staged = [line for path, line in lines.items() if len(path) == 4 and (path[0], path[2]) == ("stage", "rule")]
+    return (*first, *staged)
 
 
 def rules_from_table(

@@ -1,0 +1,1 @@
+"""Recipes of merges: parsed, written, and planned."""

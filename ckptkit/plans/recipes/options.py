@@ -1,0 +1,101 @@
+"""Make a recipe of the options of a command line: inputs in order, a base, weights and other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ckptkit.core.files.places import kind_at
+from ckptkit.core.text import listed, nearest, quoted
+from ckptkit.errors import ArgumentError, RecipeError
+from ckptkit.plans.methods.table import method_named
+from ckptkit.plans.recipes.model import MergeRecipe, Places
+from ckptkit.plans.recipes.parse import recipe_from_table
+from ckptkit.plans.recipes.paths import input_name
+
+__all__ = ["named_input", "recipe_from_options"]
+
+
+def recipe_from_options(
+    method: str,
+    inputs: Sequence[str],
+    *,
+    base: str = "",
+    weights: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+    others: Mapping[str, object] | None = None,
+) -> MergeRecipe:
+    """Return the recipe that a command line describes.
+
+    ``inputs`` are paths in order, or ``NAME=PATH``. ``base`` is the name of one of them, or a further path. ``weights``
+    and ``parameters`` are ``NAME=VALUE``: of ``weights``, the name is that of an input. A parameter for each input can
+    also be ``INPUT.NAME=VALUE``. ``others`` are fields of the top of a recipe, such as ``out_dtype``.
+
+    Raises ``RecipeError`` as ``parse_recipe`` does, and where a text has no ``=`` or names no input.
+
+    Example:
+        >>> recipe = recipe_from_options("linear", ["a.pt", "B=b.pt"], weights=["B=2"], parameters=["normalize=false"])
+        >>> [each.name for each in recipe.inputs], dict(recipe.inputs[1].parameters), dict(recipe.parameters)
+        (['a', 'B'], {'weight': 2}, {'normalize': False})
+    """
+    try:
+        known = method_named(method).parameters()
+    except ArgumentError as error:
+        raise RecipeError(error.reason, hint=error.hint) from None
+    tables: list[dict[str, object]] = []
+    for text in inputs:
+        name, path = named_input(text)
+        tables.append({"path": path} if name is None else {"name": name, "path": path})
+    by_name = {str(table.get("name") or input_name(str(table["path"]))): table for table in tables}
+    table: dict[str, object] = {"method": method, "input": tables, **(others or {})}
+    if base:
+        table["base"] = base
+    for text in weights:
+        name, value = _pair(text, "--weight", "B=0.5")
+        _of_input(by_name, name, "--weight")["weight"] = value
+    for text in parameters:
+        name, value = _pair(text, "--param", "density=0.5")
+        owner, _, inner = name.rpartition(".")
+        if owner and name not in known:
+            _of_input(by_name, owner, "--param")[inner] = value
+        else:
+            if name not in known:
+                near = nearest(name, known)
+                hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(known) or 'none'}"
+                raise RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
+            table[name] = value
+    return recipe_from_table(table, Places(is_named=False))
+
+
+def named_input(text: str) -> tuple[str | None, str]:
+    """Return the name and the path of an input that is given as ``PATH`` or ``NAME=PATH``."""
+    name, sign, path = text.partition("=")
+    if not sign or not name or not path or "/" in name or ":" in name or kind_at(text):
+        return None, text
+    return name, path
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, object]:
+    name, sign, value = text.rpartition("=")
+    if not sign or not name or not value:
+        raise RecipeError(f"{option} {quoted(text)} is not of the form NAME=VALUE", hint=f"{option} {example}")
+    return name, _value(value)
+
+
+def _of_input(inputs: Mapping[str, dict[str, object]], name: str, option: str) -> dict[str, object]:
+    if name not in inputs:
+        near = nearest(name, inputs)
+        hint = f"did you mean {quoted(near)}?" if near else f"the inputs are {listed(list(inputs))}"
+        raise RecipeError(f"{option}: there is no input {quoted(name)}", hint=hint)
+    return inputs[name]
+
+
+def _value(text: str) -> object:
+    """Return a number, true or false where the text is one, else the text."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
