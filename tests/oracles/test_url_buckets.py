@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.helpers_cli import ROOT
 from tests.oracles.servers.processes import run_command
-from tests.oracles.servers.s3 import S3Server
+from tests.oracles.servers.proxy import Proxy
+from tests.oracles.servers.s3 import S3Server, variables_of
 
 LENET = str(ROOT / "fixtures/lenet_tuned.safetensors")
 
@@ -32,3 +35,19 @@ def test_a_missing_bucket_is_said(words: tuple[str, ...], s3: S3Server) -> None:
     ran = run_command(*words, environment=s3.variables)
     assert ran.code == 2
     assert ran.err.splitlines()[-1].endswith("there is no bucket s3://nowhere")
+
+
+def test_the_time_limit_is_that_of_a_page_of_names(s3: S3Server, proxied: Callable[..., Proxy]) -> None:
+    """A folder of thousands of names may take longer than one answer may."""
+    folder = s3.folder / "many"
+    folder.mkdir()
+    for number in range(2500):
+        (folder / f"{number:04}.bin").touch()
+    (folder / "a.safetensors").write_bytes((ROOT / "fixtures/lenet_tuned.safetensors").read_bytes())
+    proxy = proxied(s3.address, latency=2.0)
+    variables = variables_of(proxy.url) | {"CKPTKIT_TIMEOUT": "5"}
+    ran = run_command("show", "--json", "s3://tests/many/a.safetensors", environment=variables)
+    assert ran.code == 0, ran.err
+    pages = proxy.requests("list-type=2")
+    assert len(pages) == 3
+    assert pages[-1].ended - pages[0].started > 5

@@ -32,7 +32,7 @@ class RemoteFolder:
     @public_errors()
     def names(self, most: int) -> FolderNames:
         """Return the names, at most ``most`` and one more. Raises ``PathError`` for a folder that does not exist."""
-        listing = finish(begin_list(self._url))
+        listing = finish(begin_list(self._url, most + 1))
         files = sorted(listing.files)[: most + 1]
         folders = sorted(filter(_is_inside, listing.folders))[: most + 1 - len(files)]
         return FolderNames(tuple(files), tuple(folders), listing.is_listed)
@@ -62,8 +62,8 @@ class RemoteFolder:
     def has_file(self, name: str) -> bool:
         """Return whether the folder has this file, by its listing or by asking for the file."""
         listing, last = self._listing_of(name)
-        if listing.is_listed:
-            return last in listing.files
+        if (is_there := listing.has_file(last)) is not None:
+            return is_there
         try:
             finish(begin_open(self._url_of(name)))
         except (NotFoundError, RefusedError):
@@ -72,12 +72,18 @@ class RemoteFolder:
 
     def knows(self, name: str) -> bool:
         """Return whether a listing answers ``has_file``, or the file was asked for."""
-        return self._listing_of(name)[0].is_listed or is_asked(self._url_of(name))
+        listing, last = self._listing_of(name)
+        return listing.has_file(last) is not None or is_asked(self._url_of(name))
 
     def has_folder(self, name: str) -> bool:
-        """Return whether the folder has this folder, by its listing."""
+        """Return whether the folder has this folder, by its listing, or by that of this folder where names are cut."""
         listing, last = self._listing_of(name)
-        return last in listing.folders
+        if last in listing.folders or not listing.is_cut:
+            return last in listing.folders
+        try:
+            return bool(finish(begin_list(self._url_of(name))))
+        except NotFoundError:
+            return False
 
     def has_link(self, name: str) -> bool:  # noqa: ARG002 - a store has no links
         """Return False."""

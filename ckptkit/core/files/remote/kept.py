@@ -15,6 +15,7 @@ from ckptkit.core.files.remote.running import finish, on_fork, start
 from ckptkit.core.files.remote.store import HEAD, Listing, ObjectState, Store
 from ckptkit.core.files.remote.stores import store_of
 from ckptkit.core.files.remote.traffic import Meter
+from ckptkit.errors import CkptkitError
 
 __all__ = [
     "Opened",
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _SECONDS = 60.0
 _MOST_FILES = 4096
 _MOST_FOLDERS = 256
+_MOST_NAMES = 10_000  # to find files beside one; they are asked for by name in a larger folder
 _MOST_AHEAD = 16 << 20  # bytes of all files that are opened at once
 _SMALLEST_HEAD = 4 << 10
 _ZIP_TAIL = 64 << 10  # in which a reader looks for the directory of a zip archive
@@ -156,14 +158,24 @@ def open_now(url: str) -> Opened:
     return opened
 
 
-def begin_list(url: str) -> Future[Listing]:
-    """Ask for the names in a folder, unless that was done; do not wait."""
+def begin_list(url: str, most: int = _MOST_NAMES) -> Future[Listing]:
+    """Ask for the names in a folder, all or at least ``most``, unless that was done; do not wait."""
     url = url.rstrip("/") if not url.endswith("://") else url
     kept = _folders.get(url)
-    if kept is not None:
+    if kept is not None and not _has_too_few(kept, most):
         return kept
     store = store_of(url)
-    return _folders.begin(url, store.listing(url), store.meter)
+    return _folders.begin(url, store.listing(url, most), store.meter)
+
+
+def _has_too_few(answer: Future[Listing], most: int) -> bool:
+    if most <= _MOST_NAMES:
+        return False
+    try:
+        listing = finish(answer)
+    except CkptkitError:
+        return False
+    return listing.is_cut and len(listing.files) + len(listing.folders) < most
 
 
 def known_state(url: str) -> ObjectState | None:
@@ -175,7 +187,7 @@ def known_state(url: str) -> ObjectState | None:
 def is_known_missing(url: str) -> bool:
     """Return whether a listing that is kept has no such file."""
     listing, name = _listing_above(url)
-    return listing is not None and listing.is_listed and name not in listing.files
+    return listing is not None and listing.has_file(name) is False
 
 
 def is_asked(url: str) -> bool:

@@ -58,6 +58,13 @@ class Listing:
     files: dict[str, ObjectState | None]
     folders: frozenset[str] = frozenset()
     is_listed: bool = True
+    is_cut: bool = False  # there are more names
+
+    def has_file(self, name: str) -> bool | None:
+        """Return whether there is a file of this name, or None where the listing does not tell."""
+        if self.is_listed and name in self.files:
+            return True
+        return False if self.is_listed and not self.is_cut else None
 
 
 @dataclass
@@ -102,8 +109,8 @@ class Store(ABC):
         """Return the state that the object has now."""
 
     @abstractmethod
-    async def listing(self, url: str) -> Listing:
-        """Return the names in a folder. Raises ``NotFoundError`` where nothing is."""
+    async def listing(self, url: str, most: int) -> Listing:
+        """Return the names in a folder: all, or at least ``most``. Raises ``NotFoundError`` where nothing is."""
 
     def check(self, url: str, state: ObjectState, now: ObjectState) -> None:
         """Raise ``ChangedError`` if the two states are of different versions."""

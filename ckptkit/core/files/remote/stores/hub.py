@@ -57,9 +57,9 @@ class HubStore(SyncStore):
         """Return the state that the file has now."""
         return (await self.head(url, 1, None))[0] if _path_of(url) else await self._by_library.state(url)
 
-    async def listing(self, url: str) -> Listing:
+    async def listing(self, url: str, most: int) -> Listing:
         """Return the names in a folder. Versions are told by the files themselves, since a list names other hashes."""
-        found = await self._by_library.listing(url)
+        found = await self._by_library.listing(url, most)
         if _path_of(url) is None:
             return found
         self.meter.add(requests=1)  # the library asks for the repository too

@@ -16,6 +16,7 @@ from ckptkit.errors import PathError
 __all__ = ["AsyncStore", "SyncStore"]
 
 _SLOWEST = 20_000  # bytes a second; these libraries do not show single bytes
+_PAGES = 10 << 20  # bytes of the pages of a long listing, which they do not show either
 _ARCHIVES = {"zip", "tar", "libarchive", "git", "sftp", "ssh"}  # their threads share one open file or connection
 
 
@@ -86,17 +87,13 @@ class AsyncStore(Store):
 
         return await self.tried(once, url)
 
-    async def listing(self, url: str) -> Listing:
+    async def listing(self, url: str, most: int) -> Listing:  # noqa: ARG002 - these libraries give all names at once
         """Return the names in a folder, with what the filesystem says of each file."""
-        return await self.rows(self.ls, url)
-
-    async def rows(self, ls: Callable[[str], Any], url: str) -> Listing:
-        """Return the listing that ``ls`` gives in rows of fsspec."""
         path = self.target(url).rstrip("/")
 
         async def once() -> Any:
             self.fs.invalidate_cache()
-            return await self.timed(ls(path))
+            return await self.timed(self.ls(path), _PAGES)
 
         rows = await self.tried(once, url)
         if not rows and not is_host(url):  # an empty bucket is there

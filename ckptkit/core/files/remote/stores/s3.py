@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptkit.core.files.remote.failures import TransientError
+from ckptkit.core.files.remote.failures import TransientError, not_found
 from ckptkit.core.files.remote.store import Listing, ObjectState, state_of
 from ckptkit.core.files.remote.stores.others import AsyncStore
 from ckptkit.core.files.remote.stores.web import check_start, copy_body, total_of, without_ranges
 
 __all__ = ["S3Store"]
+
+_LARGEST_PAGE = 1 << 20  # bytes
 
 
 class S3Store(AsyncStore):
@@ -61,7 +63,7 @@ class S3Store(AsyncStore):
             options["IfMatch"] = etag
         if version:
             options["VersionId"] = version
-        return await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **options)  # noqa: SLF001 - fsspec calls coroutines so
+        return await self._call("get_object", Bucket=bucket, Key=key, **options)
 
     async def _body(self, response: Any, buffer: memoryview) -> int:
         body = response["Body"]
@@ -77,9 +79,38 @@ class S3Store(AsyncStore):
                 body.close()
         return done
 
-    async def listing(self, url: str) -> Listing:
-        """Return the names in a folder, with the size and the ETag of each object."""
-        return await self.rows(self.fs._lsdir, url)  # noqa: SLF001 - fsspec calls coroutines so
+    async def listing(self, url: str, most: int) -> Listing:
+        """Return the names in a folder, with the size and the ETag of each object.
+
+        Each page of 1000 names is a request with its own time limit.
+        """
+        bucket, key, _ = self.fs.split_path(self.target(url).rstrip("/"))
+        prefix = f"{key}/" if key else ""
+        files: dict[str, ObjectState | None] = {}
+        folders: set[str] = set()
+        options = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        is_found = not key  # an empty bucket is there
+        while True:
+            page = await self.tried(lambda: self.timed(self._call("list_objects_v2", **options), _LARGEST_PAGE), url)
+            objects, inside = page.get("Contents") or (), page.get("CommonPrefixes") or ()
+            files |= {
+                row["Key"][len(prefix) :]: state_of({**row, "size": row["Size"]})
+                for row in objects
+                if row["Key"] != prefix  # the marker of the folder itself
+            }
+            folders |= {row["Prefix"][len(prefix) : -1] for row in inside}
+            is_found = is_found or bool(objects or inside)
+            options["ContinuationToken"] = following = page.get("NextContinuationToken") or ""
+            is_cut = bool(page.get("IsTruncated") and following)
+            if not is_cut or len(files) + len(folders) >= most:
+                break
+        if not is_found:
+            raise not_found(url)
+        return Listing(files, frozenset(folders), is_cut=is_cut)
+
+    async def _call(self, method: str, **options: str) -> Any:
+        """Return the answer of the server, which is asked once."""
+        return await self.fs._call_s3(method, **options, **getattr(self.fs, "req_kw", {}))  # noqa: SLF001 - fsspec calls coroutines so
 
 
 class _Reader:

@@ -139,7 +139,7 @@ class HttpStore(Store):
                 return ObjectState(len(data), etag, modified)
         raise without_ranges(size, url)
 
-    async def listing(self, url: str) -> Listing:
+    async def listing(self, url: str, most: int) -> Listing:  # noqa: ARG002 - a page has all names
         """Return the links of the page that the server has for a folder; without a page, the folder is not listed."""
         page = url.rstrip("/") + "/"
 
