@@ -249,6 +249,10 @@ class Method(ABC):
     def check(self) -> None:  # noqa: B027 - most methods need none
         """Refuse values that do not go together with ``ArgumentError``; each is in its range."""
 
+    def notes(self) -> tuple[str, ...]:
+        """Return what a plan should say of these numbers: sentences without a key."""
+        return ()
+
     @abstractmethod
     def resolve(self, tensor: MergedTensor) -> Merging:
         """Return the arithmetic for one tensor. Raises ``ArgumentError`` where the shape does not allow the method."""

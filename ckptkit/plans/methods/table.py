@@ -6,12 +6,22 @@ from collections.abc import Mapping
 
 from ckptkit.core.text import nearest, quoted
 from ckptkit.errors import ArgumentError
+from ckptkit.plans.methods.averages.differences import AddDifference, TrainDifference
+from ckptkit.plans.methods.averages.ema import Ema
 from ckptkit.plans.methods.averages.linear import Average, Linear
 from ckptkit.plans.methods.model import Method
+from ckptkit.plans.methods.pairs.nearswap import Nearswap
+from ckptkit.plans.methods.pairs.passthrough import Passthrough
+from ckptkit.plans.methods.spherical.karcher import Karcher
+from ckptkit.plans.methods.spherical.multislerp import Multislerp
+from ckptkit.plans.methods.spherical.nuslerp import Nuslerp
+from ckptkit.plans.methods.spherical.slerp import Slerp
 
 __all__ = ["METHODS", "method_named"]
 
-_KINDS: tuple[type[Method], ...] = (Linear, Average)
+_KINDS: tuple[type[Method], ...] = (
+    Linear, Average, Ema, AddDifference, TrainDifference, Slerp, Nuslerp, Multislerp, Karcher, Nearswap, Passthrough,
+)  # fmt: skip
 METHODS: Mapping[str, type[Method]] = {kind.name: kind for kind in _KINDS}
 
 

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 
     from ckptkit.values.workers import Workers
 
-__all__ = ["Array", "Identity", "Merging"]
+__all__ = ["Array", "Identity", "Merging", "NoResultError"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 # Where the result has the bits of the inputs if all that are read have the same bits: in each piece, only where the
 # whole tensors are equal, or never.
 Identity: TypeAlias = Literal["piece", "tensor", "never"]
+
+
+class NoResultError(ValueError):
+    """Raised where a method has no result for the numbers of a tensor; the message is a sentence without the key."""
 
 
 class Merging(ABC):
@@ -74,9 +78,14 @@ class Merging(ABC):
     def combine(self, number: int, partials: Iterable[Any], known: Any) -> Any:
         """Return what is known after a pass, from the results of ``measure`` in the order of the pieces.
 
-        ``partials`` is made while it is read.
+        ``partials`` is made while it is read. Raises ``NoResultError`` where the method has no result.
         """
         raise NotImplementedError
+
+    def warning(self, known: Any) -> str:
+        """Return what a user should know of the result, or nothing: a sentence without the key."""
+        del known
+        return ""
 
     @abstractmethod
     def apply(self, inputs: Sequence[Array], start: int, known: Any, out: Array, workers: Workers) -> None:

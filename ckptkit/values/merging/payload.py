@@ -19,7 +19,7 @@ from ckptkit.values.arrays import real_code
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.computed import BlockPayload, HeldBytes, bytes_of
 from ckptkit.values.losses import Losses, count_losses
-from ckptkit.values.merging.model import Array, Merging
+from ckptkit.values.merging.model import Array, Merging, NoResultError
 from ckptkit.values.workers import PIECE, Workers
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class MergedPayload(BlockPayload[_Piece]):
         else:
             if merging.hides_nonfinite and not merging.passes:
                 self._refuse_inputs(block, inputs, workers)
-            merged = workers.buffer("merged", inputs[0].dtype, count)
+            merged = workers.buffer("merged", _float(self.working), count)
             with np.errstate(all="ignore"):
                 merging.apply(inputs, block.start, held.known, merged, workers)
             losses = self._overflows(block, merged, workers)
@@ -143,7 +143,7 @@ class MergedPayload(BlockPayload[_Piece]):
     def _measure(self, workers: Workers, *, in_threads: bool = False) -> None:
         """Make the passes, unless they were made."""
         held, merging = self._held, self.merging
-        if held.is_measured or not merging.passes:
+        if held.is_measured or not merging.passes or not self.out.elements:
             return
         with held.lock:
             if held.is_measured:
@@ -155,7 +155,10 @@ class MergedPayload(BlockPayload[_Piece]):
                     break
                 work = functools.partial(self._measure_piece, number, known, workers)
                 results = workers.each(work, self.blocks()) if in_threads else map(work, self.blocks())
-                known = merging.combine(number, results, known)
+                try:
+                    known = merging.combine(number, results, known)
+                except NoResultError as error:
+                    raise PlanError(f"{quoted(self.out.key)} cannot be merged: {error}") from None
                 for _ in results:  # the last pieces may have errors
                     pass
                 if held.are_equal:

@@ -40,9 +40,8 @@ class Linear(Method):
         """Return the sum with these weights."""
         from ckptkit.values.merging.combination import combination
 
-        total = sum(self.weight) if self.normalize else 1.0
-        factors = [weight / total for _, weight in zip(tensor.positions, self.weight, strict=True)]
-        return combination(factors, is_mean=self.normalize)
+        del tensor
+        return combination(self.weight, sum(self.weight) if self.normalize else 1.0, is_mean=self.normalize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,7 @@ class Average(Method):
         """Return the mean."""
         from ckptkit.values.merging.combination import combination
 
-        return combination([1 / tensor.inputs] * tensor.inputs, is_mean=True)
+        return combination([1.0] * tensor.inputs, tensor.inputs, is_mean=True)
 
 
 def refuse_cancelling(weights: Sequence[float]) -> None:

@@ -1,0 +1,1 @@
+"""Methods that choose or scale the elements of one model beside a base."""

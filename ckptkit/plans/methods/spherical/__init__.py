@@ -1,0 +1,1 @@
+"""Methods that move along the arcs between the directions of tensors."""
