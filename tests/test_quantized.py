@@ -98,10 +98,12 @@ QUANTIZED: dict[str, tuple[str, State]] = {
     "bitsandbytes, codes in BF16": ("bitsandbytes nf4", _bitsandbytes("nf4", BF16)),
     "bitsandbytes int8": ("bitsandbytes int8", {"weight": of(I8, 8, 4), "SCB": of(F32, 8), "weight_format": of(U8)}),
     "GPTQ": (
-        "GPTQ",
+        "GPTQ int4",
         {"qweight": of(I32, 16, 64), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64), "g_idx": of(I32, 128)},
     ),
-    "GPTQ without g_idx": ("GPTQ", {"qweight": of(I32, 16, 64), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64)}),
+    "GPTQ without g_idx": (
+        "GPTQ int4", {"qweight": of(I32, 16, 64), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64)},
+    ),
     "AWQ": ("AWQ", {"qweight": of(I32, 128, 8), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64)}),
     "HQQ": (
         "HQQ",
@@ -119,7 +121,7 @@ QUANTIZED: dict[str, tuple[str, State]] = {
         "torchao",
         {"_weight_qdata": of(I8, 8, 4), "_weight_scale": of(F32, 8, 1), "_weight_zero_point": of(I8, 8, 1)},
     ),
-    "torchao, older names": ("torchao", {"weight:qdata": of(F8, 8, 4), "weight:scale": of(F32, 8, 1)}),
+    "torchao, older names": ("torchao float8", {"weight:qdata": of(F8, 8, 4), "weight:scale": of(F32, 8, 1)}),
     "AQLM": ("AQLM", {"codes": of(I8, 8, 4, 2), "codebooks": of(F16, 2, 256, 1, 8), "scales": of(F16, 8, 1, 1, 1)}),
     "MLX": ("MLX", {"weight": of(torch.uint32, 8, 4), "scales": of(BF16, 8, 1), "biases": of(BF16, 8, 1)}),
     "fp8, TensorRT-LLM": (
@@ -251,13 +253,18 @@ CONFIGURED: dict[str, tuple[State, object, str, list[tuple[str, str, tuple[str, 
         {"q.weight_scale": of(F32), "norm.weight": of(BF16, 8)}, {"quantization": {"quant_algo": "FP8"}},
         "hf_quant_config.json", [("q.weight", "fp8 (modelopt)", ("q.weight",))],
     ),
+    "the number of bits": (
+        {"q.weight_packed": of(I32, 8, 4), "q.weight_scale": of(BF16, 8, 1), "q.weight_shape": of(torch.int64, 2)},
+        {"quantization_config": COMPRESSED | {"config_groups": {"0": {"weights": {"num_bits": 4}}}}}, "config.json",
+        [("q.weight", "int4 (compressed-tensors)", ())],
+    ),
     "modules that stay plain": (
         {"lm_head.weight": of(F8, 8, 8), "layers.0.mlp.gate.weight": of(F8, 8, 8)}, {"quantization_config": COMPRESSED},
         "config.json", [],
     ),
     "codes without scales": (
         {"q.qweight": of(I32, 16, 64), "q.qzeros": of(I32, 1, 8)}, {"bits": 4, "desc_act": False, "group_size": 128},
-        "quantize_config.json", [("q.weight", "GPTQ", ("q.scales",))],
+        "quantize_config.json", [("q.weight", "GPTQ int4", ("q.scales",))],
     ),
     "no configuration": ({"q.qweight": of(I32, 16, 64), "q.qzeros": of(I32, 1, 8)}, None, "config.json", []),
     "another configuration": ({"q.weight": CODES}, {"quantization": {"quant_method": "gptq"}}, "config.json", []),
@@ -265,7 +272,7 @@ CONFIGURED: dict[str, tuple[State, object, str, list[tuple[str, str, tuple[str, 
     "other weights have all parts": (
         {f"0.{name}": part for name, part in GPTQ.items()} | {"1.qweight": of(I32, 16, 64), "2.qzeros": of(I32, 1, 8)},
         None, "config.json",
-        [("0.weight", "GPTQ", ()), ("1.weight", "GPTQ", ("1.qzeros", "1.scales")),
+        [("0.weight", "GPTQ int4", ()), ("1.weight", "GPTQ", ("1.qzeros", "1.scales")),
          ("2.weight", "GPTQ", ("2.qweight", "2.scales"))],
     ),
     "only some fp8 weights have scales": (
@@ -429,6 +436,7 @@ def test_the_metadata_of_torchao_names_the_parts(gone: str, tmp_path: Path) -> N
     save_file(parts, tmp_path / "m.safetensors", dict.fromkeys(("a.weight", "b.weight", "left.out"), described))
     with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
         weights = quantized_weights(checkpoint).weights
+    assert {weight.scheme for weight in weights} == {"torchao int8"}
     missing = [(weight.key, weight.missing) for weight in weights]
     assert missing == [("a.weight", ()), ("b.weight", (f"b._weight_{gone}",))]
     with pytest.raises(FormatError, match=rf"'b\.weight' cannot be dequantised: it lacks 'b\._weight_{gone}'"):

@@ -85,7 +85,7 @@ def mxfp4(key: str = "a.gate_up_proj") -> State:
 NORM = {"norm.weight": torch.linspace(-2, 2, 32, dtype=torch.bfloat16)}
 SCHEMES: dict[str, tuple[Callable[[], State], str, tuple[int, ...]]] = {  # the parts, the scheme, the plain shape
     "fp8": (fp8, "fp8", (256, 256)),
-    "gptq": (gptq, "GPTQ", (64, 32)),
+    "gptq": (gptq, "GPTQ int4", (64, 32)),
     "nf4": (nf4, "bitsandbytes nf4", (64, 32)),
     "int8": (int8, "bitsandbytes int8", (64, 32)),
     "packed": (packed, "int (compressed-tensors)", (64, 32)),
@@ -276,7 +276,7 @@ def other(state: State, **tensors: torch.Tensor | None) -> State:
 
 
 OVERLAYS: dict[str, tuple[State, State, str]] = {
-    "another scheme": (gptq(), packed(), "is quantised (int (compressed-tensors)), and in the base as GPTQ"),
+    "another scheme": (gptq(), packed(), "is quantised (int (compressed-tensors)), and in the base as GPTQ int4"),
     "another scheme of the same key": (int8(), nf4(), "and in the base as bitsandbytes int8"),
     "other blocks": (fp8(), other(fp8(), a__weight_scale_inv=torch.ones(1, 1)), "F32 [1, 1], and the base has it as"),
     "another dtype of scales": (

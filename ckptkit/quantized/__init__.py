@@ -20,7 +20,7 @@ class QuantizedWeight:
 
     Attributes:
         key: The name of the weight, such as ``"layers.0.q_proj.weight"``. No tensor need have this key.
-        scheme: The name of the scheme for messages and JSON, such as ``"fp8"`` or ``"bitsandbytes nf4"``.
+        scheme: The name of the scheme for messages and JSON, such as ``"fp8"`` or ``"GPTQ int4"``.
         parts: The keys of all tensors of the weight in the order of the file, the tensor of codes included.
         coded: The key of the tensor that holds the codes.
         way_out: How to get a plain weight, as a sentence for hints.
@@ -94,7 +94,7 @@ def quantized_weights(checkpoint: Checkpoint) -> Quantized:
         weights = [
             QuantizedWeight(
                 found.key,
-                found.scheme.name,
+                found.name,
                 tuple(sorted(found.parts, key=order.__getitem__)),
                 found.stem + found.scheme.coded,
                 found.scheme.way_out,

@@ -28,16 +28,16 @@ SettingsOf = Callable[[Known], "Mapping[str, Setting]"]
 
 # The module and the function that find the settings of a family: what the headers of the parts do not say.
 SETTINGS: Mapping[str, tuple[str, str]] = {
-    "affine": ("settings_torch", "of_affine"),
-    "scaled": ("settings", "of_scaled"),
-    "torchao": ("settings_torchao", "of_torchao"),
-    "bitsandbytes 4bit": ("settings_bitsandbytes", "of_four_bits"),
-    "bitsandbytes int8": ("settings_bitsandbytes", "of_int8"),
-    "gptq": ("settings_gptq", "of_gptq"),
-    "awq": ("settings_gptq", "of_awq"),
-    "hqq": ("settings_hqq", "of_hqq"),
-    "mlx": ("settings_mlx", "of_mlx"),
-    "packed rows": ("settings_compressed", "of_packed_rows"),
+    "affine": ("torch", "of_affine"),
+    "scaled": ("scaled", "of_scaled"),
+    "torchao": ("torchao", "of_torchao"),
+    "bitsandbytes 4bit": ("bitsandbytes", "of_four_bits"),
+    "bitsandbytes int8": ("bitsandbytes", "of_int8"),
+    "gptq": ("gptq", "of_gptq"),
+    "awq": ("gptq", "of_awq"),
+    "hqq": ("hqq", "of_hqq"),
+    "mlx": ("mlx", "of_mlx"),
+    "packed rows": ("compressed", "of_packed_rows"),
 }
 
 
@@ -168,7 +168,7 @@ class Decoding:
         settings: Mapping[str, Setting] = {}
         if weight.family in SETTINGS:
             module, function = SETTINGS[weight.family]
-            find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.{module}"), function)
+            find: SettingsOf = getattr(importlib.import_module(f"ckptkit.quantized.settings.{module}"), function)
             keys, sections = dict(weight.roles), self._configuration.sections
             affine = affine_of(self.checkpoint, weight.key) if weight.family == "affine" else None
             known = Known(

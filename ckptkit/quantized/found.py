@@ -18,12 +18,13 @@ _FLATTENED: Final = tuple(scheme for scheme in SCHEMES if scheme.name == "torcha
 
 
 class Found(NamedTuple):
-    """A weight that is found: the row of the table, the stem of the keys, and the parts."""
+    """A weight that is found: the row of the table, the stem of the keys, the parts, and the name of the scheme."""
 
     scheme: Scheme
     stem: str
     parts: tuple[str, ...]
     missing: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def key(self) -> str:

@@ -8,6 +8,7 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.quantized.configuration import Configuration, read_configuration
 from ckptkit.quantized.found import Found, with_expected_parts
+from ckptkit.quantized.scheme_names import scheme_name
 from ckptkit.quantized.table import SCHEMES, Coding, Part, Scheme
 
 __all__ = ["find_weights"]
@@ -47,7 +48,13 @@ def find_weights(checkpoint: Checkpoint) -> list[Found]:
     search.add_incomplete()
     if not search.found:
         return []
-    return with_expected_parts(search.found, search.infos, checkpoint.metadata, search.configuration)
+    found = with_expected_parts(search.found, search.infos, checkpoint.metadata, search.configuration)
+    return [one._replace(name=_name(one, search, checkpoint.metadata.get(one.key))) for one in found]
+
+
+def _name(found: Found, search: _Search, described: str | None) -> str:
+    roles = {role: search.infos[key] for role, key in found.roles}
+    return scheme_name(found.scheme.name, roles, described, search.configuration)
 
 
 class _Search:
