@@ -19,6 +19,7 @@ class RangeServer:
     files: dict[str, bytes] = field(default_factory=dict)
     etags: bool = True
     ranges: bool = True
+    sizes: bool = True  # a range says how large the file is
     shift: int = 0  # of the first byte that the answer names
     failures: list[int] = field(default_factory=list)  # the status of the next answers
     cut_after: list[int] = field(default_factory=list)  # bytes of the next bodies, after which the connection is closed
@@ -62,7 +63,8 @@ def range_server() -> Iterator[RangeServer]:
                 first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
                 start, end = int(first), min(int(last) + 1, end)
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start + server.shift}-{end - 1}/{len(data)}")
+                size = len(data) if server.sizes else "*"
+                self.send_header("Content-Range", f"bytes {start + server.shift}-{end - 1}/{size}")
             else:
                 self.send_response(200)
             self.send_header("Content-Length", str(end - start))

@@ -353,6 +353,15 @@ def test_few_files_beside_one_on_a_web_server_are_asked_for(server: RangeServer)
     assert [seen["path"] for seen in server.headers] == [f"/signed/a.safetensors?{SIGNED}", "/signed/config.json"]
 
 
+def test_a_file_of_unknown_size_is_refused_with_the_way_out(server: RangeServer) -> None:
+    """A range can be right while nobody knows where the file ends; no more is asked for."""
+    server.sizes = False
+    with pytest.raises(PathError, match="does not say how large the file is") as caught:
+        places.open_source(server.url("data.bin"))
+    assert caught.value.hint == "download it, and give its path"
+    assert len(server.asked) == 1
+
+
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
 def test_a_store_that_lists_is_asked_for_every_configuration(name: str) -> None:
     """Plain dtypes alone do not say that codes are missing; the only configuration does."""

@@ -12,7 +12,7 @@ from ckptkit.core.files.remote.retries import timeout
 from ckptkit.core.files.remote.running import in_thread
 from ckptkit.core.files.remote.store import Listing, ObjectState
 from ckptkit.core.files.remote.stores.others import SyncStore
-from ckptkit.core.files.remote.stores.web import MOST_WITHOUT_RANGES, check_start, total_of, without_ranges
+from ckptkit.core.files.remote.stores.web import MOST_WITHOUT_RANGES, check_range, total_of, without_ranges
 from ckptkit.errors import PathError
 
 __all__ = ["HubStore"]
@@ -85,9 +85,9 @@ class HubStore(SyncStore):
         }
         done = 0
         with _answer(target, headers) as response:
+            check_range(response.headers.get("Content-Range", ""), start, url)
             state = _state(response, url)
             left_out = start if response.status_code == 200 else 0
-            check_start(response.headers.get("Content-Range", ""), start, url)
             for chunk in _pieces(response) if response.status_code != 416 else ():
                 self.meter.add(received=len(chunk))
                 part = memoryview(chunk)[left_out:]

@@ -7,7 +7,7 @@ from typing import Any
 from ckptkit.core.files.remote.failures import TransientError, not_found
 from ckptkit.core.files.remote.store import Listing, ObjectState, state_of
 from ckptkit.core.files.remote.stores.others import AsyncStore
-from ckptkit.core.files.remote.stores.web import check_start, copy_body, total_of, without_ranges
+from ckptkit.core.files.remote.stores.web import check_range, copy_body, total_of, without_ranges
 
 __all__ = ["S3Store"]
 
@@ -126,7 +126,7 @@ class _Reader:
 
 def _state(response: Any, url: str, start: int) -> ObjectState:
     sent = response.get("ContentRange") or ""
-    check_start(sent, start, url)
+    check_range(sent, start, url)
     total = total_of(sent)
     if total == "*" and start:
         raise without_ranges(None, url)

@@ -14,7 +14,7 @@ from ckptkit.core.text import human_bytes
 from ckptkit.errors import PathError
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["MOST_WITHOUT_RANGES", "HttpStore", "check_start", "copy_body", "total_of", "without_ranges"]
+__all__ = ["MOST_WITHOUT_RANGES", "HttpStore", "check_range", "copy_body", "total_of", "without_ranges"]
 
 MOST_WITHOUT_RANGES = 1 << 20  # bytes of a body that was not asked for
 _LARGEST_PAGE = 4 << 20  # a list of files in HTML
@@ -122,7 +122,7 @@ class HttpStore(Store):
             raise PathError(
                 "the server compresses the file, so that no part of it can be read", hint="download it first", path=url
             )
-        check_start(headers.get("Content-Range", ""), start, url)
+        check_range(headers.get("Content-Range", ""), start, url)
         if response.status == 206 and total != "*":
             return ObjectState(int(total), etag, modified)
         size = response.content_length if response.status == 200 else None
@@ -167,11 +167,17 @@ def total_of(content_range: str) -> str:
     return found[3] if found else "*"
 
 
-def check_start(content_range: str, start: int, url: str) -> None:
-    """Raise ``PathError`` where a header ``Content-Range`` says that the bytes begin elsewhere than at ``start``."""
+def check_range(content_range: str, start: int, url: str) -> None:
+    """Raise ``PathError`` for a header ``Content-Range`` of bytes from elsewhere, or of a file of unknown size."""
     found = _CONTENT_RANGE.fullmatch(content_range)
-    if found and found[1] and int(found[1]) != start:
+    if not found or not found[1]:
+        return
+    if int(found[1]) != start:
         raise PathError("the server sent another part of the file than was asked for", path=url)
+    if found[3] == "*":
+        raise PathError(
+            "the server does not say how large the file is", hint="download it, and give its path", path=url
+        )
 
 
 def without_ranges(size: int | None, url: str) -> PathError:
