@@ -57,7 +57,11 @@ def merge_arrays(
     method: str, tensors: Sequence[Array], given: Mapping[str, object] | None = None, **rest: Any
 ) -> Array:
     """Return the merged tensor, with its own dtype; see ``merge_payload``."""
-    payload = merge_payload(method, tensors, given, **rest)
+    return read(merge_payload(method, tensors, given, **rest))
+
+
+def read(payload: MergedPayload) -> Array:
+    """Return the tensor that a payload computes."""
     data = bytearray(payload.nbytes)
     payload.readinto(memoryview(data))
     return array_of(data, payload.out.dtype).reshape(payload.out.shape)

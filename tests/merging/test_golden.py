@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,11 @@ from ruamel.yaml import YAML
 
 from ckptkit.errors import CkptkitError
 from ckptkit.plans.methods.table import METHODS
-from tests.helpers_merging import merge_arrays
+from ckptkit.values.merging.selection import Cut
+from ckptkit.values.merging.task_vectors.combining import TaskVector, TaskVectors
+from ckptkit.values.merging.task_vectors.keeping import Keeper, Keeping
+from ckptkit.values.workers import Workers
+from tests.helpers_merging import merge_arrays, merge_payload, read
 
 Array = npt.NDArray[Any]
 
@@ -33,10 +38,7 @@ SPECIAL: Mapping[str, str] = GOLDEN["special"]
 CASES: Mapping[str, Any] = GOLDEN["cases"]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 # Methods of the cases that are not there yet; this is empty once all are.
-PENDING = {
-    "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
-    "sce", "model_stock", "arcee_fusion",
-}  # fmt: skip
+PENDING = {"sce", "model_stock", "arcee_fusion"}
 NAMES = {
     "linear", "average", "ema", "add_difference", "train_difference", "slerp", "nuslerp", "multislerp", "karcher",
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
@@ -101,6 +103,8 @@ def translated(given: Mapping[str, object]) -> dict[str, object]:
     if found.pop("nuslerp_flatten", True) is False:
         found["axis"] = "columns" if found.get("nuslerp_row_wise") else "rows"
     found.pop("nuslerp_row_wise", None)
+    if "rescale" in found:
+        found["rescale"] = "l1" if found["rescale"] else "none"
     if found.pop("filter_wise", False):
         found["per"] = "row"
     return found
@@ -122,6 +126,34 @@ def merged(call: Call, key: str, dtype: str, out: str = "") -> Array:
     """Return the merged tensor of a key; the inputs are stored with the dtype, or rounded to it."""
     tensors = [INPUTS[name][key] for name in call.inputs]
     return merge_arrays(call.method, tensors, call.given, base=call.has_base, codes=dtype, out=out, key=key)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenMask(Keeping, Keeper):
+    """Keeps the elements of a mask of a case."""
+
+    mask: Array
+
+    def keeper(self, start: int, cuts: Sequence[Cut]) -> Keeper:
+        del start, cuts
+        return self
+
+    def thin(self, vector: Array, start: int, workers: Workers) -> None:
+        del workers
+        vector *= self.mask[start : start + len(vector)]
+
+
+def merged_with_masks(call: Call, key: str, masks: Sequence[str]) -> Array:
+    """Return the merged tensor of a random method with these masks, rescaled as mergekit does it."""
+    tensors = [INPUTS[name][key] for name in call.inputs]
+    given = {"rescale": "l1", **call.given}
+    payload = merge_payload(call.method, tensors, given, base=True, key=key)
+    assert isinstance(payload.merging, TaskVectors)
+    vectors = tuple(
+        TaskVector(GivenMask(np.array(list(mask), np.float32)), one.weight, restores_l1=one.restores_l1)
+        for one, mask in zip(payload.merging.vectors, masks, strict=True)
+    )
+    return read(replace(payload, merging=replace(payload.merging, vectors=vectors)))
 
 
 def linear(a: Array, b: Array, t: float) -> Array:
@@ -155,8 +187,12 @@ def test_a_case_has_the_numbers_of_mergekit(name: str) -> None:
     case, config = CASES[name], configuration(name)
     dtype, out = ("BF16" if config.get(field) == "bfloat16" else "F32" for field in ("dtype", "out_dtype"))
     out = out if "out_dtype" in config else dtype
-    for key in GOLDEN["shapes"]:
-        made = merged(call_of(config, key), key, dtype, out).astype(np.float64)
+    for key in case.get("masks", GOLDEN["shapes"]):
+        call = call_of(config, key)
+        if "masks" in case:
+            made = merged_with_masks(call, key, case["masks"][key]).astype(np.float64)
+        else:
+            made = merged(call, key, dtype, out).astype(np.float64)
         tolerance = 0.0 if name in ("linear.bf16_compute", "linear.out_bf16") else TOLERANCE[case["dtype"]]
         if (name, key) in DEVIATIONS:
             np.testing.assert_allclose(made, DEVIATIONS[name, key], rtol=0, atol=2e-6, err_msg=key)

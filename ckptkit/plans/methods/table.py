@@ -16,11 +16,18 @@ from ckptkit.plans.methods.spherical.karcher import Karcher
 from ckptkit.plans.methods.spherical.multislerp import Multislerp
 from ckptkit.plans.methods.spherical.nuslerp import Nuslerp
 from ckptkit.plans.methods.spherical.slerp import Slerp
+from ckptkit.plans.methods.task_vectors.arithmetic import TaskArithmetic
+from ckptkit.plans.methods.task_vectors.breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from ckptkit.plans.methods.task_vectors.dare import DareLinear, DareTies
+from ckptkit.plans.methods.task_vectors.della import Della, DellaLinear
+from ckptkit.plans.methods.task_vectors.ties import Ties
 
 __all__ = ["METHODS", "method_named"]
 
 _KINDS: tuple[type[Method], ...] = (
-    Linear, Average, Ema, AddDifference, TrainDifference, Slerp, Nuslerp, Multislerp, Karcher, Nearswap, Passthrough,
+    Linear, Average, Ema, AddDifference, TrainDifference, Slerp, Nuslerp, Multislerp, Karcher,
+    TaskArithmetic, Ties, DareLinear, DareTies, DellaLinear, Della, Breadcrumbs, BreadcrumbsTies,
+    Nearswap, Passthrough,
 )  # fmt: skip
 METHODS: Mapping[str, type[Method]] = {kind.name: kind for kind in _KINDS}
 

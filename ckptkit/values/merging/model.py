@@ -68,6 +68,11 @@ class Merging(ABC):
         del number, known
         return True
 
+    def ranges(self, number: int, known: Any) -> Iterable[tuple[int, int]] | None:
+        """Return the first element and the end of each range that a pass reads, in order, or None for all pieces."""
+        del number, known
+        return None
+
     def measure(self, number: int, inputs: Sequence[Array], start: int, known: Any, workers: Workers) -> Any:
         """Return what a pass needs of one piece, which begins at element ``start``.
 

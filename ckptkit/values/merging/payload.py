@@ -149,27 +149,33 @@ class MergedPayload(BlockPayload[_Piece]):
             if held.is_measured:
                 return
             known: Any = None
+            is_checked = False
             held.are_equal = merging.identity == "tensor"
             for number in range(merging.passes):
                 if not merging.needs(number, known):
                     break
-                work = functools.partial(self._measure_piece, number, known, workers)
-                results = workers.each(work, self.blocks()) if in_threads else map(work, self.blocks())
+                sample = merging.ranges(number, known)
+                blocks = self.blocks() if sample is None else map(_Piece._make, sample)
+                is_first = sample is None and not is_checked
+                work = functools.partial(self._measure_piece, number, known, workers, is_first)
+                results = workers.each(work, blocks) if in_threads else map(work, blocks)
                 try:
                     known = merging.combine(number, results, known)
                 except NoResultError as error:
                     raise PlanError(f"{quoted(self.out.key)} cannot be merged: {error}") from None
                 for _ in results:  # the last pieces may have errors
                     pass
-                if held.are_equal:
+                is_checked |= is_first
+                if held.are_equal and is_checked:
                     break
             held.known, held.is_measured = known, True
 
-    def _measure_piece(self, number: int, known: Any, workers: Workers, block: _Piece) -> Any:
+    def _measure_piece(self, number: int, known: Any, workers: Workers, is_first: bool, block: _Piece) -> Any:
+        """Return what a pass needs of a piece; the first pass that reads all pieces also looks for NaN and equality."""
         import numpy as np
 
         inputs = self._read(block, workers)
-        if not number:
+        if is_first:
             self._refuse_inputs(block, inputs, workers)
             if self._held.are_equal and not _are_equal(inputs):
                 self._held.are_equal = False

@@ -1,0 +1,1 @@
+"""Methods that add to a base what models changed of it."""

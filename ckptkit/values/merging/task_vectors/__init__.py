@@ -1,0 +1,1 @@
+"""Merges of task vectors: what models changed of their base."""
