@@ -263,7 +263,7 @@ def _a_part_by_position(folder: Path) -> list[str]:
 # Outputs.
 
 
-@situation("formats/writing/state.py: --force replaces it, completely or not at all")
+@situation("formats/writing/state.py: --force replaces it")
 def _existing_output(folder: Path) -> list[str]:
     (folder / "out.pt").write_bytes(Path(TEN).read_bytes())
     return ["remap", TEN, "-o", str(folder / "out.pt"), "--drop", "fc3.*"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import re
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,7 +15,31 @@ import fsspec
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-__all__ = ["AtCloseStore", "PartsStore", "ShownStore", "register_stores"]
+__all__ = ["AtCloseStore", "PartsStore", "ShownStore", "is_as_told", "register_stores"]
+
+_TOLD = re.compile(r"(?:in \S+|), (?:and )?(.+?) (is|are|may be) (new or old|new|the old ones?|gone)(?=[,;])")
+
+
+def is_as_told(text: str, url: str, now: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]) -> bool:
+    """Return whether a folder has only files of one output, or the sentence in ``text`` is true of each file.
+
+    ``now``, ``old`` and ``new`` are the files of the folder by their names.
+    """
+    if f"in {url}," not in text:
+        return now == old or (now == new and (f"{url} has all its new files" in text))
+    states: dict[str, str] = {}
+    for names, _, state in _TOLD.findall(text[text.index(f"in {url},") :]):
+        states |= dict.fromkeys(re.split(", | and ", names.removeprefix("and ")), state)
+    assert states.keys() >= now.keys() - (now.keys() & old.keys() - new.keys()), (states, now.keys())
+    assert states.keys() >= {name for name in old if now.get(name) != old[name]}, states
+    assert "run it again with --force" in text
+    for name, state in states.items():
+        here = now.get(name)
+        assert here in {
+            "new": (new.get(name),), "gone": (None,), "new or old": (old.get(name), new.get(name)),
+        }.get(state, (old.get(name),)), (name, state)  # fmt: skip
+        assert state == "gone" or here is not None, (name, state)
+    return True
 
 
 class PartsStore(MemoryFileSystem):  # type: ignore[misc]
@@ -24,6 +51,7 @@ class PartsStore(MemoryFileSystem):  # type: ignore[misc]
     unfinished: ClassVar[set[str]] = set()
     count = 0
     fails_at = 0
+    interrupts_at = 0
     watch: ClassVar[Callable[[], None] | None] = None
     lock = threading.Lock()
 
@@ -35,13 +63,15 @@ class PartsStore(MemoryFileSystem):  # type: ignore[misc]
             count = cls.count
             if cls.watch is not None:
                 cls.watch()
+        if count == cls.interrupts_at:
+            os.kill(os.getpid(), signal.SIGINT)
         if count == cls.fails_at:
             raise OSError(errno.EIO, "the store failed")
 
     @classmethod
     def reset(cls, content: dict[str, bytes], fails_at: int = 0) -> None:
         """Begin with these files, and let one call fail."""
-        cls.watch, cls.fails_at = None, 0
+        cls.watch, cls.fails_at, cls.interrupts_at = None, 0, 0
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.unfinished.clear()

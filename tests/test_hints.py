@@ -101,6 +101,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/writing/damage.py: without --verify, the bytes are copied": "followed by tests/test_verify.py",
     "plans/remap.py: takes them from the trained weights": "followed by tests/test_positions.py",
     "formats/writing/state.py: run the command again with --force": "needs a second program: tests/test_faults.py",
+    "formats/writing/stores/remains.py: run it again with --force": "followed by tests/oracles/test_uploads.py",
     "formats/safetensors.py: drop the tensor: --drop": "only some versions of safetensors refuse these dtypes",
     "param_groups/spec_findings.py: give the live model: --model": "only Python prints the hint of this finding",
     "rules/apply.py: ckpt remap PATH -o OUT --rules FILE": "only stats() and digest() take rules with operations",

@@ -20,9 +20,10 @@ from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats.writing.stores import transfers
 from ckptkit.formats.writing.stores.sending import Sending
 from ckptkit.formats.writing.targets import present_state
+from ckptkit.formats.writing.traces import left_between, note_replaced
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
-from tests.helpers_stores import AtCloseStore, PartsStore, ShownStore, register_stores
+from tests.helpers_stores import AtCloseStore, PartsStore, ShownStore, is_as_told, register_stores
 
 NEW = {"a.weight": tensor_of("F32", (40, 3)), "a.bias": tensor_of("F32", (40,), 1), "b": tensor_of("BF16", (50,), 2)}
 OLD = {"old": tensor_of("F32", (70,), 3), "older": tensor_of("U8", (200,), 4)}
@@ -107,33 +108,58 @@ def index_is_of_one_checkpoint(content: dict[str, bytes]) -> None:
         assert key in load(content[f"/bucket/out/{name}"])
 
 
+def files_at(store: type[PartsStore]) -> dict[str, bytes]:
+    return {path.rpartition("/")[2]: data for path, data in store.content().items()}
+
+
 @each_case
-def test_an_old_output_stays_until_the_new_one_is_sent(case: Case, source: Path) -> None:
-    """After a failure the old output can be read, or the error says that it is lost. No index is ever wrong."""
-    url = f"parts://bucket/{case.name}"
-    PartsStore.reset({})
+@pytest.mark.parametrize("ends", ["fails", "interrupts"])
+@pytest.mark.parametrize("store", STORES, ids=[store.protocol for store in STORES])
+def test_an_old_output_is_replaced_or_the_error_says_what_is_where(
+    store: type[PartsStore], ends: str, case: Case, source: Path
+) -> None:
+    """Whenever a call fails or Ctrl-C comes, all files are old, or all are new, or each file is as the message says.
+
+    No index is ever wrong, and no upload is unfinished.
+    """
+    url = f"{store.protocol}://bucket/{case.name}"
+    is_folder = "." not in case.name
+    store.reset({})
     write(dict(OLD), url, Case(case.name, {name: value for name, value in case.options.items() if name != "carry"}))
-    before = {**PartsStore.content(), "/bucket/other": b"stays"}
-    outcomes = set()
+    old = store.content()
+    before, old = {**old, "/bucket/other": b"stays"}, files_at(store)
+    write(source, url, case)
+    new, count = files_at(store), 0
     for nth in range(1, 200):
-        PartsStore.reset(before, nth)
-        PartsStore.watch = lambda: index_is_of_one_checkpoint(PartsStore.content())
+        store.reset(before)
+        setattr(store, f"{ends}_at", nth)
+        store.watch = None if store is ShownStore else lambda: index_is_of_one_checkpoint(store.content())
         try:
             write(source, url, case)
         except CkptkitError as error:
-            outcome = "lost" if "is lost" in (error.hint or "") else "old"
+            told = error.hint or ""
+        except KeyboardInterrupt:
+            told = left_between()
         else:
             break
         finally:
-            PartsStore.watch, PartsStore.fails_at = None, 0
-        index_is_of_one_checkpoint(PartsStore.content())
-        assert (PartsStore.content() == before) == (outcome == "old"), (nth, outcome)
-        assert not PartsStore.unfinished
-        assert PartsStore.content()["/bucket/other"] == b"stays"
-        outcomes.add(outcome)
-    assert outcomes == {"old", "lost"}
+            store.watch, store.fails_at, store.interrupts_at = None, 0, 0
+            note_replaced(url)
+        now = files_at(store)
+        assert now.pop("other") == b"stays"
+        if is_folder:
+            assert is_as_told(told, url, now, old, new), (nth, told, sorted(now))
+        else:
+            what = {True: ("",), False: (f"{url} is the new file, whole", f"the old {url} was already replaced")}[
+                now == old
+            ]
+            assert any(words in told for words in what), (nth, told)
+            assert now in (old, new) or "is lost" in told
+        assert not store.unfinished
+        count += bool(told)
+    assert count or ends == "interrupts"
     same_state(state_at(url), wanted(case, NEW))
-    assert not PartsStore.unfinished
+    assert not store.unfinished
 
 
 def test_torch_reads_checksums_behind_the_records(source: Path) -> None:
@@ -151,7 +177,7 @@ def test_bytes_that_come_early_wait() -> None:
     """Bytes may come in any order that threads make; the parts are sent whole and in order."""
 
     class Transfer:
-        part, at_once, is_held = 300, 3, True
+        part, at_once, is_held, is_quick = 300, 3, True, True
 
         def __init__(self) -> None:
             self.parts: dict[int, bytes] = {}
@@ -163,6 +189,8 @@ def test_bytes_that_come_early_wait() -> None:
         def close(self) -> None: ...
         def commit(self) -> None: ...
         def abort(self) -> None: ...
+        def remains(self, url: str) -> str:
+            return url
 
     data = random.Random(0).randbytes(10_007)  # noqa: S311 - not a secret
     transfer = Transfer()

@@ -149,7 +149,8 @@ def execute(
     where ``verify`` finds a difference. Raises ``PlanError`` where the plan does not fit the inputs or contradicts
     itself, where the format cannot hold a tensor, and where a cast would make inf of finite values without
     ``allow_overflow``. Raises ``ChangedError`` where an input changed since it was opened. Raises ``FormatError`` where
-    ``verify`` finds a damaged input. After an error nothing new is at the path.
+    ``verify`` finds a damaged input. After an error nothing new is at the path. But where a store fails while the files
+    of a directory replace others, the hint says which files are new, old and gone.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])

@@ -22,6 +22,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import OutputError
 from ckptkit.formats import open_checkpoint, open_inside
 from ckptkit.formats.safetensors import reader_refusal
+from ckptkit.formats.writing.state import wrong_output
 from ckptkit.plans.plan.step import Step
 from ckptkit.plans.produce import Producer
 from ckptkit.wrappers.envelopes import Selection
@@ -54,7 +55,7 @@ class _File:
     shown: str
 
     def fail(self, reason: str) -> OutputError:
-        return OutputError(f"{reason}, so the new file was deleted", path=self.shown)
+        return wrong_output(reason, self.shown)
 
 
 def verify_safetensors(

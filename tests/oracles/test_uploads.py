@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ckptkit import convert
 from tests.helpers_outputs import same_state, tensor_of
+from tests.helpers_stores import is_as_told
 from tests.oracles.servers.processes import free_port, run_command, server
 from tests.oracles.servers.proxy import Proxy
 from tests.oracles.servers.s3 import S3Server, variables_of
@@ -169,6 +171,118 @@ def test_a_signal_leaves_nothing(
         assert run.returncode == 128 + number, err
         assert not bucket.exists("tests/up") or bucket.find("tests/up") == []
         assert unfinished(bucket) == []
+
+
+SIZE = "400kB"  # of a shard: there are four, each sent in parts
+NAMING = {"method": "POST", "path": "uploadId="}  # the request that gives a file its name
+
+
+def shards_of(number: int, path: Path) -> Path:
+    save_file({f"{key}.weight": torch.full((300, 300), float(number + key)) for key in range(4)}, path)
+    return path
+
+
+class Replaced(NamedTuple):
+    """A folder of shards in the bucket, and the files before and after ``command``, which replaces them."""
+
+    command: list[str]
+    old: dict[str, bytes]
+    new: dict[str, bytes]
+    now: Callable[[], dict[str, bytes]]
+    url: str
+
+
+@pytest.fixture
+def replaced(request: pytest.FixtureRequest, s3: S3Server, bucket: Any, tmp_path: Path) -> Replaced:
+    """A folder whose files all have the same names, have other names, or do not exist yet."""
+    source, url = shards_of(10, tmp_path / "new.safetensors"), f"{s3.url}/up/r"
+
+    def now() -> dict[str, bytes]:
+        found = bucket.find("tests/up/r") if bucket.exists("tests/up/r") else []
+        return {path.rpartition("/")[2]: bucket.cat(path) for path in found}
+
+    command = ["convert", str(source), "-o", url, "--max-shard-size", SIZE, "--force"]
+    convert(source, url, max_shard_size=SIZE)
+    new = now()
+    bucket.rm("tests/up/r", recursive=True)
+    if request.param != "nothing":
+        size = SIZE if request.param == "same names" else "800kB"
+        convert(shards_of(0, tmp_path / "old.safetensors"), url, max_shard_size=size)
+    return Replaced(command, now(), new, now, url)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "number", "times"),
+    [
+        ("same names", signal.SIGINT, 1),
+        ("other names", signal.SIGTERM, 1),
+        ("nothing", signal.SIGINT, 1),
+        ("same names", signal.SIGTERM, 2),
+    ],
+    indirect=["replaced"],
+)
+def test_a_signal_while_files_get_their_names(
+    s3: S3Server, proxied: Callable[..., Proxy], replaced: Replaced, number: int, times: int
+) -> None:
+    """The signal waits, and all is new; or it comes twice, and the message says where each file is from."""
+    proxy = proxied(s3.address)
+    held = proxy.fail(**NAMING, skip=1, waits=True)
+    environment = {**os.environ, **variables_of(proxy.url), "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", *replaced.command], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert held.arrived.wait(30)
+    for _ in range(times):
+        run.send_signal(number)
+        wait_for_signals(run.pid)
+    held.go_on.set()
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 128 + number, err
+    now = replaced.now()
+    assert is_as_told(told_in(err), replaced.url, now, replaced.old, replaced.new), (sorted(now), err)
+    if times == 1:
+        assert now == (replaced.new if replaced.old else {}), err
+    else:
+        assert now not in (replaced.new, replaced.old), err
+
+
+def wait_for_signals(process: int) -> None:
+    """Return when the process has no signal that it has not taken yet."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        if all(int(line.split()[1], 16) == 0 for line in lines if line.startswith(("SigPnd", "ShdPnd"))):
+            break
+        time.sleep(0.01)
+    time.sleep(0.1)  # Python runs the handler after the system has handed the signal over
+
+
+@pytest.mark.parametrize(
+    ("replaced", "skip"), [("same names", 0), ("same names", 2), ("same names", 4), ("other names", 2)],
+    indirect=["replaced"],
+)  # fmt: skip
+def test_a_store_that_fails_while_files_get_their_names(
+    s3: S3Server, proxied: Callable[..., Proxy], replaced: Replaced, skip: int
+) -> None:
+    """The error says which files are new, old and gone; the same command repairs it."""
+    proxy = proxied(s3.address)
+    if skip < 4:
+        proxy.fail(**NAMING, skip=skip, status=403)
+    else:
+        proxy.fail(method="PUT", path="index.json", status=403)
+    ran = run_command(*replaced.command, environment=variables_of(proxy.url))
+    assert ran.code == 2, ran.err
+    now = replaced.now()
+    assert is_as_told(told_in(ran.err), replaced.url, now, replaced.old, replaced.new), (sorted(now), ran.err)
+    if skip == 0:
+        assert now == replaced.old
+    convert(replaced.command[1], replaced.url, max_shard_size=SIZE, force=True)
+    assert replaced.now() == replaced.new
+
+
+def told_in(err: str) -> str:
+    """Return what was printed as it was said: a long hint has lines."""
+    return err.replace("\n      ", "; ")
 
 
 @pytest.mark.usefixtures("bucket")

@@ -142,7 +142,9 @@ _max_shard_size_option = click.option(
     "--max-shard-size", metavar="SIZE",
     help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB). A larger tensor gets its own shard.",
 )  # fmt: skip
-_force_option = click.option("--force", is_flag=True, help="Replace an existing output, completely or not at all.")
+_force_option = click.option(
+    "--force", is_flag=True, help="Replace an existing output. On a disk this is done completely or not at all."
+)
 _only_tensors_option = click.option(
     "--only-tensors", is_flag=True, help="Leave out everything else in a torch file, such as the epoch."
 )

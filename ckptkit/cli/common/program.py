@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         return _report_trouble(error.format_message(), None, None)
     except _Stopped as stopped:
-        return 128 + int(stopped.args[0])
+        return _report_stopped(int(stopped.args[0]))
     except (click.Abort, KeyboardInterrupt):
         return _report_interrupt()
     except BrokenPipeError:
@@ -142,7 +142,9 @@ def main(arguments: Sequence[str]) -> int:
         from ckptkit.core.text import first_line
 
         return _report_trouble(f"code that the command ran raised {first_line(error)}", None, None)
-    return _report_trouble("the command needs more memory than this machine has", None, None) if code is None else code
+    if code is None:
+        return _report_trouble("the command needs more memory than this machine has", _left_between(), None)
+    return code
 
 
 def _replace_closed_streams() -> None:
@@ -189,8 +191,20 @@ def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
 def _report_interrupt() -> int:
     traces = sys.modules.get("ckptkit.formats.writing.traces")  # nothing is written before it is imported
     is_clean = traces is None or traces.has_left_nothing()
-    _report_trouble("interrupted: nothing was written" if is_clean else "interrupted", None, None)
+    _report_trouble("interrupted: nothing was written" if is_clean else "interrupted", _left_between(), None)
     return 128 + signal.SIGINT
+
+
+def _report_stopped(number: int) -> int:
+    if left := _left_between():
+        _report_trouble(f"ended by {signal.Signals(number).name}", left, None)
+    return 128 + number
+
+
+def _left_between() -> str | None:
+    """Return what is to be said of an output in a store that is neither the old nor the new one."""
+    traces = sys.modules.get("ckptkit.formats.writing.traces")
+    return (traces.left_between() or None) if traces is not None else None
 
 
 def _print_error_line(line: str) -> None:
@@ -215,4 +229,6 @@ def _report_bug() -> int:
     for line in text.split("\n")[:-1]:  # line by line, because a traceback may quote names
         _print_error_line(line)
     _print_error_line("ckpt: this is a bug in ckptkit; please report it with the lines above")
+    if left := _left_between():
+        _print_error_line(f"hint: {left}")
     return 70

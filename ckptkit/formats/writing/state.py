@@ -8,18 +8,22 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.core.files.local import FileState, file_state
+from ckptkit.core.files.places import is_url
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, OutputError
 
 __all__ = [
     "PathState",
     "Target",
+    "add_to_hint",
     "changed_meanwhile",
     "created_meanwhile",
     "exists_already",
     "folder_exists_already",
+    "is_wrong_output",
     "name_leftover",
     "path_state",
+    "wrong_output",
 ]
 
 
@@ -80,6 +84,8 @@ def changed_meanwhile(kind: str, path: str) -> OutputError:
 
 def exists_already(path: str) -> OutputError:
     """Return the error for a file that exists, without ``force``."""
+    if is_url(path):
+        return OutputError("already exists", hint="--force replaces it", path=path)
     return OutputError(
         "already exists",
         hint="--force replaces it, completely or not at all",
@@ -95,8 +101,25 @@ def folder_exists_already(path: str) -> OutputError:
     )
 
 
+_DELETED = "so the new file was deleted"
+
+
+def wrong_output(reason: str, path: str) -> OutputError:
+    """Return the error for a written file that is not as it was planned, and is removed."""
+    return OutputError(f"{reason}, {_DELETED}", path=path)
+
+
+def is_wrong_output(error: BaseException | None) -> bool:
+    """Return whether an error is of ``wrong_output``."""
+    return isinstance(error, OutputError) and error.reason.endswith(_DELETED)
+
+
+def add_to_hint(error: CkptkitError, what: str) -> None:
+    """Add a clause to the hint of an error."""
+    error.hint = f"{error.hint}; {what}" if error.hint else what
+
+
 def name_leftover(error: CkptkitError, left: Sequence[str]) -> None:
     """Add to the hint of an error what could not be removed."""
     if left:
-        remove = f"{printable(left[0])} could not be removed: remove it by hand"
-        error.hint = f"{error.hint}; {remove}" if error.hint else remove
+        add_to_hint(error, f"{printable(left[0])} could not be removed: remove it by hand")

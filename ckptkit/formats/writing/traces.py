@@ -1,13 +1,23 @@
-"""Whether this process has left anything on a disk: what a message after an interrupt may say."""
+"""What this process has left on a disk or in a store: what a message after an interrupt may say."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
-__all__ = ["has_left_nothing", "note_new_output", "note_removed", "note_temporary"]
+__all__ = [
+    "has_left_nothing",
+    "left_between",
+    "note_new_output",
+    "note_removed",
+    "note_replaced",
+    "note_replacing",
+    "note_temporary",
+]
 
 _temporaries: set[str] = set()
 _outputs: list[str] = []  # only the first
+_replacing: dict[str, Callable[[], str]] = {}
 
 
 def note_temporary(path: str) -> None:
@@ -29,3 +39,18 @@ def note_new_output(path: str) -> None:
 def has_left_nothing() -> bool:
     """Return whether no output got its name, and no temporary file or directory is left."""
     return not _outputs and not _temporaries
+
+
+def note_replacing(path: str, tell: Callable[[], str]) -> None:
+    """Note that an output is replaced in steps; ``tell`` says where it stands, or returns an empty string."""
+    _replacing[path] = tell
+
+
+def note_replaced(path: str) -> None:
+    """Note that the output is replaced, or is the old one."""
+    _replacing.pop(path, None)
+
+
+def left_between() -> str:
+    """Return the sentence about an output that is neither the old nor the new one, or an empty string."""
+    return next((text for tell in tuple(_replacing.values()) if (text := tell())), "")

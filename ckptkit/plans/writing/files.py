@@ -10,12 +10,13 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files.payloads import announce
 from ckptkit.core.files.places import name_of, parent_of
 from ckptkit.core.progress import Progress
-from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.errors import CkptkitError, OutputError, PathError
 from ckptkit.formats import errors_about, open_inside
 from ckptkit.formats.safetensors import layout_safetensors, share_blocks, write_safetensors
 from ckptkit.formats.writing.output_file import OutputFile
 from ckptkit.formats.writing.outputs import output_file, writes_in_order
 from ckptkit.formats.writing.reflink import Reflink, shared_block
+from ckptkit.formats.writing.state import wrong_output
 from ckptkit.formats.writing.targets import prepare_target
 from ckptkit.plans.carried import Carried, target_of, write_carried
 from ckptkit.plans.inputs import PlanInputs
@@ -185,11 +186,12 @@ def _read_back(path: str, file: OutputFile, infos: Sequence[TensorInfo], inner: 
         with open_inside(path, Selection(inner)) as written:
             as_planned, found = has_tensors(written, infos), dict(written.items())
     except CkptkitError as error:
-        raise OutputError(
-            f"could not be read back, so the new file was deleted: {error.reason}", path=file.target
-        ) from error
+        reason = f"could not be read back: {error.reason}"
+        # A store that does not answer says nothing about the file.
+        failure = OutputError if isinstance(error, PathError) else wrong_output
+        raise failure(reason, path=file.target) from error
     if not as_planned:
-        raise OutputError("was not written as planned, so the new file was deleted", path=file.target)
+        raise wrong_output("was not written as planned", file.target)
     return found
 
 

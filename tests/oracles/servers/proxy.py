@@ -41,6 +41,9 @@ class Fault:
     ignores_range: bool = False  # the whole object is the answer
     shifts_range: int = 0  # the answer has bytes that begin so much later, and says so
     loses_answer: bool = False  # the server does what was asked, and the connection is reset then
+    waits: bool = False  # the request is handed on after ``go_on``; ``arrived`` is set before
+    arrived: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
     happened: int = 0
 
     def takes(self, seen: Seen) -> bool:
@@ -149,6 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         with owner.lock:
             owner.seen.append(seen)
             fault = next((fault for fault in owner.faults if fault.takes(seen)), Fault())
+        if fault.waits:
+            fault.arrived.set()
+            fault.go_on.wait(60)
         time.sleep(owner.latency + fault.silent)
         if fault.status:
             self._answer(seen, fault, fault.status, {"Content-Length": "0"}, ())

@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import Protocol, Self
 
+from ckptkit.core.files.remote.store import ObjectState
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.writing.output_file import OutputFile
-from ckptkit.formats.writing.state import Target, changed_meanwhile, created_meanwhile, name_leftover
+from ckptkit.formats.writing.state import (
+    Target,
+    add_to_hint,
+    changed_meanwhile,
+    created_meanwhile,
+    is_wrong_output,
+    name_leftover,
+)
 from ckptkit.formats.writing.stores.asking import Store, is_same_state, store_errors
 from ckptkit.formats.writing.stores.sending import Sending
 from ckptkit.formats.writing.stores.transfers import transfer_to
-from ckptkit.formats.writing.traces import note_new_output, note_removed, note_temporary
+from ckptkit.formats.writing.traces import (
+    note_new_output,
+    note_removed,
+    note_replacing,
+    note_temporary,
+)
 
-__all__ = ["SentFile", "StoreFile", "name_lost"]
+__all__ = ["SentFile", "StoreFile"]
 
 
 class SentFile:
-    """A transfer with its threads: it is sent, gets its name, and can be removed again."""
+    """A transfer with its threads: it is sent, gets its name, and can be taken back.
+
+    ``is_named`` says whether it has its name; None is not known, because the answer of the store did not come.
+    """
 
     def __init__(self, url: str, size: int, before: Hashable) -> None:
         """Take the URL, the size in bytes, and the state of the file that is replaced; nothing is asked."""
         self.url = url
+        self.size = size
         self._before = before
         with store_errors(url):
             self.store = Store(url)
             self._transfer = transfer_to(self.store.filesystem, self.store.path, size)
         self.sending = Sending(self._transfer, size, self.store.meter)
-        self.is_committed = False
-        self._began_commit = False
-        self._is_removed = False
+        self.is_named: bool | None = False
+        self.is_removed = False
+        self.is_finished = False
+        self._is_stopped = False
 
     @property
     def is_held(self) -> bool:
         """Whether the sent file can wait unseen until it gets its name."""
         return self._transfer.is_held
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it gets its name in a short time."""
+        return self._transfer.is_quick
+
+    @property
+    def has_replaced(self) -> bool:
+        """Whether the old file is gone, or can be."""
+        return self.is_named is not False and self._before is not None
 
     def begin(self) -> None:
         """Start the transfer. Raises ``OutputError`` where the store does not let the file be written."""
@@ -48,45 +77,61 @@ class SentFile:
         """Send the last part and wait for all of them."""
         with store_errors(self.url):
             self.sending.finish()
+        self.is_finished = True
 
     def commit(self) -> None:
         """Give the file its name."""
-
-        def commit() -> None:
-            self._began_commit = True
-            self._transfer.commit()
-            self.is_committed = True
-
         note_new_output(self.url)
         with store_errors(self.url):
-            self.sending.call(commit)
+            self.sending.call(self._commit)
         note_removed(self.url)
 
-    @property
-    def is_old_lost(self) -> bool:
-        """Whether the file replaced an old one."""
-        return self.is_committed and self._before is not None
+    def _commit(self) -> None:
+        self.is_named = None
+        try:
+            self._transfer.commit()
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error says more
+                self._ask()
+            if not self.is_named:
+                raise
+        else:
+            self.is_named = True
 
-    def remove(self) -> list[str]:
-        """Remove what was sent, also if it has its name; return the URL if that fails."""
-        if self._is_removed:
+    def _ask(self) -> None:
+        """Learn from the store whether the file has its name, where the answer was lost."""
+        now = self.store.file_state()
+        self.is_named = isinstance(now, ObjectState) and now.size == self.size and not is_same_state(now, self._before)
+
+    def stop(self) -> list[str]:
+        """Send nothing more, and remove what was sent unless it has its name; return in words what is left of it."""
+        if self._is_stopped:
             return []
-        self._is_removed = True
+        self._is_stopped = True
 
-        def remove() -> None:
-            if self._began_commit and not self.is_committed:  # the store can have done it before the error came
-                self.is_committed = not is_same_state(self.store.file_state(), self._before)
-            if self.is_committed:
-                self.store.remove()
-            self._transfer.abort()
+        def stop() -> None:
+            if self.is_named is None:
+                with contextlib.suppress(Exception):  # the store is away: it stays unknown
+                    self._ask()
+            if not self.is_named:
+                self._transfer.abort()
 
         try:
-            self.sending.stop(remove)
+            self.sending.stop(stop)
         except Exception:  # noqa: BLE001 - the libraries have no common class of errors
-            return [self.url]
-        finally:
-            self.sending.end_threads()
+            return [self._transfer.remains(self.url)]
         note_removed(self.url)
+        return []
+
+    def remove(self) -> list[str]:
+        """Remove the file if it has its name; return in words what is left of it. Call ``stop`` first."""
+        if not self.is_named:
+            return [] if self.is_named is False else [f"{self.url}, if it is there,"]
+        try:
+            self.sending.call(self.store.remove)
+        except Exception:  # noqa: BLE001
+            return [self.url]
+        self.is_removed = True
         return []
 
     def end(self) -> None:
@@ -122,7 +167,8 @@ class StoreFile(OutputFile):
         try:
             sent.begin()
         except BaseException:
-            sent.remove()
+            sent.stop()
+            sent.end()
             raise
         return self
 
@@ -144,12 +190,34 @@ class StoreFile(OutputFile):
         self._removed(error)
 
     def _removed(self, error: BaseException | None) -> None:
+        """Remove what was sent, except a file of a folder, and a whole file that has replaced another one."""
         assert self._sent is not None  # noqa: S101
-        left = self._sent.remove()
+        left = self._sent.stop()
+        if self._holder is None:
+            if not self._sent.has_replaced or is_wrong_output(error):
+                left += self._sent.remove()
+            self._sent.end()
+        elif not self._sent.is_finished:
+            self._sent.end()
+        told = self._told() if self._holder is None else ""
         if isinstance(error, CkptkitError):
             name_leftover(error, left)
-            if self._sent.is_old_lost and self._holder is None:
-                name_lost(error, self.target)
+            if told:
+                add_to_hint(error, told)
+        elif told:
+            note_replacing(self.target, lambda: told)
+
+    def _told(self) -> str:
+        """Return what became of the old file, or an empty string where it is still there."""
+        assert self._sent is not None  # noqa: S101
+        url = printable(self.target)
+        if not self._sent.has_replaced:
+            return ""
+        if self._sent.is_removed:
+            return f"the old {url} was already replaced, and is lost"
+        if self._sent.is_named is None:
+            return f"the answer of the store was lost: {url} may be the old file or the new one"
+        return f"{url} is the new file, whole: it has replaced the old one already"
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Take all of ``data``, which belongs at ``offset``. Raises ``OutputError`` if an earlier part was not sent."""
@@ -169,12 +237,6 @@ class StoreFile(OutputFile):
                 refuse_changed(self._sent.sending.call, self._sent.store, self._before)
                 self._sent.commit()
         return "" if self._holder is not None else self.target
-
-
-def name_lost(error: CkptkitError, url: str) -> None:
-    """Add to the hint of an error that an old file is gone, because the new one had replaced it already."""
-    what = f"the old {printable(url)} was already replaced, and is lost"
-    error.hint = f"{error.hint}; {what}" if error.hint else what
 
 
 def refuse_changed(call: Callable[[Callable[[], Hashable]], Hashable], store: Store, before: Hashable) -> None:

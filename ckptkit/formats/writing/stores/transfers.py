@@ -22,6 +22,7 @@ class Transfer(Protocol):
     part: int  # bytes of each part but the last
     at_once: int  # parts that may be sent at the same time, in any order
     is_held: bool  # whether the file can wait unseen for ``commit`` after the last part, without memory
+    is_quick: bool  # whether ``commit`` is short however large the file is
 
     def begin(self) -> None:
         """Start; raise an error where the store does not let the file be written."""
@@ -41,6 +42,10 @@ class Transfer(Protocol):
 
     def abort(self) -> None:
         """Remove what was sent; the file was never visible."""
+        ...
+
+    def remains(self, url: str) -> str:
+        """Return in words what stays in the store if ``abort`` fails; ``url`` is that of the file."""
         ...
 
 
@@ -72,7 +77,7 @@ class _Memory:
     """A file of ``memory://``, which would be visible when it is opened. Its bytes are in this process anyway."""
 
     at_once = 1
-    is_held = True
+    is_held = is_quick = True
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self.part = _PART
@@ -95,6 +100,9 @@ class _Memory:
     def abort(self) -> None:
         self._data = bytearray()
 
+    def remains(self, url: str) -> str:
+        return _unfinished(url)
+
 
 class _S3:
     """A file of S3: a multipart upload, or one request where it is small.
@@ -102,7 +110,7 @@ class _S3:
     The file object of s3fs would send one part after the other, so the calls of S3 are made here, through s3fs.
     """
 
-    is_held = True
+    is_held = is_quick = True
 
     def __init__(self, filesystem: Any, path: str, size: int) -> None:
         self.part = _part_size(size, _PART)
@@ -143,8 +151,12 @@ class _S3:
 
     def abort(self) -> None:
         if self._upload is not None:
-            self._filesystem.call_s3("abort_multipart_upload", **self._object, UploadId=self._upload)
+            with contextlib.suppress(FileNotFoundError):  # the upload is over
+                self._filesystem.call_s3("abort_multipart_upload", **self._object, UploadId=self._upload)
             self._upload = None
+
+    def remains(self, url: str) -> str:
+        return _unfinished(url)
 
 
 class _Opened:
@@ -158,6 +170,7 @@ class _Opened:
     def __init__(self, filesystem: Any, path: str, size: int) -> None:
         self.part = _part_size(size, _PART_IN_ORDER)
         self.is_held = True
+        self.is_quick = False
         self._filesystem, self._path = filesystem, path
         self._file: Any = None
         self._temporary = ""
@@ -172,6 +185,7 @@ class _Opened:
         commit = getattr(type(file), "commit", None) or getattr(file, "commit", None)
         self._commits = commit is not None and commit is not AbstractBufferedFile.commit
         self.is_held = self._commits or not isinstance(file, AbstractBufferedFile)
+        self.is_quick = self._commits
         if self._commits or not self.is_held:
             self.abort()
             self._temporary = ""
@@ -206,7 +220,8 @@ class _Opened:
             file.discard()
         elif self.is_held:
             file.close()
-            self._filesystem.rm_file(self._temporary)
+            with contextlib.suppress(FileNotFoundError):  # it has another name already
+                self._filesystem.rm_file(self._temporary)
         spooled = getattr(file, "temp_file", None)  # of huggingface_hub
         if spooled is not None:
             spooled.close()
@@ -214,3 +229,10 @@ class _Opened:
                 os.unlink(spooled.name)
         with contextlib.suppress(AttributeError):
             file.closed = True  # otherwise it would be sent when it is collected
+
+    def remains(self, url: str) -> str:
+        return url + self._temporary.removeprefix(self._path) if self._temporary else _unfinished(url)
+
+
+def _unfinished(url: str) -> str:
+    return f"the unfinished upload of {url}"
