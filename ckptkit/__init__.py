@@ -86,6 +86,7 @@ _HOMES = {
     "plan_lora": "plans.adapters.fold",
     "plan_merge": "plans.merge",
     "plan_param_groups": "param_groups.plan",
+    "plan_recipe": "plans.recipes.planning",
     "plan_remap": "plans.remap",
     "preflight": "readiness",
     "preset_names": "rules.presets",

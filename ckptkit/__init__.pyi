@@ -73,6 +73,7 @@ from ckptkit.plans.plan import Plan as Plan
 from ckptkit.plans.policies import OnMismatch as OnMismatch
 from ckptkit.plans.policies import OnMissing as OnMissing
 from ckptkit.plans.policies import OnUnexpected as OnUnexpected
+from ckptkit.plans.recipes.planning import plan_recipe as plan_recipe
 from ckptkit.plans.remap import plan_remap as plan_remap
 from ckptkit.plans.saved import load_plan as load_plan
 from ckptkit.plans.saved import save_plan as save_plan
@@ -163,6 +164,7 @@ __all__ = [
     "plan_lora",
     "plan_merge",
     "plan_param_groups",
+    "plan_recipe",
     "plan_remap",
     "preflight",
     "preset_names",

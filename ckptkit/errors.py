@@ -398,9 +398,9 @@ class RecipeError(CkptkitError):
     """Raised where a recipe of a merge is not valid, or does not fit its inputs; the reason begins with its line.
 
     Example:
-        >>> raise ckptkit.RecipeError("line 3: density is 1.5, and must be from 0 to 1")
+        >>> ckptkit.plan_recipe({"method": "liner", "input": [{"path": "a.pt"}, {"path": "b.pt"}]})
         Traceback (most recent call last):
-        ckptkit.errors.RecipeError: line 3: density is 1.5, and must be from 0 to 1
+        ckptkit.errors.RecipeError: there is no method 'liner' (did you mean 'linear'?)
     """
 
 

@@ -124,6 +124,10 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "plan_lora": _lora,
         "plan_merge": lambda: {"base": state, "donors": state},
         "plan_param_groups": lambda: {"model": model, "spec": SPEC},
+        "plan_recipe": lambda: {
+            "recipe": {"method": "average", "input": [{"name": "a"}, {"name": "b"}]},
+            "inputs": {"a": state, "b": state},
+        },
         "plan_remap": lambda: {"source": state},
         "preflight": lambda: {"model": model},
         "preset_names": dict,

@@ -20,10 +20,10 @@ from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened
-from ckptkit.plans.plan.step import Step
+from ckptkit.plans.plan.step import Source, Step
 from ckptkit.plans.produce import Producer, overflow_error
 from ckptkit.plans.quantized import QuantizedInputs
-from ckptkit.plans.steps import check_steps
+from ckptkit.plans.steps import check_steps, equal_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,21 +100,36 @@ class PlanInputs:
     def refuse_different_bytes(self) -> None:
         """Raise ``PlanError`` where two tensors that would have one key are not equal."""
         for step in self.steps.values():
-            first = step.sources[0]
             for source in step.equals:
+                first = equal_of(step, source)
                 if not same_bytes(
                     self.roles[first.role].payload(first.key), self.roles[source.role].payload(source.key)
                 ):
-                    raise PlanError(
-                        f"{quoted(first.key)} and {quoted(source.key)} would both be called {quoted(step.out.key)}, "
-                        "and their bytes differ",
-                        path=self.roles[source.role].path,
-                    )
+                    raise _difference(step, first, source, self.roles[source.role].path)
 
     def check_unchanged(self) -> None:
         """Raise ``ChangedError`` where a file of an input changed since it was opened."""
         for checkpoint in self.roles.values():
             checkpoint.check_unchanged(by_path=True)
+
+
+def _difference(step: Step, first: Source, source: Source, path: str | None) -> PlanError:
+    """Return the error about two tensors that must be equal and are not."""
+    names = f"{quoted(first.key)} and {quoted(source.key)}"
+    if first.role != source.role:
+        return PlanError(
+            f"{quoted(step.out.key)} differs in {quoted(first.role)} and {quoted(source.role)}, and is not merged, "
+            "because it has no floating-point numbers",
+            hint='non_float = "base", "first" or "max" chooses one',
+            path=path,
+        )
+    if step.recipe is not None and step.recipe.operations[-1].name == "merge":
+        return PlanError(
+            f"{names} are tied in the base, and differ in {quoted(source.role)}",
+            hint="untie them in the base first, or leave one of them out of this input",
+            path=path,
+        )
+    return PlanError(f"{names} would both be called {quoted(step.out.key)}, and their bytes differ", path=path)
 
 
 def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkpoint]) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "describe_step",
     "dropped_entries",
     "dropped_sources",
+    "equal_of",
     "make_step",
     "make_steps",
     "moved_modules",
@@ -183,12 +184,17 @@ def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     if out.dtype != found.dtype:
         _refuse_cast(found, out.dtype, f"leave it out: {_drop_command(sources[0].key, roles[sources[0].role])}")
     for source in step.equals:
-        other = _find(source, roles)
-        if (other.dtype, other.shape) != (infos[0].dtype, infos[0].shape):
-            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(infos[0].key)}")
+        other, wanted = _find(source, roles), _find(equal_of(step, source), roles)
+        if (other.dtype, other.shape) != (wanted.dtype, wanted.shape):
+            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(wanted.key)}")
     if found.shape != out.shape:
         raise PlanError(f"{quoted(out.key)} would be {list(found.shape)}, and is {list(out.shape)} in the plan")
     return found
+
+
+def equal_of(step: Step, source: Source) -> Source:
+    """Return the source of a step that one of ``equals`` must equal: of the same input, else the first."""
+    return next((one for one in step.sources if one.role == source.role), step.sources[0])
 
 
 def _find(source: Source, roles: Mapping[str, Checkpoint]) -> TensorInfo:

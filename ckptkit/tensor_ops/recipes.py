@@ -9,6 +9,7 @@ from ckptkit.core.arguments import require_number, require_type
 from ckptkit.core.text import plural
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ArgumentError
+from ckptkit.tensor_ops.arithmetic import Cast
 from ckptkit.tensor_ops.dequantize import Dequantize
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape
 from ckptkit.tensor_ops.registry import apply_chain, chain_dtypes, chain_shapes
@@ -21,6 +22,9 @@ __all__ = [
     "lift_dequantize",
     "recipe_dtype",
     "recipe_shape",
+    "renumbered",
+    "substituted",
+    "with_float32_inputs",
 ]
 
 
@@ -78,7 +82,7 @@ def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: t
     inputs: list[int | Recipe] = []
     first = 0
     for recipe, count in zip(parts, counts, strict=True):
-        inputs.append(first if recipe is None else _renumbered(recipe, range(first, first + count)))
+        inputs.append(first if recipe is None else renumbered(recipe, range(first, first + count)))
         first += count
     only = inputs[0] if len(inputs) == 1 else None
     if isinstance(only, Recipe) and only.operations[-1].outputs == 1:
@@ -86,9 +90,27 @@ def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: t
     return [Recipe(tuple(inputs), operations, part) for part in range(operations[-1].outputs)]
 
 
-def _renumbered(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
-    moved = tuple(numbers[item] if isinstance(item, int) else _renumbered(item, numbers) for item in recipe.inputs)
+def renumbered(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
+    """Return the recipe with other numbers of its sources."""
+    moved = tuple(numbers[item] if isinstance(item, int) else renumbered(item, numbers) for item in recipe.inputs)
     return Recipe(moved, recipe.operations, recipe.part)
+
+
+def substituted(recipe: Recipe, inner: Sequence[int | Recipe]) -> Recipe:
+    """Return the recipe with other sources, or with recipes in place of sources."""
+    inputs = tuple(inner[item] if isinstance(item, int) else substituted(item, inner) for item in recipe.inputs)
+    return Recipe(inputs, recipe.operations, recipe.part)
+
+
+def with_float32_inputs(recipe: Recipe, sources: Sequence[str]) -> Recipe:
+    """Return the recipe with its 16-bit sources as F32, if it computes with them: the result is not rounded then.
+
+    ``sources`` are their dtypes.
+    """
+    if not recipe.is_lossy:
+        return recipe
+    inner = [Recipe((n,), (Cast("F32"),)) if code in ("F16", "BF16") else n for n, code in enumerate(sources)]
+    return substituted(recipe, inner)
 
 
 def dequantized_sources(recipe: Recipe) -> frozenset[int]:
@@ -146,7 +168,7 @@ def evaluate_recipe(
     """
     first: dict[object, int] = {}
     numbers = [first.setdefault(source, number) for number, source in enumerate(sources)]
-    return _Evaluation(read, rounded).evaluate(_renumbered(recipe, numbers))
+    return _Evaluation(read, rounded).evaluate(renumbered(recipe, numbers))
 
 
 @dataclass(frozen=True, slots=True)

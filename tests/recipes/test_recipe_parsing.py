@@ -8,7 +8,7 @@ import pytest
 
 from ckptkit.core.toml_lines import toml_lines
 from ckptkit.errors import RecipeError
-from ckptkit.plans.recipes.model import CopiedKeys, Gradient, MergeRecipe, RecipeInput, Setting
+from ckptkit.plans.recipes.model import CopiedKeys, Gradient, MergeRecipe, RecipeInput, Setting, Slice
 from ckptkit.plans.recipes.options import recipe_from_options
 from ckptkit.plans.recipes.parse import parse_recipe, recipe_from_text
 from ckptkit.plans.recipes.writing import dump_recipe, recipe_table
@@ -78,10 +78,24 @@ def test_a_recipe_is_the_value_that_its_text_describes() -> None:
     )
 
 
+SLICES = """method = "passthrough"
+base = "m"
+layer_keys = "model.layers.{i:int}.*"
+[[input]]
+name = "m"
+path = "mistral/"
+[[slice]]
+input = "m"
+layers = [0, 24]
+[[slice]]
+input = "m"
+layers = [8, 32]
+scale = 0.5
+"""
 BASE_BY_PATH = f'method = "linear"\nbase = "models/base/"{TWO}'
 
 
-@pytest.mark.parametrize("text", [BLOCKS, BASE_BY_PATH, LINEAR], ids=["blocks", "base path", "plain"])
+@pytest.mark.parametrize("text", [BLOCKS, SLICES, BASE_BY_PATH, LINEAR], ids=["blocks", "slices", "base path", "plain"])
 def test_a_recipe_that_is_written_is_read_back_as_the_same(text: str, tmp_path: Path) -> None:
     recipe = recipe_from_text(text)
     written = tmp_path / "recipe.toml"
@@ -92,6 +106,10 @@ def test_a_recipe_that_is_written_is_read_back_as_the_same(text: str, tmp_path: 
 def test_a_base_that_is_a_path_is_a_further_input_with_its_name() -> None:
     recipe = recipe_from_text(BASE_BY_PATH)
     assert ([each.name for each in recipe.inputs], recipe.base) == (["base", "A", "B"], "base")
+
+
+def test_slices_have_their_layers() -> None:
+    assert recipe_from_text(SLICES).slices == (Slice("m", (0, 24)), Slice("m", (8, 32), {"scale": 0.5}))
 
 
 def test_the_files_of_a_path_with_wildcards_are_inputs_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -122,6 +140,24 @@ WRONG = {
     "no method": (TWO, None, "the recipe names no method", "linear"),
     "unknown method": ("method = 'lineer'" + TWO, 1, "there is no method 'lineer'", "did you mean 'linear'?"),
     "too few inputs": ("\nmethod = 'linear'", 2, "linear merges at least 1 input, and there are 0", None),
+    "too many inputs": (
+        "method = 'slerp'\nt = 0.5" + TWO + "[[input]]\nname = 'C'", 1, "slerp merges 2 inputs, and there are 3", None,
+    ),
+    "one input beside the base": (
+        "method = 'nearswap'\nt = 1\nbase = 'A'" + TWO + "[[input]]\nname = 'C'", 1,
+        "nearswap merges 1 input beside the base, and there are 2", None,
+    ),
+    "no base": ("method = 'nearswap'\nt = 1" + TWO, 1, "nearswap needs a base", 'base = "NAME"'),
+    "a parameter of the base": (
+        "method = 'nuslerp'\nbase = 'A'" + TWO + "weight = 2\n[[input]]\nname = 'C'\n[[set]]\nkeys = '*'\n"
+        "inputs.A.weight = 2", 14, "weight of 'A' has no effect, because it is the base of nuslerp", None,
+    ),
+    "a parameter that must be given": ("method = 'slerp'" + TWO, 1, "slerp needs t", "t is a number"),
+    "out of range": ("method = 'ema'\ndecay = 1" + TWO, 2, "decay is 1, and must be a number from 0 below 1", None),
+    "out of range in a gradient": (
+        "method = 'ema'" + TWO + "[[set]]\nkeys = 'l.{i:int}'\ndecay = { over = 'i', values = [0, 2] }", 10,
+        "decay is 2, and must be a number from 0 below 1", None,
+    ),
     "two of one name": (LINEAR + "[[input]]\nname = 'A'\npath = 'c'", 9, "two inputs have the name 'A'", "name = "),
     "two of one stem": (LINEAR + "[[input]]\npath = 'x/A.pt'", 9, "two inputs have the name 'A'", "name = "),
     "no name and no path": (LINEAR + "[[input]]", 9, "an [[input]] has neither a name nor a path", None),
@@ -164,6 +200,9 @@ WRONG = {
     "copy without keys": ("copy = [{ from = 'A' }]\n" + LINEAR, 1, "an item of copy needs keys and from", "copy ="),
     "slice of another method": (LINEAR + "[[slice]]\ninput = 'A'\nlayers = [0, 1]", 9, "needs passthrough", None),
     "layer_keys without a slice": ("layer_keys = 'x'\n" + LINEAR, 1, "layer_keys without a [[slice]]", None),
+    "slice without layer_keys": (SLICES.replace("layer_keys", "#"), 6 + 1, "slices need layer_keys", "layer_keys ="),
+    "layers that are none": (SLICES.replace("[8, 32]", "[8, 8]"), 12, "layers [8, 8) are none", "layers ="),
+    "layers that are no pair": (SLICES.replace("[8, 32]", "8"), 12, "layers must be two integers", "layers ="),
     "on_mismatch": (with_input("on_mismatch = 'padd'"), 9, "on_mismatch is 'padd'", "did you mean 'pad'?"),
     "lora_scale alone": (with_input("lora_scale = 2"), 9, "lora_scale without lora has no effect", None),
     "last without wildcards": (with_input("last = 2"), 9, "last chooses among the files", None),

@@ -42,7 +42,7 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
 from ckptkit.tensor_ops.operation import Shape
 
-__all__ = ["LoraConfigLike", "plan_lora"]
+__all__ = ["LoraConfigLike", "plan_folds", "plan_lora"]
 
 _NO_PLACE = "the base does not have it"
 _FOLD_ELSEWHERE = "fold into a dequantised base, here or with merge_and_unload of peft; "
@@ -109,7 +109,7 @@ def plan_lora(
     adapters, configs, factors = _several(adapter, lora_config, scale, weights)
     with opened_roles(base, *adapters) as roles:
         inputs = DequantizedInputs(roles, dequantize)
-        plan = inputs.finish(_plan_lora(inputs.checkpoints, configs, rules, factors, policy))
+        plan = inputs.finish(plan_folds(inputs.checkpoints, configs, rules, factors, policy))
         changed = frozenset(() if plan.covered is None else plan.covered.filled)
         first = next(donor for role, donor in roles.items() if role != BASE)
         refuse_unmet(
@@ -153,13 +153,17 @@ def _several(
     return adapters, configs, [scale * factor for factor in factors]
 
 
-def _plan_lora(
+def plan_folds(
     roles: Mapping[str, Checkpoint],
     configs: Sequence[LoraConfigLike | None],
     rules: RulesLike | None,
     factors: Sequence[float],
     policy: Policy[UnexpectedAction],
 ) -> Plan:
+    """Return the plan of ``plan_lora`` for opened inputs: the base and the adapters by role.
+
+    ``factors`` multiply the scales. Raises as ``plan_lora``.
+    """
     base = roles[BASE]
     donors = {role: checkpoint for role, checkpoint in roles.items() if role != BASE}
     refuse_ambiguous(base, base)

@@ -33,6 +33,7 @@ class Plan(Result):
     ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
     ``command`` is the command that makes such a plan (``remap``, ``merge`` or ``convert``); its document names it.
     ``covered`` says which tensors of the base get values from a donor; it is None where a plan has no base.
+    ``paths`` has the path of each role, where the plan was made of a recipe, for ``execute``.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
@@ -49,6 +50,7 @@ class Plan(Result):
     kept: tuple[str, ...] = ()
     command: str = field(default="remap", compare=False)
     covered: Coverage | None = field(default=None, compare=False)
+    paths: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
@@ -60,7 +62,7 @@ class Plan(Result):
             wrong = next((item for item in items if not isinstance(item, kind)), self)
             if wrong is not self:
                 refuse(wrong, f"an item of {name}", f"a {kind.__name__}")
-        for name, of in (("metadata", str), ("versions", int)):
+        for name, of in (("metadata", str), ("versions", int), ("paths", str)):
             table = getattr(self, name)
             if not isinstance(table, Mapping) or not all(isinstance(value, of) for value in table.values()):
                 refuse(table, name, f"a mapping of str to {of.__name__}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ class DequantizedInputs:
     def __init__(
         self,
         roles: Mapping[str, Checkpoint],
-        dequantize: DequantizeLike,
+        dequantize: DequantizeLike | Mapping[str, DequantizeLike],
         *,
         rules: Rules | None = None,
         by_rules: Sequence[str] = (),
@@ -44,14 +45,16 @@ class DequantizedInputs:
     ) -> None:
         """Find the weights: all with ``dequantize``, else those that rules dequantise in the inputs ``by_rules``.
 
-        ``dtype`` is that of the output, if the caller gives one.
+        ``dequantize`` may have an answer for each role. ``dtype`` is that of the output, if the caller gives one.
         """
-        is_wanted, given = parse_dequantize(dequantize)
-        self._is_wanted = is_wanted
+        answers = dequantize if isinstance(dequantize, Mapping) else dict.fromkeys(roles, dequantize)
+        parsed = {role: parse_dequantize(answers.get(role, False)) for role in roles}
+        self._is_wanted = any(is_wanted for is_wanted, _ in parsed.values())
         rows = [rule for stage in rules.stages for rule in stage.rules if _dtypes_of(rule)] if rules else []
 
-        def wanted(weight: QuantizedWeight) -> str | bool:
-            for rule in rows:
+        def wanted(role: str, weight: QuantizedWeight) -> str | bool:
+            is_wanted, given = parsed[role]
+            for rule in rows if role in by_rules else ():
                 if any(pattern.match(weight.key) for pattern in rule.sources):
                     return dtype or next(filter(None, _dtypes_of(rule)), None) or given or True
             return is_wanted and (dtype or given or True)
@@ -59,8 +62,8 @@ class DequantizedInputs:
         self.stored = dict(roles)
         self.views: dict[str, DequantizedView] = {}
         for role, checkpoint in roles.items():
-            if is_wanted or (rows and role in by_rules):
-                self.views[role] = dequantized(checkpoint, wanted=wanted if role in by_rules else _all(dtype or given))
+            if parsed[role][0] or (rows and role in by_rules):
+                self.views[role] = dequantized(checkpoint, wanted=partial(wanted, role))
         self.checkpoints = {role: self._view(role) for role in roles}
         for role in by_rules if rules and not rules.allow_unused else ():
             self._refuse_names_of_parts(role, rules)
@@ -163,12 +166,14 @@ class DequantizedInputs:
         The numbers have their own dtype where it is wide already, where elements are only moved, and where they are
         joined with tensors of that dtype.
         """
-        from ckptkit.tensor_ops.recipes import recipe_dtype
+        from ckptkit.tensor_ops.recipes import recipe_dtype, substituted
 
-        own = _substituted(recipe, inner)
+        own = substituted(recipe, inner)
+        wide = substituted(recipe, [one if isinstance(one, int) else _in_float32(one) for one in inner])
+        if recipe.operations[0].name == "merge":  # which computes in float32 whatever the dtypes
+            return wide
         if not recipe.is_lossy or step.out.dtype not in _NARROW:
             return own
-        wide = _substituted(recipe, [one if isinstance(one, int) else _in_float32(one) for one in inner])
         try:
             found = recipe_dtype(wide, [self.stored[source.role][source.key].dtype for source in sources])
         except RuleError:
@@ -181,15 +186,6 @@ def _in_float32(recipe: Recipe) -> Recipe:
 
     made = (replace(one, dtype="F32") if isinstance(one, Dequantize) else one for one in recipe.operations)
     return replace(recipe, operations=tuple(made))
-
-
-def _substituted(recipe: Recipe, inner: Sequence[int | Recipe]) -> Recipe:
-    inputs = tuple(inner[item] if isinstance(item, int) else _substituted(item, inner) for item in recipe.inputs)
-    return replace(recipe, inputs=inputs)
-
-
-def _all(dtype: str | None) -> Callable[[QuantizedWeight], str | bool]:
-    return lambda _: dtype or True
 
 
 def _dtypes_of(rule: Rule) -> list[str]:

@@ -36,6 +36,7 @@ Compute: TypeAlias = Literal["float32", "float64"]
 OnMissingKey: TypeAlias = Literal["error", "base", "present", "drop"]
 NonFloat: TypeAlias = Literal["error", "base", "first", "max"]
 OnNonfinite: TypeAlias = Literal["error", "allow", "base"]
+_METHOD: Final[TomlPath] = ("method",)
 COMPUTE: Final = ("float32", "float64")
 ON_MISSING: Final = ("error", "base", "present", "drop")
 NON_FLOAT: Final = ("error", "base", "first", "max")
@@ -82,14 +83,16 @@ class Places:
     is_named: bool = True
 
     def of(self, *path: str | int) -> str:
-        """Return the words for a part of the recipe: its line, else the number of its table, else nothing."""
+        """Return the words for a part of the recipe: its line, the number of its table, or the line of the method."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return f"line {self.lines[path[:end]]}"
         if not self.is_named:
             return ""
         numbered = [(name, number) for name, number in pairwise(path) if isinstance(number, int)]
-        return f"[[{numbered[0][0]}]] {numbered[0][1] + 1}" if numbered else ""
+        if numbered:
+            return f"[[{numbered[0][0]}]] {numbered[0][1] + 1}"
+        return f"line {self.lines[_METHOD]}" if _METHOD in self.lines else ""
 
     def error(self, reason: str, *path: str | int, hint: str | None = None) -> RecipeError:
         """Return the error about a part of the recipe, which names its place."""
