@@ -102,6 +102,27 @@ def test_codes_that_stand_for_nan_are_written_and_said(
     assert [finding.key for finding in report.findings if finding.code == "load.infinite"] == ["l.weight"]
 
 
+@pytest.mark.parametrize("rows", [8, ROWS])  # tensors that are read together, and one that is read in pieces
+def test_diff_compares_both_sides_in_the_dtype_that_is_given(rows: int, model: Model, tmp_path: Path) -> None:
+    """Nothing is rounded to the dtype of a plain EXPECTED, and without a dtype it is what would be loaded."""
+    numbers = model.numbers[:rows]
+    plain = {"l.weight": numbers.bfloat16(), "n.weight": model.parts["n.weight"]}
+    save_file(plain, tmp_path / "plain.safetensors")
+    model.save({key: tensor[: -(-rows // 128) if "scale" in key else rows] for key, tensor in model.parts.items()})
+    sides = [(tmp_path / "plain.safetensors", plain["l.weight"]), (model.path, numbers)]
+    loaded = ckptkit.diff(sides[0][0], sides[1][0], values=True, dequantize=True).values
+    assert loaded is not None
+    assert loaded.all_equal
+    for (expected, first), (found, other) in (sides, sides[::-1]):
+        result = ckptkit.diff(expected, found, values=True, dequantize="F32")
+        assert result.values is not None
+        (one,) = result.values.different
+        change = other.double() - first.double()
+        assert one.rel_l2 == pytest.approx(float(change.norm() / first.double().norm()), rel=1e-6)
+        assert one.changed_elements == int((change != 0).sum())
+        assert (result.found_checkpoint.tensors, result.expected_checkpoint.tensors) in ((3, 2), (2, 3))
+
+
 @pytest.mark.parametrize("options", [{"drop": ["*.weight_scale_inv"]}, {"keep": ["n.*", "*_scale_inv"]}])
 def test_a_pattern_for_parts_that_are_gone_is_an_error_that_says_so(
     options: dict[str, list[str]], model: Model

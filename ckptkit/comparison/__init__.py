@@ -10,7 +10,7 @@ from ckptkit.comparison.gates import Gates, Subject, judge, parse_gates, refuse_
 from ckptkit.comparison.hints import joined_hint
 from ckptkit.comparison.matching import diff_checkpoints
 from ckptkit.comparison.parts import align_command
-from ckptkit.comparison.quantized import with_dtypes_of_plain
+from ckptkit.comparison.quantized import numbers_of_either, with_dtypes_of_plain
 from ckptkit.comparison.same_ranges import keys_with_same_range, share_a_file
 from ckptkit.comparison.state_dict_diff import (
     KeyPair,
@@ -24,10 +24,11 @@ from ckptkit.core.arguments import require_flags, require_number, require_progre
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.progress import Progress
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
-from ckptkit.quantized.view import DequantizeLike, as_numbers
+from ckptkit.quantized.view import DequantizeLike, as_numbers, parse_dequantize
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, Rule, Rules, RulesLike
 
@@ -68,7 +69,8 @@ def diff(
             differences.
         dequantize: Whether quantised weights of both sides are compared as numbers, or the dtype of the numbers.
             Without one, a weight has the dtype of the plain tensor that the other side has of it. It is F32 if both
-            sides are quantised, so that a small difference is not rounded away.
+            sides are quantised, so that a small difference is not rounded away. Such weights are compared in the dtype
+            that is given.
         rtol: The tolerance relative to the expected value, as in ``torch.allclose``; 0 where only ``atol`` is given.
         atol: The absolute tolerance, as in ``torch.allclose``; 0 where only ``rtol`` is given.
         expect_frozen: A pattern or a list of patterns: the values of every matching tensor must be equal. A matching
@@ -109,7 +111,13 @@ def diff(
             key_map = apply_rules(all_rules, found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
         if views[0].weights or views[1].weights:
-            result = replace(result, expected_numbers=views[0].listed, found_numbers=views[1].listed)
+            result = replace(
+                result,
+                expected_numbers=views[0].listed,
+                found_numbers=views[1].listed,
+                expected_checkpoint=CheckpointSummary.of(stored_expected),
+                found_checkpoint=CheckpointSummary.of(stored_found),
+            )
         if result.missing and key_map.dropped:
             result = replace(result, left_out=_left_out(result, all_rules, key_map, found_side, expected_side))
         unmet = find_unmet_in(result, requirements, of="the model", source="the checkpoint") if requirements else []
@@ -124,7 +132,12 @@ def diff(
         ties = _ties_to_compared(result, {pair.key for pair in result.matched}) if result.left_out else {}
         refuse_unmatched(gates, keys, result.left_out - ties.keys())
         names = {pair.key: result.moved.get(pair.key, pair.key) for pair in result.matched}
-        compared = compare_named(expected_side, found_side, key_map, names, rtol=rtol, atol=atol, progress=progress)
+        stated = parse_dequantize(dequantize)[1]
+        compared = compare_named(
+            expected_side, found_side, key_map, names,
+            dtypes={} if stated is None else dict.fromkeys(numbers_of_either(*views, key_map, names), stated),
+            rtol=rtol, atol=atol, progress=progress,
+        )  # fmt: skip
     return _with_values(result, gates, compared, keys)
 
 

@@ -12,7 +12,7 @@ from ckptkit.quantized import QuantizedWeight, quantized_weights
 from ckptkit.quantized.view import DequantizedView, dequantized
 from ckptkit.rules.model import KeyMap
 
-__all__ = ["QuantizedKey", "find_quantized_keys", "quantized_messages", "with_dtypes_of_plain"]
+__all__ = ["QuantizedKey", "find_quantized_keys", "numbers_of_either", "quantized_messages", "with_dtypes_of_plain"]
 
 _PLAIN = frozenset({"F64", "F32", "BF16", "F16"})
 
@@ -79,6 +79,16 @@ def with_dtypes_of_plain(
     names = {source: new for new, one in key_map.outputs().items() for source in one.sources}
     sources = {new: source for source, new in names.items()}
     return _as_plain(expected, found, sources), _as_plain(found, expected, names)
+
+
+def numbers_of_either(
+    expected: DequantizedView, found: DequantizedView, key_map: KeyMap, names: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the expected keys of tensors that a side makes of a quantised weight, given their new names in found."""
+    outputs = key_map.outputs() if found.weights else {}
+    for key, name in names.items():
+        if key in expected.weights or (name in outputs and any(one in found.weights for one in outputs[name].sources)):
+            yield key
 
 
 def _as_plain(view: DequantizedView, other: DequantizedView, names: Mapping[str, str]) -> DequantizedView:

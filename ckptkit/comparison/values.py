@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
-from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo, under_key
 from ckptkit.core.checkpoint.stored import StoredBytes, is_in_blocks
 from ckptkit.core.files.payloads import announce, is_same_range, place_of
+from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -178,16 +179,18 @@ def compare_named(
     key_map: KeyMap,
     names: Mapping[str, str],
     *,
+    dtypes: Mapping[str, str] = FrozenDict({}),
     rtol: float | None = None,
     atol: float | None = None,
     progress: Progress | None = None,
 ) -> ValueDiff:
     """Compare the values of tensors that both sides have with one number of elements.
 
-    ``names`` maps each expected key to the name of the found tensor after the rules. Without tolerances, bits must be
-    equal. Otherwise an element differs where its bits do and ``torch.isclose(found, expected, rtol, atol)`` is false;
-    a tolerance of None counts as 0 beside another. The threads read pieces of bounded size. A tensor that an operation
-    makes is made in memory.
+    ``names`` maps each expected key to the name of the found tensor after the rules. ``dtypes`` has the dtype in which
+    the two tensors of an expected key are compared, where it is not that of the expected one. Without tolerances, bits
+    must be equal. Otherwise an element differs where its bits do and ``torch.isclose(found, expected, rtol, atol)`` is
+    false; a tolerance of None counts as 0 beside another. The threads read pieces of bounded size. A tensor that an
+    operation makes is made in memory.
 
     Raises:
         ArgumentError: A tolerance is not a number of at least 0.
@@ -198,14 +201,21 @@ def compare_named(
     """
     require_tolerances(rtol, atol)
     with pause_gc():
-        return _Comparison(expected, found, key_map, names).run(rtol, atol, progress or (lambda _: None))
+        return _Comparison(expected, found, key_map, names, dtypes).run(rtol, atol, progress or (lambda _: None))
 
 
 class _Comparison:
     """The pairs of tensors to compare, and what is known of them."""
 
-    def __init__(self, expected: Checkpoint, found: Checkpoint, key_map: KeyMap, names: Mapping[str, str]) -> None:
-        self._expected, self._found, self._names = expected, found, names
+    def __init__(
+        self,
+        expected: Checkpoint,
+        found: Checkpoint,
+        key_map: KeyMap,
+        names: Mapping[str, str],
+        dtypes: Mapping[str, str],
+    ) -> None:
+        self._expected, self._found, self._names, self._dtypes = expected, found, names, dtypes
         self._made = MadeTensors(found, key_map)
         self._ties, self._found_ties = _first_of_all_ties(expected), _first_of_all_ties(found)
         self._keys: list[list[str]] = []  # the tied expected keys of each pair
@@ -283,9 +293,10 @@ class _Comparison:
             if not payloads[0].nbytes or (code == found.dtype and is_same_range(*payloads)):
                 continue
             if has_numbers(code) and (code != "F4" or expected.elements % 2 == 0):
-                yield Pair(number, *payloads, code, found.dtype, expected.elements)
+                in_code = self._dtypes.get(key, code)
+                yield Pair(number, *payloads, in_code, code, found.dtype, expected.elements)
             else:
-                yield Pair(number, *payloads, "", "", payloads[0].nbytes)
+                yield Pair(number, *payloads, "", "", "", payloads[0].nbytes)
 
     def _are_blocks(self, expected: TensorInfo, found: TensorInfo, name: str) -> bool:
         """Return whether both tensors are stored in blocks of one type, of which equal bytes are equal numbers."""
@@ -312,6 +323,7 @@ class _Comparison:
     def _difference(self, keys: list[str], part: Part | BytesDiffer, tolerance: Tolerance | None) -> ValueDifference:
         names = tuple(key for key in self._names if key in keys) if len(keys) > 1 else tuple(keys)
         expected, found = self._expected[names[0]], self._made.describe(self._names[names[0]])
+        expected = under_key(expected, expected.key, self._dtypes.get(names[0], expected.dtype))
         if not isinstance(part, tuple):
             return ValueDifference(expected, found, names)
         total = part.total

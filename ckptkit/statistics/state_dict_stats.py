@@ -181,6 +181,10 @@ def stats(
         found = view.checkpoint
         result = _stats(found, rules_for(rules, found), progress)
         kept = {info.key for info in result.tensors.infos.values()}
+        if view.weights:  # the totals are those of the file, as everywhere
+            parts = {key: decoded.weight.parts for key, decoded in view.weights.items()}
+            stored_infos = (stored[part] for key in kept for part in parts.get(key, (key,)))
+            result = replace(result, checkpoint=CheckpointSummary.of(stored, stored_infos))
         return replace(result, dequantized=tuple(one for one in view.listed if one.key in kept))
 
 

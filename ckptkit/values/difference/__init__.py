@@ -54,8 +54,8 @@ def differences(
     """Yield pairs of which bytes were read, the number of the bytes, and the differences of the pair.
 
     The differences are None if its elements are equal, or if some are not compared yet: a pair comes several times.
-    Found is cast to expected's dtype first. The results are the same with any number of threads. Raises what reading
-    raises.
+    Both are cast to the dtype of the pair first. The results are the same with any number of threads. Raises what
+    reading raises.
     """
     half_known: list[tuple[Pair, _Progress]] = []
     progress: dict[int, _Progress] = {}
@@ -91,20 +91,21 @@ def differences(
 
 def _compare_piece(piece: Piece, workers: Workers, tolerance: Tolerance | None) -> Part | BytesDiffer | None:
     """Compare a piece of a long pair, block by block: what was read is still in the cache for the arithmetic."""
-    code, found_code = piece.pair.code, piece.pair.found_code
+    code, is_cast = piece.pair.code, piece.pair.is_cast
     parts: list[tuple[int, Part]] = []
     equal: list[tuple[int, int]] = []
     best = UNCHANGED
     for start, stop in pieces(piece.stop - piece.start, BLOCK):
-        expected, found = (read_block(piece, side, start, stop, workers) for side in (0, 1))
-        if code != found_code:
-            found = cast_bytes(found, found_code, code, workers, "found as expected")
+        expected = _expected_block(piece, start, stop, workers)
+        found = read_block(piece, 1, start, stop, workers)
+        if code != piece.pair.found_code:
+            found = cast_bytes(found, piece.pair.found_code, code, workers, "found as expected")
         if _are_equal(expected, found):
             equal.append((start, stop))
             continue
         if not has_numbers(code):
             return _BYTES_DIFFER
-        part = measure((expected, found), code, workers, tolerance, best, is_cast=code != found_code)
+        part = measure((expected, found), code, workers, tolerance, best, is_cast=is_cast)
         best = max(best, part.largest)
         parts.append((start, part))
     if not any(part.changed for _, part in parts):
@@ -120,26 +121,28 @@ def _compare_many(pairs: list[Pair], workers: Workers, tolerance: Tolerance | No
     result: list[Part | BytesDiffer | None] = [None] * len(pairs)
     expected_bytes = _read("expected bytes", [pair.expected for pair in pairs], workers)
     sides = expected_bytes, _read("found bytes", [pair.found for pair in pairs], workers)
-    if all(pair.code == pair.found_code for pair in pairs) and _are_equal(*sides):
+    if not any(pair.is_cast for pair in pairs) and _are_equal(*sides):
         return result
-    groups: dict[tuple[str, str], list[tuple[int, memoryview, memoryview]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[int, memoryview, memoryview]]] = {}
     first = second = 0
     for number, pair in enumerate(pairs):
         end, other_end = first + pair.expected.nbytes, second + pair.found.nbytes
-        codes = pair.code, pair.found_code
+        codes = pair.code, pair.expected_code, pair.found_code
         expected, found = sides[0][first:end], sides[1][second:other_end]
-        if codes[0] != codes[1] or bytes(expected) != bytes(found):
+        if pair.is_cast or bytes(expected) != bytes(found):
             if has_numbers(codes[0]):
                 groups.setdefault(codes, []).append((number, expected, found))
             else:
                 result[number] = _BYTES_DIFFER
         first, second = end, other_end
-    for (code, found_code), items in groups.items():
+    for (code, expected_code, found_code), items in groups.items():
         joined = [memoryview(b"".join(sides)) for sides in ([item[1] for item in items], [item[2] for item in items])]
         counts = [pairs[number].elements for number, _, _ in items]
         starts = np.cumsum([0, *counts[:-1]])
-        is_cast = code != found_code
-        if is_cast:
+        is_cast = not code == expected_code == found_code
+        if code != expected_code:
+            joined[0] = cast_bytes(joined[0], expected_code, code, workers, "expected as numbers")
+        if code != found_code:
             joined[1] = cast_bytes(joined[1], found_code, code, workers, "found as expected")
         parts = measure_runs((joined[0], joined[1]), code, workers, starts, tolerance, is_cast=is_cast)
         for (number, _, _), part in zip(items, parts, strict=True):
@@ -161,7 +164,14 @@ def _measure_expected(piece: Piece, workers: Workers) -> tuple[int, Part]:
 
 
 def _measure_equal(piece: Piece, start: int, stop: int, workers: Workers) -> Part:
-    return measure_equal(read_block(piece, 0, start, stop, workers), piece.pair.code, workers)
+    return measure_equal(_expected_block(piece, start, stop, workers), piece.pair.code, workers)
+
+
+def _expected_block(piece: Piece, start: int, stop: int, workers: Workers) -> memoryview:
+    """Return some elements of the expected side in the dtype in which they are compared."""
+    code, expected_code = piece.pair.code, piece.pair.expected_code
+    block = read_block(piece, 0, start, stop, workers)
+    return block if code == expected_code else cast_bytes(block, expected_code, code, workers, "expected as numbers")
 
 
 def _read(name: str, payloads: list[Payload], workers: Workers) -> memoryview:

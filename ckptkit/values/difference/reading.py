@@ -25,17 +25,24 @@ _MAX_TOGETHER: Final = 1024  # pairs
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """Two tensors with the same number of elements, at least one; ``code`` and ``found_code`` are their dtypes.
+    """Two tensors with the same number of elements, at least one, and their dtypes.
 
-    A tensor whose dtype has no numbers (``has_numbers``) is one of bytes, which are then its elements.
+    ``code`` is the dtype in which they are compared: usually that of the expected one. A tensor whose dtype has no
+    numbers (``has_numbers``) is one of bytes, which are then its elements.
     """
 
     number: int
     expected: Payload
     found: Payload
     code: str
+    expected_code: str
     found_code: str
     elements: int
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a side has another dtype than the one in which both are compared."""
+        return not self.code == self.expected_code == self.found_code
 
 
 class Piece(NamedTuple):
@@ -128,7 +135,7 @@ def read_together(payloads: Iterable[Payload], buffer: memoryview) -> None:
 
 def _pieces(pair: Pair, *, only_expected: bool = False) -> Iterator[Piece]:
     """Yield a long pair in pieces of whole blocks of elements."""
-    bits = [DTYPES[code].bits if has_numbers(code) else 8 for code in (pair.code, pair.found_code)]
+    bits = [DTYPES[code].bits if has_numbers(code) else 8 for code in (pair.expected_code, pair.found_code)]
     size = max(_PIECE * 8 // max(bits) // BLOCK, 1) * BLOCK
     payloads = [pair.expected] if only_expected else [pair.expected, pair.found]
     readers = [None if is_seekable(payload) else PayloadReader(payload) for payload in payloads]
