@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ckptkit import open_checkpoint
@@ -13,7 +15,8 @@ from ckptkit.core.checkpoint.stored import StoredBytes
 from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.decoding import Decoding
-from ckptkit.values.dequantize.model import Settings
+from ckptkit.values.dequantize.magnitudes import Magnitudes
+from ckptkit.values.dequantize.model import Decoder, Settings
 from ckptkit.values.dequantize.payload import DequantizedPayload
 from ckptkit.values.dequantize.schemes import make_decoder
 
@@ -31,11 +34,24 @@ def payload(
 def decoded(
     family: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32, settings: Settings | None = None
 ) -> torch.Tensor:
-    """Return a weight with these parts by role."""
+    """Return a weight with these parts by role, whose numbers have the magnitudes that its decoder says."""
     made = payload(family, parts, code_of(dtype), settings)
     buffer = bytearray(made.nbytes)
     made.readinto(memoryview(buffer))
+    if dtype == torch.float32:
+        whole = {role: memoryview(b"".join(part.chunks())) for role, part in made.sources.items()}
+        with np.errstate(all="ignore"):
+            expect_magnitudes(made.decoder, made.decoder.prepare(whole), np.frombuffer(buffer, np.float32))
     return torch.frombuffer(buffer, dtype=dtype).reshape(made.decoder.shape)
+
+
+def expect_magnitudes(decoder: Decoder, held: object, numbers: npt.NDArray[np.float32]) -> None:
+    """Assert that finite numbers of a decoder are not smaller or larger than it says."""
+    said = decoder.magnitudes(held)
+    if said is not None:
+        found = Magnitudes.of(numbers[np.isfinite(numbers)])
+        assert np.float32(said.smallest) <= found.smallest
+        assert np.float32(said.largest) >= found.largest
 
 
 def decoded_by_rows(

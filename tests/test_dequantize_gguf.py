@@ -20,6 +20,7 @@ from ckptkit.values.dequantize.model import BrokenPartError
 from ckptkit.values.dequantize.schemes import make_decoder
 from ckptkit.values.workers import Workers
 from tests.helpers_cli import run_ckpt
+from tests.helpers_dequantize import expect_magnitudes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,6 +45,7 @@ def ours(blocks: Array, kind: Kind, pieces: Sequence[tuple[int, int]] = ()) -> A
             data = memoryview(blocks.tobytes())[start : start + count]
             with np.errstate(over="ignore"):  # as the caller of decoders
                 decoder.decode(first, last, {"codes": data}, None, out[first:last], workers)
+    expect_magnitudes(decoder, None, out[np.isfinite(out)])
     return out
 
 

@@ -98,6 +98,19 @@ def test_a_long_row_is_decoded_in_parts(
     assert torch.equal(torch.frombuffer(part, dtype=torch.float32), expected.flatten()[5000:8000])
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e4])
+def test_losses_of_rounding_are_those_of_each_number(scale: float) -> None:
+    """Also where scales tell before a number is decoded that none is lost."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(2, 128)
+    numbers = codes.float() * scale
+    made = payload("scaled", {"codes": codes, "scales": torch.tensor([scale])}, "F16")
+    made.find_losses()
+    assert made.losses is not None
+    found = made.losses["w"]
+    assert found.overflowed == int((numbers.isfinite() & numbers.half().isinf()).sum())
+    assert found.underflowed == int(((numbers != 0) & (numbers.half() == 0)).sum())
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_products_that_float32_cannot_hold_are_losses(dtype: str) -> None:
     """A code that stands for inf or NaN stays so: it does not overflow, and is counted."""

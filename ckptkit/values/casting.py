@@ -17,13 +17,14 @@ from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError
 from ckptkit.values.arrays import array_of, bits_dtype, numpy_dtype, real_code
+from ckptkit.values.float_formats import FLOAT_FORMATS
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["cast_bytes", "dtype_of", "float_dtype"]
+__all__ = ["are_finite", "cast_bytes", "dtype_of", "float_dtype"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 # Casts the bits of the first array into the second; the workers have scratch buffers for as many numbers.
@@ -32,7 +33,6 @@ _Kernel: TypeAlias = Callable[[Array, Array, Workers], None]
 _OF_NUMPY = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F32", "F64"})
 # The float32 numbers that F16 holds as normal numbers without an overflow, by their bits without the sign.
 _F16_LOWEST, _F16_END = 0x38800000, 0x477FF000
-_F16_INF = 0x7C00
 _OTHER_NAMES = {"half": "F16", "float": "F32", "double": "F64"}  # torch's other names
 
 
@@ -102,8 +102,8 @@ def _kernel(found: str, out: str) -> _Kernel:
         return _copy
     if (found, out) == ("BF16", "F32"):
         return _widen_bfloat16
-    if (found, out) == ("F16", "F32"):
-        return _widen_float16
+    if found in FLOAT_FORMATS and DTYPES[found].bits <= 16 and out == "F32":
+        return _widen(found)
     if found in _OF_NUMPY and out in _OF_NUMPY and found != "BOOL":
         # Else numbers out of range would become others where numpy uses vectors than where it does not.
         through = ("I64",) if found in ("F32", "F64") and out in ("U8", "U32") else ()
@@ -127,18 +127,50 @@ def _widen_bfloat16(bits: Array, out: Array, _: Workers) -> None:
     np.left_shift(out, 16, out=out)
 
 
-def _widen_float16(bits: Array, out: Array, _: Workers) -> None:
-    """Move the bits to their places in F32, and multiply by the power of two between the two biases: that is exact."""
+def are_finite(bits: Array, code: str) -> bool:
+    """Return whether none of these bits of floats of 8 or 16 bits, which have a sign, are NaN or infinite."""
     import numpy as np
 
-    if bits.view(np.int16).max(initial=0) >= _F16_INF or bits.max(initial=0) >= _F16_INF | 0x8000:
+    layout = FLOAT_FORMATS[code]
+    signed = bits.view(np.int8 if DTYPES[code].bits == 8 else np.int16)
+    if not layout.has_negative_zero:
+        return bool(signed.min(initial=0) > -layout.sign)
+    return bool(signed.max(initial=0) <= layout.largest and bits.max(initial=0) <= layout.largest | layout.sign)
+
+
+@functools.cache
+def _widen(found: str) -> _Kernel:
+    """Return the function that casts a float of 8 or 16 bits, which has a sign, to F32."""
+    import numpy as np
+
+    layout = FLOAT_FORMATS[found]
+    up = FLOAT_FORMATS["F32"].mantissa - layout.mantissa
+    mask = np.uint32(0x80000000 | layout.sign - 1 << up)
+    factor = np.float32(2.0 ** (127 - layout.bias))
+    signed = np.dtype(f"i{DTYPES[found].bits // 8}")
+
+    def widen(bits: Array, out: Array, workers: Workers) -> None:
+        """Move the bits to their places in F32, and multiply by the power of two between the biases: that is exact."""
+        if not are_finite(bits, found):
+            _widen_others(found, bits, out, workers)
+            return
+        wide = out.view(np.int32)
+        np.copyto(wide, bits.view(signed))  # repeats the sign in the upper bits
+        np.left_shift(wide, up, out=wide)
+        np.bitwise_and(out, mask, out=out)
+        np.multiply(out.view(np.float32), factor, out=out.view(np.float32))
+
+    return widen
+
+
+def _widen_others(found: str, bits: Array, out: Array, workers: Workers) -> None:
+    """Cast numbers that can be NaN or infinite to F32."""
+    import numpy as np
+
+    if found == "F16":
         np.copyto(out.view(np.float32), bits.view(np.float16))
-        return
-    signed = out.view(np.int32)
-    np.copyto(signed, bits.view(np.int16))  # repeats the sign in the upper half
-    np.left_shift(signed, 13, out=signed)
-    np.bitwise_and(out, np.uint32(0x8FFFE000), out=out)
-    np.multiply(out.view(np.float32), np.float32(2.0**112), out=out.view(np.float32))
+    else:
+        _look_up(_table(found, "F32"), bits, out, workers)
 
 
 def _cast_in_numpy(dtypes: Sequence[np.dtype[Any]], bits: Array, out: Array, workers: Workers) -> None:
@@ -180,11 +212,8 @@ def _round_to_bfloat16(bits: Array, out: Array, workers: Workers) -> None:
     np.add(rounded, bits, out=rounded)
     np.right_shift(rounded, 16, out=rounded)
     np.copyto(out, rounded, casting="unsafe")
-    magnitudes = workers.buffer("magnitudes", np.uint16, len(bits))
-    np.bitwise_and(out, 0x7FFF, out=magnitudes)
-    # The sum makes inf or 0 of some NaNs, and only of them and of few other numbers.
-    if len(bits) and (magnitudes.max() >= 0x7F80 or not magnitudes.min()):
-        numbers = bits.view(np.float32)
+    numbers = bits.view(np.float32)
+    if np.isnan(numbers.max(initial=-np.inf)):  # the sum makes inf or 0 of some NaNs
         is_nan = workers.buffer("marks", np.bool_, len(bits))
         np.not_equal(numbers, numbers, out=is_nan)
         out[is_nan] = 0x7FC0

@@ -28,6 +28,11 @@ class FloatFormat(NamedTuple):
         return 1 << self.largest.bit_length()
 
     @property
+    def bias(self) -> int:
+        """What is added to the exponent of a number of these bits; larger by one without a negative zero."""
+        return (self.sign >> self.mantissa + 1) - self.has_negative_zero
+
+    @property
     def nan_above(self) -> int:
         """The bits of every NaN, without the sign, are above these; only if there is a negative zero."""
         return self.largest + self.has_infinity

@@ -16,7 +16,7 @@ from ckptkit.values.workers import Workers
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Losses", "can_lose", "can_overflow", "count_losses", "largest_finite"]
+__all__ = ["Losses", "can_lose", "can_overflow", "count_losses", "largest_finite", "smallest_positive"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -74,6 +74,12 @@ def largest_finite(code: str) -> float:
 
 
 @functools.cache
+def smallest_positive(code: str) -> float:
+    """Return the smallest number above 0 of the floating-point dtype with this code."""
+    return float(_limits(real_code(code)).smallest_subnormal)
+
+
+@functools.cache
 def can_overflow(found: str, out: str) -> bool:
     """Return whether a cast between the dtypes of these codes can change a finite value to inf or to another number."""
     import numpy as np
@@ -98,8 +104,7 @@ def can_lose(found: str, out: str) -> bool:
     if old == new:
         return False
     if is_float(old) and is_float(new):
-        is_smaller = _limits(old).smallest_subnormal < _limits(new).smallest_subnormal
-        return can_overflow(found, out) or bool(is_smaller)
+        return can_overflow(found, out) or smallest_positive(old) < smallest_positive(new)
     return can_overflow(found, out) or is_float(old) or new == "BOOL"
 
 
@@ -140,11 +145,10 @@ def _count_floats(before: Array, after: Array, old: str, new: str, workers: Work
     np.bitwise_and(after, layout.size_bits, out=sizes)
     limit = layout.largest + (new != "F8_E4M3")  # newer versions of torch give 448 in place of inf
     only = None if layout.has_negative_zero else layout.sign
-    if sizes.min() and not _has(sizes, limit, only):
-        return Losses()
-    marks = workers.buffer("marks", np.bool_, len(after))
-    zeros = int(np.count_nonzero(np.equal(sizes, 0, out=marks)))
-    suspects = np.flatnonzero(_from(sizes, limit, only, marks))
+    zeros = len(sizes) - int(np.count_nonzero(sizes))
+    suspects = np.empty(0, np.intp)
+    if _has(sizes, limit, only):
+        suspects = np.flatnonzero(_from(sizes, limit, only, workers.buffer("marks", np.bool_, len(after))))
     lost = _values(before[suspects], old, workers) if len(suspects) else np.empty(0)
     saturated = False
     if len(lost):
@@ -154,7 +158,9 @@ def _count_floats(before: Array, after: Array, old: str, new: str, workers: Work
     if zeros:
         old_sizes = workers.buffer("old sizes", before.dtype, len(before))
         np.bitwise_and(before, FLOAT_FORMATS[old].size_bits, out=old_sizes)
-        zeros -= int(np.count_nonzero(np.equal(old_sizes, 0, out=marks)))
+        zeros -= len(old_sizes) - int(np.count_nonzero(old_sizes))
+    if not zeros and not len(lost):
+        return Losses()
     return _with_overflow(lost, (len(lost), zeros, 0), saturated=saturated)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import PLAIN_FLOATS
-from ckptkit.values.casting import cast_bytes
+from ckptkit.values.casting import are_finite, cast_bytes
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import (
     E8M0,
     FP8,
@@ -63,7 +64,7 @@ class Scaled(ElementwiseDecoder):
         import numpy as np
 
         dtype = self.parts["codes"].dtype
-        if dtype not in FP8:
+        if dtype not in FP8 or are_finite(np.frombuffer(streamed["codes"], np.uint8), dtype):
             return 0
         numbers = np.frombuffer(cast_bytes(streamed["codes"], dtype, "F32", Workers(1)), np.float32)
         return numbers.size - int(np.count_nonzero(np.isfinite(numbers)))
@@ -74,6 +75,16 @@ class Scaled(ElementwiseDecoder):
         if self.zeros is None:
             return _Held(scales, None)
         return _Held(scales, self.zeros.spread(floats_of("zeros", self.parts["zeros"], whole["zeros"])))
+
+    def magnitudes(self, held: _Held) -> Magnitudes | None:
+        """Return those of the products of any code and any scale, unless there are zero points."""
+        import numpy as np
+
+        if held.zeros is not None:
+            return None
+        every = cast_bytes(memoryview(bytes(range(256))), self.parts["codes"].dtype, "F32", Workers(1))
+        codes = np.frombuffer(every, np.float32)
+        return Magnitudes.of(codes[np.isfinite(codes)]).times(Magnitudes.of(held.scales))
 
     def decode_columns(  # noqa: PLR0917
         self,

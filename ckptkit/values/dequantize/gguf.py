@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import BLOCK_TYPES
 from ckptkit.values.dequantize import gguf_blocks, gguf_iq, gguf_k
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, UnknownFormError
 from ckptkit.values.workers import Workers
 
@@ -23,6 +24,10 @@ __all__ = ["BLOCK_DECODERS", "InBlocks", "in_blocks"]
 
 # Numbers that are decoded at once: their buffers stay in the cache, and threads seldom wait for each other.
 _PIECE: Final = 1 << 17
+# Scales of F16 and E4M3 are multiples of 2 ** -24 below 2 ** 16. Their factors are multiples of 1 / 8 below 2 ** 12, so
+# all numbers, and differences of them, are multiples of 2 ** -27.
+_MAGNITUDES: Final = Magnitudes(2.0**-27, 2.0**29)
+_OTHER_SCALES: Final = frozenset({"Q8_K", "MXFP4"})
 # Q8_1 is missing: llama.cpp keeps activations in it, in two layouts, and never weights.
 BLOCK_DECODERS: Final[Mapping[str, Callable[[Blocks, Values], None]]] = {
     "Q1_0": gguf_blocks.decode_q1_0,
@@ -75,6 +80,10 @@ class InBlocks(Decoder):
 
     def prepare(self, whole: Mapping[str, memoryview]) -> None:
         """Prepare nothing: each block has its own scales."""
+
+    def magnitudes(self, held: None) -> Magnitudes | None:  # noqa: ARG002
+        """Return those of any blocks of this type."""
+        return None if self.parts["codes"].dtype in _OTHER_SCALES else _MAGNITUDES
 
     def decode(  # noqa: PLR0917 - as in the base class
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
@@ -114,6 +115,10 @@ class Decoder(ABC):
 
         Raises ``BrokenPartError`` for a value that such a part cannot have: NaN in scales, a zero point out of range.
         """
+
+    def magnitudes(self, held: Any) -> Magnitudes | None:  # noqa: ARG002 - few parts tell them
+        """Return those of all products of finite codes and scales; None unless what ``prepare`` returned tells them."""
+        return None
 
     @abstractmethod
     def decode(  # noqa: PLR0917 - a range, its bytes and its place

@@ -55,12 +55,20 @@ class _Block(NamedTuple):
         return (self.last - self.first) * (self.stop - self.start)
 
 
+class _Made(NamedTuple):
+    """The parts that are read by rows, what the decoder keeps of the others, and whether rounding can lose a number."""
+
+    streamed: Mapping[str, Payload]
+    held: Any
+    can_lose: bool
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Held:
-    """The parts that are read by rows, and what the decoder keeps of the others, made when it is asked for."""
+    """What is made of the parts when it is asked for."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    made: tuple[Mapping[str, Payload], Any] | None = None
+    made: _Made | None = None
     read: tuple[str, int, int, memoryview] | None = None  # the last range of a part that several blocks are made from
 
 
@@ -109,7 +117,7 @@ class DequantizedPayload(BlockPayload[_Block]):
 
     def try_all(self) -> None:
         """Decode all rows, and forget them. Raises ``BrokenPartError`` instead of the error that names the weight."""
-        streamed, held = self._prepared()
+        streamed, held, _ = self._prepared()
 
         def work(block: _Block) -> None:
             self._numbers(block, self._read(block, streamed, self.workers), held, self.workers)
@@ -149,18 +157,22 @@ class DequantizedPayload(BlockPayload[_Block]):
         """Return the bytes of a block in a buffer of this thread, and the losses of their rounding."""
         import numpy as np
 
-        parts, held = self._prepared()
+        parts, held, can_lose = self._prepared()
         streamed = self._read(block, parts, workers)
         try:
             numbers = self._numbers(block, streamed, held, workers)
         except BrokenPartError as error:
             raise self._refusal(error) from None
         found: memoryview = numbers.view(np.uint8).data
-        losses = Losses() if self.losses is None else self._overflows(numbers, streamed, workers)
+        counts = can_lose and self.losses is not None
+        if counts:
+            losses = self._overflows(numbers, streamed, workers)
+        else:
+            losses = Losses(infinite_codes=0 if self.losses is None else self.decoder.infinite_codes(streamed))
         if self.out.dtype == _WORKING:
             return found, losses
         made = cast_bytes(found, _WORKING, self.out.dtype, workers)
-        if self.losses is not None:
+        if counts:
             losses = losses.plus(count_losses(found, made, _WORKING, self.out.dtype, workers))
         return made, losses
 
@@ -217,8 +229,8 @@ class DequantizedPayload(BlockPayload[_Block]):
                 self.decoder.decode(first, last, streamed, held, out, workers)
         return numbers
 
-    def _prepared(self) -> tuple[Mapping[str, Payload], Any]:
-        """Return the parts that are read by rows, and what the decoder keeps of the others."""
+    def _prepared(self) -> _Made:
+        """Return what is made of the parts."""
         held = self._held
         with held.lock:
             made = held.made
@@ -238,7 +250,9 @@ class DequantizedPayload(BlockPayload[_Block]):
                     for role, source in self.sources.items()
                     if role in decoder.streamed
                 }
-                made = held.made = (streamed, value)
+                magnitudes = decoder.magnitudes(value)
+                fit = magnitudes is not None and all(map(magnitudes.fit, (_WORKING, self.out.dtype)))
+                made = held.made = _Made(streamed, value, not fit)
                 in_memory = (source.nbytes for source in streamed.values() if isinstance(source, HeldBytes))
                 _RECENT.add(held, sum(map(len, whole.values())) + sum(in_memory))
             return made

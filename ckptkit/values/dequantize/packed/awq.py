@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import PLAIN_FLOATS
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import (
     BrokenPartError,
     Decoder,
@@ -17,6 +18,7 @@ from ckptkit.values.dequantize.model import (
     half_dtype,
     require_part,
 )
+from ckptkit.values.dequantize.packed.bits import transposed
 from ckptkit.values.dequantize.packed.grouped import Groups, rows_of_groups
 from ckptkit.values.workers import Workers
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Awq", "awq"]
 
-_EACH = 8
+_EACH, _BITS = 8, 4
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of 8 output features, in nibbles from the lowest
 
 
@@ -73,6 +75,10 @@ class Awq(Decoder):
         layout = rows_of_groups(*self.shape, scales.shape[1], self.width)
         return _Held(words, Groups(layout, scales[None], zeros[None]))
 
+    def magnitudes(self, held: _Held) -> Magnitudes | None:
+        """Return those of all codes with any scale and zero point."""
+        return held.groups.magnitudes(_BITS)
+
     def decode(  # noqa: PLR0917
         self,
         first: int,
@@ -83,12 +89,7 @@ class Awq(Decoder):
         workers: Workers,
     ) -> None:
         """Transpose the words of some output features, unpack them, and apply scales and zero points."""
-        import numpy as np
-
-        part = held.words[:, first // _EACH : -(-last // _EACH)].T
-        words = workers.buffer("words", np.uint32, part.size).reshape(part.shape)
-        np.copyto(words, part)
-        _unpack(words, out, workers)
+        _unpack(transposed(held.words, first // _EACH, -(-last // _EACH), workers), out, workers)
         held.groups.apply(out, first, workers)
 
 

@@ -12,14 +12,29 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["codes_in_words", "look_up", "unpack_dense", "unpack_integers", "unpack_words"]
+__all__ = ["codes_in_words", "look_up", "transposed", "unpack_dense", "unpack_integers", "unpack_words"]
 
 _WORD = 32
+_LINE = 16  # words in a line of the cache
 
 
 def codes_in_words(count: int, bits: int, *, is_dense: bool = True) -> int:
     """Return how many words of 32 bits hold ``count`` codes; unless they are dense, no code crosses two words."""
     return -(-count * bits // _WORD) if is_dense else -(-count // (_WORD // bits))
+
+
+def transposed(words: npt.NDArray[np.uint32], first: int, last: int, workers: Workers) -> npt.NDArray[np.uint32]:
+    """Return the columns from ``first`` to ``last`` as rows, in a buffer of this thread."""
+    import numpy as np
+
+    height, count = len(words), last - first
+    # Numbers that are a power of two apart share few places of the cache: the rows of this copy are not.
+    apart = count + _LINE
+    slab = workers.buffer("slab", np.uint32, height * apart).reshape(height, apart)[:, :count]
+    np.copyto(slab, words[:, first:last])
+    made: npt.NDArray[np.uint32] = workers.buffer("words", np.uint32, count * height).reshape(count, height)
+    np.copyto(made, slab.T)
+    return made
 
 
 @functools.cache

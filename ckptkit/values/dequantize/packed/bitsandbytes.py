@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import (
     BrokenPartError,
     ElementwiseDecoder,
@@ -85,6 +86,12 @@ class FourBits(ElementwiseDecoder):
         combine_blocks(np.multiply, scales, 0, outer, self.nested_blocksize)
         scales += np.float32(self.nested_offset)
         return _Held(tuple(book.tolist()), scales)
+
+    def magnitudes(self, held: _Held) -> Magnitudes:
+        """Return those of the products of any number of the book and any scale."""
+        import numpy as np
+
+        return Magnitudes.of(np.array(held.book)).times(Magnitudes.of(held.scales))
 
     def decode_columns(  # noqa: PLR0917
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import PLAIN_FLOATS
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import (
     BrokenPartError,
     Decoder,
@@ -17,7 +18,7 @@ from ckptkit.values.dequantize.model import (
     require_part,
     setting_int,
 )
-from ckptkit.values.dequantize.packed.bits import codes_in_words, unpack_dense, unpack_integers
+from ckptkit.values.dequantize.packed.bits import codes_in_words, transposed, unpack_dense, unpack_integers
 from ckptkit.values.dequantize.packed.grouped import Groups, rows_of_groups
 from ckptkit.values.workers import Workers
 
@@ -88,6 +89,10 @@ class Gptq(Decoder):
             zeros = (zeros + 1) % (1 << self.bits)
         return np.ascontiguousarray(zeros.T)[None]
 
+    def magnitudes(self, held: _Held) -> Magnitudes | None:
+        """Return those of all codes with any scale and zero point."""
+        return held.groups.magnitudes(self.bits)
+
     def decode(  # noqa: PLR0917
         self,
         first: int,
@@ -100,9 +105,7 @@ class Gptq(Decoder):
         """Transpose the words of some output features, unpack them, and apply scales and zero points."""
         import numpy as np
 
-        rows = last - first
-        words = workers.buffer("words", np.uint32, rows * len(held.words)).reshape(rows, -1)
-        np.copyto(words, held.words[:, first:last].T)
+        words = transposed(held.words, first, last, workers)
         middle = 1 << self.bits - 1 if self.zeros == "symmetric" else 0
         unpack_dense(words.view(np.uint8), self.bits, middle, out, workers)
         held.groups.apply(out, first, workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import BrokenPartError
 from ckptkit.values.dequantize.scales import ScaleLayout
 from ckptkit.values.workers import Workers
@@ -47,6 +48,17 @@ class Groups:
             groups = values.reshape(-1, values.shape[-1])[first : first + rows]
             np.take(groups, self.index, axis=1, out=spread, mode="clip")
             operation(numbers, spread, out=numbers)
+
+    def magnitudes(self, bits: int) -> Magnitudes | None:
+        """Return those of all numbers that codes of ``bits`` bits can be, unless zero points are not integers."""
+        import numpy as np
+
+        largest = float(1 << bits)
+        if self.zeros is not None:
+            if not np.array_equal(self.zeros, np.rint(self.zeros)):
+                return None
+            largest += Magnitudes.of(self.zeros).largest
+        return Magnitudes(1, largest).times(Magnitudes.of(self.scales))
 
     def indexed(self, index: npt.NDArray[np.int32], role: str = "g_idx") -> Groups:
         """Return these groups with their columns in any order: ``index`` has the group of each column.

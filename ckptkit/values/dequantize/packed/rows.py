@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import PLAIN_FLOATS
+from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import (
     BrokenPartError,
     Decoder,
@@ -89,6 +90,10 @@ class PackedRows(Decoder):
             unpack_dense(words.view(np.uint8), self.bits, half, out, workers)
         else:
             unpack_words(words, self.bits, half, out, workers)
+
+    def magnitudes(self, held: Groups) -> Magnitudes | None:
+        """Return those of all codes with any scale and zero point."""
+        return held.magnitudes(self.bits)
 
     def decode(  # noqa: PLR0917
         self,
