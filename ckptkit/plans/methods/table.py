@@ -10,6 +10,7 @@ from ckptkit.plans.methods.averages.differences import AddDifference, TrainDiffe
 from ckptkit.plans.methods.averages.ema import Ema
 from ckptkit.plans.methods.averages.linear import Average, Linear
 from ckptkit.plans.methods.model import Method
+from ckptkit.plans.methods.pairs.arcee_fusion import ArceeFusion
 from ckptkit.plans.methods.pairs.nearswap import Nearswap
 from ckptkit.plans.methods.pairs.passthrough import Passthrough
 from ckptkit.plans.methods.spherical.karcher import Karcher
@@ -20,6 +21,8 @@ from ckptkit.plans.methods.task_vectors.arithmetic import TaskArithmetic
 from ckptkit.plans.methods.task_vectors.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from ckptkit.plans.methods.task_vectors.dare import DareLinear, DareTies
 from ckptkit.plans.methods.task_vectors.della import Della, DellaLinear
+from ckptkit.plans.methods.task_vectors.model_stock import ModelStock
+from ckptkit.plans.methods.task_vectors.sce import Sce
 from ckptkit.plans.methods.task_vectors.ties import Ties
 
 __all__ = ["METHODS", "method_named"]
@@ -27,7 +30,7 @@ __all__ = ["METHODS", "method_named"]
 _KINDS: tuple[type[Method], ...] = (
     Linear, Average, Ema, AddDifference, TrainDifference, Slerp, Nuslerp, Multislerp, Karcher,
     TaskArithmetic, Ties, DareLinear, DareTies, DellaLinear, Della, Breadcrumbs, BreadcrumbsTies,
-    Nearswap, Passthrough,
+    Sce, ModelStock, Nearswap, ArceeFusion, Passthrough,
 )  # fmt: skip
 METHODS: Mapping[str, type[Method]] = {kind.name: kind for kind in _KINDS}
 
