@@ -50,7 +50,7 @@ def merge_payload(
         for number, (info, data) in enumerate(zip(infos, stored, strict=True))
     ]
     shape = merge.shapes([info.shape for info in infos])[0]
-    return merge.payload(inputs, TensorInfo(key, out or infos[0].dtype, shape), losses, workers)
+    return merge.payload(inputs, TensorInfo(key, out or infos[0].dtype, shape), losses, workers=workers)
 
 
 def merge_arrays(

@@ -429,6 +429,17 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
                     },
                 ),
             ),
+            "merged": _list(
+                "The merged tensors of which their method found more than the plan could say.",
+                _object(
+                    "What was found of one tensor.",
+                    {
+                        "key": _KEY,
+                        "warning": _text_or_null("What the user should know, such as that the inputs are opposite."),
+                        "numbers": _table("Numbers that the method found by itself, by name.", _number("The number.")),
+                    },
+                ),
+            ),
             "carried": _texts("The names of the files that --carry copied."),
             "adapted": _list(
                 "The statements in carried files that were changed to what the output holds.",

@@ -221,6 +221,7 @@ def _execute(
         untied=written.untied if output.format == "torch" else tuple(find_broken_ties(plan)),
         losses=inputs.losses(),
         extracted=tuple(inputs.producer.extracted.values()),
+        merged=inputs.merged(),
         verified=verified[0].reader if verified and alone is None else None,
         read_back=None if alone is None else alone.alone,
         carried=carried.names,

@@ -20,6 +20,7 @@ from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.plan.merged import MergedFacts
 from ckptkit.plans.plan.step import Source, Step
 from ckptkit.plans.produce import Producer, overflow_error
 from ckptkit.plans.quantized import QuantizedInputs
@@ -88,6 +89,13 @@ class PlanInputs:
     def losses(self, keys: Iterable[str] | None = None) -> tuple[CastLoss, ...]:
         """Return the losses of the tensors that were read so far, or of ``keys``, in the order of the plan."""
         return tuple(loss for key in (self.steps if keys is None else keys) if (loss := self.producer.losses.get(key)))
+
+    def merged(self) -> tuple[MergedFacts, ...]:
+        """Return what a user should know of merged tensors that were read so far, in the order of the plan."""
+        facts = self.producer.merged
+        return tuple(
+            MergedFacts(key, facts[key].warning, dict(facts[key].numbers)) for key in self.steps if key in facts
+        )
 
     def refuse_overflow(self, keys: Iterable[str] | None = None) -> None:
         """Raise ``PlanError`` where a cast made inf of finite values, unless the user allowed it."""

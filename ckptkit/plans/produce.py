@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptkit.tensor_ops.recipes import Recipe
     from ckptkit.values.cast_payload import CastPayload
     from ckptkit.values.dequantize.payload import DequantizedPayload
+    from ckptkit.values.merging.model import Facts
     from ckptkit.values.merging.payload import MergedPayload
     from ckptkit.values.workers import Workers
 
@@ -45,11 +46,13 @@ class Producer:
 
     ``losses`` has the losses of each tensor that was cast or computed, by its key, once the tensor was read to its end.
     ``extracted`` says of each weight whose change was factored how much the factors hold, by the key of the weight.
+    ``merged`` has what a user should know of merged tensors, by their keys; most have nothing.
     """
 
     roles: Mapping[str, Checkpoint]
     losses: dict[str, CastLoss] = field(default_factory=dict)
     extracted: dict[str, ExtractedChange] = field(default_factory=dict)
+    merged: dict[str, Facts] = field(default_factory=dict)
     _outputs: dict[object, tuple[tuple[Tensor, ...], RecipeCounter]] = field(default_factory=dict, repr=False)
     _workers: Workers | None = field(default=None, repr=False)
     _stored: dict[str, StoredBytes] = field(default_factory=dict, repr=False)
@@ -67,7 +70,7 @@ class Producer:
             return payload
         return self._cast(payload, TensorInfo(step.out.key, found.dtype, found.shape), step.out)
 
-    def _made(self, step: Step, found: TensorInfo, losses: MutableMapping[str, CastLoss]) -> Payload:
+    def _made(self, step: Step, found: TensorInfo, losses: MutableMapping[str, CastLoss] | None) -> Payload:
         """Return the bytes of a step with a recipe, given the description before its last cast."""
         merge = _only_merge(step)
         if merge is not None:
@@ -146,7 +149,7 @@ class Producer:
         operation: Dequantize,
         numbers: Sequence[int],
         out: TensorInfo,
-        losses: MutableMapping[str, CastLoss],
+        losses: MutableMapping[str, CastLoss] | None,
     ) -> DequantizedPayload:
         """Return the numbers of a quantised weight, given the numbers of the sources that are its parts."""
         from ckptkit.values.dequantize.payload import DequantizedPayload
@@ -163,7 +166,7 @@ class Producer:
         payload = self._dequantized(step, operation, numbers, out, losses)
         return read_tensor(out, lambda _: payload)
 
-    def _merged(self, step: Step, merge: Merge, losses: MutableMapping[str, CastLoss]) -> MergedPayload:
+    def _merged(self, step: Step, merge: Merge, losses: MutableMapping[str, CastLoss] | None) -> MergedPayload:
         """Return the tensor of a step that merges its sources, or what recipes make of them, and does nothing else.
 
         The numbers are rounded once, also where the step ends with a cast.
@@ -181,8 +184,8 @@ class Producer:
             infos = [self.roles[one.role][one.key] for one in step.sources]
             found = describe_output(step.out.key, infos, item, step.rule)
             made = Step(TensorInfo(step.out.key, found.dtype, found.shape), step.sources, rule=step.rule, recipe=item)
-            inputs.append(MergeInput(source.role, made.out, self._made(made, found, {})))
-        return merge.payload(inputs, step.out, losses, self._shared_workers())
+            inputs.append(MergeInput(source.role, made.out, self._made(made, found, None)))
+        return merge.payload(inputs, step.out, losses, self.merged, self._shared_workers())
 
     def _stored_bytes(self, role: str) -> StoredBytes:
         if role not in self._stored:

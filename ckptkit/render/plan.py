@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_infinite_codes, describe_overflow, describe_small_losses
-from ckptkit.core.text import human_bytes, percent, plural, printable
+from ckptkit.core.text import human_bytes, percent, plural, printable, short_number
 from ckptkit.errors import COMMAND
 from ckptkit.formats.safetensors_header import METADATA
 from ckptkit.plans.plan import Dropped, Plan, Step
@@ -69,6 +69,10 @@ def written_document(written: Written) -> dict[str, object]:
         "extracted": [
             {"key": change.key, "change": change.change, "left_out": change.left_out} for change in written.extracted
         ],
+        "merged": [
+            {"key": facts.key, "warning": facts.warning or None, "numbers": dict(facts.numbers)}
+            for facts in written.merged
+        ],
         "carried": list(written.carried),
         "adapted": [
             {"file": change.file, "statement": change.statement, "found": change.found, "written": change.written}
@@ -124,11 +128,11 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
     """
     plan = _NO_PLAN if written.plan is None else written.plan
     if tensors:
-        about = [*_kept(plan), *_extracted(written), *_losses(written), *_verified(written)]
+        about = [*_kept(plan), *_extracted(written), *_merged(written), *_losses(written), *_verified(written)]
         lines = [*(Line((sentence,)) for sentence in about), Line(_written(plan, written))]
         lines += [Line((sentence,)) for sentence in _coverage(plan, expand=expand)]
         return [*_tables(plan, expand=expand), *lines]
-    before = [*_kept(plan), *_extracted(written), *_losses(written)]
+    before = [*_kept(plan), *_extracted(written), *_merged(written), *_losses(written)]
     page: list[Block] = [*map(_note, plan.notes), Line(_written(plan, written))]
     page += [Line((sentence,)) for sentence in before]
     dropped = [drop for drop in plan.dropped if not drop.is_entry]
@@ -188,6 +192,22 @@ def _extracted(written: Written) -> list[str]:
     count = plural(len(shares), "weight")
     total, largest = (percent(min(share, 1.0)) for share in (left_out / whole, shares[most]))
     return [f"the factors of {count} leave out {total} of the change (norm), at most {largest}, in {printable(most)}"]
+
+
+def _merged(written: Written) -> Iterator[str]:
+    """Yield a sentence for each warning of merged tensors, and for each number that a method found."""
+    warned: dict[str, list[str]] = {}
+    found: dict[str, list[float]] = {}
+    for facts in written.merged:
+        if facts.warning:
+            warned.setdefault(facts.warning, []).append(facts.key)
+        for name, value in facts.numbers.items():
+            found.setdefault(name, []).append(value)
+    for warning, keys in warned.items():
+        yield f"{warning} in {plural(len(keys), 'tensor')}: {_first_names(keys, 8)}"
+    for name, values in found.items():
+        low, high = short_number(min(values)), short_number(max(values))
+        yield f"{name} of {plural(len(values), 'tensor')}: {low if low == high else f'from {low} to {high}'}"
 
 
 def _verified(written: Written) -> list[str]:

@@ -99,12 +99,13 @@ class Parameter:
         if self.kind == "choice":
             return " or ".join(map(quoted, self.choices))
         what = "a number" if self.kind == "number" else "a whole number"
-        low = None if self.low is None else f"above {self.low:g}" if self.is_open[0] else f"from {self.low:g}"
-        high = None if self.high is None else f"below {self.high:g}" if self.is_open[1] else f"to {self.high:g}"
-        if self.low is not None and self.high is None and not self.is_open[0]:
-            low = f"of at least {self.low:g}"
-        joined = " and ".join if self.is_open[0] and self.is_open[1] else " ".join
-        return " ".join([what, *([joined([part for part in (low, high) if part])] if low or high else [])])
+        if None not in (self.low, self.high) and not any(self.is_open):
+            return f"{what} from {self.low:g} to {self.high:g}"
+        words = (("at least", "above"), ("at most", "below"))
+        limits = zip((self.low, self.high), words, self.is_open, strict=True)
+        named = [f"{word[is_open]} {limit:g}" for limit, word, is_open in limits if limit is not None]
+        joined = " and ".join(named)
+        return f"{what}{' of ' if joined.startswith('at') else ' ' if joined else ''}{joined}"
 
     def check(self, value: object) -> Value:
         """Return the value; raise ``ArgumentError`` with the name of the parameter where it is not allowed."""

@@ -21,7 +21,7 @@ from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
     from ckptkit.core.cast_losses import CastLoss
-    from ckptkit.values.merging.model import Merging
+    from ckptkit.values.merging.model import Facts, Merging
 
 __all__ = ["Merge"]
 
@@ -112,12 +112,13 @@ class Merge(Operation):
         inputs: Sequence[MergeInput],
         out: TensorInfo,
         losses: MutableMapping[str, CastLoss] | None = None,
+        facts: MutableMapping[str, Facts] | None = None,
         workers: Workers | None = None,
     ) -> MergedPayload:
         """Return the merged tensor, rounded once to the dtype of ``out``."""
         merging = self.resolve(out.shape, len(inputs))
         workers = workers or Workers()
-        return MergedPayload(merging, inputs, out, losses, workers, self.on_nonfinite, self.is_wide)
+        return MergedPayload(merging, inputs, out, losses, facts, workers, self.on_nonfinite, self.is_wide)
 
     def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Merge tensors in memory."""

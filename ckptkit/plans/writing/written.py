@@ -10,6 +10,7 @@ from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.plans.carried import Adapted
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.plan.extracted import ExtractedChange
+from ckptkit.plans.plan.merged import MergedFacts
 
 __all__ = ["Written"]
 
@@ -25,6 +26,7 @@ class Written(Result):
     None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
     ``extracted`` says how much of each change the factors of an extracted adapter hold.
+    ``merged`` has the warnings of merged tensors, and the numbers that their methods found.
     ``shared`` is the number of bytes in blocks of the disk that the output shares with an input, see ``Output``.
     ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
     ``plan`` is the plan that was executed, with the entries that this output keeps and leaves out.
@@ -48,6 +50,7 @@ class Written(Result):
     read_back: str | None = None
     untied: tuple[tuple[str, ...], ...] = ()
     extracted: tuple[ExtractedChange, ...] = ()
+    merged: tuple[MergedFacts, ...] = ()
     carried: tuple[str, ...] = ()
     adapted: tuple[Adapted, ...] = ()
     plan: Plan | None = field(default=None, compare=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from ckptkit.values.merging.combination import add_products
-from ckptkit.values.merging.model import Array, Identity, Merging
+from ckptkit.values.merging.model import Array, Facts, Identity, Merging
 from ckptkit.values.workers import pieces
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Factors(NamedTuple):
     """A factor for each vector, and what a user should know of them, such as that a method fell back to a mean."""
 
     factors: Sequence[float]
-    warning: str = ""
+    facts: Facts = Facts()
 
 
 # Gram matrices have the dot products of the vectors: gram[i, j] = x_i . x_j, in float64.
@@ -63,9 +63,9 @@ class ByAngles(Merging):
         del number, known
         return self.factors(_total(partials))
 
-    def warning(self, known: Factors) -> str:
-        """Return the warning of the factors."""
-        return known.warning
+    def facts(self, known: Factors) -> Facts:
+        """Return the facts that came with the factors."""
+        return known.facts
 
     def apply(self, inputs: Sequence[Array], start: int, known: Factors, out: Array, workers: Workers) -> None:
         """Multiply and add."""

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ckptkit.values.workers import Workers
 
-__all__ = ["Array", "Identity", "Merging", "NoResultError"]
+__all__ = ["Array", "Facts", "Identity", "Merging", "NoResultError"]
 
 Array: TypeAlias = "npt.NDArray[Any]"
 # Where the result has the bits of the inputs if all that are read have the same bits: in each piece, only where the
 # whole tensors are equal, or never.
 Identity: TypeAlias = Literal["piece", "tensor", "never"]
+
+
+class Facts(NamedTuple):
+    """What a user should know of one merged tensor, and no plan can say: a sentence without the key, and numbers."""
+
+    warning: str = ""
+    numbers: tuple[tuple[str, float], ...] = ()
 
 
 class NoResultError(ValueError):
@@ -87,10 +94,10 @@ class Merging(ABC):
         """
         raise NotImplementedError
 
-    def warning(self, known: Any) -> str:
-        """Return what a user should know of the result, or nothing: a sentence without the key."""
+    def facts(self, known: Any) -> Facts:
+        """Return what a user should know of the tensor, from what is known after the passes."""
         del known
-        return ""
+        return Facts()
 
     @abstractmethod
     def apply(self, inputs: Sequence[Array], start: int, known: Any, out: Array, workers: Workers) -> None:

@@ -19,7 +19,7 @@ from ckptkit.values.arrays import real_code
 from ckptkit.values.casting import cast_bytes
 from ckptkit.values.computed import BlockPayload, HeldBytes, bytes_of
 from ckptkit.values.losses import Losses, count_losses
-from ckptkit.values.merging.model import Array, Merging, NoResultError
+from ckptkit.values.merging.model import Array, Facts, Merging, NoResultError
 from ckptkit.values.workers import PIECE, Workers
 
 if TYPE_CHECKING:
@@ -66,13 +66,15 @@ class MergedPayload(BlockPayload[_Piece]):
     It computes in float32, or in float64 if an input is F64 or ``is_wide``. ``on_nonfinite`` says what happens where
     an input that is read has a NaN or an infinity: ``error`` raises ``PlanError``, ``allow`` computes with it, and
     ``base`` takes the element of the first input, which must be finite. Once all bytes were read, ``losses`` has the
-    losses of the rounding by the key of ``out``. The threads are those of ``workers``, which may be shared.
+    losses of the rounding by the key of ``out``, and ``facts`` what a user should know of the tensor. The threads are
+    those of ``workers``, which may be shared.
     """
 
     merging: Merging
     inputs: Sequence[MergeInput]
     out: TensorInfo
     losses: MutableMapping[str, CastLoss] | None = None
+    facts: MutableMapping[str, Facts] | None = None
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
     on_nonfinite: OnNonfinite = "error"
     is_wide: bool = False
@@ -135,7 +137,11 @@ class MergedPayload(BlockPayload[_Piece]):
         return made, losses
 
     def keep(self, losses: Losses) -> None:
-        """Store the losses of all pieces, if they are wanted."""
+        """Store the losses of all pieces and the facts, if they are wanted, and forget what was held of the inputs."""
+        self._held.payloads.clear()
+        known = self._held.known
+        if self.facts is not None and known is not None and (facts := self.merging.facts(known)) != Facts():
+            self.facts[self.out.key] = facts
         if self.losses is not None:
             key = self.out.key
             self.losses[key] = losses.of(key, self.working, self.out.dtype, self.out.elements)
@@ -254,11 +260,11 @@ class MergedPayload(BlockPayload[_Piece]):
         at = int(np.flatnonzero(~np.isfinite(numbers))[0])
         value = "NaN" if np.isnan(numbers[at]) else f"{numbers[at]}"
         index = _index((block.start + at) // DTYPES[self.out.dtype].parts, self.out.shape)
-        place = f" at {list(index)}" if index else ""
+        place = f"element {list(index)}" if index else "value"
         path = one.payload.file.path if isinstance(one.payload, Extent) else None
-        key = "" if one.info.key == self.out.key else f" as {quoted(one.info.key)}"
+        key = "" if one.info.key == self.out.key else f" ({quoted(one.info.key)})"
         return PlanError(
-            f"{quoted(self.out.key)} cannot be merged: {quoted(one.name)} has it{key} with {value}{place}",
+            f"{quoted(self.out.key)} cannot be merged: its {place} in {quoted(one.name)}{key} is {value}",
             hint='give this input the weight 0 there, or on_nonfinite = "base" or "allow"',
             path=path,
         )

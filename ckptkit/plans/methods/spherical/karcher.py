@@ -51,6 +51,7 @@ class Karcher(Method):
         import numpy as np
 
         from ckptkit.values.merging.gram import Factors, cosines
+        from ckptkit.values.merging.model import Facts
 
         weights = np.array([weight for weight in self.weight if weight])
         weights = weights / weights.sum()
@@ -61,7 +62,7 @@ class Karcher(Method):
         shares = shares / shares.sum()
         length = _length(shares, cosine)
         if length < _NO_DIRECTION:
-            return Factors(weights.tolist(), "the directions of the inputs add up to 0: merged linearly")
+            return Factors(weights.tolist(), Facts("the directions of the inputs add up to 0: merged linearly"))
         mean = shares / length
         for _ in range(self.max_iter):
             near = np.clip(cosine @ mean, -1.0, 1.0)

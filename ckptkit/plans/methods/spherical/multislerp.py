@@ -51,7 +51,7 @@ class Multislerp(Method):
         import numpy as np
 
         from ckptkit.values.merging.gram import Factors, cosines
-        from ckptkit.values.merging.model import NoResultError
+        from ckptkit.values.merging.model import Facts, NoResultError
 
         weights = np.array([weight for weight in self.weight if weight])
         if self.normalize:
@@ -62,7 +62,7 @@ class Multislerp(Method):
         length = np.sqrt(max(float(weights @ cosine @ weights), 0.0))
         if length < _NO_DIRECTION:
             if len(weights) == 2:
-                return Factors(weights.tolist(), "the inputs are opposite: merged linearly")
+                return Factors(weights.tolist(), Facts("the inputs are opposite: merged linearly"))
             raise NoResultError("the weighted directions of the inputs add up to 0")
         of_units = weights / length * float(weights @ norms)
         return Factors(np.divide(of_units, norms, out=np.zeros_like(norms), where=norms > 0).tolist())

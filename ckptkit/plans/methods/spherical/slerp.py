@@ -50,12 +50,13 @@ class Slerp(Method):
     def factors(self, gram: Array) -> Factors:
         """Return the factors of both tensors."""
         from ckptkit.values.merging.gram import Factors
+        from ckptkit.values.merging.model import Facts
 
         t, norms = self.t, [math.sqrt(gram[i, i]) for i in range(2)]
         if min(norms) <= _NO_NORM:
             return Factors((1 - t, t))
         cosine = max(-1.0, min(1.0, float(gram[0, 1]) / (norms[0] * norms[1])))
         if abs(cosine) > _PARALLEL:
-            return Factors((1 - t, t), "the inputs are opposite: interpolated linearly" if cosine < 0 else "")
+            return Factors((1 - t, t), Facts("the inputs are opposite: interpolated linearly" if cosine < 0 else ""))
         angle = math.acos(cosine)
         return Factors((math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)))
