@@ -19,7 +19,7 @@ from tests.oracles.servers.proxy import Proxy
 from tests.oracles.servers.s3 import S3Server, variables_of
 from tests.oracles.servers.web import WebServer
 
-LATENCY = 0.1  # seconds, so that requests of one round overlap on a busy machine too
+QUIET = 0.25  # seconds without a new request, after which a round is over
 MB = 1_000_000
 
 
@@ -61,7 +61,7 @@ MOST: Mapping[str, int] = {
 def test_a_header_takes_few_ranges(name: str, store: Store) -> None:
     """safetensors at most 2, a zip archive at most 3, as ``-v`` says too."""
     url = store.made("requests", _files)
-    store.proxy.latency = LATENCY
+    store.proxy.quiet = QUIET
     ran = run_command("show", "-v", f"{url}/{name}", environment=store.variables)
     assert ran.code == 0, ran.err
     seen = store.proxy.requests()
@@ -78,7 +78,7 @@ def test_a_header_takes_few_ranges(name: str, store: Store) -> None:
 def test_a_sharded_checkpoint_opens_in_two_rounds(shards: int, store: Store) -> None:
     """The index comes first, then all headers at once; for a folder as well, where the store lists it."""
     url = f"{store.made('requests', _files)}/of_{shards}"
-    store.proxy.latency = 4 * LATENCY  # the requests of 60 shards take a while to be sent
+    store.proxy.quiet = 4 * QUIET  # a client needs a while to sign 60 requests
     for path in (url, f"{url}/model.safetensors.index.json"):
         if path == url and url.startswith("http"):
             continue

@@ -81,6 +81,8 @@ class Proxy:
         """Listen on a free port; each answer begins ``latency`` seconds later than it could."""
         self.upstream = urlsplit(upstream).netloc
         self.latency = latency
+        self.quiet = 0.0  # no answer begins before so many seconds have passed without a new request
+        self.arrived = 0.0
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
@@ -113,13 +115,18 @@ class Proxy:
     def rounds(self, path: str = "") -> int:
         """Return how often requests were under way where none was before.
 
-        With a ``latency``, requests that do not wait for each other are in one round, on a busy machine too.
+        With ``quiet``, requests that do not wait for each other are in one round, on a busy machine too.
         """
         number, last = 0, float("-inf")
         for seen in sorted(self.requests(path), key=lambda seen: seen.started):
             number += seen.started >= last
             last = max(last, seen.ended)
         return number
+
+    def wait_until_quiet(self) -> None:
+        """Wait until no request has arrived for ``quiet`` seconds."""
+        while self.quiet and (left := self.arrived + self.quiet - time.monotonic()) > 0:
+            time.sleep(left)
 
     @property
     def bytes_sent(self) -> int:
@@ -151,10 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         with owner.lock:
             owner.seen.append(seen)
+            owner.arrived = seen.started
             fault = next((fault for fault in owner.faults if fault.takes(seen)), Fault())
         if fault.waits:
             fault.arrived.set()
             fault.go_on.wait(60)
+        owner.wait_until_quiet()
         time.sleep(owner.latency + fault.silent)
         if fault.status:
             self._answer(seen, fault, fault.status, {"Content-Length": "0"}, ())
