@@ -1,9 +1,9 @@
 """Take the files that describe a model along: its configuration and its tokenizer, from an input to an output.
 
 What is taken, and how it changes, is decided before anything is written. ``adapter_config.json`` follows the names of
-the modules. Only four statements of ``config.json`` ever change: the dtype and the size of the vocabulary, where those
-of the output differ; the quantisation, where it is gone, or gone for some weights; and the tie of an embedding, where
-the output ends it.
+the modules. Only five statements of ``config.json`` ever change: the dtype and the size of the vocabulary, where those
+of the output differ; the quantisation, where it is gone, or gone for some weights; the tie of an embedding, where the
+output ends it; and the number of layers, where the output has other layers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ckptkit.plans.metadata.moves import moves_of
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Source
 from ckptkit.plans.quantized.configured import add_quantization, is_quantised, leave_plain
+from ckptkit.plans.writing.config_layers import QUANTIZATION, adapt_layers, sections_of
 from ckptkit.quantized import quantized_weights
 from ckptkit.quantized.configuration import CONFIGURATION_FILES, read_configuration
 from ckptkit.tensor_ops.recipes import Recipe
@@ -41,8 +42,6 @@ __all__ = ["plan_carried"]
 
 _DTYPE_FIELDS = ("dtype", "torch_dtype")  # the name since transformers 4.56, and before
 _VOCABULARY = "vocab_size"
-_QUANTIZATION = "quantization_config"
-_SECTION = "_config"  # ends the names of the sections of a model of several parts, such as text_config
 _FOUND_BY = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
     "PEFT": ADAPTER_NAMES,
@@ -77,12 +76,16 @@ def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         adapted, about_dtype = _adapt_dtype(new, plan, sources[role], () if coded else numbers)
         notes += about_dtype
         adapted += _adapt_vocabulary(new, plan, sources[role])
-        if role == "base" and _unties(plan, sources[role], config):
+        if plan.layers is not None:
+            adapted_layers, about_layers = adapt_layers(new, plan.layers)
+            adapted += adapted_layers
+            notes += about_layers
+        if role in ("base", next(iter(plan.paths), "")) and _unties(plan, sources[role], config, role):
             adapted += _untie(new)
         removed: dict[str, object] = {}
-        for path, section in list(_sections(new)) if is_plain else ():
-            if _QUANTIZATION in section:
-                removed[path + _QUANTIZATION] = section.pop(_QUANTIZATION)
+        for path, section in list(sections_of(new)) if is_plain else ():
+            if QUANTIZATION in section:
+                removed[path + QUANTIZATION] = section.pop(QUANTIZATION)
         changes = list(add_quantization(new, plan))
         changes += leave_plain(new, plan, numbers, coded) if numbers and coded else ()
         for change in changes:
@@ -215,7 +218,7 @@ def _adapt_dtype(
 
 def _dtype_fields(config: dict[str, object]) -> Iterator[tuple[str, dict[str, object], str]]:
     """Yield the path of each dtype that a configuration states, the section that holds it, and its key there."""
-    for path, section in _sections(config):
+    for path, section in sections_of(config):
         for key in _DTYPE_FIELDS:
             if isinstance(section.get(key), str):
                 yield path + key, section, key
@@ -227,7 +230,7 @@ def _adapt_vocabulary(config: dict[str, object], plan: Plan, owner: Checkpoint) 
     for step in plan.steps:
         if embeddings_of([step.out.key]) and step.out.key in owner:
             sizes.setdefault(owner[step.out.key].shape[0], set()).add(step.out.shape[0])
-    for path, section in _sections(config):
+    for path, section in sections_of(config):
         found = section.get(_VOCABULARY)
         new = sizes.get(found, set()) if isinstance(found, int) else set()
         if len(new) == 1 and found not in new:
@@ -235,15 +238,7 @@ def _adapt_vocabulary(config: dict[str, object], plan: Plan, owner: Checkpoint) 
             yield Adapted(MODEL_CONFIG, path + _VOCABULARY, found, section[_VOCABULARY])
 
 
-def _sections(config: dict[str, object], path: str = "") -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield a configuration and its sections, such as ``text_config``, each with its path and a dot behind it."""
-    yield path, config
-    for key, value in config.items():
-        if key.endswith(_SECTION) and key != _QUANTIZATION and isinstance(value, dict):
-            yield from _sections(value, f"{path}{key}.")
-
-
-def _unties(plan: Plan, base: Checkpoint, config: Mapping[str, object]) -> bool:
+def _unties(plan: Plan, base: Checkpoint, config: Mapping[str, object], role: str) -> bool:
     """Return whether output weights that the base ties to its embedding get other values than the embedding."""
     steps = {step.out.key: step for step in plan.steps}
     head = tied_head({key: info.shape for key, info in base.items()}, config)
@@ -251,7 +246,7 @@ def _unties(plan: Plan, base: Checkpoint, config: Mapping[str, object]) -> bool:
     groups += [[head.embedding, head.head]] if head is not None else []
     for keys in groups:
         made = [steps[key] for key in keys if key in steps]
-        if all(step.is_copy and step.sources[0] == Source("base", step.out.key) for step in made):
+        if all(step.is_copy and step.sources[0] == Source(role, step.out.key) for step in made):
             continue  # as it was
         if len({(step.sources, step.recipe) for step in made}) > 1:
             return True
@@ -260,7 +255,7 @@ def _unties(plan: Plan, base: Checkpoint, config: Mapping[str, object]) -> bool:
 
 def _untie(config: dict[str, object]) -> Iterator[Adapted]:
     """Change every statement of a tie in ``config``; add one where there is none, because the default can be a tie."""
-    stated = [(path, section) for path, section in _sections(config) if section.get(TIE_FLAG) is True]
+    stated = [(path, section) for path, section in sections_of(config) if section.get(TIE_FLAG) is True]
     for path, section in stated or [("", config)]:
         yield Adapted(MODEL_CONFIG, path + TIE_FLAG, section.get(TIE_FLAG), False)
         section[TIE_FLAG] = False

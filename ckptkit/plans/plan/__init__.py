@@ -14,6 +14,7 @@ from ckptkit.core.result.summary import totals
 from ckptkit.core.text import human_bytes, plural
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_types import Tensor
+from ckptkit.plans.plan.layers import LayerCount
 from ckptkit.plans.plan.step import Dropped, Source, Step
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from ckptkit.plans.inputs import Sources
 
-__all__ = ["Dropped", "Plan", "Source", "Step", "find_broken_ties"]
+__all__ = ["Dropped", "LayerCount", "Plan", "Source", "Step", "find_broken_ties"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -33,7 +34,8 @@ class Plan(Result):
     ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
     ``command`` is the command that makes such a plan (``remap``, ``merge`` or ``convert``); its document names it.
     ``covered`` says which tensors of the base get values from a donor; it is None where a plan has no base.
-    ``paths`` has the path of each role, where the plan was made of a recipe, for ``execute``.
+    ``paths`` has the path of each role, where the plan was made of a recipe, for ``execute``. ``layers`` says which
+    layers the output has, where it has others than its input.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
@@ -51,6 +53,7 @@ class Plan(Result):
     command: str = field(default="remap", compare=False)
     covered: Coverage | None = field(default=None, compare=False)
     paths: Mapping[str, str] = field(default_factory=dict, compare=False)
+    layers: LayerCount | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
@@ -68,6 +71,7 @@ class Plan(Result):
                 refuse(table, name, f"a mapping of str to {of.__name__}")
         for name in ("edited_role", "command"):
             require_type(getattr(self, name), str, name, "a str")
+        require_type(self.layers, LayerCount | None, "layers", "a LayerCount, or None")
         require_type(self.covered, Coverage | None, "covered", "a Coverage, or None")
 
     @property

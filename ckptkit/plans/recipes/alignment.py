@@ -15,7 +15,7 @@ from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.errors import RecipeError
 from ckptkit.plans.plan import Source
 from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient
-from ckptkit.plans.recipes.model import MergeRecipe
+from ckptkit.plans.recipes.model import MergeRecipe, Parameters
 from ckptkit.plans.recipes.parameters import Chosen, KeySettings
 
 __all__ = ["Decision", "Decisions", "decide", "input_path"]
@@ -35,6 +35,7 @@ class Decision:
         chosen: What the settings say about a key that is merged.
         has_base: Whether the merge has a base, which is not one of ``inputs``.
         equals: Tensors that must have the same bytes as one of the sources.
+        own: Parameters that hold for the key where no ``[[set]]`` has them.
     """
 
     kind: Kind
@@ -43,16 +44,21 @@ class Decision:
     chosen: Chosen | None = None
     has_base: bool = False
     equals: tuple[Source, ...] = ()
+    own: Parameters = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """The decision about each key, in the order of the output, the keys tied to another, and notes."""
+    """The decision about each key, in the order of the output, the keys tied to another, and notes.
+
+    ``moved`` has what a key is made of where its input has it under another key.
+    """
 
     by_key: dict[str, Decision]
     settings: KeySettings
     tied_to: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    moved: Mapping[str, Ingredient] = field(default_factory=dict)
 
 
 def decide(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput], reference: str) -> Decisions:

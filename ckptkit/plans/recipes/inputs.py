@@ -80,7 +80,7 @@ def adapter_role(name: str) -> str:
 
 def reference_of(recipe: MergeRecipe) -> str:
     """Return the name of the input that has the order of keys, the dtypes and the ties: the base, or the first."""
-    return recipe.base or recipe.inputs[0].name
+    return recipe.base or recipe.outer or recipe.inputs[0].name
 
 
 @contextlib.contextmanager

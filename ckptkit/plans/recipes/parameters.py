@@ -12,7 +12,7 @@ from ckptkit.core.toml_lines import TomlPath
 from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.model import Method
 from ckptkit.plans.methods.table import method_named
-from ckptkit.plans.recipes.model import Gradient, MergeRecipe, Value
+from ckptkit.plans.recipes.model import Gradient, MergeRecipe, Parameters, Value
 
 __all__ = ["Chosen", "KeySettings"]
 
@@ -80,23 +80,26 @@ class KeySettings:
                 break
         return Chosen(method_named(name), take, rule, tuple(self._matches[key]))
 
-    def method(self, key: str, chosen: Chosen, inputs: Sequence[str], *, has_base: bool) -> Method:
+    def method(
+        self, key: str, chosen: Chosen, inputs: Sequence[str], *, has_base: bool, own: Parameters | None = None
+    ) -> Method:
         """Return the method with its numbers for a key that these inputs have, without its base.
 
-        Raises ``RecipeError`` where the method does not take them.
+        ``own`` has values that count where no ``[[set]]`` has them. Raises ``RecipeError`` where the method does not
+        take the values or the inputs.
         """
-        identity = (chosen.method, chosen.fits, tuple(inputs), has_base)
+        identity = (chosen.method, chosen.fits, tuple(inputs), has_base, tuple((own or {}).items()))
         if identity in self._methods:
             return self._methods[identity]
         values: dict[str, object] = {}
         places: dict[str, TomlPath] = {}
         for name, parameter in chosen.method.parameters().items():
             if parameter.is_per_input:
-                found = [self._value(chosen, name, each) for each in inputs]
+                found = [self._value(chosen, name, each, own or {}) for each in inputs]
                 values[name] = [value for value, _ in found]
                 places[name] = next((path for value, path in found if value is not None), ())
             else:
-                values[name], places[name] = self._value(chosen, name, "")
+                values[name], places[name] = self._value(chosen, name, "", own or {})
         try:
             made = chosen.method.of(len(inputs), values, has_base=has_base)
         except ArgumentError as error:
@@ -112,7 +115,7 @@ class KeySettings:
             if number not in self._used:
                 raise self._unused(number)
 
-    def _value(self, chosen: Chosen, name: str, of_input: str) -> _Found:
+    def _value(self, chosen: Chosen, name: str, of_input: str, own_values: Parameters) -> _Found:
         """Return the value of a parameter, of one input if it has a name, and the place in the recipe that has it."""
         recipe = self.recipe
         for number, captured in chosen.fits:
@@ -125,6 +128,8 @@ class KeySettings:
                 path: TomlPath = ("set", number, "inputs", of_input, name) if name in own else ("set", number, name)
                 value = own[name] if name in own else setting.parameters[name]
                 return self._number(value, number, dict(captured)), path
+        if name in own_values:
+            return own_values[name], ("slice",)
         if of_input:
             each = recipe.input(of_input)
             if name in each.parameters:

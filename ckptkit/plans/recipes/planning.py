@@ -22,6 +22,7 @@ from ckptkit.plans.recipes.alignment import Decision, Decisions, decide, input_p
 from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, align_input, joined, opened_recipe, reference_of
 from ckptkit.plans.recipes.model import MergeRecipe
 from ckptkit.plans.recipes.parse import RecipeLike, parse_recipe
+from ckptkit.plans.recipes.slices import decide_slices, layer_count
 from ckptkit.plans.steps import complete_step, moved_modules
 from ckptkit.tensor_ops.recipes import Recipe
 
@@ -75,7 +76,7 @@ def _plan(recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[s
     order = [name for name in roles if name in answers]
     aligned = {name: align_input(recipe, recipe.input(name), roles, views) for name in order}
     reference = reference_of(recipe)
-    decisions = decide(recipe, aligned, reference)
+    decisions = decide_slices(recipe, aligned) if recipe.slices else decide(recipe, aligned, reference)
     maker = _Maker(recipe, aligned, reference, views)
     steps = list(maker.steps(decisions))
     if not steps:
@@ -91,6 +92,7 @@ def _plan(recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[s
         {new: owner.versions[old] for old, new in moved.items()},
         command="merge",
         paths=paths,
+        layers=layer_count(recipe, aligned) if recipe.slices else None,
     )
     plan = decoded.finish(follow_metadata(plan, views))
     return check_quantized(plan, QuantizedInputs(roles))
@@ -116,15 +118,14 @@ class _Maker:
             elif decision.kind == "left out":
                 continue
             elif decision.kind == "taken":
-                step = self._taken(key, decision)
+                step = self._taken(key, decision, self.inputs[decision.inputs[0]].tensors[key])
             else:
                 step = self._merged(key, decision, decisions)
             made[key] = step
             yield step
 
-    def _taken(self, key: str, decision: Decision) -> Step:
+    def _taken(self, key: str, decision: Decision, one: Ingredient) -> Step:
         """Return the step of a tensor that is taken from one input, in the dtype of the output."""
-        one = self.inputs[decision.inputs[0]].tensors[key]
         dtype = one.own_dtype
         wanted = self.inputs[self.reference].tensors.get(key)
         if is_float(dtype) and wanted is not None and is_float(wanted.own_dtype):
@@ -134,16 +135,23 @@ class _Maker:
         return self._complete(Step(out, one.sources, "", decision.why, one.recipe, equals))
 
     def _merged(self, key: str, decision: Decision, decisions: Decisions) -> Step:
+        if decision.chosen is None:
+            raise PlanError('non_float = "max" is not supported yet')
+        method = decisions.settings.method(
+            key, decision.chosen, decision.inputs, has_base=decision.has_base, own=decision.own
+        )
         names = [*([self.recipe.base] if decision.has_base else []), *decision.inputs]
+        moved = decisions.moved.get(key)
+        if method.name == "passthrough":
+            one = moved or self.inputs[names[0]].tensors[key]
+            if method.given() == {"scale": [1.0]} or not is_float(one.info.dtype):
+                return self._taken(key, decision, one)
         owner = self.reference if key in self.inputs[self.reference].tensors else names[0]
-        wanted = self.inputs[owner].tensors[key]
-        parts = [self._fitted(key, name, wanted.info.shape, owner) for name in names]
+        wanted = moved or self.inputs[owner].tensors[key]
+        parts = [moved] if moved else [self._fitted(key, name, wanted.info.shape, owner) for name in names]
         sources, inner = joined(parts)
         equals = (*(source for part in parts for source in part.equals), *decision.equals)
         out = TensorInfo(key, self._out_dtype(wanted.own_dtype), wanted.info.shape)
-        if decision.chosen is None:
-            raise PlanError('non_float = "max" is not supported yet')
-        method = decisions.settings.method(key, decision.chosen, decision.inputs, has_base=decision.has_base)
         numbers = self._numbers(decision)
         merge = Merge(
             method,
@@ -207,11 +215,12 @@ def _dropped(aligned: Mapping[str, AlignedInput], decisions: Decisions, steps: S
         yield from each.dropped
         known = {Source(drop.role, drop.key) for drop in each.dropped}
         for key, one in each.tensors.items():
-            decision = decisions.by_key[key]
+            decision = decisions.by_key.get(key)
+            reason = decision.why if decision is not None and not decisions.moved else _NO_REASON
             for source in one.sources:
                 if source not in read and source not in known:
                     known.add(source)
-                    yield Dropped(source.role, source.key, decision.why or _NO_REASON)
+                    yield Dropped(source.role, source.key, reason or _NO_REASON)
 
 
 def _input_notes(aligned: Mapping[str, AlignedInput]) -> Iterator[str]:
