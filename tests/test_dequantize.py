@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,6 +291,28 @@ def test_tensors_that_torch_quantised_are_those_of_dequantize(is_zip: bool, tmp_
     assert all(torch.equal(made[key], tensor.dequantize()) for key, tensor in state.items())
     ckptkit.save_plan(plan, tmp_path / "plan.json", tmp_path / "q.pt")
     assert ckptkit.load_plan(tmp_path / "plan.json", tmp_path / "q.pt") == plan
+    live = ckptkit.plan_remap(state, dequantize=True).materialize(state)
+    assert all(torch.equal(live[key], made[key]) for key in state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_live_module_that_torch_quantised_is_read_as_its_file_is(tmp_path: Path) -> None:
+    """Its layers have a tuple in the state_dict; the numbers load into a plain model."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    module = quantize(net, {torch.nn.Linear}, dtype=torch.qint8)
+    torch.save(module.state_dict(), tmp_path / "q.pt")
+    numbers = ckptkit.plan_remap(tmp_path / "q.pt", dequantize=True).materialize(tmp_path / "q.pt")
+    live = ckptkit.plan_remap(module, dequantize=True).materialize(module)
+    assert live.keys() == numbers.keys()
+    assert all(torch.equal(live[key], tensor) for key, tensor in numbers.items())
+    packed = "*._packed_params._packed_params"
+    rules = ckptkit.parse_rules(rename=[f"{packed}.0=*.weight", f"{packed}.1=*.bias"], drop=["*.scale", "*.zero_point"])
+    report = ckptkit.load_into(net, module, rules, dequantize=True)
+    assert report.coverage == 1.0
+    assert torch.equal(net.state_dict()["0.weight"], module[0].weight().dequantize())
+    with pytest.raises(PlanError, match=r"quantised .torch QI8.*dequantize=True reads it as numbers"):
+        ckptkit.plan_remap(module)
 
 
 FORMS = [("int8", "row"), ("fp8", "tensor"), ("fp8", "row"), ("fp8", "block")]

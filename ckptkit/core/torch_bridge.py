@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 from ckptkit.core.checkpoint import (
     UNINITIALISED,
     Access,
+    Affine,
     Checkpoint,
     Configuration,
     Description,
@@ -325,6 +326,35 @@ class TensorPayload:
         return TensorPayload(self.tensor[start // row : (start + nbytes) // row], nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """The integers of a quantised tensor in memory."""
+
+    tensor: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield from TensorPayload(self.tensor.int_repr(), self.nbytes).chunks()
+
+
+def _affine(tensor: Tensor) -> Affine | None:
+    """Return the integers, scales and zero points of a tensor that torch quantised, or None for another scheme."""
+    import torch
+
+    if not tensor.is_quantized or tensor.is_meta:
+        return None
+    scheme = tensor.qscheme()
+    if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return Affine(_Codes(tensor), (tensor.q_scale(),), (tensor.q_zero_point(),), -1)
+    if scheme in (torch.per_channel_affine, torch.per_channel_symmetric):
+        scales, zeros = tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
+        return Affine(_Codes(tensor), tuple(scales), tuple(zeros), tensor.q_per_channel_axis())
+    return None
+
+
 def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     """Return a Checkpoint of a Module or of a mapping of tensors or ``TensorInfo``; a Checkpoint is returned as it is.
 
@@ -433,7 +463,8 @@ def describe_state_dict(
 ) -> Checkpoint:
     """Return a Checkpoint of a mapping from keys to live tensors; any other value becomes an entry.
 
-    ``model`` is the live model whose state_dict the mapping is.
+    ``model`` is the live model whose state_dict the mapping is. Quantised layers of torch have tuples with
+    a quantised tensor: the tensors in them have the key of the tuple with their number, as in files.
 
     Tensors on the meta device are described and cannot be read. So is an uninitialised tensor, which has no elements.
     Raises ``ModelError`` for a key that is not a string.
@@ -449,6 +480,10 @@ def describe_state_dict(
         if isinstance(value, torch.Tensor):
             tensors[key] = value
             infos[key] = _describe(key, value)
+        elif isinstance(value, list | tuple) and any(getattr(one, "is_quantized", False) for one in value):
+            listed = {f"{key}.{number}": one for number, one in enumerate(value) if isinstance(one, torch.Tensor)}
+            tensors |= listed
+            infos |= {name: _describe(name, one) for name, one in listed.items()}
         else:
             entries.append(Entry(key, type(value).__name__, _shown(value)))
 
@@ -476,7 +511,7 @@ def describe_state_dict(
 
     return Checkpoint(
         infos,
-        Access(payload, span),
+        Access(payload, span, affine=lambda info: _affine(tensors[info.key])),
         Description(
             path,
             format,
