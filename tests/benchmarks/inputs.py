@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
 __all__ = [
     "FILES",
     "Blocks",
-    "Float8",
     "Folder",
     "Linears",
     "Made",
+    "Matrices",
     "Text",
     "Weights",
     "Within",
@@ -117,20 +118,30 @@ class Blocks:
         return f"{self.count} matrices of {self.kind}, {_bytes(self.count * self.width * self.width * 4)} as F32"
 
 
+_NF4 = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.0795803, 0.1609302,
+        0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)  # fmt: skip
+_CODE_BYTES = {"fp8": 1.0, "nf4": 0.57, "GPTQ": 0.52}
+_GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq"}
+
+
 @dataclass(frozen=True)
-class Float8:
-    """Square matrices of fp8 with a scale for each block of 128 by 128 numbers."""
+class Matrices:
+    """Square matrices of random codes: fp8 with scales of blocks of 128 by 128, nf4 of blocks of 64, GPTQ of groups.
+
+    Those of GPTQ are in a folder, whose configuration says what the zero points mean.
+    """
 
     count: int
+    kind: Literal["fp8", "nf4", "GPTQ"]
     width: int = 4096
 
     @property
     def size(self) -> float:
         """Bytes of the file, about."""
-        return self.count * self.width * self.width
+        return self.count * self.width * self.width * _CODE_BYTES[self.kind]
 
     def __str__(self) -> str:
-        return f"{self.count} matrices of fp8, {_bytes(self.count * self.width * self.width * 4)} as F32"
+        return f"{self.count} matrices of {self.kind}, {_bytes(self.count * self.width * self.width * 4)} as F32"
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Folder:
         return ""
 
 
-Made = Weights | Within | Linears | Blocks | Float8 | Text | Folder
+Made = Weights | Within | Linears | Blocks | Matrices | Text | Folder
 
 _LARGE = Weights(60, BIG, layer="module.layers")
 _MODELS = "\n".join(f"  - model: {name}.safetensors\n    parameters: {{weight: 0.5, density: 0.5}}"
@@ -184,7 +195,9 @@ FILES: dict[str, Made] = {
     "load420.pt": Linears(1024, 17),
     "load420.pth": Linears(1024, 17, legacy=True),
     "blocks.gguf": Blocks(8),
-    "fp8.safetensors": Float8(6),
+    "fp8.safetensors": Matrices(12, "fp8"),
+    "nf4.safetensors": Matrices(12, "nf4"),
+    "gptq-model": Matrices(12, "GPTQ"),
     "large-model": Folder("large.safetensors"),
     "tuned-model": Folder("tuned.safetensors"),
     "passthrough.yml": Text("merge_method: passthrough\nmodels:\n  - model: tuned.safetensors\ndtype: float32\n"),
@@ -212,7 +225,7 @@ def scaled(made: Made, scale: float) -> Made:
         return replace(made, weights=weights, entries=round(made.entries * scale))
     if isinstance(made, Linears):
         return replace(made, blocks=max(round(made.blocks * scale), 1))
-    if isinstance(made, Blocks | Float8):
+    if isinstance(made, Blocks | Matrices):
         return replace(made, count=max(round(made.count * scale), 1))
     return made
 
@@ -240,8 +253,8 @@ def write(path: Path, made: Made) -> None:
         _write_weights(path, made)
     elif isinstance(made, Linears):
         _write_linears(path, made)
-    elif isinstance(made, Float8):
-        _write_float8(path, made)
+    elif isinstance(made, Matrices):
+        _write_matrices(path, made)
     elif isinstance(made, Blocks):
         _write_blocks(path, made)
     else:
@@ -287,17 +300,52 @@ def _write_weights(path: Path, made: Weights) -> None:
             values.tofile(file)
 
 
-def _write_float8(path: Path, made: Float8) -> None:
-    """Write the codes and scales of each matrix."""
+def _write_matrices(path: Path, made: Matrices) -> None:
+    """Write the parts of each matrix."""
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    tensors: dict[str, torch.Tensor] = {}
-    for number in range(made.count):
-        tensors[f"layers.{number}.weight"] = torch.randn(made.width, made.width).to(torch.float8_e4m3fn)
-        tensors[f"layers.{number}.weight_scale_inv"] = torch.rand(-(-made.width // 128), -(-made.width // 128))
-    save_file(tensors, path)
+    parts = {"fp8": _fp8_parts, "nf4": _nf4_parts, "GPTQ": _gptq_parts}[made.kind]
+    tensors = {
+        f"layers.{number}.{name}": part for number in range(made.count) for name, part in parts(made.width).items()
+    }
+    if path.suffix:
+        save_file(tensors, path)
+        return
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"quantization_config": _GPTQ_CONFIG}), encoding="utf-8")
+
+
+def _fp8_parts(width: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    codes = torch.randn(width, width).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": torch.rand(-(-width // 128), -(-width // 128))}
+
+
+def _nf4_parts(width: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [width, width]})
+    return {
+        "weight": torch.randint(256, (width * width // 2, 1), dtype=torch.uint8),
+        "weight.absmax": torch.rand(width * width // 64),
+        "weight.quant_map": torch.tensor(_NF4),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state.encode()), dtype=torch.uint8),
+    }
+
+
+def _gptq_parts(width: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        "qweight": torch.randint(-(1 << 31), 1 << 31, (width // 8, width), dtype=torch.int32),
+        "qzeros": torch.full((width // 128, width // 8), 0x77777777, dtype=torch.int32),
+        "scales": torch.rand(width // 128, width).half(),
+        "g_idx": torch.arange(width, dtype=torch.int32) // 128,
+    }
 
 
 def _write_blocks(path: Path, made: Blocks) -> None:

@@ -22,6 +22,7 @@ class Peer:
     requirement: str
     does: str
     label: str = ""
+    beside: tuple[str, ...] = ()  # what the script of its rows needs, too
 
     @property
     def name(self) -> str:
@@ -41,6 +42,7 @@ PEERS = (
     Peer("weightscope==0.4.3", "compares the values of models"),
     Peer("tensortracker==0.1.0", "writes patches of safetensors files"),
     Peer("ptloader==0.3.0", "reads torch files as numpy arrays, without torch"),
+    Peer("bitsandbytes==0.50.2", "quantises and dequantises weights", beside=("safetensors",)),
 )
 
 
@@ -52,7 +54,15 @@ def prepare(folder: Path, one: Peer) -> str:
         return ""
     for command in (
         [sys.executable, "-m", "venv", "--clear", str(environment)],
-        [str(environment / "bin" / "pip"), "install", "--no-input", "-c", str(CONSTRAINTS), one.requirement],
+        [
+            str(environment / "bin" / "pip"),
+            "install",
+            "--no-input",
+            "-c",
+            str(CONSTRAINTS),
+            one.requirement,
+            *one.beside,
+        ],
     ):
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:

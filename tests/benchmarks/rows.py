@@ -424,6 +424,28 @@ ROWS = (
     ),
     Row(
         VALUES,
+        "dequantise nf4, to BF16",
+        ("nf4.safetensors",),
+        ckpt("convert nf4.safetensors -o out.safetensors --dequantize --dtype BF16"),
+        (
+            Rival(
+                "bitsandbytes, save_file",
+                peer("bitsandbytes", "script bitsandbytes_dequantize nf4.safetensors out-theirs.safetensors"),
+                0.8,
+            ),
+        ),
+        megabytes=100,
+    ),
+    Row(
+        VALUES,
+        "dequantise GPTQ, to BF16",
+        ("gptq-model",),
+        ckpt("convert gptq-model -o out.safetensors --dequantize --dtype BF16"),
+        (_torch("torch, save_file", "torch_gptq gptq-model out-torch.safetensors", 0.8),),
+        megabytes=200,
+    ),
+    Row(
+        VALUES,
         "digest",
         (LARGE,),
         ckpt(f"digest {LARGE}"),

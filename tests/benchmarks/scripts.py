@@ -101,6 +101,40 @@ def torch_dequantize(name: str, output: str) -> None:
     _flush(output)
 
 
+def bitsandbytes_dequantize(name: str, output: str) -> None:
+    """Dequantise every weight of 4 bits on the processor with bitsandbytes, and save what it gives."""
+    from importlib import import_module
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    functional = import_module("bitsandbytes.functional")
+    tensors, made = load_file(name), {}
+    for key in [key for key in tensors if key.endswith(".weight")]:
+        parts = {part.removeprefix(f"{key}."): value for part, value in tensors.items() if part.startswith(f"{key}.")}
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        made[key] = functional.dequantize_4bit(tensors[key], state)
+    save_file(made, output)
+    _flush(output)
+
+
+def torch_gptq(folder: str, output: str) -> None:
+    """Unpack 4-bit codes of GPTQ with shifts, as AutoGPTQ does without a GPU, and save bfloat16."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, made = load_file(f"{folder}/model.safetensors"), {}
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    for stem in [key.removesuffix("qweight") for key in tensors if key.endswith("qweight")]:
+        words, points, groups = (tensors[stem + part] for part in ("qweight", "qzeros", "g_idx"))
+        codes = (words[:, None] >> shifts[:, None] & 15).reshape(-1, words.shape[1])
+        zeros = (points[:, :, None] >> shifts & 15).reshape(len(points), -1) + 1
+        numbers = tensors[f"{stem}scales"].float()[groups] * (codes - zeros[groups])
+        made[f"{stem}weight"] = numbers.T.contiguous().bfloat16()
+    save_file(made, output)
+    _flush(output)
+
+
 def gguf_dequantize(name: str, output: str) -> None:
     """Read a GGUF file, dequantise every tensor, and save safetensors."""
     import gguf
