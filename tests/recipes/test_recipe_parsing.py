@@ -153,10 +153,12 @@ WRONG = {
         "inputs.A.weight = 2", 14, "weight of 'A' has no effect, because it is the base of nuslerp", None,
     ),
     "a parameter that must be given": ("method = 'slerp'" + TWO, 1, "slerp needs t", "t is a number"),
-    "out of range": ("method = 'ema'\ndecay = 1" + TWO, 2, "decay is 1, and must be a number from 0 below 1", None),
+    "out of range": (
+        "method = 'ema'\ndecay = 1" + TWO, 2, "decay is 1, and must be a number of at least 0 and below 1", None,
+    ),
     "out of range in a gradient": (
         "method = 'ema'" + TWO + "[[set]]\nkeys = 'l.{i:int}'\ndecay = { over = 'i', values = [0, 2] }", 10,
-        "decay is 2, and must be a number from 0 below 1", None,
+        "decay is 2, and must be a number of at least 0 and below 1", None,
     ),
     "two of one name": (LINEAR + "[[input]]\nname = 'A'\npath = 'c'", 9, "two inputs have the name 'A'", "name = "),
     "two of one stem": (LINEAR + "[[input]]\npath = 'x/A.pt'", 9, "two inputs have the name 'A'", "name = "),

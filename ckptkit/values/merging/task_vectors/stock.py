@@ -9,20 +9,21 @@ from typing import Any
 
 from ckptkit.values.merging.gram import Factors, cosines
 from ckptkit.values.merging.masks import BLOCK
-from ckptkit.values.merging.model import Array, Identity, Merging
+from ckptkit.values.merging.model import Array, Facts, Identity, Merging
 from ckptkit.values.workers import Workers, pieces
 
 __all__ = ["StockByRow", "stock_factors"]
 
 
 def stock_factors(gram: Array) -> Factors:
-    """Return the factor of each task vector, given the dot products of all of them."""
+    """Return the factor of each task vector, given the dot products of all of them; a report has t."""
     import numpy as np
 
     count = len(gram)
     _, found = cosines(gram)
     mean = found[np.triu_indices(count, 1)].mean()
-    return Factors([float(_ratio(mean, count)) / count] * count)
+    t = float(_ratio(mean, count))
+    return Factors([t / count] * count, Facts(numbers=(("t", t),)))
 
 
 @dataclass(frozen=True, slots=True)
