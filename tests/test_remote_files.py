@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from ckptkit import ChangedError, PathError, open_checkpoint, run_checks
 from ckptkit.core.files import places
@@ -24,6 +24,7 @@ from ckptkit.core.files.remote.traffic import forget_traffic, meter_of, traffic
 from ckptkit.core.files.remote.urls import clean_url, request_url, without_secrets
 from ckptkit.core.files.source import ByteSource
 from ckptkit.quantized import quantized_weights
+from tests.helpers_cli import run_ckpt
 from tests.helpers_ranges import RangeServer, range_server
 
 HEAD = 64 << 10
@@ -534,3 +535,14 @@ def test_all_files_are_checked_at_once(server: RangeServer) -> None:
     with pytest.raises(ChangedError):
         pool.check_unchanged(by_path=True)
     pool.close()
+
+
+def test_an_output_is_verified_in_few_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors that follow each other are read back together, and once."""
+    save_file({f"{number:02}": torch.ones(200, 200) for number in range(26)}, tmp_path / "a.safetensors")
+    forget_traffic()
+    out = "memory://verified/a.safetensors"
+    assert run_ckpt(capsys, "convert", tmp_path / "a.safetensors", "-o", out, "--verify").code == 0
+    (counts,) = (counts for counts in traffic() if counts.store == "memory://verified")
+    assert counts.received < 1.1 * 26 * 160_000
+    assert counts.requests < 20, counts

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import Checkpoint, Payload
 from ckptkit.core.dtypes import DTYPES, torch_shape
-from ckptkit.core.files.payloads import same_bytes
+from ckptkit.core.files.payloads import announce, same_bytes
 from ckptkit.core.files.places import is_url, open_source
 from ckptkit.core.text import first_line, listed, printable, quoted
 from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
@@ -288,7 +288,10 @@ def _read_alone(
             info = written[step.out.key]
             if (info.dtype, info.shape) != (step.out.dtype, step.out.shape):
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {info}")
-            _compare(file, step, producer, written.payload(step.out.key))
+        found = {step.out.key: written.payload(step.out.key) for step in steps}
+        announce(found.values())
+        for step in steps:
+            _compare(file, step, producer, found[step.out.key])
     return why
 
 

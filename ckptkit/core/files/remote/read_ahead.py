@@ -46,7 +46,8 @@ class ReadAhead:
             self._parts, self._begun, self._by_start, self._first = [], [], [], 0
         first = len(self._parts)
         for start, end in _joined(ranges, self.size):
-            self._parts += [(at, min(at + PART, end)) for at in range(start, end, PART)]
+            if not first or not self._has_announced(start, end):
+                self._parts += [(at, min(at + PART, end)) for at in range(start, end, PART)]
         self._begun += [False] * (len(self._parts) - first)
         added = [(start, number) for number, (start, _) in enumerate(self._parts[first:], first)]
         if len(added) > 8:
@@ -80,6 +81,15 @@ class ReadAhead:
     def is_announced(self, offset: int) -> bool:
         """Return whether the byte is in a range that was announced."""
         return self._part_at(offset) is not None
+
+    def _has_announced(self, start: int, end: int) -> bool:
+        """Return whether the whole range was announced before, such as a tensor of a file that is read in order."""
+        while start < end:
+            number = self._part_at(start)
+            if number is None:
+                return False
+            start = self._parts[number][1]
+        return True
 
     def _part_at(self, offset: int) -> int | None:
         at = bisect_right(self._by_start, (offset, len(self._parts))) - 1
