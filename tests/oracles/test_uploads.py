@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptkit import convert
+from ckptkit.core.files.places import folder_at, kind_at
+from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
 from tests.helpers_stores import is_as_told
 from tests.oracles.servers.processes import free_port, run_command, server
@@ -43,7 +45,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The filesystem of the bucket, in which nothing is left when the test ends: no unfinished upload either."""
-    for name, value in s3.variables.items():
+    for name, value in {**s3.variables, "AWS_ENDPOINT_URL": s3.address}.items():  # fsspec has read its own before
         monkeypatch.setenv(name, value)
     filesystem = s3fs.S3FileSystem(endpoint_url=s3.address, skip_instance_cache=True, use_listings_cache=False)
     if not filesystem.exists("tests"):
@@ -65,13 +67,21 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "in.safetensors"
 
 
-def ckpt(s3: S3Server, *words: str | Path, code: int = 0) -> str:
-    ran = run_command(*words, environment=s3.variables)
-    assert ran.code == code, ran.err
-    return ran.err
+@pytest.fixture
+def ckpt(bucket: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:  # noqa: ARG001 - the bucket is used
+    """Run a command in this process, and return its messages."""
+
+    def run(*words: str | Path, code: int = 0) -> str:
+        ran = run_ckpt(capsys, *words)
+        assert ran.code == code, ran.err
+        return ran.err
+
+    return run
 
 
-def test_other_libraries_read_what_was_written(s3: S3Server, bucket: Any, source: Path, tmp_path: Path) -> None:
+def test_other_libraries_read_what_was_written(
+    s3: S3Server, bucket: Any, ckpt: Callable[..., str], source: Path, tmp_path: Path
+) -> None:
     """A file, shards with config.json, a torch file and a distributed checkpoint; also from store to store."""
 
     def downloaded() -> Path:
@@ -80,46 +90,55 @@ def test_other_libraries_read_what_was_written(s3: S3Server, bucket: Any, source
         return tmp_path / "got"
 
     base = f"{s3.url}/up"
-    ckpt(s3, "convert", source, "-o", f"{base}/a.safetensors", "--verify")
+    ckpt("convert", source, "-o", f"{base}/a.safetensors", "--verify")
     same_state(load_file(downloaded() / "a.safetensors"), STATE)
-    err = ckpt(s3, "convert", f"{base}/a.safetensors", "-o", f"{base}/a.pt", "--dtype", "F64", "--verify")
+    err = ckpt("convert", f"{base}/a.safetensors", "-o", f"{base}/a.pt", "--dtype", "F64", "--verify")
     assert "read back by ckptkit alone" in err
     here = downloaded()
     for mmap in (False, True):
         doubled = torch.load(here / "a.pt", weights_only=True, mmap=mmap)
         same_state(doubled, {key: value.double() for key, value in STATE.items()})
-    ckpt(s3, "convert", source, "-o", f"{base}/shards", "--max-shard-size", "400kB", "--carry")
+    ckpt("convert", source, "-o", f"{base}/shards", "--max-shard-size", "400kB", "--carry")
     here = downloaded()
     index = json.loads((here / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
     same_state({key: load_file(here / "shards" / name)[key] for key, name in index.items()}, STATE)
     assert (here / "shards" / "config.json").read_text() == (tmp_path / "config.json").read_text()
-    ckpt(s3, "convert", f"{base}/shards", "-o", f"{base}/dcp", "--format", "dcp", "--verify")
+    ckpt("convert", f"{base}/shards", "-o", f"{base}/dcp", "--format", "dcp", "--verify")
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     here = downloaded()
     dcp_to_torch_save(here / "dcp", tmp_path / "dcp.pt")
     same_state(torch.load(tmp_path / "dcp.pt", weights_only=True), STATE)
-    ckpt(s3, "convert", f"{base}/shards", "-o", tmp_path / "back.safetensors", "--carry", "--force")
+    ckpt("convert", f"{base}/shards", "-o", tmp_path / "back.safetensors", "--carry", "--force")
     same_state(load_file(tmp_path / "back.safetensors"), STATE)
-    assert "already exists" in ckpt(s3, "convert", source, "-o", f"{base}/shards", "--max-shard-size", "1MB", code=2)
-    ckpt(s3, "convert", source, "-o", f"{base}/shards", "--max-shard-size", "1GB", "--force")
+    assert "already exists" in ckpt("convert", source, "-o", f"{base}/shards", "--max-shard-size", "1MB", code=2)
+    ckpt("convert", source, "-o", f"{base}/shards", "--max-shard-size", "1GB", "--force")
     here = downloaded()
     assert sorted(os.listdir(here / "shards")) == ["config.json", "model.safetensors"]
     same_state(load_file(here / "shards" / "model.safetensors"), STATE)
 
 
-def test_files_beside_the_result(s3: S3Server, bucket: Any, source: Path) -> None:
+def test_an_empty_object_can_mark_a_folder(s3: S3Server, bucket: Any) -> None:
+    """The files below it are what a user means. An empty object alone is a file, and so is any other object."""
+    bucket.pipe({f"tests/up/{name}": b"" for name in ("full", "bare", "slash/")})
+    bucket.pipe({f"tests/up/{name}": b"1" for name in ("full/x.bin", "both", "both/x.bin", "slash/x.bin")})
+    kinds = {name: kind_at(f"{s3.url}/up/{name}") for name in ("full", "bare", "both", "both/", "slash")}
+    assert kinds == {"full": "folder", "bare": "file", "both": "file", "both/": "folder", "slash": "folder"}
+    assert folder_at(f"{s3.url}/up/slash").names(9) == (("x.bin",), (), True)
+
+
+def test_files_beside_the_result(s3: S3Server, bucket: Any, ckpt: Callable[..., str], source: Path) -> None:
     """Plans, rules and digests are written to the bucket and read from there."""
     base = f"{s3.url}/up"
-    ckpt(s3, "remap", source, "--rename", "a.*=c.*", "-o", f"{base}/c.safetensors", "--plan", f"{base}/plan.json")
-    ckpt(s3, "remap", source, "--apply", f"{base}/plan.json", "-o", f"{base}/d.safetensors")
+    ckpt("remap", source, "--rename", "a.*=c.*", "-o", f"{base}/c.safetensors", "--plan", f"{base}/plan.json")
+    ckpt("remap", source, "--apply", f"{base}/plan.json", "-o", f"{base}/d.safetensors")
     assert bucket.cat("tests/up/c.safetensors") == bucket.cat("tests/up/d.safetensors")
-    ckpt(s3, "align", source, f"{base}/c.safetensors", "-o", f"{base}/rules.toml")
-    ckpt(s3, "remap", f"{base}/c.safetensors", "--rules", f"{base}/rules.toml", "-o", f"{base}/e.safetensors")
+    ckpt("align", source, f"{base}/c.safetensors", "-o", f"{base}/rules.toml")
+    ckpt("remap", f"{base}/c.safetensors", "--rules", f"{base}/rules.toml", "-o", f"{base}/e.safetensors")
     bucket.get("tests/up/e.safetensors", str(source.with_name("e.safetensors")))
     same_state(load_file(source.with_name("e.safetensors")), STATE)
-    ckpt(s3, "digest", f"{base}/c.safetensors", "-o", f"{base}/digests.txt")
-    ckpt(s3, "digest", f"{base}/c.safetensors", "--check", f"{base}/digests.txt")
+    ckpt("digest", f"{base}/c.safetensors", "-o", f"{base}/digests.txt")
+    ckpt("digest", f"{base}/c.safetensors", "--check", f"{base}/digests.txt")
 
 
 FAULTS = {

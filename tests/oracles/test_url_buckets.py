@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from tests.helpers_cli import ROOT
+from tests.oracles.conftest import Store
 from tests.oracles.servers.processes import run_command
 from tests.oracles.servers.proxy import Proxy
 from tests.oracles.servers.s3 import S3Server, variables_of
@@ -51,3 +55,25 @@ def test_the_time_limit_is_that_of_a_page_of_names(s3: S3Server, proxied: Callab
     pages = proxy.requests("list-type=2")
     assert len(pages) == 3
     assert pages[-1].ended - pages[0].started > 5
+
+
+ODD = [
+    f"a{odd}b.safetensors" for odd in (" ", "ü日", "#", "?", "%41", "%20", "+", "&c=", ";", "[1]", "'", "~", "@", ":")
+]
+
+
+def _odd(folder: Path) -> None:
+    for name in ODD:
+        (folder / name).write_bytes((ROOT / "fixtures/lenet_tuned.safetensors").read_bytes())
+
+
+def test_odd_names_are_names(store: Store) -> None:
+    """A name in a bucket stands as it is. In the URL of a web server, it is encoded as in a browser."""
+    url = store.made("odd", _odd)
+    is_web = url.startswith("http")
+    paths = [f"{url}/{quote(name) if is_web else name}" for name in ODD]
+    patterns = [url.replace("/files/", "/listed/") + "/*"]
+    for words, count in ((paths, len(ODD)), (patterns, len(ODD))):
+        ran = run_command("show", "--json", *words, environment=store.variables)
+        assert ran.code == 0, ran.err
+        assert [row["tensors"] for row in json.loads(ran.out)["checkpoints"]] == [10] * count

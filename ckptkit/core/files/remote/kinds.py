@@ -28,13 +28,14 @@ def kind_of_url(url: str) -> str:
     folder = None if "." in url.rpartition("/")[2] else begin_list(url)
     refusal = None
     try:
-        finish(file)
+        size = finish(file).state.size
     except NotFoundError:
         pass
     except RefusedError as error:  # some stores say so of a name that does not exist
         refusal = error
     else:
-        return "file"
+        # Some tools mark a folder by an empty object of its name.
+        return "file" if size or folder is None else _folder(folder, url, is_sure=False) or "file"
     try:
         kind = _folder(folder or begin_list(url), url, is_sure=False)
     except RefusedError:
