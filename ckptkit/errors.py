@@ -82,6 +82,7 @@ _FLAGS: Final = frozenset(
         "verify",
     )
 )
+_OTHER_FLAGS: Final = {"continue": "resume"}  # by their names on the command line, which Python has as statements
 RULE_OPTIONS: Final = ("rename", "keep", "drop", "strip")  # what parse_rules takes
 _REPEATED: Final = (*RULE_OPTIONS, "drop-metadata", "elementwise", "ignore", "reset")
 _NUMBER: Final = lazy_pattern(r"\d+(?:\.\d+)?(?:e-?\d+)?|inf")
@@ -245,6 +246,8 @@ def _argument(match: re.Match[str]) -> str:
     if value is not None:
         word = _python_word(value)
         return f"{argument}=[{word}]" if name in _REPEATED else f"{argument}={word}"
+    if name in _OTHER_FLAGS:
+        return f"{_OTHER_FLAGS[name]}=True"
     return f"{argument}=True" if name in _FLAGS else argument
 
 

@@ -400,6 +400,7 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
             "tensors": _count("The number of tensors."),
             "bytes": _count("The number of bytes of all tensors."),
             "shared_bytes": _count("How many of them are in blocks of the disk that an input has too (reflink)."),
+            "kept_shards": _count("The number of shards that an earlier run had finished, and that --continue kept."),
             "verified": _text_or_null("The reader that found the planned bytes with --verify; null without --verify."),
             "read_back": _text_or_null("Why other readers refuse the output, so that ckptkit read it; else null."),
             "cast_losses": _list(

@@ -18,7 +18,6 @@ from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
-from ckptkit.plans.writing.directories import write_directory
 from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written
@@ -34,11 +33,13 @@ _NOUNS = {"safetensors": "a safetensors file", "torch": "a torch file", "dcp": "
 class Prepared(NamedTuple):
     """A plan that was checked for an output, and the editor of the torch file that the output copies, if it was made.
 
-    To make the editor, the pickle of the file is read, which takes seconds beside a million entries.
+    To make the editor, the pickle of the file is read, which takes seconds beside a million entries. ``leftovers`` has
+    sentences about what killed runs left beside the output, or is None where nothing looked for it.
     """
 
     plan: Plan
     editor: PlanEditor | None = None
+    leftovers: tuple[str, ...] | None = None
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False) -> Plan:
@@ -49,7 +50,9 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
     return prepare_output(plan, output, sources, carry=carry).plan
 
 
-def prepare_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False) -> Prepared:
+def prepare_output(
+    plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False, resume: bool = False
+) -> Prepared:
     """Return the plan as ``check_output`` does, with the editor; give both to ``execute_prepared``.
 
     Raises the errors that ``execute`` would raise before it writes. ``PlanError`` is for a tensor that the format
@@ -61,11 +64,26 @@ def prepare_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]
     except PlanError as error:
         error.path = output.path
         raise
+    if resume:
+        from ckptkit.plans.writing.finished_shards import refuse_to_resume
+
+        refuse_to_resume(plan, output, sources)
     prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
     carried = _carried(plan, output, sources, carry=carry)
     editor = _editor(plan, output, sources)
-    return Prepared(_with_kept_entries(plan, output, sources, editor, carried), editor)
+    leftovers = _leftovers(plan, output, sources, resume=resume, is_run=False)
+    return Prepared(_with_kept_entries(plan, output, sources, editor, carried), editor, leftovers)
+
+
+def _leftovers(
+    plan: Plan, output: Output, roles: Mapping[str, Checkpoint], *, resume: bool, is_run: bool
+) -> tuple[str, ...]:
+    if not output.is_directory:
+        return ()
+    from ckptkit.plans.writing.finished_shards import notes_of_leftovers
+
+    return tuple(notes_of_leftovers(plan, output, roles, resume=resume, is_run=is_run))
 
 
 def _carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool) -> Carried:
@@ -118,6 +136,7 @@ def execute(
     verify: bool = False,
     allow_overflow: bool = False,
     carry: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
@@ -140,6 +159,11 @@ def execute(
     existing file needs ``force``. Shards and carried files get their names together. Beside a single file, the carried
     files get their names after the weights are complete, and immediately before the weights get theirs.
 
+    With ``resume``, the run goes on where a killed run onto the same path ended. A shard that it had finished is kept
+    if it still has the recorded bytes. The plan, the size of shards and the inputs must be the same. The
+    result has the same bytes as without the kill. After an error, finished shards are kept too, for the next run with
+    ``resume``. The output must be a directory of shards on this machine.
+
     A torch file that is made from a training checkpoint is a copy of that file with new tensors.
     ``Output(only_tensors=True)`` writes only the tensors. Tensors are streamed, so the memory in use does not grow
     with the checkpoint.
@@ -159,7 +183,7 @@ def execute(
     """
     require_type(plan, Plan | str | os.PathLike, "plan", "a Plan, or the path of a plan file")
     require_type(out, Output | str | os.PathLike, "out", "a path or an Output")
-    require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry)
+    require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume)
     require_progress(progress)
     output = out if isinstance(out, Output) else choose_output(out)
     if isinstance(plan, str | os.PathLike):
@@ -167,7 +191,14 @@ def execute(
 
         plan = load_plan(plan, sources)
     return execute_prepared(
-        Prepared(plan), sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
+        Prepared(plan),
+        sources,
+        output,
+        verify=verify,
+        allow_overflow=allow_overflow,
+        carry=carry,
+        resume=resume,
+        progress=progress,
     )
 
 
@@ -179,6 +210,7 @@ def execute_prepared(
     verify: bool = False,
     allow_overflow: bool = False,
     carry: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write the output of a prepared plan, as ``execute`` does; an editor must be of these sources."""
@@ -190,7 +222,10 @@ def execute_prepared(
     ):
         plan = replace(plan, steps=tuple(inputs.steps.values()))
         editor = prepared.editor or _editor(plan, output, inputs.roles)
-        return _execute(plan, inputs, output, progress or (lambda _: None), editor, verify=verify, carry=carry)
+        report = progress or (lambda _: None)
+        if prepared.leftovers is None:
+            plan = _with_notes(plan, _leftovers(plan, output, inputs.roles, resume=resume, is_run=True))
+        return _execute(plan, inputs, output, report, editor, verify=verify, carry=carry, resume=resume)
 
 
 def _execute(
@@ -202,8 +237,13 @@ def _execute(
     *,
     verify: bool,
     carry: bool,
+    resume: bool,
 ) -> Written:
     roles = inputs.roles
+    if resume:
+        from ckptkit.plans.writing.finished_shards import refuse_to_resume
+
+        refuse_to_resume(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     inputs.refuse_different_bytes()
     carried = _carried(plan, output, roles, carry=carry)
@@ -212,7 +252,11 @@ def _execute(
 
         refuse_damage(plan.steps, roles)
     if output.is_directory:
-        written, verified = write_directory(plan, output, inputs, report_bytes, carried=carried, verify=verify)
+        from ckptkit.plans.writing.directories import write_directory
+
+        written, verified = write_directory(
+            plan, output, inputs, report_bytes, carried=carried, verify=verify, resume=resume
+        )
     else:
         written, verified = write_file(plan, output, inputs, report_bytes, editor, carried=carried, verify=verify)
     alone = next((result for result in verified if result.alone), None)

@@ -90,11 +90,13 @@ class PlanInputs:
         """Return the losses of the tensors that were read so far, or of ``keys``, in the order of the plan."""
         return tuple(loss for key in (self.steps if keys is None else keys) if (loss := self.producer.losses.get(key)))
 
-    def merged(self) -> tuple[MergedFacts, ...]:
-        """Return what a user should know of merged tensors that were read so far, in the order of the plan."""
+    def merged(self, keys: Iterable[str] | None = None) -> tuple[MergedFacts, ...]:
+        """Return what a user should know of merged tensors, of those that ``losses`` is about."""
         facts = self.producer.merged
         return tuple(
-            MergedFacts(key, facts[key].warning, dict(facts[key].numbers)) for key in self.steps if key in facts
+            MergedFacts(key, facts[key].warning, dict(facts[key].numbers))
+            for key in (self.steps if keys is None else keys)
+            if key in facts
         )
 
     def refuse_overflow(self, keys: Iterable[str] | None = None) -> None:

@@ -48,6 +48,7 @@ def convert(
     metadata: Mapping[str, str] | None = None,
     drop_metadata: str | Sequence[str] = (),
     carry: bool = False,
+    resume: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
@@ -57,7 +58,7 @@ def convert(
     ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``dequantize``, ``quantize``,
     ``skip_unread``, ``metadata`` and ``drop_metadata`` are as in ``plan_remap``. ``out``, ``format``,
     ``max_shard_size``, ``force``, ``only_tensors``, ``keep_unknown`` and ``reflink`` are as in ``choose_output``;
-    ``carry``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
+    ``carry``, ``resume``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
 
     Raises:
         PathError: The source cannot be read.
@@ -93,8 +94,9 @@ def convert(
         )
         plan = replace(plan, command="convert")
         return execute(
-            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
-        )
+            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
+            progress=progress,
+        )  # fmt: skip
 
 
 @takes_rules
@@ -121,6 +123,7 @@ def merge(
     metadata: Mapping[str, str] | None = None,
     drop_metadata: str | Sequence[str] = (),
     carry: bool = False,
+    resume: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
@@ -168,8 +171,9 @@ def merge(
                 require=require, min_coverage=min_coverage, metadata=metadata, drop_metadata=drop_metadata,
             )  # fmt: skip
         return execute(
-            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
-        )
+            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
+            progress=progress,
+        )  # fmt: skip
 
 
 def merge_lora(
@@ -195,6 +199,7 @@ def merge_lora(
     metadata: Mapping[str, str] | None = None,
     drop_metadata: str | Sequence[str] = (),
     carry: bool = False,
+    resume: bool = False,
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
@@ -243,8 +248,9 @@ def merge_lora(
             )  # fmt: skip
             plan = edit_metadata(plan, metadata, drop_metadata)
         return execute(
-            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
-        )
+            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
+            progress=progress,
+        )  # fmt: skip
 
 
 def extract_lora(

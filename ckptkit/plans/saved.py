@@ -42,6 +42,7 @@ __all__ = [
     "plan_from_json",
     "plan_to_json",
     "save_plan",
+    "step_to_json",
 ]
 
 
@@ -77,19 +78,7 @@ def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any
             }
             for role, checkpoint in sources.items()
         },
-        "plan": [
-            {
-                "key": step.out.key,
-                "dtype": step.out.dtype,
-                "shape": list(step.out.shape),
-                "sources": [_source_to_json(source, sources) for source in step.sources],
-                "operation": step.operation,
-                "rule": step.rule,
-                "recipe": None if step.recipe is None else _recipe_to_json(step.recipe),
-                "equals": [_source_to_json(source, sources) for source in step.equals],
-            }
-            for step in plan.steps
-        ],
+        "plan": [step_to_json(step, sources) for step in plan.steps],
         "dropped": [
             {"role": drop.role, "key": drop.key, "reason": drop.reason, "wanted": drop.wanted, "entry": drop.is_entry}
             for drop in plan.dropped
@@ -99,6 +88,20 @@ def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any
         "notes": list(plan.notes),
         "keeps": plan.edited_role,
         "kept": list(plan.kept),
+    }
+
+
+def step_to_json(step: Step, sources: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """Return the document of one step, which has all that decides the bytes of its tensor, but for the inputs."""
+    return {
+        "key": step.out.key,
+        "dtype": step.out.dtype,
+        "shape": list(step.out.shape),
+        "sources": [_source_to_json(source, sources) for source in step.sources],
+        "operation": step.operation,
+        "rule": step.rule,
+        "recipe": None if step.recipe is None else _recipe_to_json(step.recipe),
+        "equals": [_source_to_json(source, sources) for source in step.equals],
     }
 
 

@@ -63,6 +63,7 @@ def written_document(written: Written) -> dict[str, object]:
         "tensors": written.tensors,
         "bytes": written.nbytes,
         "shared_bytes": written.shared,
+        "kept_shards": written.kept_shards,
         "verified": written.verified,
         "read_back": written.read_back,
         "cast_losses": [_cast_document(loss) for loss in written.losses],
@@ -160,6 +161,8 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
     entries = list(dict.fromkeys(drop.key for drop in plan.dropped if drop.is_entry))
     if entries:
         yield f"left out, stored outside of the weights: {_first_names(entries, 8)}"
+    if written.kept_shards:
+        yield f"kept {plural(written.kept_shards, 'shard')} that an earlier run had finished"
     if written.shared:
         yield f"shares {human_bytes(written.shared)} on the disk with the input (reflink)"
     if written.carried:

@@ -56,6 +56,7 @@ class OutputOptions:
     verify: bool = False
     allow_overflow: bool = False
     carry: bool = False
+    resume: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     drop_metadata: tuple[str, ...] = ()
 
@@ -73,8 +74,8 @@ def plan_output_options(command: CommandFunction) -> CommandFunction:
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
         _only_tensors_option, _keep_unknown_option, _metadata_option, _drop_metadata_option, _carry_option,
-        _reflink_option, _allow_overflow_option, _dry_run_option, _plan_option, _verify_option, expand_option,
-        output_report_options, quiet_option,
+        _continue_option, _reflink_option, _allow_overflow_option, _dry_run_option, _plan_option, _verify_option,
+        expand_option, output_report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         verify: bool = False,
         allow_overflow: bool = False,
         carry: bool = False,
+        resume: bool = False,
         reflink: Reflink = "auto",
         metadata: Mapping[str, str] = MappingProxyType({}),
         drop_metadata: tuple[str, ...] = (),
@@ -125,6 +127,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             verify,
             allow_overflow,
             carry,
+            resume,
             metadata,
             drop_metadata,
         )
@@ -180,6 +183,11 @@ _carry_option = click.option(
     help="Take config, generation config, tokenizer and processor files along from the directory of the input (merge: "
     "of BASE). The dtype in config.json becomes that of the output.",
 )  # fmt: skip
+_continue_option = click.option(
+    "--continue", "resume", is_flag=True,
+    help="Go on where a killed run onto this directory of shards ended. Its finished shards are kept if the plan and "
+    "the inputs are the same. After an error or Ctrl-C, finished shards stay for the next --continue.",
+)  # fmt: skip
 _reflink_option = click.option(
     "--reflink", type=click.Choice(REFLINKS), default="auto",
     help="Share unchanged blocks of the disk with the input, as cp does. auto (the default): where the file "
@@ -214,8 +222,10 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
         from ckptkit.plans.metadata.edits import edit_metadata
 
         plan = edit_metadata(plan, options.metadata, options.drop_metadata)
-    prepared = prepare_output(plan, options.output, sources, carry=options.carry)
+    prepared = prepare_output(plan, options.output, sources, carry=options.carry, resume=options.resume)
     plan = prepared.plan
+    for note in () if options.quiet else prepared.leftovers or ():
+        print_message(note)
     written = None
     with _plan_file(plan, sources, options):
         if not options.dry_run:
@@ -227,6 +237,7 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
                     verify=options.verify,
                     allow_overflow=options.allow_overflow,
                     carry=options.carry,
+                    resume=options.resume,
                     progress=progress,
                 )
     if written is None:

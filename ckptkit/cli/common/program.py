@@ -143,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return _report_trouble(f"code that the command ran raised {first_line(error)}", None, None)
     if code is None:
-        return _report_trouble("the command needs more memory than this machine has", _left_between(), None)
+        return _report_trouble("the command needs more memory than this machine has", _left_behind(), None)
     return code
 
 
@@ -191,20 +191,23 @@ def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
 def _report_interrupt() -> int:
     traces = sys.modules.get("ckptkit.formats.writing.traces")  # nothing is written before it is imported
     is_clean = traces is None or traces.has_left_nothing()
-    _report_trouble("interrupted: nothing was written" if is_clean else "interrupted", _left_between(), None)
+    _report_trouble("interrupted: nothing was written" if is_clean else "interrupted", _left_behind(), None)
     return 128 + signal.SIGINT
 
 
 def _report_stopped(number: int) -> int:
-    if left := _left_between():
+    if left := _left_behind():
         _report_trouble(f"ended by {signal.Signals(number).name}", left, None)
     return 128 + number
 
 
-def _left_between() -> str | None:
-    """Return what is to be said of an output in a store that is neither the old nor the new one."""
+def _left_behind() -> str | None:
+    """Return what is to be said of shards that are kept, or of an output in a store that is not the old or new one."""
     traces = sys.modules.get("ckptkit.formats.writing.traces")
-    return (traces.left_between() or None) if traces is not None else None
+    if traces is None:
+        return None
+    kept = traces.kept()
+    return f"{kept}: --continue goes on from there" if kept else traces.left_between() or None
 
 
 def _print_error_line(line: str) -> None:
@@ -229,6 +232,6 @@ def _report_bug() -> int:
     for line in text.split("\n")[:-1]:  # line by line, because a traceback may quote names
         _print_error_line(line)
     _print_error_line("ckpt: this is a bug in ckptkit; please report it with the lines above")
-    if left := _left_between():
+    if left := _left_behind():
         _print_error_line(f"hint: {left}")
     return 70

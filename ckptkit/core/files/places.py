@@ -28,6 +28,7 @@ __all__ = [
     "real_path",
     "size_at",
     "split",
+    "version_at",
 ]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -139,6 +140,25 @@ def identity_at(path: str) -> Hashable:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+def version_at(path: str) -> tuple[object, ...] | None:
+    """Return what the version of the file at ``path`` has in common with no other, or None where nothing tells it.
+
+    Unlike ``identity_at`` it is the same after the machine was started again: the size, the time of the last change and
+    the inode of a local file; the size and the ETag, or else the time, of a file of a store, which is asked. Raises
+    ``PathError`` where the store cannot be asked.
+    """
+    path = _judged_at(path)
+    if is_url(path):
+        from ckptkit.core.files.remote import remote_version
+
+        return remote_version(path)
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def is_same_file(first: str, second: str) -> bool:

@@ -17,8 +17,9 @@ from typing import Self
 
 from ckptkit.core.files.local import FileState
 from ckptkit.core.text import human_bytes
-from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.errors import ChangedError, CkptkitError, OutputError, hint_for_python
 from ckptkit.formats.writing.output_file import OutputFile
+from ckptkit.formats.writing.staging import Staging, temporary_path
 from ckptkit.formats.writing.state import (
     Target,
     changed_meanwhile,
@@ -30,7 +31,6 @@ from ckptkit.formats.writing.traces import note_new_output, note_removed, note_t
 
 __all__ = ["AtomicFile", "atomic_directory", "output_errors"]
 
-_LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; file systems allow 255 bytes in total
 _NO_LINKS = (
     errno.EPERM,
     errno.EOPNOTSUPP,
@@ -58,7 +58,7 @@ class AtomicFile(OutputFile):
 
     def __enter__(self) -> Self:
         """Create the temporary file and reserve its size. Raises ``OutputError`` where the disk is full."""
-        self._temporary = _temporary_path(self.target)
+        self._temporary = temporary_path(self.target)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         if self.size >= 2**63:
             raise OutputError(f"not enough disk space: {human_bytes(self.size)} needed", path=self.target)
@@ -170,13 +170,6 @@ class AtomicFile(OutputFile):
         return OutputError(reason, hint="raise the limit (ulimit -f), or write smaller shards", path=self.target)
 
 
-def _temporary_path(target: str) -> str:
-    """Return a temporary path in the directory of the target, with the name of the target, ckptkit and the process."""
-    parent, name = os.path.split(target)
-    short = os.fsencode(name)[:_LONGEST_NAME].decode("utf-8", "ignore")
-    return os.path.join(parent, f"{short}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
-
-
 def _reserve(fd: int, size: int) -> None:
     if not size:
         return
@@ -234,53 +227,55 @@ def sync_directory(path: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Target, *, replaced: frozenset[str], left: list[str]) -> Iterator[str]:
-    """Yield a temporary directory that replaces the target as a whole at the end of the ``with`` block.
+def atomic_directory(target: Target, staging: Staging, *, replaced: frozenset[str], left: list[str]) -> Iterator[str]:
+    """Yield a directory that replaces the target as a whole at the end of the ``with`` block.
 
-    The temporary directory begins with all files of the old directory, except the files named in ``replaced``. The old
-    directory is removed at the end; if that fails, ``left`` gets its temporary path. Raises ``OutputError`` if the
-    directory cannot be written, or if another program changed the target meanwhile.
+    The directory is in the staging place. It begins with the finished files of that place, and with all files of the
+    old directory except those named in ``replaced``. The old directory is removed at the end; if that fails, ``left``
+    gets its temporary path. Raises ``OutputError`` if the directory cannot be written, or if another program changed
+    the target meanwhile.
     """
     exists = target.before.file is not None
-    temporary = _temporary_path(target.path)
-    note_temporary(temporary)
     try:
-        os.mkdir(temporary)
-        _keep_owner_and_mode(temporary, target.path)
+        staging.begin()
+        _keep_owner_and_mode(staging.files, target.path)
         if exists:
-            _keep_other_files(target.path, temporary, replaced)
-        yield temporary
-        sync_directory(temporary)
+            _keep_other_files(target.path, staging.files, replaced)
+        yield staging.files
+        sync_directory(staging.files)
         if exists and not _is_unchanged(target, replaced):
             raise changed_meanwhile("directory", target.given)
         note_new_output(target.path)
-        _swap(temporary, target.path, exists=exists)
+        _swap(staging.files, target.path, exists=exists)
+        staging.keeps_finished = False
         sync_directory(os.path.dirname(target.path))
     except CkptkitError as error:
         if isinstance(error, OutputError):
             error.path = target.given  # the user does not know the temporary path
-        name_leftover(error, _remove_directory(temporary))
+        _end_after_error(staging, error)
         raise
     except OSError as failure:
         refusal = _plain_error(failure, target.given)
         # The other program may have removed the old directory.
         if isinstance(failure, FileNotFoundError) and exists and not _is_unchanged(target, replaced):
             refusal = changed_meanwhile("directory", target.given)
-        name_leftover(refusal, _remove_directory(temporary))
+        _end_after_error(staging, refusal)
         raise refusal from None
-    finally:
-        left += _remove_directory(temporary)
+    except BaseException:
+        staging.end_after_error()
+        raise
+    left += staging.end()
 
 
-def _remove_directory(path: str) -> list[str]:
-    """Remove a directory if it exists, and return its path if that fails."""
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        return [path]
-    note_removed(path)
-    return []
+def _end_after_error(staging: Staging, error: CkptkitError) -> None:
+    if isinstance(error, ChangedError):  # no later run has these inputs
+        staging.keeps_finished = False
+    kept, left = staging.end_after_error()
+    if kept:
+        way_out = f"{kept}: --continue goes on from there"
+        error.call = f"{error.call}; {hint_for_python(way_out)}" if error.call else None
+        error.hint = f"{error.hint}; {way_out}" if error.hint else way_out
+    name_leftover(error, left)
 
 
 @contextlib.contextmanager
@@ -342,7 +337,7 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
     at_cwd, flag = -100, 2
     if exchange is not None and exchange(at_cwd, os.fsencode(temporary), at_cwd, os.fsencode(target), flag) == 0:
         return
-    old_directory = _temporary_path(target)
+    old_directory = temporary_path(target)
     os.rename(target, old_directory)
     try:
         os.rename(temporary, target)

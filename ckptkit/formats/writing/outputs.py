@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ckptkit.core.files.places import is_url
 from ckptkit.formats.writing.atomic import AtomicFile, atomic_directory
 from ckptkit.formats.writing.output_file import OutputFile, OutputFolder
+from ckptkit.formats.writing.staging import Staging
 from ckptkit.formats.writing.state import Target
 
 __all__ = ["output_file", "output_folder", "small_file", "write_small_file", "writes_in_order"]
@@ -32,11 +33,14 @@ def output_file(target: Target, size: int, block: int = 0, *, by_kernel: bool = 
 
 
 @contextlib.contextmanager
-def output_folder(target: Target, *, replaced: frozenset[str], last: str, left: list[str]) -> Iterator[OutputFolder]:
+def output_folder(
+    target: Target, *, replaced: frozenset[str], last: str, left: list[str], staging: Staging | None = None
+) -> Iterator[OutputFolder]:
     """Yield a folder that gets its files together, for a target that ``prepare_directory`` has checked.
 
     ``replaced`` has the names of old files that do not stay. ``last`` is the file that names the others, such as an
-    index. ``left`` gets the path of what could not be removed.
+    index. ``left`` gets the path of what could not be removed. ``staging`` is where the files are made on this machine;
+    by default the place is new.
     """
     if is_url(target.path):
         from ckptkit.formats.writing.stores.folder import StoreFolder
@@ -44,7 +48,8 @@ def output_folder(target: Target, *, replaced: frozenset[str], last: str, left: 
         with StoreFolder(target, replaced, last, left) as folder:
             yield folder
         return
-    with atomic_directory(target, replaced=replaced, left=left) as directory:
+    place = staging or Staging.new(target.path)
+    with atomic_directory(target, place, replaced=replaced, left=left) as directory:
         yield _Directory(directory)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 __all__ = [
     "has_left_nothing",
+    "kept",
     "left_between",
+    "note_kept",
     "note_new_output",
     "note_removed",
     "note_replaced",
@@ -18,6 +20,7 @@ __all__ = [
 _temporaries: set[str] = set()
 _outputs: list[str] = []  # only the first
 _replacing: dict[str, Callable[[], str]] = {}
+_kept: list[str] = []
 
 
 def note_temporary(path: str) -> None:
@@ -34,6 +37,16 @@ def note_new_output(path: str) -> None:
     """Note, before it happens, that an output gets its name; in a temporary directory this does not count."""
     if not _outputs and os.path.dirname(path) not in _temporaries:
         _outputs.append(path)
+
+
+def note_kept(sentence: str) -> None:
+    """Note a sentence about finished files that stay for a run that goes on."""
+    _kept.append(sentence)
+
+
+def kept() -> str:
+    """Return the last sentence about finished files that stay, or an empty string."""
+    return _kept[-1] if _kept else ""
 
 
 def has_left_nothing() -> bool:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ckptkit.core.files.places import join
+from ckptkit.core.files.places import is_url, join
 from ckptkit.core.progress import Progress
 from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
-from ckptkit.formats.sharded import split_into_shards, weight_index
+from ckptkit.formats.sharded import Shard, split_into_shards, weight_index
 from ckptkit.formats.writing.output_file import OutputFile, OutputFolder
 from ckptkit.formats.writing.outputs import output_folder, writes_in_order
+from ckptkit.formats.writing.staging import Staging
+from ckptkit.formats.writing.state import Target
 from ckptkit.formats.writing.targets import prepare_directory
 from ckptkit.plans.carried import Carried, write_carried
 from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
+from ckptkit.plans.writing.files import has_tensors, write_safetensors_file
+from ckptkit.plans.writing.finished_shards import (
+    FinishedShards,
+    ShardResult,
+    finished_shards,
+    made_of,
+    result_of,
+    staging_for,
+)
+from ckptkit.plans.writing.refusals import is_own_name
+from ckptkit.plans.writing.written import Written
 
 if TYPE_CHECKING:
     from ckptkit.plans.verify import Verification
-from ckptkit.plans.writing.files import has_tensors, write_safetensors_file
-from ckptkit.plans.writing.refusals import is_own_name
-from ckptkit.plans.writing.written import Written
 
 __all__ = ["write_directory"]
 
@@ -32,9 +42,12 @@ _WEIGHTS = (".safetensors", DCP_SUFFIX, ".index.json", *TORCH_SUFFIXES)
 
 
 def write_directory(
-    plan: Plan, output: Output, inputs: PlanInputs, progress: Progress, *, carried: Carried, verify: bool
+    plan: Plan, output: Output, inputs: PlanInputs, progress: Progress, *, carried: Carried, verify: bool, resume: bool
 ) -> tuple[Written, list[Verification]]:
-    """Write shards or a distributed checkpoint; return what was written and what ``verify`` found."""
+    """Write shards or a distributed checkpoint; return what was written and what ``verify`` found.
+
+    With ``resume``, the finished shards of a killed run are kept, and so are those of this run after an error.
+    """
     kind = _Dcp if output.format == "dcp" else _Shards
     files = kind(plan, output, inputs)
     target = prepare_directory(output.path, force=output.force, before=output.before)
@@ -42,14 +55,19 @@ def write_directory(
     ours = frozenset(name for name in existing if is_own_name(output, name))
     left: list[str] = []
     verified: list[Verification] = []
-    with output_folder(target, replaced=ours.union(carried.names), last=files.last, left=left) as folder:
-        total = files.write(folder, progress)
+    staging = files.staging(target, resume=resume)
+    replaced = ours.union(carried.names)
+    with (
+        output_folder(target, replaced=replaced, last=files.last, left=left, staging=staging) as folder,
+        finished_shards(staging, files.made_of) as finished,
+    ):
+        total = files.write(folder, progress, finished)
         write_carried(carried, folder.file, output)
         inputs.check_unchanged()
         directory = folder.complete()
         _check_directory(directory, plan, files.names)
         if verify:
-            verified = files.verify(directory)
+            verified = _verified(files, directory, staging)
             inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
     written = Written(
@@ -61,8 +79,18 @@ def write_directory(
         tuple(beside),
         left=tuple(left),
         shared=files.shared,
+        kept_shards=len(finished.kept),
     )
     return written, verified
+
+
+def _verified(files: _Shards | _Dcp, directory: str, staging: Staging | None) -> list[Verification]:
+    try:
+        return files.verify(directory)
+    except OutputError:  # a finished shard does not have the planned bytes, and a later run must not keep it
+        if staging is not None:
+            staging.keeps_finished = False
+        raise
 
 
 class _Shards:
@@ -77,31 +105,55 @@ class _Shards:
         self.last = self.index if self.has_index else ""
         self.names = (*(shard.name for shard in self.shards), *((self.index,) if self.has_index else ()))
         self.shared = 0
+        self._made_of: Mapping[str, str] | None = None
         self.format = f"sharded safetensors ({len(self.shards)} shards)" if self.has_index else "safetensors"
 
-    def write(self, folder: OutputFolder, progress: Progress) -> int:
-        """Write the files and return the size of all shards."""
+    def staging(self, target: Target, *, resume: bool) -> Staging | None:
+        """Return where the shards are made, or None where a store makes them."""
+        if is_url(target.path):
+            return None
+        return staging_for(target, self.made_of, resume=resume)
+
+    def made_of(self) -> Mapping[str, str]:
+        """Return what decides the bytes of all shards; nothing is asked a second time."""
+        if self._made_of is None:
+            self._made_of = made_of(self.plan, self.output, self.inputs.roles)
+        return self._made_of
+
+    def write(self, folder: OutputFolder, progress: Progress, finished: FinishedShards) -> int:
+        """Write the files that are not there yet, and return the size of all shards."""
+        finished.keep(self.shards, progress)
         total = 0
         for shard in self.shards:
-
-            def create(size: int, block: int, *, by_kernel: bool, name: str = shard.name) -> OutputFile:
-                return folder.file(name, size, block, by_kernel=by_kernel)
-
-            size, shared = write_safetensors_file(
-                create,
-                shard.infos,
-                self.plan.metadata,
-                self.inputs,
-                progress,
-                place=join(folder.place(), shard.name),
-                reflink=self.output.reflink,
-            )
-            total += size
-            self.shared += shared
+            result = finished.kept.get(shard.name)
+            if result is None:
+                result = self._write_shard(shard, folder, progress)
+                finished.add(shard.name, result)
+            else:
+                result.tell(self.inputs.producer)
+            total += result.nbytes
+            self.shared += result.shared
         self.inputs.refuse_overflow()
         if self.has_index:
             _write_small(folder, self.index, self.index_data)
         return total
+
+    def _write_shard(self, shard: Shard, folder: OutputFolder, progress: Progress) -> ShardResult:
+        before = set(self.inputs.producer.extracted)
+
+        def create(size: int, block: int, *, by_kernel: bool) -> OutputFile:
+            return folder.file(shard.name, size, block, by_kernel=by_kernel)
+
+        size, shared = write_safetensors_file(
+            create,
+            shard.infos,
+            self.plan.metadata,
+            self.inputs,
+            progress,
+            place=join(folder.place(), shard.name),
+            reflink=self.output.reflink,
+        )
+        return result_of(self.inputs, shard, size, shared, before)
 
     def verify(self, directory: str) -> list[Verification]:
         """Let safetensors read every shard, and compare the index with the shards."""
@@ -132,7 +184,14 @@ class _Dcp:
         self.names = (DCP_FILE, DCP_METADATA)
         self.last = DCP_METADATA
 
-    def write(self, folder: OutputFolder, progress: Progress) -> int:
+    def staging(self, target: Target, *, resume: bool) -> None:
+        """Return None: the place is new, since a killed run leaves nothing that could be kept."""
+
+    def made_of(self) -> Mapping[str, str]:
+        """Return nothing: no file is recorded."""
+        return {}
+
+    def write(self, folder: OutputFolder, progress: Progress, finished: FinishedShards) -> int:  # noqa: ARG002
         """Write the files and return the size of the file of tensors."""
         from ckptkit.formats.distributed.dcp_write import write_dcp
 

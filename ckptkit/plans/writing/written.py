@@ -27,6 +27,7 @@ class Written(Result):
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
     ``extracted`` says how much of each change the factors of an extracted adapter hold.
     ``merged`` has the warnings of merged tensors, and the numbers that their methods found.
+    ``kept_shards`` is the number of shards that an earlier run had finished, and that were kept (``resume``).
     ``shared`` is the number of bytes in blocks of the disk that the output shares with an input, see ``Output``.
     ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
     ``plan`` is the plan that was executed, with the entries that this output keeps and leaves out.
@@ -55,6 +56,7 @@ class Written(Result):
     adapted: tuple[Adapted, ...] = ()
     plan: Plan | None = field(default=None, compare=False)
     shared: int = 0
+    kept_shards: int = 0
 
     @property
     def coverage(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ckptkit.core.files.remote.urls import clean_url as _clean
 from ckptkit.core.files.source import ByteSource, Folder
 
-__all__ = ["clean_url", "forget", "open_remote", "remote_folder", "remote_kind", "stop_waiting"]
+__all__ = ["clean_url", "forget", "open_remote", "remote_folder", "remote_kind", "remote_version", "stop_waiting"]
 
 
 def clean_url(url: str) -> str:
@@ -54,6 +54,21 @@ def remote_folder(url: str) -> Folder:
     from ckptkit.core.files.remote.folder import RemoteFolder
 
     return RemoteFolder(url)
+
+
+def remote_version(url: str) -> tuple[object, ...] | None:
+    """Return the size and the ETag, or else the time, of the file at ``url``; None where the store tells neither.
+
+    Raises ``PathError`` where the store cannot be asked.
+    """
+    from ckptkit.core.files.remote.failures import public_errors
+    from ckptkit.core.files.remote.running import finish, start
+    from ckptkit.core.files.remote.stores import store_of
+
+    with public_errors():
+        state = finish(start(store_of(url).state(url)))
+    told = state.etag or state.modified
+    return (state.size, told) if told else None
 
 
 def remote_kind(url: str) -> str:
