@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -504,6 +505,13 @@ def test_an_encoded_name_is_the_name_of_a_file(server: RangeServer) -> None:
     with pytest.raises(PathError, match="no such"):
         places.folder_at(server.url("folder")).open("%2e%2e")
     assert [name for name, _ in server.asked] == ["folder/%252e%252e"]
+
+
+def test_letters_of_other_alphabets_are_encoded(server: RangeServer) -> None:
+    """Some servers and proxies refuse a request that has them as they are."""
+    server.files["folder/%C3%BC%E6%97%A5.bin"] = b"1234"
+    with closing(places.folder_at(server.url("folder")).open("ü日.bin")) as file:
+        assert file.read(0, 4) == b"1234"
 
 
 @pytest.mark.parametrize(("title", "is_listed"), [("Index of /folder/", True), ("Our models", False)])
