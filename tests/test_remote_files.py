@@ -554,3 +554,14 @@ def test_an_output_is_verified_in_few_requests(tmp_path: Path, capsys: pytest.Ca
     (counts,) = (counts for counts in traffic() if counts.store == "memory://verified")
     assert counts.received < 1.1 * 26 * 160_000
     assert counts.requests < 20, counts
+
+
+def test_what_is_left_out_is_not_read_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An optimizer behind the weights stays where it is."""
+    state = {"model": {"w": torch.ones(9, 50_000)}, "optimizer": {"exp_avg": torch.ones(9, 50_000)}}
+    torch.save(state, tmp_path / "run.pt")
+    fsspec.filesystem("memory").pipe("/ahead/run.pt", (tmp_path / "run.pt").read_bytes())
+    forget_traffic()
+    assert run_ckpt(capsys, "convert", "memory://ahead/run.pt", "-o", tmp_path / "out", "--format", "dcp").code == 0
+    (counts,) = traffic()
+    assert counts.received < 9 * 50_000 * 4 + 400_000, counts  # the end of the archive holds its directory

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, row_major
 from ckptkit.core.dtypes import DTYPES, torch_shape
+from ckptkit.core.files.payloads import announce
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import PlanError
 from ckptkit.formats.distributed.dcp_metadata import DCP_VERSION, METADATA_MODULE, STORAGE_MODULE
@@ -81,6 +82,7 @@ def layout_dcp(
 
 def write_dcp(layout: DcpLayout, out: OffsetWriter) -> Iterator[int]:
     """Write the archives to ``out``, and yield the number of bytes of each step."""
+    announce(entry.content for _, archive in layout.items for entry in archive.entries)
     for offset, archive in layout.items:
         yield from write_torch_zip(archive, out, offset)
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
 from ckptkit.core.dtypes import DTYPES, torch_view
-from ckptkit.core.files.payloads import Extent
+from ckptkit.core.files.payloads import Extent, announce
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.errors import PlanError
@@ -328,6 +328,7 @@ def _single(
 def write_torch_zip(layout: TorchZipLayout, out: OffsetWriter, at: int = 0) -> Iterator[int]:
     """Write the archive to ``out`` from its byte ``at``, and yield the number of bytes of each step."""
     directory = bytearray()
+    announce(entry.content for entry in layout.entries)
     for entry in layout.entries:
         if out.in_order:
             out.write(_local_header(entry, _known_crc(entry.content) or 0), at + entry.header)
