@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import name_of, parent_of
 from ckptkit.core.progress import Progress
 from ckptkit.errors import PlanError
 from ckptkit.formats.writing.atomic import output_errors
 from ckptkit.formats.writing.targets import prepare_directory, prepare_target
-from ckptkit.plans.carried import Carried
+from ckptkit.plans.carried import Carried, target_of
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
-from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
+from ckptkit.plans.plan import PROVENANCE, Dropped, Plan, find_broken_ties, provenance_name
 from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written
@@ -87,11 +88,19 @@ def _leftovers(
 
 
 def _carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool) -> Carried:
-    if not carry:
-        return Carried()
-    from ckptkit.plans.carry import plan_carried
+    carried = Carried()
+    if carry:
+        from ckptkit.plans.carry import plan_carried
 
-    return plan_carried(plan, output, sources)
+        carried = plan_carried(plan, output, sources)
+    provenance = plan.metadata.get(PROVENANCE)
+    if provenance is None or output.format == "safetensors":
+        return carried
+    name = provenance_name("" if output.is_directory else name_of(output.path))
+    contents = {**carried.contents, name: provenance.encode() + b"\n"}
+    if not output.is_directory:
+        target_of(replace(carried, contents=contents), name, parent_of(output.path), force=output.force)
+    return replace(carried, names=(*carried.names, name), contents=contents)
 
 
 def _with_notes(plan: Plan, notes: Iterable[str]) -> Plan:
@@ -106,7 +115,7 @@ def _with_kept_entries(
     plan = _with_notes(plan, carried.notes)
     plan = replace(plan, dropped=tuple(drop for drop in plan.dropped if not carried.takes(drop)))
     lost: list[Dropped] = []
-    if output.format != "safetensors" and any(key != "format" for key in plan.metadata):
+    if output.format != "safetensors" and not plan.metadata.keys() <= {"format", PROVENANCE}:
         loss = loss_of_metadata(plan.metadata, [step.out.key for step in plan.steps])
         why = f"{_NOUNS[output.format]} cannot hold it{loss}"
         lost.append(Dropped("output", "__metadata__", why, is_entry=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptkit.core.arguments import refuse
+from ckptkit.core.arguments import refuse, require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.core.gc_pause import pause_gc
@@ -22,6 +22,7 @@ from ckptkit.plans.recipes.alignment import Decision, Decisions, decide, input_p
 from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, align_input, joined, opened_recipe, reference_of
 from ckptkit.plans.recipes.model import MergeRecipe
 from ckptkit.plans.recipes.parse import RecipeLike, parse_recipe
+from ckptkit.plans.recipes.provenance import with_provenance
 from ckptkit.plans.recipes.slices import decide_slices, layer_count
 from ckptkit.plans.steps import complete_step, moved_modules
 from ckptkit.tensor_ops.recipes import Recipe
@@ -32,7 +33,9 @@ _STATISTICS = ("running_mean", "running_var")
 _NO_REASON = "no key of the output is made of it"
 
 
-def plan_recipe(recipe: RecipeLike, *, inputs: Mapping[str, CheckpointLike] | None = None) -> Plan:
+def plan_recipe(
+    recipe: RecipeLike, *, inputs: Mapping[str, CheckpointLike] | None = None, record_recipe: bool = True
+) -> Plan:
     """Return the plan of a merge that a recipe describes: each tensor of the output, and what it is merged of.
 
     ``recipe`` is the path of a TOML, JSON or YAML file, or its parsed content. Paths in it are relative to the current
@@ -44,6 +47,10 @@ def plan_recipe(recipe: RecipeLike, *, inputs: Mapping[str, CheckpointLike] | No
 
     The inputs must have the same keys and shapes, after the names that the recipe gives them. ``Step.rule`` names the
     method of each tensor, or says why it is taken from one input. Only headers are read.
+
+    The metadata of the output has an item ``ckptkit.merge``, a JSON text: the recipe, with only the last names of
+    paths, and of each input its size, the digest of its header, and what its own metadata says about a merge. Beside a
+    torch file, this is a file. Without ``record_recipe``, it has only the sizes and the digests.
 
     Raises:
         RecipeError: The recipe is not valid, or does not fit its inputs; the reason begins with its line.
@@ -64,9 +71,10 @@ def plan_recipe(recipe: RecipeLike, *, inputs: Mapping[str, CheckpointLike] | No
     named: object = inputs  # the caller may have passed anything
     if named is not None and (not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named)):
         refuse(named, "inputs", "a mapping of the names of inputs to checkpoints")
+    require_flags(record_recipe=record_recipe)
     parsed = parse_recipe(recipe)
     with opened_recipe(parsed, inputs or {}) as (roles, paths), pause_gc():
-        return _plan(parsed, roles, paths)
+        return with_provenance(_plan(parsed, roles, paths), parsed, roles, paths, has_recipe=record_recipe)
 
 
 def _plan(recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[str, str]) -> Plan:
