@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ckptkit
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.plan import Plan, Source, Step
@@ -18,14 +22,20 @@ from ckptkit.tensor_ops.recipes import Recipe
 NAMES = ("a", "b", "c")
 
 
-def merging_plan(sources: dict[str, ckptkit.Checkpoint], given: dict[str, object]) -> Plan:
-    """Return a plan that merges all tensors of the inputs with ``linear``."""
-    steps = []
-    for key, info in next(iter(sources.values())).items():
-        merge = Merge(method_named("linear").of(len(sources), given, has_base=False), key, (1, 2, 3))
-        out = TensorInfo(key, info.dtype, info.shape)
+def merging_plan(
+    sources: Mapping[str, ckptkit.Checkpoint],
+    given: Mapping[str, object],
+    method: str = "linear",
+    keys: Iterable[str] = (),
+) -> Plan:
+    """Return a plan that merges the tensors with these keys, or all."""
+    steps, count = [], len(sources)
+    first = next(iter(sources.values()))
+    for key in keys or first:
+        merge = Merge(method_named(method).of(count, given, has_base=False), key, tuple(range(1, count + 1)))
+        out = TensorInfo(key, first[key].dtype, first[key].shape)
         inputs = tuple(Source(role, key) for role in sources)
-        steps.append(complete_step(Step(out, inputs, recipe=Recipe((0, 1, 2), (merge,))), sources))
+        steps.append(complete_step(Step(out, inputs, recipe=Recipe(tuple(range(count)), (merge,))), sources))
     return Plan(tuple(steps), (), {}, (), {}, "")
 
 
@@ -45,3 +55,70 @@ def test_a_plan_of_merges_is_saved_read_and_executed(tmp_path: Path) -> None:
         want = torch.stack([f * states[n][key].double() for n, f in zip(NAMES, (1, 2, 0.5), strict=True)]).sum(0) / 3.5
         torch.testing.assert_close(made[key], want.to(made[key].dtype), rtol=1e-6, atol=1e-6)
     assert all(torch.equal(tensor, made[key]) for key, tensor in plan.tensors(sources))
+
+
+@pytest.mark.parametrize(("method", "given"), [("linear", {"weight": [1.0, 2.0, 0.5]}), ("karcher", {})])
+def test_formats_shards_and_the_order_of_keys_do_not_change_a_byte(
+    method: str, given: dict[str, object], tmp_path: Path
+) -> None:
+    states = {name: {f"w{number}": torch.randn(20, 30) for number in range(4)} for name in NAMES}
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        torch.save(dict(reversed(state.items())), tmp_path / f"{name}.pt")
+    results = []
+    for suffix, size, order in ((".safetensors", None, 1), (".pt", 3000, -1), ("", 5000, 1)):
+        sources = {
+            name: as_checkpoint(state, name) if not suffix else ckptkit.open_checkpoint(tmp_path / f"{name}{suffix}")
+            for name, state in states.items()
+        }
+        plan = merging_plan(sources, given, method, list(states["a"])[::order])
+        path = tmp_path / (f"out{size}" if size else "out.safetensors")
+        ckptkit.execute(plan, sources, ckptkit.Output(str(path), "safetensors", max_shard_size=size))
+        made = ckptkit.open_checkpoint(path)
+        results.append({key: bytes(made.read_bytes(key)) for key in states["a"]})
+    assert results[0] == results[1] == results[2]
+
+
+def test_an_input_that_changes_leaves_nothing(tmp_path: Path) -> None:
+    for name in NAMES:
+        save_file({key: torch.randn(20, 30) for key in ("v", "w")}, tmp_path / f"{name}.safetensors")
+    sources = {name: ckptkit.open_checkpoint(tmp_path / f"{name}.safetensors") for name in NAMES}
+    plan = merging_plan(sources, {}, "karcher")
+
+    def change(_: int) -> None:
+        save_file({"v": torch.zeros(1)}, tmp_path / "b.safetensors")
+
+    with pytest.raises(ckptkit.ChangedError):
+        ckptkit.execute(plan, sources, tmp_path / "out.safetensors", progress=change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.safetensors" for name in NAMES]
+
+
+def test_a_number_that_is_not_finite_leaves_nothing_and_names_its_input(tmp_path: Path) -> None:
+    states = {name: {"v": torch.randn(3), "w": torch.randn(3)} for name in NAMES}
+    states["b"]["w"][1] = torch.nan
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    sources = {name: ckptkit.open_checkpoint(tmp_path / f"{name}.safetensors") for name in NAMES}
+    with pytest.raises(ckptkit.PlanError, match=r"'w' cannot be merged: its element \[1\] in 'b' is NaN") as caught:
+        ckptkit.execute(merging_plan(sources, {}), sources, tmp_path / "out.safetensors")
+    assert caught.value.path == str(tmp_path / "b.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_a_method_finds_is_reported_and_loss_of_a_cast_is_refused(tmp_path: Path) -> None:
+    state = {"w": torch.randn(4, 3), "v": torch.full((3,), 1e5)}
+    sources = {
+        "a": as_checkpoint(state, "a"),
+        "b": as_checkpoint({"w": -state["w"], "v": state["v"]}, "b"),
+    }
+    plan = merging_plan(sources, {"t": 0.25}, "slerp")
+    written = ckptkit.execute(plan, sources, tmp_path / "out.safetensors")
+    assert [(facts.key, facts.warning) for facts in written.merged] == [
+        ("w", "the inputs are opposite: interpolated linearly")
+    ]
+    assert "the inputs are opposite: interpolated linearly in 1 tensor: w" in str(written)
+    half = replace(plan.steps[1], out=TensorInfo("v", "F16", (3,)), operation="")
+    plan = Plan((plan.steps[0], complete_step(half, sources)), (), {}, (), {}, "")
+    assert plan.steps[1].operation == "merge, cast"
+    with pytest.raises(ckptkit.PlanError, match=r"3 values do not fit the new dtype: 'v' \(F32 to F16\)"):
+        ckptkit.execute(plan, sources, tmp_path / "half.safetensors")

@@ -16,6 +16,7 @@ from ckptkit.errors import ArgumentError
 from ckptkit.plans.methods.model import MergedTensor, Method
 from ckptkit.plans.methods.table import method_named
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape, printable_code
+from ckptkit.values.arrays import real_code
 from ckptkit.values.merging.payload import MergedPayload, MergeInput, OnNonfinite
 from ckptkit.values.workers import Workers
 
@@ -117,8 +118,9 @@ class Merge(Operation):
     ) -> MergedPayload:
         """Return the merged tensor, rounded once to the dtype of ``out``."""
         merging = self.resolve(out.shape, len(inputs))
-        workers = workers or Workers()
-        return MergedPayload(merging, inputs, out, losses, facts, workers, self.on_nonfinite, self.is_wide)
+        is_wide = self.is_wide or any(real_code(one.info.dtype) == "F64" for one in inputs)
+        working = "F64" if is_wide else "F32"
+        return MergedPayload(merging, inputs, out, losses, facts, workers or Workers(), self.on_nonfinite, working)
 
     def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Merge tensors in memory."""

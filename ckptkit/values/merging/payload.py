@@ -63,7 +63,7 @@ class _Held:
 class MergedPayload(BlockPayload[_Piece]):
     """A payload that merges its inputs while it is read, and rounds the numbers once to the dtype of ``out``.
 
-    It computes in float32, or in float64 if an input is F64 or ``is_wide``. ``on_nonfinite`` says what happens where
+    It computes with numbers of the dtype ``working``, F32 or F64. ``on_nonfinite`` says what happens where
     an input that is read has a NaN or an infinity: ``error`` raises ``PlanError``, ``allow`` computes with it, and
     ``base`` takes the element of the first input, which must be finite. Once all bytes were read, ``losses`` has the
     losses of the rounding by the key of ``out``, and ``facts`` what a user should know of the tensor. The threads are
@@ -77,13 +77,8 @@ class MergedPayload(BlockPayload[_Piece]):
     facts: MutableMapping[str, Facts] | None = None
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
     on_nonfinite: OnNonfinite = "error"
-    is_wide: bool = False
+    working: str = "F32"
     _held: _Held = field(default_factory=_Held, repr=False, compare=False)
-
-    @property
-    def working(self) -> str:
-        """The code of the dtype of the arithmetic."""
-        return "F64" if self.is_wide or any(real_code(one.info.dtype) == "F64" for one in self.inputs) else "F32"
 
     def blocks(self, low: int = 0, high: int | None = None) -> Iterator[_Piece]:
         """Yield the pieces that have the elements from ``low`` to ``high``."""
