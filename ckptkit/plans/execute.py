@@ -13,6 +13,7 @@ from ckptkit.core.files.places import name_of, parent_of
 from ckptkit.core.progress import Progress
 from ckptkit.errors import PlanError
 from ckptkit.formats.writing.atomic import output_errors
+from ckptkit.formats.writing.state import Target
 from ckptkit.formats.writing.targets import prepare_directory, prepare_target
 from ckptkit.plans.carried import Carried, target_of
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
@@ -69,8 +70,7 @@ def prepare_output(
         from ckptkit.plans.writing.finished_shards import refuse_to_resume
 
         refuse_to_resume(plan, output, sources)
-    prepare = prepare_directory if output.is_directory else prepare_target
-    prepare(output.path, force=output.force, before=output.before)
+    _prepared_target(output)
     carried = _carried(plan, output, sources, carry=carry)
     editor = _editor(plan, output, sources)
     leftovers = _leftovers(plan, output, sources, resume=resume, is_run=False)
@@ -85,6 +85,11 @@ def _leftovers(
     from ckptkit.plans.writing.finished_shards import notes_of_leftovers
 
     return tuple(notes_of_leftovers(plan, output, roles, resume=resume, is_run=is_run))
+
+
+def _prepared_target(output: Output) -> Target:
+    prepare = prepare_directory if output.is_directory else prepare_target
+    return prepare(output.path, force=output.force, before=output.before)
 
 
 def _carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool) -> Carried:
@@ -254,6 +259,7 @@ def _execute(
 
         refuse_to_resume(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
+    output = replace(output, before=_prepared_target(output).before)  # before any value is read
     inputs.refuse_different_bytes()
     carried = _carried(plan, output, roles, carry=carry)
     if verify:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit import convert
 from ckptkit.core.files.places import folder_at, kind_at
-from tests.helpers_cli import run_ckpt
+from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
 from tests.helpers_stores import is_as_told
 from tests.oracles.servers.processes import free_port, run_command, server
@@ -77,6 +77,14 @@ def ckpt(bucket: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return ran.err
 
     return run
+
+
+def running(proxy: Proxy, *words: str | Path) -> subprocess.Popen[str]:
+    """Start ``ckpt`` with the variables of a user whose S3 server is the proxy."""
+    environment = {**os.environ, **variables_of(proxy.url), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_other_libraries_read_what_was_written(
@@ -148,6 +156,83 @@ FAULTS = {
 }
 
 
+NAMING = {"method": "POST", "path": "uploadId="}  # the request that gives a file its name
+LOST = {**NAMING, "loses_answer": True}
+LOSSES = {  # the fault, whether it happens to every try, and what was there
+    "new": (NAMING, 1, b""),
+    "replaced": (NAMING, -1, b"old"),
+    "new and small": ({"method": "PUT", "path": "/up/l."}, -1, b""),
+}
+
+
+@pytest.mark.parametrize(("request_", "times", "old"), LOSSES.values(), ids=LOSSES)
+def test_a_lost_answer_to_the_last_request_is_not_an_error(  # noqa: PLR0917
+    s3: S3Server, bucket: Any, tmp_path: Path, proxied: Callable[..., Proxy],
+    request_: dict[str, str], times: int, old: bytes,
+) -> None:  # fmt: skip
+    """The store has done what was asked, so the file is there, and is the right one."""
+    if old:
+        bucket.pipe("tests/up/l.safetensors", old)
+    source = tmp_path / "in.safetensors"
+    save_file({"a": torch.rand(99_999 if request_ is NAMING else 99)}, source)
+    proxy = proxied(s3.address)
+    happening = proxy.fail(**request_, loses_answer=True, times=times)
+    environment = variables_of(proxy.url)
+    ran = run_command("convert", source, "-o", f"{s3.url}/up/l.safetensors", "--force", environment=environment)
+    assert (ran.code, happening.happened > 0) == (0, True), ran.err
+    bucket.get("tests/up/l.safetensors", str(tmp_path / "got.safetensors"))
+    same_state(load_file(tmp_path / "got.safetensors"), load_file(source))
+
+
+@pytest.mark.parametrize(("size", "old"), [(99, b""), (99, b"old"), (99_999, b"")])
+def test_a_writer_who_comes_at_the_last_moment_is_not_overwritten(  # noqa: PLR0917
+    s3: S3Server, bucket: Any, tmp_path: Path, proxied: Callable[..., Proxy], size: int, old: bytes
+) -> None:
+    """The request that names the file says what it replaces, and the store refuses it.
+
+    The server of moto does not compare when an upload of parts replaces an object; S3 does.
+    """
+    if old:
+        bucket.pipe("tests/up/w.safetensors", old)
+    save_file({"a": torch.rand(size)}, tmp_path / "in.safetensors")
+    proxy = proxied(s3.address)
+    words = {"method": "PUT", "path": "/up/w."} if size < 100 else NAMING
+    held = proxy.fail(**words, waits=True)
+    with running(proxy, "convert", tmp_path / "in.safetensors", "-o", f"{s3.url}/up/w.safetensors", "--force") as run:
+        assert held.arrived.wait(30)
+        bucket.pipe("tests/up/w.safetensors", b"of another program")
+        held.go_on.set()
+        _, err = run.communicate(timeout=30)
+    assert run.returncode == 2
+    assert "another program" in err
+    assert bucket.cat("tests/up/w.safetensors") == b"of another program"
+
+
+def test_a_store_without_conditions_is_written_to(
+    s3: S3Server, bucket: Any, source: Path, proxied: Callable[..., Proxy]
+) -> None:
+    """A store may refuse the condition as something that it does not know; then there is none."""
+    proxy = proxied(s3.address)
+    refusal = proxy.fail(**NAMING, status=501)
+    ran = run_command("convert", source, "-o", f"{s3.url}/up/n.safetensors", environment=variables_of(proxy.url))
+    assert (ran.code, refusal.happened) == (0, 1), ran.err
+    assert bucket.exists("tests/up/n.safetensors")
+
+
+def test_a_missing_bucket_is_refused_before_values_are_read(
+    s3: S3Server, bucket: Any, source: Path, proxied: Callable[..., Proxy]
+) -> None:
+    """The header of the input is read, and nothing more."""
+    bucket.put(str(source), "tests/up/in.safetensors")
+    proxy = proxied(s3.address)
+    for output in ("a.safetensors", "a.pt"):
+        words = ("convert", f"{s3.url}/up/in.safetensors", "--verify", "-o", f"s3://missing/{output}")
+        ran = run_command(*words, environment=variables_of(proxy.url))
+        assert (ran.code, "there is no bucket s3://missing" in ran.err) == (2, True), ran.err
+    assert proxy.bytes_sent < 2 * (80 << 10)
+    assert proxy.requests("missing", "PUT") == proxy.requests("missing", "POST") == []
+
+
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_nothing_is_left_after_a_fault(
     s3: S3Server, bucket: Any, source: Path, proxied: Callable[..., Proxy], fault: dict[str, Any]
@@ -175,13 +260,10 @@ def test_a_signal_leaves_nothing(
     """Whenever the signal comes, the bucket is empty when the process has ended, and no upload is unfinished."""
     save_file({str(key): torch.ones(4 << 20) for key in range(4)}, source)
     proxy = proxied(s3.address, latency=0.05)
-    environment = {**os.environ, **variables_of(proxy.url), "PYTHONPATH": str(Path(__file__).parents[2])}
     words = ["convert", str(source), "-o", f"{s3.url}/up/k{'' if shards else '.safetensors'}"]
     for parts in (1, 4, 7):
         proxy.reset()
-        run = subprocess.Popen(
-            [sys.executable, "-m", "ckptkit", *words, *shards], env=environment, stderr=subprocess.PIPE
-        )
+        run = running(proxy, *words, *shards)
         until = time.monotonic() + 30
         while len(proxy.requests("up/k", "PUT")) < parts and run.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
@@ -193,7 +275,6 @@ def test_a_signal_leaves_nothing(
 
 
 SIZE = "400kB"  # of a shard: there are four, each sent in parts
-NAMING = {"method": "POST", "path": "uploadId="}  # the request that gives a file its name
 
 
 def shards_of(number: int, path: Path) -> Path:
@@ -246,16 +327,13 @@ def test_a_signal_while_files_get_their_names(
     """The signal waits, and all is new; or it comes twice, and the message says where each file is from."""
     proxy = proxied(s3.address)
     held = proxy.fail(**NAMING, skip=1, waits=True)
-    environment = {**os.environ, **variables_of(proxy.url), "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.Popen(
-        [sys.executable, "-m", "ckptkit", *replaced.command], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    assert held.arrived.wait(30)
-    for _ in range(times):
-        run.send_signal(number)
-        wait_for_signals(run.pid)
-    held.go_on.set()
-    _, err = run.communicate(timeout=30)
+    with running(proxy, *replaced.command) as run:
+        assert held.arrived.wait(30)
+        for _ in range(times):
+            run.send_signal(number)
+            wait_for_signals(run.pid)
+        held.go_on.set()
+        _, err = run.communicate(timeout=30)
     assert run.returncode == 128 + number, err
     now = replaced.now()
     assert is_as_told(told_in(err), replaced.url, now, replaced.old, replaced.new), (sorted(now), err)
@@ -296,7 +374,7 @@ def test_a_store_that_fails_while_files_get_their_names(
     if skip == 0:
         assert now == replaced.old
     if skip == 2:
-        ckpt(s3, *replaced.command)
+        assert run_command(*replaced.command, environment=s3.variables).code == 0
         assert replaced.now() == replaced.new
 
 

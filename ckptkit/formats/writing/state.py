@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.core.files.local import FileState, file_state
 from ckptkit.core.files.places import is_url
-from ckptkit.core.text import printable
+from ckptkit.core.text import printable, quoted
 from ckptkit.errors import CkptkitError, OutputError
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "created_meanwhile",
     "exists_already",
     "folder_exists_already",
+    "holds_directory",
     "is_wrong_output",
     "name_leftover",
     "path_state",
@@ -98,6 +99,13 @@ def folder_exists_already(path: str) -> OutputError:
     """Return the error for a directory with files, without ``force``."""
     return OutputError(
         "already exists", hint="--force replaces its weights of this format and keeps its other files", path=path
+    )
+
+
+def holds_directory(path: str, name: str) -> OutputError:
+    """Return the error for a directory with another directory in it."""
+    return OutputError(
+        f"contains the directory {quoted(name)}, so it is not replaced", hint="give a new directory", path=path
     )
 
 

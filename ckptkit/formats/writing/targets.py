@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.local import file_state
 from ckptkit.core.files.places import clean_path, is_same_file, is_url
-from ckptkit.core.text import printable, quoted
+from ckptkit.core.text import printable
 from ckptkit.errors import OutputError
 from ckptkit.formats.writing.state import (
     PathState,
@@ -19,6 +19,7 @@ from ckptkit.formats.writing.state import (
     created_meanwhile,
     exists_already,
     folder_exists_already,
+    holds_directory,
     path_state,
 )
 
@@ -138,11 +139,7 @@ def prepare_directory(path: str, *, force: bool, before: PathState | None = None
             path=path,
         )
     if subdirectory is not None:
-        raise OutputError(
-            f"contains the directory {quoted(subdirectory)}, so it is not replaced",
-            hint="give a new directory",
-            path=path,
-        )
+        raise holds_directory(path, subdirectory)
     if entries and not force:
         raise folder_exists_already(path)
     return _target(target, path, before, now)

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 from ckptkit.core.files.remote.store import ObjectState
 from ckptkit.core.text import printable
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats.writing.output_file import OutputFile
 from ckptkit.formats.writing.state import (
     Target,
@@ -21,7 +21,7 @@ from ckptkit.formats.writing.state import (
 )
 from ckptkit.formats.writing.stores.asking import Store, is_same_state, store_errors
 from ckptkit.formats.writing.stores.sending import Sending
-from ckptkit.formats.writing.stores.transfers import transfer_to
+from ckptkit.formats.writing.stores.transfers import TakenError, transfer_to
 from ckptkit.formats.writing.traces import (
     note_new_output,
     note_removed,
@@ -48,6 +48,7 @@ class SentFile:
             self._transfer = transfer_to(self.store.filesystem, self.store.path, size)
         self.sending = Sending(self._transfer, size, self.store.meter)
         self.is_named: bool | None = False
+        self._seen: Hashable = None  # the state of the file after it got its name, if that was asked
         self.is_removed = False
         self.is_finished = False
         self._is_stopped = False
@@ -79,8 +80,10 @@ class SentFile:
             self.sending.finish()
         self.is_finished = True
 
-    def commit(self) -> None:
-        """Give the file its name."""
+    def commit(self, *, is_free: bool = False) -> None:
+        """Give the file its name, which ``is_free`` where the old file was removed for it."""
+        if is_free:
+            self._before = None
         note_new_output(self.url)
         with store_errors(self.url):
             self.sending.call(self._commit)
@@ -89,19 +92,27 @@ class SentFile:
     def _commit(self) -> None:
         self.is_named = None
         try:
-            self._transfer.commit()
-        except Exception:
+            self._transfer.commit(self._before)
+        except Exception as error:  # noqa: BLE001 - the libraries have no common class of errors
             with contextlib.suppress(Exception):  # the first error says more
                 self._ask()
             if not self.is_named:
-                raise
+                raise _taken(self.url, self._before) if isinstance(error, TakenError) else error from None
+            with contextlib.suppress(Exception):
+                self._transfer.abort()
         else:
             self.is_named = True
 
     def _ask(self) -> None:
         """Learn from the store whether the file has its name, where the answer was lost."""
-        now = self.store.file_state()
-        self.is_named = isinstance(now, ObjectState) and now.size == self.size and not is_same_state(now, self._before)
+        now = self._seen = self.store.file_state()
+        is_ours = self._is_ours(now)
+        self.is_named = not is_same_state(now, self._before) if is_ours is None else is_ours
+
+    def _is_ours(self, state: Hashable) -> bool | None:
+        if not isinstance(state, ObjectState) or state.size != self.size:
+            return False
+        return self._transfer.is_ours(state)
 
     def stop(self) -> list[str]:
         """Send nothing more, and remove what was sent unless it has its name; return in words what is left of it."""
@@ -124,11 +135,20 @@ class SentFile:
         return []
 
     def remove(self) -> list[str]:
-        """Remove the file if it has its name; return in words what is left of it. Call ``stop`` first."""
+        """Remove the file if it has its name; return in words what is left of it. Call ``stop`` first.
+
+        A file of another program, which has replaced it meanwhile, stays.
+        """
         if not self.is_named:
             return [] if self.is_named is False else [f"{self.url}, if it is there,"]
+
+        def remove() -> None:
+            now = self.store.file_state()
+            if self._is_ours(now) is not False and (self._seen is None or is_same_state(now, self._seen)):
+                self.store.remove()
+
         try:
-            self.sending.call(self.store.remove)
+            self.sending.call(remove)
         except Exception:  # noqa: BLE001
             return [self.url]
         self.is_removed = True
@@ -244,4 +264,8 @@ def refuse_changed(call: Callable[[Callable[[], Hashable]], Hashable], store: St
     with store_errors(store.url):
         now = call(store.file_state)
     if not is_same_state(now, before):
-        raise created_meanwhile(store.url) if before is None else changed_meanwhile("file", store.url)
+        raise _taken(store.url, before)
+
+
+def _taken(url: str, before: Hashable) -> OutputError:
+    return created_meanwhile(url) if before is None else changed_meanwhile("file", url)

@@ -92,7 +92,7 @@ class StoreFolder:
         self._files[name] = file
         if not file.is_held and name != self._last:
             self._begin_replacing()
-            file.commit()
+            file.commit(is_free=name in self._old_indexes)
 
     def complete(self) -> str:
         """Give all files their names, the index last, remove old files, and return the URL of the folder."""
@@ -101,7 +101,7 @@ class StoreFolder:
             self._begin_replacing()
             for name in sorted(self._files, key=lambda name: name == self._last):  # otherwise in the order of writing
                 if not self._files[name].is_named:
-                    self._files[name].commit()
+                    self._files[name].commit(is_free=name in self._old_indexes)
             self._has_all_names = True
             with signals_put_off():
                 self._remove_old()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from ckptkit.errors import OutputError
-from ckptkit.formats.writing.state import PathState, Target, exists_already, folder_exists_already
+from ckptkit.formats.writing.state import (
+    PathState,
+    Target,
+    exists_already,
+    folder_exists_already,
+    holds_directory,
+)
 from ckptkit.formats.writing.stores.asking import WAY_OUT, Store, store_errors
 
 __all__ = ["file_target", "folder_target", "refuse_only_read", "state_in_store"]
@@ -51,6 +57,8 @@ def folder_target(url: str, before: PathState | None, *, force: bool) -> Target:
     before = before or state_in_store(url, is_folder=True)
     if "" in before.entries:
         raise OutputError("is a file, and the output is a directory", hint="give a new name", path=url)
+    if (inside := next((name for name, state in before.entries.items() if state == "folder"), None)) is not None:
+        raise holds_directory(url, inside)
     if before.entries and not force:
         raise folder_exists_already(url)
     return Target(url, url, before)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+from collections.abc import Hashable
 from typing import Any, Protocol
 
-__all__ = ["Transfer", "is_temporary", "transfer_to"]
+from ckptkit.core.files.remote.store import ObjectState
+
+__all__ = ["TakenError", "Transfer", "is_temporary", "transfer_to"]
 
 _PART = 8 << 20  # bytes of a part where parts are sent at the same time
 _PART_IN_ORDER = 16 << 20  # where each part waits for the one before
 _MOST_PARTS = 10_000  # that S3 takes; other stores take more
 _IN_FLIGHT = 64 << 20  # bytes of the parts that are sent at the same time
 _MIB = 1 << 20
+_TAKEN = (409, 412)
+_NOT_KNOWN = (400, 501)  # of a store without conditions
 _SMALL = 1 << 18  # bytes of a file that is sent with one request when it gets its name
+
+
+class TakenError(Exception):
+    """The store says that another program has created or changed the file meanwhile."""
 
 
 class Transfer(Protocol):
@@ -36,8 +46,15 @@ class Transfer(Protocol):
         """All parts were sent; the file is not visible yet."""
         ...
 
-    def commit(self) -> None:
-        """Give the file its name."""
+    def commit(self, before: Hashable) -> None:
+        """Give the file its name. Raises ``TakenError`` where the store finds another file than in state ``before``.
+
+        None is no file. Many stores do not compare.
+        """
+        ...
+
+    def is_ours(self, state: ObjectState) -> bool | None:
+        """Return whether a file of the right size in this state is what was sent; None where that is not known."""
         ...
 
     def abort(self) -> None:
@@ -93,9 +110,12 @@ class _Memory:
     def close(self) -> None:
         pass
 
-    def commit(self) -> None:
+    def commit(self, before: Hashable) -> None:  # noqa: ARG002 - fsspec has no conditions
         self._filesystem.pipe_file(self._path, bytes(self._data))
         self._data = bytearray()
+
+    def is_ours(self, state: ObjectState) -> bool | None:  # noqa: ARG002 - the store tells nothing of the content
+        return None
 
     def abort(self) -> None:
         self._data = bytearray()
@@ -121,8 +141,9 @@ class _S3:
         self._is_small = size <= _SMALL
         self._small = b""
         self._upload: str | None = None
-        self._parts: dict[int, dict[str, object]] = {}
+        self._parts: dict[int, dict[str, str | int]] = {}
         self._path = path
+        self._sum_of_first = ""  # the MD5 of the first part
 
     def begin(self) -> None:
         if not self._is_small:
@@ -132,6 +153,8 @@ class _S3:
         if self._is_small:
             self._small = part
             return
+        if number == 0:
+            self._sum_of_first = hashlib.md5(part, usedforsecurity=False).hexdigest()
         call = {**self._object, "UploadId": self._upload, "PartNumber": number + 1}
         answer = self._filesystem.call_s3("upload_part", **call, Body=part)
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
@@ -140,14 +163,37 @@ class _S3:
     def close(self) -> None:
         pass
 
-    def commit(self) -> None:
+    def commit(self, before: Hashable) -> None:
         if self._is_small:
-            self._filesystem.call_s3("put_object", **self._object, Body=self._small)
+            name, call = "put_object", {**self._object, "Body": self._small}
         else:
             parts = {"Parts": [self._parts[number] for number in sorted(self._parts)]}
-            call = {**self._object, "UploadId": self._upload, "MultipartUpload": parts}
-            self._filesystem.call_s3("complete_multipart_upload", **call)
+            name, call = "complete_multipart_upload", {**self._object, "MultipartUpload": parts}
+            call["UploadId"] = self._upload
+        condition = {}  # s3fs leaves out what an old botocore does not know
+        if before is None:
+            condition = {"IfNoneMatch": "*"}
+        elif isinstance(before, ObjectState) and before.etag:
+            condition = {"IfMatch": before.etag}
+        try:
+            self._filesystem.call_s3(name, **call, **condition)
+        except Exception as error:
+            status = _status_of(error) if condition else 0
+            if status in _TAKEN:
+                raise TakenError from error
+            if status not in _NOT_KNOWN:
+                raise
+            self._filesystem.call_s3(name, **call)
         self._upload = None
+
+    def is_ours(self, state: ObjectState) -> bool | None:
+        if self._is_small:
+            return bool(self._filesystem.cat_file(self._path) == self._small)
+        sums = [str(self._parts[number]["ETag"]).strip('"') for number in sorted(self._parts)]
+        found = state.etag.strip('"')
+        if "-" not in found or sums[0] != self._sum_of_first:  # the store names its files in another way
+            return None
+        return found == f"{hashlib.md5(bytes.fromhex(''.join(sums)), usedforsecurity=False).hexdigest()}-{len(sums)}"
 
     def abort(self) -> None:
         if self._upload is not None:
@@ -157,6 +203,16 @@ class _S3:
 
     def remains(self, url: str) -> str:
         return _unfinished(url)
+
+
+def _status_of(error: BaseException | None) -> int:
+    """Return the HTTP status in an error of botocore, or in that which caused it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+        error = error.__cause__
+    return 0
 
 
 class _Opened:
@@ -204,13 +260,16 @@ class _Opened:
         if self.is_held:
             self._file.close()
 
-    def commit(self) -> None:
+    def commit(self, before: Hashable) -> None:  # noqa: ARG002 - fsspec has no conditions
         if not self.is_held:
             self._file.close()
         elif self._commits:
             self._file.commit()
         else:
             self._filesystem.mv(self._temporary, self._path)
+
+    def is_ours(self, state: ObjectState) -> bool | None:  # noqa: ARG002 - the store tells nothing of the content
+        return None
 
     def abort(self) -> None:
         file = self._file
