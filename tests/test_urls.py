@@ -110,17 +110,19 @@ CHECKPOINTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "zero": (save_stage2, ""),
     **{kind: (_corpus(kind), "/run") for kind in PARTS},
 }
-# @ is the folder of the checkpoint, OUT a folder of the test.
+# @ is the folder of the checkpoint, OUT a folder of the test. The first three commands open a format, cut its values
+# into pieces, and copy them. The others read what these give them, so that some formats are enough.
 COMMANDS = (
     "show PATH --json",
+    "digest PATH",
+    "convert PATH -o OUT/out.pt --skip-unread",
     "check PATH",
     "stats PATH",
-    "digest PATH",
     "diff PATH PATH",
     "align PATH PATH",
-    "convert PATH -o OUT/out.pt --skip-unread",
     "remap PATH -o OUT/out.safetensors --rename *=a.* --skip-unread --verify",
 )
+EVERY_COMMAND = ("safetensors", "zip", "dcp", "zero")
 
 
 # Where else a URL may stand, after the exit code; @ is the folder of all checkpoints, OUT a folder of the test.
@@ -179,12 +181,10 @@ def _both(twin: Twin, line: str, out: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_command_reads_every_format(
-    name: str, twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_read_every_format(name: str, twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The exit code, both outputs and the written bytes are those of the same files on a disk."""
     _, inside = CHECKPOINTS[name]
-    for command in COMMANDS:
+    for command in COMMANDS if name in EVERY_COMMAND else COMMANDS[:3]:
         here, there = _both(twin, command.replace("PATH", f"@/{name}{inside}"), tmp_path / "out", capsys)
         assert there == here, command
 
