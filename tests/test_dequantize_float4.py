@@ -124,8 +124,9 @@ def test_flat_parts_of_torchao(tmp_path: Path) -> None:
     [
         ("NVFP4Tensor", {"is_swizzled_scales": True}, "as NVFP4Tensor with scales in the layout of a GPU"),
         ("NVFP4Tensor", {"block_size": 32}, "as NVFP4Tensor in groups of 32"),
-        ("MXTensor", {"elem_dtype": "fp6_e2m3"}, "as MXTensor of fp6_e2m3"),
-        ("Int4Tensor", {}, "as Int4Tensor"),
+        ("MXTensor", {"elem_dtype": "int8"}, "as MXTensor of int8"),
+        ("Int4TilePackedTo4dTensor", {}, "as Int4TilePackedTo4dTensor"),
+        ("Int4Tensor", {"block_size": [2, 16]}, "as Int4Tensor in blocks of [2, 16]"),
     ],
 )
 def test_other_forms_of_torchao_are_refused_by_name(

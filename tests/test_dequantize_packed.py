@@ -145,6 +145,45 @@ def four_bits(shape: tuple[int, ...], *, nested: bool) -> Case:
     return parts, settings, np.array(numbers, np.float32).reshape(shape).tolist()
 
 
+def int4() -> Case:
+    """Return random parts of ``Int4Tensor`` of torchao, and the weight: signed codes times scales plus offsets."""
+    rng = np.random.default_rng(4)
+    rows, groups, size = 5, 3, 16
+    parts = {
+        "codes": torch.from_numpy(rng.integers(-128, 128, (rows, groups * size // 2), dtype=np.int8)),
+        "scales": scales_of(rng, groups, rows),
+        "zeros": torch.from_numpy(rng.standard_normal((groups, rows)).astype(np.float16)),
+    }
+    scales, offsets = parts["scales"].tolist(), parts["zeros"].tolist()
+    weight = []
+    for r, row in enumerate(parts["codes"].tolist()):
+        codes = [(half + 8) % 16 - 8 for byte in row for half in (byte % 16, byte % 256 // 16)]
+        groups_of = [(c // size, code) for c, code in enumerate(codes)]
+        weight.append([float(np.float32(scaled(code, 0, scales[g][r])) + np.float32(offsets[g][r]))
+                       for g, code in groups_of])  # fmt: skip
+    return parts, {"form": "int4", "group_size": size}, weight
+
+
+def float6(kind: str) -> Case:
+    """Return random parts of an MX tensor of 6-bit floats, and the weight by the definition of these floats."""
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 64, (4, 64), dtype=np.uint8)
+    exponents = rng.integers(118, 130, (4, 2), dtype=np.uint8)
+    mantissa, bias = (3, 1) if kind == "e2m3" else (2, 3)
+
+    def number(code: int) -> float:
+        exponent, fraction = code % 32 >> mantissa, code % (1 << mantissa) / (1 << mantissa)
+        size = (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+        return -size if code >= 32 else size
+
+    weight = [
+        [number(code) * 2.0 ** (exponents[r][c // 32].item() - 127) for c, code in enumerate(row)]
+        for r, row in enumerate(codes.tolist())
+    ]
+    parts = {"codes": torch.from_numpy(codes), "scales": torch.from_numpy(exponents)}
+    return parts, {"form": "mxfp6", "kind": kind, "group_size": 32}, weight
+
+
 CASES: dict[str, tuple[str, Callable[[], Case]]] = {
     **{
         f"GPTQ of {bits} bits, {zeros}, in the order {order}": ("gptq", partial(gptq, bits, order, zeros))
@@ -155,6 +194,9 @@ CASES: dict[str, tuple[str, Callable[[], Case]]] = {
         ]
     },
     "AWQ": ("awq", awq),
+    "int4 of torchao": ("torchao", int4),
+    "mxfp6, E2M3": ("torchao", partial(float6, "e2m3")),
+    "mxfp6, E3M2": ("torchao", partial(float6, "e3m2")),
     **{
         f"rows of {bits} bits, {form}": ("packed rows", partial(rows, bits, form))
         for bits, form in [
@@ -340,6 +382,27 @@ def test_gptq_is_decoded_as_its_configuration_says(bits: int, form: str | None, 
     weights = dequantized(write(tmp_path, tensors, section), "F16")
     assert list(weights) == ["a.weight"]
     assert torch.equal(weights["a.weight"], found["weight"])
+
+
+@pytest.mark.parametrize(
+    ("packing", "zeros"), [("auto_round:auto_gptq", "v1"), ("auto_round", "v2"), ("auto_round:gptqmodel", "v2")]
+)
+def test_zero_points_of_auto_round_are_those_of_its_packing_format(packing: str, zeros: str, tmp_path: Path) -> None:
+    """Asymmetric codes are decoded where the format says whether 1 was subtracted, and refused where it does not."""
+    found = {name.partition(".")[2]: part for name, part in GOLDEN.items() if name.startswith("gptq4.")}
+    tensors = {f"a.{name}": found[name] for name in ("qweight", "scales", "g_idx")} | {"a.qzeros": found[zeros]}
+    section = {"quant_method": "auto-round", "bits": 4, "sym": False, "packing_format": packing}
+    assert torch.equal(dequantized(write(tmp_path, tensors, section), "F16")["a.weight"], found["weight"])
+    with pytest.raises(PlanError, match=r"AutoRound \(packing_format auto_round:other\) that are not symmetric"):
+        dequantized(write(tmp_path, tensors, section | {"packing_format": "auto_round:other"}))
+
+
+def test_a_code_of_more_than_six_bits_is_an_error() -> None:
+    """No 6-bit float has it; the line names the part."""
+    parts, settings, _ = float6("e2m3")
+    parts["codes"][1, 3] = 64
+    with pytest.raises(FormatError, match="codes in a block that are above 63"):
+        decoded("torchao", parts, settings=settings)
 
 
 def test_symmetric_zero_points_need_no_configuration(tmp_path: Path) -> None:

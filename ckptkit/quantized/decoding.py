@@ -122,7 +122,7 @@ class Decoding:
             _refuse_unused(weight)
             settings, decoder = self._make(weight, parts)
         except UnknownFormError as error:
-            raise _unknown(weight, form=f" {error}") from None
+            raise _unknown(weight, form=f" {error}", hint=error.hint) from None
         except BrokenPartError as error:
             raise broken_part(weight.key, parts, error) from None
         return Decoded(weight, decoder, weight.family, tuple(settings.items()))
@@ -181,10 +181,10 @@ class Decoding:
         return b"".join(map(bytes, self._stored.payload(key).chunks()))
 
 
-def _unknown(weight: QuantizedWeight, *, form: str = "", inputs: str = "") -> PlanError:
+def _unknown(weight: QuantizedWeight, *, form: str = "", inputs: str = "", hint: str = "") -> PlanError:
     """Return the error for a scheme, or a form of it, without a decoder."""
     reason = f"{quoted(weight.key)} is quantised ({weight.scheme}{form}){inputs}, which ckptkit cannot dequantise"
-    return PlanError(reason, hint=weight.way_out)
+    return PlanError(reason, hint=f"{hint}; or {weight.way_out}" if hint else weight.way_out)
 
 
 def _refuse_unused(weight: QuantizedWeight) -> None:

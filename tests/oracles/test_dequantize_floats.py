@@ -104,6 +104,8 @@ FLAT = {
     "mxfp4": torch.float4_e2m1fn_x2,
     "mxfp8": torch.float8_e4m3fn,
     "mxfp8, E5M2": torch.float8_e5m2,
+    "mxfp6, E2M3": "fp6_e2m3",
+    "mxfp6, E3M2": "fp6_e3m2",
 }
 
 
@@ -124,3 +126,18 @@ def test_flat_tensors_of_torchao(name: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "m.safetensors", metadata=metadata)
     assert torch.equal(dequantized(tmp_path / "m.safetensors")["l.weight"], made.dequantize(torch.float32))
     assert ckptkit.plan_remap(tmp_path / "m.safetensors", dequantize=True).steps[0].out.dtype == "BF16"
+
+
+def test_flat_int4_of_torchao(tmp_path: Path) -> None:
+    """The class has no ``dequantize`` on a CPU: the numbers are codes times scales plus zero points."""
+    int4 = library("torchao.quantization").Int4Tensor
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (6, 64), dtype=torch.int8)
+    scales, zeros = torch.rand(2, 6).bfloat16(), torch.randn(2, 6).bfloat16()
+    packed = codes[:, ::2] & 15 | codes[:, 1::2] << 4
+    made = int4(packed, scales, zeros, [1, 32], torch.Size((6, 64)))
+    flatten = library("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
+    tensors, metadata = flatten({"l.weight": made})
+    save_file(tensors, tmp_path / "m.safetensors", metadata=metadata)
+    spread = [part.float().T.repeat_interleave(32, 1) for part in (scales, zeros)]
+    assert torch.equal(dequantized(tmp_path / "m.safetensors")["l.weight"], codes.float() * spread[0] + spread[1])

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 
 __all__ = ["of_awq", "of_gptq"]
 
+_WRITE_CONFIGURATION: Final = (
+    "where you know how it was made, write beside it a quantize_config.json with bits, and with a checkpoint_format, "
+    "which is gptq or gptq_v2"
+)
 _BITS: Final = (2, 3, 4, 8)
 _ZEROS: Final = {"gptq": "v1", "gptq_v2": "v2"}
 _AWQ_LAYOUTS: Final = {"", "gemm"}
+# What AutoRound's packing_format says about zero points: auto_gptq has each less 1, as v1 of GPTQ.
+# Source: https://github.com/intel/auto-round, ``auto_round/inference/backend.py``.
+_PACKING_FORMATS: Final = {"auto_round:auto_gptq": "v1", "auto_round": "v2", "auto_round:gptqmodel": "v2"}
 
 
 def _format(known: Known, *names: str) -> str:
@@ -77,15 +84,22 @@ def _zeros(known: Known, bits: int, form: str) -> str:
         return "symmetric"
     if known.sections and _format(known, "quant_method") in ("", "gptq", "marlin"):
         return _ZEROS.get(form, "v1")  # as GPTQModel reads a configuration without a format
+    packing = _format(known, "packing_format") if _is_auto_round(known) else ""
+    if packing in _PACKING_FORMATS:
+        return _PACKING_FORMATS[packing]
     # Nothing says whether 1 was subtracted. The middle of the range is the zero point of all symmetric codes.
     middle = 1 << bits - 1
     data = known.read("zeros")
     if len(data) * 8 // bits and any(data == _filled(code, bits, len(data)) for code in (middle, middle - 1)):
         return "symmetric"
     if known.sections:
-        method = "AutoRound" if _is_auto_round(known) else f"the method {_format(known, 'quant_method')}"
+        method = (
+            f"AutoRound (packing_format {packing or 'missing'})"
+            if _is_auto_round(known)
+            else f"the method {_format(known, 'quant_method')}"
+        )
         raise UnknownFormError(f"with zero points of {method} that are not symmetric")
-    raise UnknownFormError("without a configuration that says what its zero points mean")
+    raise UnknownFormError("without a configuration that says what its zero points mean", _WRITE_CONFIGURATION)
 
 
 def _filled(code: int, bits: int, nbytes: int) -> bytes:

@@ -39,12 +39,26 @@ def of_torchao(known: Known) -> Mapping[str, Setting]:
     fields = fields if isinstance(fields, dict) else {}
     if name in _GROUPS:
         return _of_groups(name, fields)
+    if name == "Int4Tensor":
+        return _of_int4(known, fields)
     if name not in _CLASSES:
         raise UnknownFormError(f"as {name}")
     block, dtype = fields.get("block_size"), fields.get("dtype")
     if not isinstance(block, list) or not all(type(size) is int and size > 0 for size in block):
         raise BrokenPartError("scales", f"cannot be placed: block_size is {str(block)[:80]}")
     return {"block": tuple(block), **_dtype(dtype)}
+
+
+def _of_int4(known: Known, fields: Mapping[str, object]) -> Mapping[str, Setting]:
+    """Return the settings of codes of 4 bits with scales and offsets by groups of columns."""
+    from ckptkit.values.dequantize.model import BrokenPartError, UnknownFormError
+
+    block = fields.get("block_size")
+    if not isinstance(block, list) or len(block) < 2 or not all(type(size) is int and size > 0 for size in block):
+        raise BrokenPartError("scales", f"cannot be placed: block_size is {str(block)[:80]}")
+    if "zeros" not in known.parts or any(size != 1 for size in block[:-1]):
+        raise UnknownFormError(f"as Int4Tensor in blocks of {block}")
+    return {"form": "int4", "group_size": block[-1]}
 
 
 def _of_groups(name: str, fields: Mapping[str, object]) -> Mapping[str, Setting]:
@@ -60,6 +74,8 @@ def _of_groups(name: str, fields: Mapping[str, object]) -> Mapping[str, Setting]
     dtype = _dtype(fields.get("orig_dtype"))
     if name == "MXTensor" and code in ("float8_e4m3fn", "float8_e5m2"):
         return {"block": (1, size), **dtype}
+    if name == "MXTensor" and code in ("fp6_e2m3", "fp6_e3m2"):
+        return {"form": "mxfp6", "kind": str(code).removeprefix("fp6_"), "group_size": size, **dtype}
     if name == "MXTensor" and code != "float4_e2m1fn_x2":
         raise UnknownFormError(f"as {name} of {str(code)[:80]}")
     if size != _GROUPS[name]:

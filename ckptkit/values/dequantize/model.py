@@ -53,7 +53,15 @@ class BrokenPartError(Exception):
 
 
 class UnknownFormError(Exception):
-    """Raised for a form of a scheme that no decoder reads. Its text follows the name of the scheme: ``in planes``."""
+    """Raised for a form of a scheme that no decoder reads. Its text follows the name of the scheme: ``in planes``.
+
+    ``hint`` is a way out that comes before that of the scheme.
+    """
+
+    def __init__(self, form: str, hint: str = "") -> None:
+        """Set the fields."""
+        super().__init__(form)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
