@@ -50,26 +50,27 @@ class Fusion(Merging):
         del number
         return known is None or any(isinstance(one, Stage) for one in known)
 
+    def ranges(self, number: int, known: Any) -> Iterable[tuple[int, int]] | None:
+        """Return the rows of a sample, if the next stages of all searches need only a sample."""
+        del number
+        stages = _stages(known or self._begin())
+        return sample_ranges(self.elements, self.unit) if stages and all(map(wants_sample, stages)) else None
+
     def measure(self, number: int, inputs: Sequence[Array], start: int, known: Any, workers: Workers) -> Any:
         """Return what the searches need of the importance of a piece."""
         del number
         stages = _stages(known or self._begin())
         importance = self._importance(inputs, workers)
-        if all(map(wants_sample, stages)):
-            ranges = [(first - start, stop - start) for first, stop in sample_ranges(self.elements)]
-            parts = [importance[first:stop] for first, stop in ranges if first >= 0 and stop <= len(importance)]
-            return start, [[stage.measure(part, workers) for part in parts] for stage in stages]
-        return start, [[stage.measure(importance, workers)] for stage in stages]
+        return start, [stage.measure(importance, workers) for stage in stages]
 
     def combine(self, number: int, partials: Iterable[Any], known: Any) -> Any:
         """Return the next stages, or the quantiles."""
         del number
         known = known or self._begin()
         stages = _stages(known)
-        for start, of_each in partials:
-            for stage, parts in zip(stages, of_each, strict=True):
-                for part in parts:
-                    stage.add(start, part)
+        for start, parts in partials:
+            for stage, part in zip(stages, parts, strict=True):
+                stage.add(start, part)
         return tuple(one.result() if isinstance(one, Stage) else one for one in known)
 
     def apply(self, inputs: Sequence[Array], start: int, known: Any, out: Array, workers: Workers) -> None:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["MOST_PASSES", "Cut", "Mark", "Stage", "begin", "kth_largest", "sample_ranges", "search", "wants_sample"]
 
 MOST_PASSES: Final = 7  # a sample, the numbers between two limits, four digits of float64, and the equal numbers
-_SAMPLE: Final = 512  # numbers that are read together for a sample
-_FEWEST_SAMPLES, _MOST_SAMPLES = 128, 1024
+_SAMPLE: Final = 1 << 10  # numbers that are read together for a sample
+_FEWEST_SAMPLES, _MOST_SAMPLES = 16, 512
 _ERRORS: Final = 6.0  # standard errors between the estimate and a limit: such a miss costs passes, not the result
-_DIGIT: Final = 16  # bits
+_DIGIT, _FEW_DIGIT = 16, 12  # bits, of all numbers and of the few that were gathered
 _FEW: Final = 1 << 12  # numbers that are sorted
 _MOST_GATHERED: Final = 1 << 24  # numbers, and at most an eighth of the tensor
 _SLICE: Final = 1 << 16  # numbers that are counted together
@@ -102,7 +102,7 @@ def search(elements: int, count: int) -> Stage:
 
     If it ``wants_sample``, it needs only the numbers of ``sample_ranges``.
     """
-    return _Gathering(elements, count, 0.0, math.inf) if elements <= PIECE else _Sampling(elements, count)
+    return _Whole(elements, count) if elements <= PIECE else _Sampling(elements, count)
 
 
 def wants_sample(stage: Stage | Cut) -> bool:
@@ -110,14 +110,21 @@ def wants_sample(stage: Stage | Cut) -> bool:
     return isinstance(stage, _Sampling)
 
 
-def sample_ranges(elements: int) -> Iterator[tuple[int, int]]:
-    """Yield the first index and the end of each range of a sample: the same for every tensor of this size."""
-    number = min(max(math.isqrt(elements) // 32, _FEWEST_SAMPLES), _MOST_SAMPLES)
-    space = elements / number
+def sample_ranges(elements: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield the first index and the end of each range of a sample, both multiples of ``unit``.
+
+    They are the same for every tensor of this size.
+    """
+    length = max(_SAMPLE // unit, 1) * unit
+    number = min(max(math.isqrt(elements) // 46, _FEWEST_SAMPLES), _MOST_SAMPLES)
+    space, last = elements / number, -1
     for index in range(number):
         # The golden ratio spreads the places within the spaces, so that no column of a matrix comes more often.
-        start = min(int((index + index * 0.6180339887498949 % 1) * space), elements - _SAMPLE)
-        yield start, start + _SAMPLE
+        place = int((index + index * 0.6180339887498949 % 1) * space)
+        start = max(min(place, elements - length) // unit * unit, 0)
+        if start > last:
+            yield start, min(start + length, elements)
+        last = start
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +143,7 @@ class _Sampling(Stage):
         del start
         self._samples.append(part)
 
-    def result(self) -> Stage | Cut:
+    def result(self) -> Stage:
         import numpy as np
 
         together = np.sort(np.concatenate(self._samples))[::-1]
@@ -171,8 +178,8 @@ class _Gathering(Stage):
 
     elements: int
     count: int
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = math.inf
     _parts: list[tuple[int, _Gathered]] = field(default_factory=list)
     _gathered: int = 0
 
@@ -220,6 +227,33 @@ class _Gathering(Stage):
         higher = sum(int(np.count_nonzero(part.between > value)) for _, part in parts)
         equal = [(start, int(np.count_nonzero(part.between == value))) for start, part in parts]
         return _cut(float(value), rest - higher, equal)
+
+
+@dataclass(slots=True, eq=False)
+class _Whole(_Gathering):
+    """Finds the largest numbers at once if the tensor is one piece, with a sample of it; else gathers all numbers."""
+
+    _found: Cut | None = None
+
+    def measure(self, numbers: Array, workers: Workers) -> _Gathered | Cut:  # type: ignore[override]
+        if _FEW < len(numbers) == self.elements:
+            sampling = _Sampling(self.elements, self.count)
+            sampling.add(0, numbers[:: len(numbers) // _FEW // 4 | 1])  # an odd step comes to all columns
+            between = sampling.result()
+            between.add(0, between.measure(numbers, workers))
+            found = between.result()
+            if isinstance(found, Cut):
+                return found
+        return _Gathering.measure(self, numbers, workers)
+
+    def add(self, start: int, part: _Gathered | Cut) -> None:
+        if isinstance(part, Cut):
+            self._found = part
+        else:
+            _Gathering.add(self, start, part)
+
+    def result(self) -> Stage | Cut:
+        return self._found or _Gathering.result(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -319,12 +353,12 @@ def kth_largest(parts: Sequence[Array], count: int) -> Any:
         if low == high:
             return bits[0][:1].view(dtype)[0]
         kind = bits[0].dtype.type
-        shift = max((high - low).bit_length() - _DIGIT, 0)
-        total: Array = np.zeros(1 << _DIGIT, np.int64)
+        shift = max((high - low).bit_length() - _FEW_DIGIT, 0)
+        total: Array = np.zeros(1 << _FEW_DIGIT, np.int64)
         for part in bits:
             for start, stop in pieces(len(part), _SLICE):
                 digits = (part[start:stop] - kind(low)) >> kind(shift)
-                total += np.bincount(digits.astype(np.intp), minlength=1 << _DIGIT)
+                total += np.bincount(digits.astype(np.intp), minlength=1 << _FEW_DIGIT)
         digit, above = _place(total, count)
         count -= above
         first = low + (digit << shift)

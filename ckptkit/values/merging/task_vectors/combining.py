@@ -162,8 +162,11 @@ class TaskVectors(Merging):
 
     @property
     def _block(self) -> int:
-        """The elements that are computed together, which are whole rows if what is kept depends on them."""
-        return max(BLOCK // self.unit, 1) * self.unit
+        """The elements that are computed together, which are whole rows if what is kept depends on them.
+
+        The ranks of so few elements need no memory from the system.
+        """
+        return BLOCK if self.unit == 1 else max(BLOCK // 2 // self.unit, 1) * self.unit
 
     def _keepers(self, start: int, known: _Known) -> list[Keeper]:
         cuts = ([search for search in several if isinstance(search, Cut)] for several in known.searches)

@@ -174,7 +174,7 @@ class RandomByRank(Keeping, Keeper):
         numbers = mix(self.stream, start, size, workers)
         np.right_shift(numbers, np.uint64(40), out=numbers)
         uniform = workers.buffer("merge uniform", np.float32, size)
-        np.copyto(uniform, numbers, casting="unsafe")
+        np.copyto(uniform, numbers.view(np.int64), casting="unsafe")
         np.multiply(uniform, np.float32(2.0**-24), out=uniform)
         kept: npt.NDArray[np.bool_] = workers.buffer("merge kept", np.bool_, size)
         np.less(uniform, probabilities, out=kept)

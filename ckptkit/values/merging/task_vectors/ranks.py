@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
 from ckptkit.values.merging.model import Array
@@ -30,8 +31,16 @@ def ranks_in_rows(numbers: Array, row: int, workers: Workers) -> npt.NDArray[np.
         order += np.arange(0, size, row)[:, None]
     else:
         order = _order(numbers, row, workers)
-    ranks[order] = np.arange(row, dtype=np.float32)
+    ranks[order.reshape(-1)] = _ascending(row, size // row)
     return ranks
+
+
+@functools.lru_cache(maxsize=4)
+def _ascending(row: int, rows: int) -> npt.NDArray[np.float32]:
+    """Return the ranks of sorted rows."""
+    import numpy as np
+
+    return np.tile(np.arange(row, dtype=np.float32), rows)
 
 
 def _order(numbers: Array, row: int, workers: Workers) -> npt.NDArray[np.intp]:

@@ -118,10 +118,13 @@ def _vectors(inputs: Sequence[Array]) -> list[Array]:
 
 
 def _variances(vectors: Sequence[Array], workers: Workers) -> Array:
-    """Return the variance of each element in a buffer of this thread; it is exactly 0 where all are equal."""
+    """Return the variance of each element in a buffer of this thread; it is exactly 0 where all are equal.
+
+    It is computed in float64, so that the order of the vectors does not show in the digits of the dtype.
+    """
     import numpy as np
 
-    size = len(vectors[0])
+    size, dtype = len(vectors[0]), vectors[0].dtype
     mean, wide, variances = (
         workers.buffer(f"merge {name}", np.float64, size) for name in ("mean", "wide", "variances")
     )
@@ -134,4 +137,6 @@ def _variances(vectors: Sequence[Array], workers: Workers) -> Array:
         np.subtract(vector, mean, out=wide)
         np.multiply(wide, wide, out=wide)
         np.add(variances, wide, out=variances)
-    return variances
+    found = workers.buffer("merge found", dtype, size)
+    np.copyto(found, variances, casting="same_kind")
+    return found
