@@ -149,3 +149,18 @@ def test_a_file_that_is_partly_cached_is_read_at_the_hub(hub: Hub) -> None:
     shutil.copy(TUNED, cached / "snapshots" / COMMIT / "model.safetensors")
     hub.ckpt("show", "hf:org/lenet")
     assert hub.asked() == []
+
+
+def test_what_is_written_is_read_there(hub: Hub) -> None:
+    """Each file is a commit; the index comes last, and other files of the repository stay."""
+    for name, options in (("new.safetensors", ()), ("new", ("--max-shard-size", "60kB"))):
+        hub.ckpt("convert", str(TUNED), "-o", f"hf://org/lenet/{name}", *options, "--verify", HF_TOKEN=TOKEN)
+        out, _ = hub.ckpt("diff", str(TUNED), f"hf://org/lenet/{name}", "--values", HF_TOKEN=TOKEN)
+        assert "10 matched, 0 missing" in out
+    written = [name for (name,) in hub.server.commits]
+    assert written[0] == "new.safetensors"
+    assert sorted(written[1:]) == sorted(f"new/{name}" for name in os.listdir(hub.server.folder / "org/lenet/new"))
+    assert written[-1] == "new/model.safetensors.index.json"
+    _, err = hub.ckpt("convert", str(TUNED), "-o", "hf://org/lenet/new.safetensors", code=2, HF_TOKEN=TOKEN)
+    assert "already exists" in err
+    assert (hub.server.folder / "org/lenet/config.json").read_text() == "{}"

@@ -25,6 +25,8 @@ def cloud(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cloud]:
 
 def test_what_is_written_is_read_there(cloud: Cloud, tmp_path: Path) -> None:
     """One file and shards; every command that reads says what it says of the same files on a disk."""
+    empty = run_command("show", cloud.url, environment=cloud.variables, seconds=LIMIT)
+    assert empty.err.startswith(f"ckpt: {cloud.url}: a directory without a checkpoint\n")
     outputs = {"one.safetensors": (), "shards": ("--max-shard-size", "20kB")}
     for name, options in outputs.items():
         for folder in (str(tmp_path), cloud.url):

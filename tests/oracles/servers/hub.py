@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 __all__ = ["COMMIT", "SIGNATURE", "TOKEN", "HubServer", "hub_server"]
@@ -22,7 +24,7 @@ TOKEN = "hf_the-token-of-the-tests"  # noqa: S105 - of a server that runs on thi
 SIGNATURE = "the-signature-of-the-tests"
 _ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 _API = re.compile(
-    rf"/api/(?:models|datasets)/{_ID}(?:/(?P<call>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
+    rf"/api/(?:models|datasets)/{_ID}(?:/(?P<call>revision|tree|paths-info|preupload|commit)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
 )
 _RESOLVE = re.compile(rf"/(?:datasets/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _STORE = re.compile(rf"/store/{_ID}/(?P<path>.+)")
@@ -40,6 +42,7 @@ class HubServer:
         self.folder = folder
         self.gated: set[str] = set()
         self.private: set[str] = set()
+        self.commits: list[list[str]] = []  # the paths of the files that each commit wrote
         hub = self
 
         class Handler(_Handler):
@@ -103,6 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif match["call"] == "paths-info":
             names = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
             self._json([_entry(root, root / name) for name in names if (root / name).exists()])
+        elif match["call"] == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in files]})
+        elif match["call"] == "commit":
+            self._commit(match["id"], [json.loads(line) for line in body.splitlines()])
         else:
             numbers = {
                 "private": False,
@@ -112,6 +120,19 @@ class _Handler(BaseHTTPRequestHandler):
                 "siblings": [],
             }  # what old versions need
             self._json({"id": match["id"], "sha": COMMIT, **numbers})
+
+    def _commit(self, repository: str, rows: list[dict[str, Any]]) -> None:
+        """Write and remove files; every file is in the request, as small ones are at a real hub."""
+        for row in rows:
+            place = self.owner.folder / repository / row["value"].get("path", "")
+            if row["key"] == "file":
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(base64.b64decode(row["value"]["content"]))
+            elif row["key"] == "deletedFile":
+                place.unlink()
+        self.owner.commits.append([row["value"]["path"] for row in rows if row["key"] == "file"])
+        page = f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}"
+        self._json({"commitUrl": page, "commitOid": COMMIT, "success": True})
 
     def _resolve(self, match: re.Match[str]) -> None:
         if self._is_refused(match):

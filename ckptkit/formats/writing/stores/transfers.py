@@ -248,9 +248,13 @@ class _Opened:
             self._file = self._open(self._path)
 
     def _open(self, path: str) -> Any:
+        try:
+            files = self._filesystem.transaction.files
+        except (AttributeError, NotImplementedError):  # of huggingface_hub, whose files are held until they are closed
+            return self._filesystem.open(path, "wb", block_size=self.part)
         file = self._filesystem.open(path, "wb", block_size=self.part, autocommit=False)
         with contextlib.suppress(AttributeError, ValueError):
-            self._filesystem.transaction.files.remove(file)  # which would keep it, and its memory, forever
+            files.remove(file)  # which would keep it, and its memory, forever
         return file
 
     def send(self, number: int, part: bytes) -> None:  # noqa: ARG002 - parts come in order
