@@ -275,10 +275,13 @@ class Producer:
 
 def _only_merge(step: Step) -> Merge | None:
     """Return the operation of a step that merges tensors and does nothing else after it."""
+    operations = step.recipe.operations if step.recipe is not None else ()
+    if len(operations) != 1 or operations[0].name != "merge":
+        return None
     from ckptkit.plans.methods.operation import Merge
 
-    operations = step.recipe.operations if step.recipe is not None else ()
-    return operations[0] if len(operations) == 1 and isinstance(operations[0], Merge) else None
+    assert isinstance(operations[0], Merge)  # noqa: S101 - no other operation has its name
+    return operations[0]
 
 
 def _first_source(recipe: int | Recipe) -> int:

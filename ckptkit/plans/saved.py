@@ -19,7 +19,6 @@ from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.metadata import follow_metadata
-from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -169,7 +168,11 @@ def _recipe(item: Mapping[str, Any], depth: int = 1) -> Recipe:
 
 def _operation(item: Mapping[str, Any]) -> Operation:
     """Return an operation of a recipe: of the registry, or a merge, which rule files do not know."""
-    return Merge.parse(item[Merge.name]) if list(item) == [Merge.name] else parse_operation(item)
+    if list(item) != ["merge"]:
+        return parse_operation(item)
+    from ckptkit.plans.methods.operation import Merge
+
+    return Merge.parse(item["merge"])
 
 
 def _size(value: object) -> int:

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
     _Array = npt.NDArray[Any]
 
-__all__ = ["NO_MOMENTS", "MomentColumns", "Moments", "exact_sum", "merge_moments", "moments_of", "moments_of_runs"]
+__all__ = [
+    "NO_MOMENTS",
+    "MomentColumns",
+    "Moments",
+    "dot",
+    "exact_sum",
+    "merge_moments",
+    "moments_of",
+    "moments_of_runs",
+]
 
 # The sum of squared distances from the mean is the sum of squares minus count * mean ** 2. If at least this share
 # remains, the subtraction loses at most 5 of 53 bits, and no second pass over the distances is needed.
@@ -50,7 +59,7 @@ def moments_of(numbers: _Array, finite: int, low: float, high: float, workers: W
         for start, stop in pieces(len(numbers), _BLOCK):
             wide = _wide(numbers[start:stop], workers, has_special=has_special)
             totals.append(float(wide.sum()))
-            powers.append(_power(wide))
+            powers.append(dot(wide, wide))
             if not has_one_sign:
                 magnitudes.append(float(np.abs(wide, out=wide).sum()))
         total = exact_sum(totals)
@@ -67,7 +76,7 @@ def moments_of(numbers: _Array, finite: int, low: float, high: float, workers: W
                 np.subtract(wide, mean, out=wide)
                 if has_special:
                     wide[~np.isfinite(numbers[start:stop])] = 0.0
-                apart.append(_power(wide))
+                apart.append(dot(wide, wide))
             squares = exact_sum(apart)
     return Moments(finite, mean, squares, abs(total) if has_one_sign else exact_sum(magnitudes))
 
@@ -131,15 +140,13 @@ def _wide(numbers: _Array, workers: Workers, *, has_special: bool) -> _Array:
     return wide
 
 
-def _power(wide: _Array) -> float:
-    """Return the sum of squares."""
+def dot(a: _Array, b: _Array) -> float:
+    """Return the dot product of two flat arrays of float64, which is the same with any number of threads."""
     import numpy as np
 
-    whole = len(wide) // _ROW * _ROW
-    rows = wide[:whole].reshape(-1, _ROW)
-    sums = np.matmul(rows[:, None, :], rows[:, :, None]).sum()
-    rest = wide[whole:]
-    return float(sums + np.dot(rest, rest))
+    whole = len(a) // _ROW * _ROW
+    rows, columns = a[:whole].reshape(-1, 1, _ROW), b[:whole].reshape(-1, _ROW, 1)
+    return float(np.matmul(rows, columns).sum() + np.dot(a[whole:], b[whole:]))
 
 
 def merge_moments(parts: Sequence[Moments]) -> Moments:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from ckptkit.values.merging.combination import add_products
 from ckptkit.values.merging.model import Array, Facts, Identity, Merging
+from ckptkit.values.moments import dot
 from ckptkit.values.workers import pieces
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ByAngles", "Factors", "PairByVectors", "PairFactors", "cosines", "gram_matrix"]
 
-_IN_CACHE: Final = 1 << 14  # numbers whose products are summed at once
+_IN_CACHE: Final = 1 << 15  # numbers whose products are summed at once
 
 
 class Factors(NamedTuple):
@@ -162,7 +163,7 @@ def gram_matrix(vectors: Sequence[Array], workers: Workers) -> Array:
         for part, vector in zip(parts, vectors, strict=True):
             np.copyto(part, vector[start:stop])
         for one, other in _pairs(count):
-            gram[one, other] += np.einsum("i,i->", parts[one], parts[other])
+            gram[one, other] += dot(parts[one], parts[other])
     for one, other in _pairs(count):
         gram[other, one] = gram[one, other]
     return gram
