@@ -86,7 +86,7 @@ def test_a_scale_is_that_of_the_set_then_of_the_slice_then_of_the_input() -> Non
         ('only = "*"\n' + HEAD + ONE + a_slice("A", 0, 1), 1, "only and slices exclude each other"),
         (
             HEAD + ONE + a_slice("A", 0, 1) + '[[set]]\nkeys = "*"\ntake = "A"', 8,
-            "with slices, a [[set]] can only have a scale",
+            "'model.layers.0.q.weight' is of a slice, and cannot be taken from another input",
         ),
     ],
 )  # fmt: skip

@@ -88,8 +88,8 @@ def _check_slices(recipe: MergeRecipe) -> None:
         if given:
             raise places.error(f"{name} and slices exclude each other", name, hint="outer has all keys outside layers")
     for number, setting in enumerate(recipe.settings):
-        if setting.take or setting.method:
-            raise places.error("with slices, a [[set]] can only have a scale", "set", number)
+        if setting.method:
+            raise places.error("with slices, a [[set]] can only have a scale or take", "set", number)
     captures = [name for name, is_int in parse_pattern(recipe.layer_keys).captures.items() if is_int]
     if len(captures) != 1:
         raise places.error("layer_keys must have one capture of a number, such as {i:int}", "layer_keys")

@@ -30,6 +30,7 @@ class Chosen:
     fits: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]  # the settings that fit, with the numbers of captures
 
 
+_SEED = "seed"  # of random masks, which is one for all keys
 _Found: TypeAlias = tuple[Value | None, TomlPath]
 
 
@@ -94,7 +95,9 @@ class KeySettings:
         values: dict[str, object] = {}
         places: dict[str, TomlPath] = {}
         for name, parameter in chosen.method.parameters().items():
-            if parameter.is_per_input:
+            if name == _SEED:
+                values[name], places[name] = self.recipe.seed, (_SEED,)
+            elif parameter.is_per_input:
                 found = [self._value(chosen, name, each, own or {}) for each in inputs]
                 values[name] = [value for value, _ in found]
                 places[name] = next((path for value, path in found if value is not None), ())

@@ -150,7 +150,7 @@ def _known(methods: Sequence[type[Method]], *, of_inputs: bool = False) -> list[
             name
             for method in methods
             for name, parameter in method.parameters().items()
-            if parameter.is_per_input or not of_inputs
+            if (parameter.is_per_input or not of_inputs) and name not in TOP_KEYS
         )
     )
 

@@ -126,7 +126,8 @@ class _Maker:
             elif decision.kind == "left out":
                 continue
             elif decision.kind == "taken":
-                step = self._taken(key, decision, self.inputs[decision.inputs[0]].tensors[key])
+                one = decisions.moved.get(key) or self.inputs[decision.inputs[0]].tensors[key]
+                step = self._taken(key, decision, one)
             else:
                 step = self._merged(key, decision, decisions)
             made[key] = step

@@ -39,7 +39,7 @@ def with_provenance(
         document["defaults"] = {
             name: parameter.default
             for name, parameter in method_named(recipe.method).parameters().items()
-            if parameter.default is not None
+            if parameter.default is not None and name != "seed"
         }
         document |= {"seed": recipe.seed, "device": recipe.device}
     described = {role: _described(checkpoint, paths.get(role, "")) for role, checkpoint in roles.items()}

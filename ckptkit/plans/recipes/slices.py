@@ -50,15 +50,29 @@ def decide_slices(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput]) -> De
         placed |= layers if pattern.match(key) else {key: _Placed(outer.name, one)}
     settings = KeySettings(recipe, list(placed))
     by_key: dict[str, Decision] = {}
-    for key, found in placed.items():
+    for key, found in list(placed.items()):
         chosen = settings.chosen(key)
         at = found.slice_number
+        if chosen.take:
+            placed[key] = _taken(recipe, key, chosen.take, at, inputs)
+            by_key[key] = Decision("taken", (chosen.take,), chosen.rule, chosen)
+            continue
         place = "" if at is None else recipe.places.of("slice", at) or f"[[slice]] {at + 1}"
         rule = f"{chosen.rule} ({place})" if place else f"outside the layers, from {quoted(found.name)}"
         own = {} if at is None else recipe.slices[at].parameters
         by_key[key] = Decision("merged", (found.name,), rule, chosen, own=own)
     moved = {key: found.one for key, found in placed.items()}
     return Decisions(by_key, settings, moved=moved)
+
+
+def _taken(recipe: MergeRecipe, key: str, source: str, at: int | None, inputs: Mapping[str, AlignedInput]) -> _Placed:
+    """Return the tensor of another input for a key outside the layers."""
+    number = next(number for number, each in enumerate(recipe.settings) if each.take == source)
+    if at is not None:
+        raise recipe.places.error(f"{quoted(key)} is of a slice, and cannot be taken from another input", "set", number)
+    if key not in inputs[source].tensors:
+        raise recipe.places.error(f"{quoted(key)} is not in {quoted(source)}, which it is taken from", "set", number)
+    return _Placed(source, inputs[source].tensors[key])
 
 
 def _layers(recipe: MergeRecipe, number: int, pattern: Pattern, owner: AlignedInput, start: int) -> dict[str, _Placed]:
