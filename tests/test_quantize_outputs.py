@@ -131,3 +131,49 @@ def test_a_replaced_configuration_is_one_change(source: Path, tmp_path: Path) ->
     assert [str(change) for change in written.adapted] == [
         "config.json: quantization_config was replaced, with the method 'fp8'"
     ]
+
+
+def test_a_rule_can_quantise_more_of_a_model_that_is_quantised_in_part(source: Path, tmp_path: Path) -> None:
+    """The list of plain modules loses them where the form is the same; else a sentence says what to edit."""
+    part = tmp_path / "part"
+    part.mkdir()
+    to = ["*.q.weight", "*.q.weight_scale"]
+    first = {"rule": [{"from": "*.q.weight", "to": to, "op": {"quantize": {"form": "fp8", "scales": "row"}}}]}
+    plan = ckptkit.plan_remap(source, first)
+    ckptkit.execute(plan, source, part / "model.safetensors", carry=True)
+    for scales, more in (("row", []), ("tensor", ["in another way than the configuration says"])):
+        name = "layers.0.mlp.gate_proj.weight"
+        operation = {"quantize": {"form": "fp8", "scales": scales}}
+        rules = {"rule": [{"from": name, "to": [name, f"{name}_scale"], "op": operation}]}
+        out = tmp_path / scales
+        out.mkdir()
+        written = ckptkit.execute(ckptkit.plan_remap(part, rules), part, out / "model.safetensors", carry=True)
+        assert written.plan is not None
+        listed = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+        assert ("layers.0.mlp.gate_proj" in listed) is bool(more)
+        assert "layers.0.odd" in listed
+        assert [text for text in more if any(text in note for note in written.plan.notes)] == more
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "head"),
+    [
+        ({"model_type": "gpt_neox_japanese", "architectures": ["GPTNeoXJapaneseForCausalLM"]},
+         ("gpt_neox_japanese.embed_in.weight", "gpt_neox_japanese.layers.0.dense.weight"), "embed_out"),
+        ({"tie_word_embeddings": False}, ("model.embed_tokens.weight", "model.layers.0.q.weight"), None),
+        ({}, ("model.embed_tokens.weight", "model.layers.0.q.weight"), "lm_head"),
+        ({}, ("model.layers.0.q.weight", "lm_head.weight"), "lm_head"),
+    ],
+)  # fmt: skip
+def test_a_tied_head_has_the_name_of_the_model(
+    config: dict[str, object], keys: tuple[str, ...], head: str | None, tmp_path: Path
+) -> None:
+    """It stays plain, though it has no tensor of its own; an untied head without a tensor is not made up."""
+    save_file({key: torch.randn(32, 32) for key in keys}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    ckptkit.convert(tmp_path / "model.safetensors", out / "model.safetensors", quantize="fp8-row", carry=True)
+    listed = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    heads = {"embed_out", "lm_head", "output"}.intersection(listed)
+    assert heads == ({head} if head else set())

@@ -17,7 +17,7 @@ from ckptkit.lazy_patterns import lazy_pattern
 if TYPE_CHECKING:
     from ckptkit.core.patterns import Pattern
 
-__all__ = ["CONFIGURATION_FILES", "Configuration", "configured_dtype", "read_configuration"]
+__all__ = ["CONFIGURATION_FILES", "Configuration", "configuration_of", "configured_dtype", "read_configuration"]
 
 CONFIGURATION_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
@@ -84,10 +84,19 @@ def read_configuration(checkpoint: Checkpoint, *, has_codes: bool = True) -> Con
             for title, section in _sections(name, content):
                 methods.add(_method(title, section))
                 sections.append(section)
-                for key in _IGNORE_LISTS:
-                    listed = section.get(key)
-                    ignored += [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+                ignored += _ignored(section)
     return replace(_configuration(frozenset(methods) - {""}, ignored[:_MOST_IGNORED]), sections=tuple(sections))
+
+
+def configuration_of(section: Mapping[str, object]) -> Configuration:
+    """Return what one section about quantisation says."""
+    return _configuration(frozenset({_method("", section)}), _ignored(section)[:_MOST_IGNORED])
+
+
+def _ignored(section: Mapping[str, object]) -> list[str]:
+    """Return the modules that a section leaves plain."""
+    lists = [listed for key in _IGNORE_LISTS if isinstance(listed := section.get(key), list)]
+    return [text for listed in lists for text in listed if isinstance(text, str)]
 
 
 def configured_dtype(checkpoint: Checkpoint) -> str | None:
