@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -30,7 +31,7 @@ from ckptkit import (
 )
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from tests.helpers_cli import ROOT, run_ckpt
-from tests.helpers_outputs import names_in, sha256
+from tests.helpers_outputs import names_in, scratch, sha256
 
 STATE = {f"l{number}": torch.full((100,), 10.0**number) for number in range(8)}  # 1e5 and more overflow in F16
 SIZE = 450  # two tensors of F16 a shard
@@ -78,12 +79,12 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-def to_half(source: Path, out: Path, **options: Any) -> Written:
+def to_half(source: Path | str, out: Path, **options: Any) -> Written:
     options = {"dtype": "F16", "max_shard_size": SIZE, "allow_overflow": True, "resume": True, **options}
     return convert(source, out, **options)
 
 
-def interrupted(source: Path, out: Path, **options: Any) -> None:
+def interrupted(source: Path | str, out: Path, **options: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         to_half(source, out, progress=after_two_shards(out, stop), **options)
 
@@ -92,22 +93,35 @@ def content(out: Path) -> dict[str, str]:
     return {name: sha256(out / name) for name in names_in(out)}
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with scratch() as directory:
+        yield Path(directory)
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("input") / "in.safetensors"
+def shared() -> Iterator[Path]:
+    with scratch() as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def source(shared: Path) -> Path:
+    path = shared / "in.safetensors"
     save_file(STATE, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+def whole(source: Path, shared: Path) -> Written:
     """The output of a run that nothing interrupts."""
-    return to_half(source, tmp_path_factory.mktemp("whole") / "out", resume=False)
+    return to_half(source, shared / "whole", resume=False)
 
 
 @pytest.fixture(scope="module")
-def killed_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("killed")
+def killed_once(source: Path, shared: Path) -> Path:
+    directory = shared / "killed"
+    directory.mkdir()
     command = [sys.executable, "-c", KILLED, str(source), str(directory / "out")]
     done = subprocess.run(command, cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -400,6 +414,18 @@ def test_other_outputs_are_refused(
     assert (ran.code, names_in(tmp_path)) == (2, [])
     assert case.reason in ran.err
     assert run_ckpt(capsys, "convert", source, "-o", *case.instead).code == 0
+
+
+def test_an_input_of_a_store_is_known_by_its_version(source: Path, tmp_path: Path, whole: Written) -> None:
+    """Another object under the same URL is another input."""
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/resumed.safetensors", source.read_bytes())
+    interrupted("memory://resumed.safetensors", tmp_path / "out")
+    shutil.copytree(tmp_path, tmp_path / "again", ignore=shutil.ignore_patterns("again"))
+    assert to_half("memory://resumed.safetensors", tmp_path / "out").kept_shards == 2
+    assert content(tmp_path / "out") == content(Path(whole.path))
+    store.pipe_file("/resumed.safetensors", source.read_bytes())
+    assert to_half("memory://resumed.safetensors", tmp_path / "again" / "out").kept_shards == 0
 
 
 def test_an_input_in_memory_is_refused(tmp_path: Path) -> None:

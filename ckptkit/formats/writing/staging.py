@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
@@ -141,7 +142,11 @@ def find_leftovers(target: str) -> Iterator[Leftover]:
         if not name.startswith(start) or not _TEMPORARY.fullmatch(name[len(start) :]):
             continue
         path = os.path.join(parent, name)
-        if os.path.islink(path) or not os.path.isdir(path):
+        try:
+            status = os.lstat(path)
+        except OSError:
+            continue
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             continue
         try:
             journal = Journal.open(os.path.join(path, _JOURNAL))

@@ -130,7 +130,8 @@ def staging_for(target: Target, made: Callable[[], Mapping[str, str]], *, resume
             raise OutputError(
                 f"another process writes this output now, in {where}", hint="wait until it ends", path=target.given
             )
-        if staging.journal.made_of != wanted or (found is not None and len(staging.finished) <= len(found.finished)):
+        is_fewer = found is not None and len(staging.finished) <= len(found.finished)
+        if not _fits(staging, wanted) or is_fewer:
             staging.close()
             continue
         if found is not None:
@@ -139,6 +140,11 @@ def staging_for(target: Target, made: Callable[[], Mapping[str, str]], *, resume
     found = found or Staging.new(target.path)
     found.keeps_finished = True
     return found
+
+
+def _fits(staging: Staging, made: Mapping[str, str]) -> bool:
+    """Return whether a place has shards of these bytes, or nothing that was recorded."""
+    return staging.journal.made_of in ({}, made)
 
 
 def notes_of_leftovers(
@@ -155,12 +161,12 @@ def notes_of_leftovers(
         staging.close()
         left += [] if is_in_use else [staging]
     made = made_of(plan, output, roles) if left and resume else {}
-    fitting = [staging for staging in left if made and staging.journal.made_of == made]
+    fitting = [staging for staging in left if made and _fits(staging, made)]
     chosen = max(fitting, key=lambda staging: len(staging.finished), default=None)
     return [
         _note(staging, output.path, made, is_chosen=staging is chosen)
         for staging in left
-        if not (is_run and staging is chosen)
+        if staging is not chosen or not (is_run or not staging.finished)
     ]
 
 
