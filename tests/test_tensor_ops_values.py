@@ -25,6 +25,7 @@ TABLES: dict[str, tuple[dict[str, Any], list[Shape]]] = {
     "quantize": ({"form": "int8"}, [(3, 4)]),
     "scale": ({"factor": 0.3}, [(3, 4)]),
     "add": ({"value": 1}, [(3, 4)]),
+    "maximum": ({}, [(3, 4), (3, 4), (3, 4)]),
     "pad": ({"size": 9, "fill": "normal", "seed": 3}, [(5, 4)]),
     "pad number": ({"size": 9, "fill": 2.5}, [(5, 4)]),
     "resize_pos_embed": ({"new": [3, 5], "old": [4, 4], "prefix": 2}, [(1, 18, 8)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ckptkit.tensor_ops.operation import (
     printable_code,
 )
 
-__all__ = ["Add", "Cast", "FoldBatchNorm", "FoldMask", "FoldSpectralNorm", "FoldWeightNorm", "Scale"]
+__all__ = ["Add", "Cast", "FoldBatchNorm", "FoldMask", "FoldSpectralNorm", "FoldWeightNorm", "Maximum", "Scale"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,43 @@ class Add(Arithmetic):
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Add the number."""
         return [tensors[0] + self.value]
+
+
+# Of numbers that torch can compare.
+_COMPARED = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"})
+
+
+@dataclass(frozen=True, slots=True)
+class Maximum(Operation):
+    """Take the largest element of several tensors at each place; for integers too, such as counts of batches."""
+
+    name: ClassVar[str] = "maximum"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the inputs cannot be restored: they cannot."""
+        return True
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of the inputs; raise ``RuleError`` where they differ, or for no input."""
+        if len(set(inputs)) != 1:
+            raise self.refusal(f"the shapes differ: {', '.join(str(list(shape)) for shape in inputs)}")
+        return (inputs[0],)
+
+    def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
+        """Return the dtype of the inputs; raise ``RuleError`` where they differ, or cannot be compared."""
+        for code in inputs:
+            if code not in _COMPARED or code != inputs[0]:
+                codes = ", ".join(dict.fromkeys(map(printable_code, inputs)))
+                raise self.refusal(f"compares tensors of one dtype of numbers, not of {codes}", "cast them first")
+        return (inputs[0],)
+
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
+        """Compare the tensors one after the other."""
+        import torch
+
+        del rounded
+        return (functools.reduce(torch.maximum, tensors).contiguous(),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,16 @@ from ckptkit.tensor_ops.adapters import (
     FoldLoraExperts,
     ReplaceRows,
 )
-from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm, Scale
+from ckptkit.tensor_ops.arithmetic import (
+    Add,
+    Cast,
+    FoldBatchNorm,
+    FoldMask,
+    FoldSpectralNorm,
+    FoldWeightNorm,
+    Maximum,
+    Scale,
+)
 from ckptkit.tensor_ops.dequantize import Dequantize
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave, Split, SplitQkv, Stack, Unstack
 from ckptkit.tensor_ops.lora import ExtractLora, FoldLora, LoraAlpha
@@ -41,7 +50,7 @@ __all__ = [
 _KINDS: tuple[type[Operation], ...] = (
     Add, Cast, Concat, ConvInChannels, Deinterleave, Dequantize, ExtractLora, FoldAdalora, FoldBatchNorm, FoldDora,
     FoldIa3, FoldLocon, FoldLoha, FoldLokr, FoldLora, FoldLoraExperts, FoldMask, FoldSpectralNorm, FoldWeightNorm,
-    FuseQkv, Interleave, LoraAlpha, Pad, Permute, Quantize, ReplaceRows, Reshape, ResizePosEmbed, RopePermute,
+    FuseQkv, Interleave, LoraAlpha, Maximum, Pad, Permute, Quantize, ReplaceRows, Reshape, ResizePosEmbed, RopePermute,
     Scale, Slice, Split, SplitQkv, Stack, Transpose, Unstack,
 )  # fmt: skip
 _BY_NAME = {kind.name: kind for kind in _KINDS}

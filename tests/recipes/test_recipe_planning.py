@@ -163,6 +163,10 @@ WRONG: dict[str, tuple[str, State, State, int, str, str]] = {
         'method = "slerp"\nt = 0.5\n' + TWO, {"w": torch.ones(2, dtype=torch.complex64)},
         {"w": torch.ones(2, dtype=torch.complex64)}, 1, "slerp takes no complex numbers", "linear",
     ),
+    "adapters among themselves": (
+        LINEAR, {"fc.lora_A.weight": torch.ones(1, 2), "fc.lora_B.weight": torch.ones(2, 1)},
+        {"fc.lora_A.weight": torch.ones(1, 2), "fc.lora_B.weight": torch.ones(2, 1)}, 2, "'A' is an adapter", "lora =",
+    ),
     "weights that cancel": (
         LINEAR + "weight = -1", A, B, 6, "'embed.weight': the weights (1, -1) cancel: their sum is 0", "",
     ),
@@ -187,7 +191,7 @@ def test_integers_are_copied_where_they_are_equal_and_chosen_where_not() -> None
     with pytest.raises(PlanError, match="'n' differs in 'A' and 'B', and is not merged") as caught:
         merged(LINEAR, {"A": COUNTS, "B": other})
     assert "non_float" in (caught.value.hint or "")
-    for policy, want in (("base", 4), ("first", 3)):
+    for policy, want in (("base", 4), ("first", 3), ("max", 4)):
         text = f'base = "B"\nnon_float = "{policy}"\n{LINEAR}'
         assert merged(text, {"A": COUNTS, "B": other})["n"].item() == want
 

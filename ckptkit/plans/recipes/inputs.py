@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ckptkit.adapters.keys import is_adapter
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import listed, plural, quoted
@@ -126,6 +127,13 @@ def align_input(
     """
     checkpoint = views[each.name]
     _refuse_quantized(recipe, each, checkpoint)
+    if is_adapter(checkpoint):
+        raise recipe.places.error(
+            f"{quoted(each.name)} is an adapter, and the mean of factors is not the factor of a mean",
+            "input",
+            each.number,
+            hint='fold it into its base: give the base as path, and the adapter as lora = "PATH"',
+        )
     notes: list[str] = []
     dropped: list[Dropped] = list(dropped_entries(roles[each.name], each.name))
     tensors = {key: Ingredient(info, (Source(each.name, key),)) for key, info in checkpoint.items()}

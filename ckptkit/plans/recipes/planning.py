@@ -11,7 +11,7 @@ from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.errors import PlanError, RecipeError, RuleError
+from ckptkit.errors import RecipeError, RuleError
 from ckptkit.inputs import CheckpointLike
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.methods.operation import Merge
@@ -25,6 +25,7 @@ from ckptkit.plans.recipes.parse import RecipeLike, parse_recipe
 from ckptkit.plans.recipes.provenance import with_provenance
 from ckptkit.plans.recipes.slices import decide_slices, layer_count
 from ckptkit.plans.steps import complete_step, moved_modules
+from ckptkit.tensor_ops.arithmetic import Maximum
 from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["plan_recipe"]
@@ -145,7 +146,7 @@ class _Maker:
 
     def _merged(self, key: str, decision: Decision, decisions: Decisions) -> Step:
         if decision.chosen is None:
-            raise PlanError('non_float = "max" is not supported yet')
+            return self._largest(key, decision)
         method = decisions.settings.method(
             key, decision.chosen, decision.inputs, has_base=decision.has_base, own=decision.own
         )
@@ -171,6 +172,13 @@ class _Maker:
             on_nonfinite=self.recipe.on_nonfinite,
         )
         return self._complete(Step(out, sources, "", decision.why, Recipe(tuple(inner), (merge,)), equals))
+
+    def _largest(self, key: str, decision: Decision) -> Step:
+        """Return the step that takes the largest of the values that no method computes with."""
+        parts = [self.inputs[name].tensors[key] for name in decision.inputs]
+        sources, inner = joined(parts)
+        out = TensorInfo(key, parts[0].info.dtype, parts[0].info.shape)
+        return self._complete(Step(out, sources, "", decision.why, Recipe(tuple(inner), (Maximum(),))))
 
     def _numbers(self, decision: Decision) -> tuple[int, ...]:
         """Return the numbers of the inputs of a merge in the recipe, from 1 and without its base."""
