@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+import ckptkit
 from ckptkit.errors import CkptkitError
 from ckptkit.plans.methods.table import METHODS
 from ckptkit.values.merging.selection import Cut
@@ -227,6 +229,28 @@ def test_a_case_has_the_numbers_of_mergekit(name: str) -> None:
             tolerance = max(tolerance, 1e-6) * made.size
             assert math.isclose(made.sum(), total, rel_tol=0, abs_tol=tolerance), key
             assert math.isclose(np.square(made).sum(), squares, rel_tol=0, abs_tol=4 * tolerance), key
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "masks" in case])
+def test_masks_of_torch_are_those_of_mergekit(name: str) -> None:
+    """A recipe for all tensors has the results of mergekit with its seed, without being given the masks."""
+    case, config = CASES[name], configuration(name)
+    names = [model["model"] for model in config["models"]]
+    recipe = {
+        "method": config["merge_method"],
+        "base": "base",
+        "seed": case["seed"],
+        "masks": "torch",
+        "rescale": "l1",
+        **translated(config.get("parameters", {})),
+        "input": [{"name": "base"}, *({"name": one["model"], **one["parameters"]} for one in config["models"])],
+    }
+    inputs = {
+        each: {key: torch.from_numpy(tensor) for key, tensor in INPUTS[each].items()} for each in ("base", *names)
+    }
+    made = ckptkit.plan_recipe(recipe, inputs=inputs).materialize(inputs)
+    for key, want in case["tensors"].items():
+        np.testing.assert_allclose(made[key].numpy().ravel(), want, rtol=0, atol=2e-6, err_msg=key)
 
 
 def test_a_case_without_a_result_in_mergekit_gives_the_base_where_no_model_changed_a_tensor() -> None:

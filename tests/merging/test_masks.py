@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptkit.values.merging.masks import BLOCK, bound_of, mix, stream
+from ckptkit.values.merging.masks import BLOCK, Stream, bound_of
 from ckptkit.values.workers import Workers
 
 WORD = (1 << 64) - 1
@@ -17,7 +17,7 @@ WORD = (1 << 64) - 1
 
 def uniform(seed: int, key: str, number: int, start: int, count: int) -> Any:
     """Return the random numbers between 0 and 1 of some elements."""
-    return (mix(stream(seed, key, number), start, count, Workers(1)) >> np.uint64(40)) / 2.0**24
+    return (Stream.named(seed, key, number).of(start, count, Workers(1)) >> np.uint64(40)) / 2.0**24
 
 
 def test_the_first_numbers_are_those_of_the_specification() -> None:
@@ -26,14 +26,14 @@ def test_the_first_numbers_are_those_of_the_specification() -> None:
 
 def test_numbers_are_those_of_splitmix64() -> None:
     """The upper 24 bits of each number are those of the definition, computed one by one."""
-    state, wanted = stream(7, "a.b", 3), []
+    state, wanted = Stream.named(7, "a.b", 3).begin, []
     for _ in range(200):
         state = (state + 0x9E3779B97F4A7C15) & WORD
         value = state
         value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & WORD
         value = ((value ^ value >> 27) * 0x94D049BB133111EB) & WORD
         wanted.append((value ^ value >> 31) >> 40)
-    assert (mix(stream(7, "a.b", 3), 0, 200, Workers(1)) >> np.uint64(40)).tolist() == wanted
+    assert (Stream.named(7, "a.b", 3).of(0, 200, Workers(1)) >> np.uint64(40)).tolist() == wanted
 
 
 def test_a_number_depends_only_on_its_index() -> None:
@@ -50,7 +50,7 @@ def test_a_number_depends_only_on_its_index() -> None:
 def test_the_share_that_is_kept_is_the_density(density: float) -> None:
     count = 0
     for piece in range(8):
-        numbers = mix(stream(3, "w", 1), piece * BLOCK, BLOCK, Workers(1))
+        numbers = Stream.named(3, "w", 1).of(piece * BLOCK, BLOCK, Workers(1))
         count += int(np.count_nonzero(numbers < np.uint64(bound_of(density) << 40)))
     size = 8 * BLOCK
     assert abs(count - density * size) < 5 * math.sqrt(density * (1 - density) * size)
@@ -65,4 +65,4 @@ def test_masks_of_other_names_are_independent() -> None:
 
 
 def test_a_name_of_bytes_that_are_not_text_has_a_stream() -> None:
-    assert stream(0, "w\udcff", 1) != stream(0, "w", 1)
+    assert Stream.named(0, "w\udcff", 1) != Stream.named(0, "w", 1)

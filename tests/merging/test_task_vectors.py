@@ -46,7 +46,7 @@ def models(count: int = 2, shape: tuple[int, ...] = SHAPE, steps: int = 1 << 12)
 
 
 def merged(method: str, tensors: Sequence[Array], **more: object) -> Array:
-    """Return a base and models that were trained from it; ``steps`` says how many values lie between 0 and 1."""
+    """Return the merge of the models with the parameters of ``KEEPING``; ``arcee_fusion`` takes one model only."""
     used = tensors[:2] if method == "arcee_fusion" else tensors
     return merge_arrays(method, used, {**KEEPING[method], **more}, base=True)
 

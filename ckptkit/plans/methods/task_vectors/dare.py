@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ckptkit.plans.methods.model import MergedTensor, Paper, choice, count, flag
-from ckptkit.plans.methods.task_vectors.weighted import WeightedVectors, density
+from ckptkit.plans.methods.model import MergedTensor, Paper, flag
+from ckptkit.plans.methods.task_vectors.random import RandomVectors
 
 if TYPE_CHECKING:
     from ckptkit.values.merging.model import Merging
@@ -17,20 +17,17 @@ __all__ = ["DareLinear", "DareTies"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DareLinear(WeightedVectors):
+class DareLinear(RandomVectors):
     """``base + lambda * sum w_i kept_i``, where ``kept_i`` has each element of a task vector with some probability.
 
     The probability is ``density``. ``rescale = "expected"`` divides what is kept by it; ``l1`` multiplies it so that
     the sum of the magnitudes is what it was. Which elements are kept depends only on ``seed``, the key of the output,
-    the number of the input and the index of the element.
+    the number of the input and the index of the element; with ``masks = "torch"``, they are those of mergekit.
 
     Source: Yu et al., "Language Models are Super Mario", arXiv 2311.03099.
     """
 
-    density: tuple[float, ...] = density()
     normalize: bool = flag("divide by the sum of the weights", default=False)
-    rescale: str = choice("what the elements that are kept are multiplied by", "expected", "l1", "none")
-    seed: int = count("seed of the random numbers", default=0)
     name: ClassVar[str] = "dare_linear"
     paper: ClassVar[Paper | None] = Paper("Language Models are Super Mario", "2311.03099")
 
@@ -45,22 +42,19 @@ class DareLinear(WeightedVectors):
 
     def vectors(self, tensor: MergedTensor) -> Sequence[TaskVector | None]:
         """Return what is kept of each input."""
-        return [
-            self._vector(tensor.key, number, weight, share)
-            for number, weight, share in zip(tensor.numbers, self.weight, self.density, strict=True)
-        ]
+        return [self._vector(tensor, place) for place in range(tensor.inputs)]
 
-    def _vector(self, key: str, number: int, weight: float, share: float) -> TaskVector | None:
-        from ckptkit.values.merging.masks import stream
+    def _vector(self, tensor: MergedTensor, place: int) -> TaskVector | None:
         from ckptkit.values.merging.task_vectors.combining import TaskVector
         from ckptkit.values.merging.task_vectors.keeping import Everything, RandomShare
 
+        weight, share = self.weight[place], self.density[place]
         if not share:
             return None
         if share == 1:
             return TaskVector(Everything(), weight)
         scale = 1 / share if self.rescale == "expected" else 1.0
-        keeping = RandomShare(share, stream(self.seed, key, number))
+        keeping = RandomShare(self.probability(share), self.numbers(tensor, place))
         return TaskVector(keeping, weight, scale, restores_l1=self.rescale == "l1")
 
 

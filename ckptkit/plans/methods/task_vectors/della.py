@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ckptkit.errors import ArgumentError
-from ckptkit.plans.methods.model import MergedTensor, Paper, choice, count, flag, number
-from ckptkit.plans.methods.task_vectors.weighted import WeightedVectors, density
+from ckptkit.plans.methods.model import MergedTensor, Paper, flag, number
+from ckptkit.plans.methods.task_vectors.random import RandomVectors
 
 if TYPE_CHECKING:
     from ckptkit.values.merging.model import Merging
@@ -18,7 +18,7 @@ __all__ = ["Della", "DellaLinear"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DellaLinear(WeightedVectors):
+class DellaLinear(RandomVectors):
     """``base + lambda * sum w_i kept_i``, where a task vector keeps large elements more often than small ones.
 
     The elements of a row, which is the last dimension, are ranked by their magnitudes; of equal ones the first has the
@@ -30,13 +30,10 @@ class DellaLinear(WeightedVectors):
     Source: Deep et al., "DELLA-Merging", arXiv 2406.11617.
     """
 
-    density: tuple[float, ...] = density()
     epsilon: tuple[float, ...] = number(
         "how far probabilities are from the density", default=0.15, low=0, high=0.5, per_input=True
     )
     normalize: bool = flag("divide by the sum of the weights", default=False)
-    rescale: str = choice("what the elements that are kept are multiplied by", "expected", "l1", "none")
-    seed: int = count("seed of the random numbers", default=0)
     name: ClassVar[str] = "della_linear"
     paper: ClassVar[Paper | None] = Paper("DELLA-Merging", "2406.11617")
 
@@ -61,20 +58,18 @@ class DellaLinear(WeightedVectors):
 
     def vectors(self, tensor: MergedTensor) -> Sequence[TaskVector]:
         """Return what is kept of each input."""
-        from ckptkit.values.merging.masks import stream
         from ckptkit.values.merging.task_vectors.combining import TaskVector
         from ckptkit.values.merging.task_vectors.keeping import RandomByRank
 
-        found = zip(tensor.numbers, self.weight, self.density, self.epsilon, strict=True)
+        divides, restores = self.rescale == "expected", self.rescale == "l1"
+        found = enumerate(zip(self.weight, self.density, self.epsilon, strict=True))
         return [
             TaskVector(
-                RandomByRank(
-                    share, spread, tensor.row, stream(self.seed, tensor.key, place), divides=self.rescale == "expected"
-                ),
+                RandomByRank(share, spread, tensor.row, self.numbers(tensor, place), divides=divides),
                 weight,
-                restores_l1=self.rescale == "l1",
+                restores_l1=restores,
             )
-            for place, weight, share, spread in found
+            for place, (weight, share, spread) in found
         ]
 
 

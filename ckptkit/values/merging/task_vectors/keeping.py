@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptkit.values.merging.masks import BLOCK, bound_of, mix
+from ckptkit.values.merging.masks import BLOCK, RandomNumbers, bound_of
 from ckptkit.values.merging.model import Array
 from ckptkit.values.merging.selection import Cut, Mark, Stage, begin
 from ckptkit.values.merging.task_vectors.ranks import ranks_in_rows
@@ -102,10 +102,10 @@ class _BandKeeper(Keeper):
 
 @dataclass(frozen=True, slots=True)
 class RandomShare(Keeping, Keeper):
-    """Each element with probability ``density``, above 0 and below 1; ``stream`` is where its random numbers begin."""
+    """Each element with probability ``density``, above 0 and below 1."""
 
     density: float
-    stream: int
+    numbers: RandomNumbers
 
     def keeper(self, start: int, cuts: Sequence[Cut]) -> Keeper:
         """Return what keeps the share, which is the same in any piece."""
@@ -119,7 +119,7 @@ class RandomShare(Keeping, Keeper):
         bound = np.uint64(bound_of(self.density) << 40)
         for first, stop in pieces(len(vector), BLOCK):
             kept = workers.buffer("merge kept", np.bool_, stop - first)
-            np.less(mix(self.stream, start + first, stop - first, workers), bound, out=kept)
+            np.less(self.numbers.of(start + first, stop - first, workers), bound, out=kept)
             np.multiply(vector[first:stop], kept, out=vector[first:stop])
 
 
@@ -134,7 +134,7 @@ class RandomByRank(Keeping, Keeper):
     density: float
     spread: float
     row: int
-    stream: int
+    numbers: RandomNumbers
     divides: bool
 
     @property
@@ -155,7 +155,8 @@ class RandomByRank(Keeping, Keeper):
         if self.row > 1:
             sizes = np.abs(vector, out=workers.buffer("merge sizes", vector.dtype, size))
             probabilities = ranks_in_rows(sizes, self.row, workers)
-            np.multiply(probabilities, kind(2 * self.spread / (self.row - 1)), out=probabilities)
+            np.divide(probabilities, kind(self.row - 1), out=probabilities)
+            np.multiply(probabilities, kind(2 * self.spread), out=probabilities)
             np.add(probabilities, kind(self.density - self.spread), out=probabilities)
         else:
             probabilities = workers.buffer("merge ranks", kind, size)
@@ -171,7 +172,7 @@ class RandomByRank(Keeping, Keeper):
         import numpy as np
 
         size = len(probabilities)
-        numbers = mix(self.stream, start, size, workers)
+        numbers = self.numbers.of(start, size, workers)
         np.right_shift(numbers, np.uint64(40), out=numbers)
         uniform = workers.buffer("merge uniform", np.float32, size)
         np.copyto(uniform, numbers.view(np.int64), casting="unsafe")
