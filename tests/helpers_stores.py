@@ -52,6 +52,7 @@ class PartsStore(MemoryFileSystem):  # type: ignore[misc]
     count = 0
     fails_at = 0
     interrupts_at = 0
+    loses_answers = False  # each file gets its name, and an error comes in place of the answer
     watch: ClassVar[Callable[[], None] | None] = None
     lock = threading.Lock()
 
@@ -69,9 +70,15 @@ class PartsStore(MemoryFileSystem):  # type: ignore[misc]
             raise OSError(errno.EIO, "the store failed")
 
     @classmethod
+    def answered(cls) -> None:
+        """Fail where answers are lost."""
+        if cls.loses_answers:
+            raise OSError(errno.ECONNRESET, "the answer was lost")
+
+    @classmethod
     def reset(cls, content: dict[str, bytes], fails_at: int = 0) -> None:
         """Begin with these files, and let one call fail."""
-        cls.watch, cls.fails_at, cls.interrupts_at = None, 0, 0
+        cls.watch, cls.fails_at, cls.interrupts_at, cls.loses_answers = None, 0, 0, False
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.unfinished.clear()
@@ -135,6 +142,7 @@ class PartsFile(AbstractBufferedFile):  # type: ignore[misc]
         self.fs.called()
         self.fs.show(self.path, self.parts)
         self.fs.unfinished.discard(self.path)
+        self.fs.answered()
 
     def discard(self) -> None:
         self.fs.called()
@@ -150,6 +158,7 @@ class AtCloseFile(AbstractBufferedFile):  # type: ignore[misc]
         self.parts += self.buffer.getvalue()
         if final:
             self.fs.show(self.path, self.parts)
+            self.fs.answered()
         return True
 
 
@@ -187,6 +196,7 @@ class ShownStore(PartsStore):
     def mv(self, path1: str, path2: str, **_: Any) -> None:
         self.called()
         self.store[self._strip_protocol(path2)] = self.store.pop(self._strip_protocol(path1))
+        self.answered()
 
 
 PartsStore.file_type = PartsFile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import random
@@ -23,7 +24,7 @@ from ckptkit.formats.writing.targets import present_state
 from ckptkit.formats.writing.traces import left_between, note_replaced
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
-from tests.helpers_stores import AtCloseStore, PartsStore, ShownStore, is_as_told, register_stores
+from tests.helpers_stores import AtCloseStore, PartsFile, PartsStore, ShownStore, is_as_told, register_stores
 
 NEW = {"a.weight": tensor_of("F32", (40, 3)), "a.bias": tensor_of("F32", (40,), 1), "b": tensor_of("BF16", (50,), 2)}
 OLD = {"old": tensor_of("F32", (70,), 3), "older": tensor_of("U8", (200,), 4)}
@@ -160,6 +161,49 @@ def test_an_old_output_is_replaced_or_the_error_says_what_is_where(
     assert count or ends == "interrupts"
     same_state(state_at(url), wanted(case, NEW))
     assert not store.unfinished
+
+
+@each_case
+@pytest.mark.parametrize("store", STORES, ids=[store.protocol for store in STORES])
+def test_a_lost_answer_is_not_an_error(store: type[PartsStore], case: Case, source: Path) -> None:
+    """Files that got their names are there, whatever the store answered; nothing else is left."""
+    url = f"{store.protocol}://bucket/{case.name}"
+    for old in (
+        {},
+        {f"/bucket/{case.name}/config.json": b"old"} if "." not in case.name else {f"/bucket/{case.name}": b"old"},
+    ):
+        store.reset(dict(old))
+        write(source, url, case)
+        content = store.content()
+        store.reset(dict(old))
+        store.loses_answers = True
+        write(source, url, case)
+        assert store.content() == content
+    same_state(state_at(url), wanted(case, NEW))
+
+
+def test_a_file_of_another_program_is_never_removed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store fails when the file gets its name, and there is a file of another size."""
+    url = "parts://bucket/out.safetensors"
+
+    def another() -> None:
+        PartsStore().show("/bucket/out.safetensors", b"of another program")
+        raise OSError(errno.EIO, "the store failed")
+
+    PartsStore.reset({})
+    monkeypatch.setattr(PartsFile, "commit", lambda _: another())
+    with pytest.raises(OutputError, match="cannot be read"):
+        convert(source, url)
+    assert PartsStore.content() == {"/bucket/out.safetensors": b"of another program"}
+    assert not PartsStore.unfinished
+
+
+def test_a_directory_in_a_store_with_directories_is_not_replaced(source: Path) -> None:
+    """As on a disk, also with ``force``, and before a value is read."""
+    PartsStore.reset({"/bucket/out/inner/a.bin": b"1"})
+    with pytest.raises(OutputError, match="contains the directory 'inner', so it is not replaced"):
+        convert(source, "parts://bucket/out", max_shard_size=300, force=True)
+    assert PartsStore.content() == {"/bucket/out/inner/a.bin": b"1"}
 
 
 def test_torch_reads_checksums_behind_the_records(source: Path) -> None:

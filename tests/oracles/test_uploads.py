@@ -184,6 +184,21 @@ def test_a_lost_answer_to_the_last_request_is_not_an_error(  # noqa: PLR0917
     same_state(load_file(tmp_path / "got.safetensors"), load_file(source))
 
 
+def test_a_lost_answer_of_a_server_with_other_etags(
+    s3_without_etags: S3Server, tmp_path: Path, proxied: Callable[..., Proxy]
+) -> None:
+    """The server of rclone does not name objects by the sums of their parts: a new state of the right size counts."""
+    place = s3_without_etags.folder / "lost.safetensors"
+    place.write_bytes(b"old")
+    save_file({"a": torch.rand(99_999)}, tmp_path / "in.safetensors")
+    proxy = proxied(s3_without_etags.address)
+    happening = proxy.fail(**NAMING, loses_answer=True)
+    words = ("convert", tmp_path / "in.safetensors", "-o", f"{s3_without_etags.url}/{place.name}", "--force")
+    ran = run_command(*words, environment=variables_of(proxy.url))
+    assert (ran.code, happening.happened) == (0, 1), ran.err
+    assert place.read_bytes() == (tmp_path / "in.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(("size", "old"), [(99, b""), (99, b"old"), (99_999, b"")])
 def test_a_writer_who_comes_at_the_last_moment_is_not_overwritten(  # noqa: PLR0917
     s3: S3Server, bucket: Any, tmp_path: Path, proxied: Callable[..., Proxy], size: int, old: bytes

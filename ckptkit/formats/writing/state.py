@@ -130,4 +130,6 @@ def add_to_hint(error: CkptkitError, what: str) -> None:
 def name_leftover(error: CkptkitError, left: Sequence[str]) -> None:
     """Add to the hint of an error what could not be removed."""
     if left:
-        add_to_hint(error, f"{printable(left[0])} could not be removed: remove it by hand")
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        what = "them" if left[1:] else "it"
+        add_to_hint(error, f"{printable(left[0])}{more} could not be removed: remove {what} by hand")

@@ -122,8 +122,7 @@ class SentFile:
 
         def stop() -> None:
             if self.is_named is None:
-                with contextlib.suppress(Exception):  # the store is away: it stays unknown
-                    self._ask()
+                self._ask()
             if not self.is_named:
                 self._transfer.abort()
 

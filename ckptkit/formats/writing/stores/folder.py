@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -29,6 +31,7 @@ from ckptkit.formats.writing.traces import note_replaced, note_replacing
 __all__ = ["StoreFolder"]
 
 _WEIGHTS = (".safetensors", ".distcp")
+_AT_ONCE = 16
 _INDEXES = (".index.json", ".metadata")
 
 
@@ -151,12 +154,13 @@ class StoreFolder:
 
     def _take_back(self, error: BaseException | None) -> list[str]:
         """End the transfers, and remove the new files where that gives the old state; return in words what is left."""
-        names = sorted(self._files, key=lambda name: name != self._last)  # the index first
-        left = [remains for name in names for remains in self._files[name].stop()]
+        left = _of_each(SentFile.stop, self._files.values())
         is_lost = self._is_old_lost()
         if is_lost and not (self._has_all_names and is_wrong_output(error)):
             return left
-        left += [remains for name in names for remains in self._files[name].remove()]
+        index = [self._files[self._last]] if self._last in self._files else []
+        left += _of_each(SentFile.remove, index)
+        left += _of_each(SentFile.remove, [file for file in self._files.values() if file not in index])
         for name, data in () if is_lost else self._old_indexes.items():
             with contextlib.suppress(Exception):  # else the sentence names it
                 self._store.write(name, data)
@@ -176,3 +180,9 @@ class StoreFolder:
         if self._has_all_names and not old and not unknown and new == self._files.keys():
             return f"{printable(self._target.path)} has all its new files: they have replaced the old ones already"
         return what_is_where(self._target.path, new=new, old=old, gone=gone, unknown=unknown)
+
+
+def _of_each(end: Callable[[SentFile], list[str]], files: Collection[SentFile]) -> list[str]:
+    """Return what is left of all files, which end at the same time: a store may be away, and each call wait for it."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [remains for left in pool.map(end, files) for remains in left]
