@@ -168,8 +168,8 @@ class Method(ABC):
     """A method of merging, with its numbers for one tensor.
 
     A subclass is a frozen dataclass with ``kw_only``. Its fields are made by ``number``, ``count``, ``flag`` and
-    ``choice``; a name that Python reserves gets an underscore at its end (``lambda_``). The value of a parameter for
-    each input is a tuple, in the order of the inputs, without the base where ``uses_base`` gives it a role of its own.
+    ``choice``; a name that Python reserves gets an underscore at its end (``lambda_``). A parameter of each input is a
+    tuple in the order of the inputs. A base with a role of its own (``uses_base``) has no value in it.
 
     Attributes:
         name: Its name in recipes and options.

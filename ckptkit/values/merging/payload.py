@@ -56,18 +56,19 @@ class _Held:
     payloads: dict[int, Payload] = field(default_factory=dict)
     is_measured: bool = False
     known: Any = None
-    are_equal: bool = False  # whether all inputs that are read have the same bits
+    is_checked: bool = False  # whether a pass has read all pieces, and looked for NaN and equality
+    are_equal: bool = False  # whether all inputs that are read have the same bits; false before ``is_checked``
 
 
 @dataclass(frozen=True, slots=True)
 class MergedPayload(BlockPayload[_Piece]):
     """A payload that merges its inputs while it is read, and rounds the numbers once to the dtype of ``out``.
 
-    It computes with numbers of the dtype ``working``, F32 or F64. ``on_nonfinite`` says what happens where
-    an input that is read has a NaN or an infinity: ``error`` raises ``PlanError``, ``allow`` computes with it, and
+    It computes with numbers of the dtype ``working``, F32 or F64. ``on_nonfinite`` says what happens where an input
+    that is read has a NaN or an infinity: ``error`` raises ``PlanError``, ``allow`` computes with it, and
     ``base`` takes the element of the first input, which must be finite. Once all bytes were read, ``losses`` has the
-    losses of the rounding by the key of ``out``, and ``facts`` what a user should know of the tensor. The threads are
-    those of ``workers``, which may be shared.
+    losses of the rounding by the key of ``out``. ``facts`` then has what a user should know of the tensor, if anything.
+    The threads are those of ``workers``, which may be shared.
     """
 
     merging: Merging
@@ -116,7 +117,7 @@ class MergedPayload(BlockPayload[_Piece]):
             self._refuse_nonfinite(block, merged, workers)
             losses = Losses()
         else:
-            if merging.hides_nonfinite and not merging.passes:
+            if merging.hides_nonfinite and not held.is_checked:
                 self._refuse_inputs(block, inputs, workers)
             merged = workers.buffer("merged", _float(self.working), count)
             with np.errstate(all="ignore"):
@@ -150,14 +151,14 @@ class MergedPayload(BlockPayload[_Piece]):
             if held.is_measured:
                 return
             known: Any = None
-            is_checked = False
-            held.are_equal = merging.identity == "tensor"
             for number in range(merging.passes):
                 if not merging.needs(number, known):
                     break
                 sample = merging.ranges(number, known)
                 blocks = self.blocks() if sample is None else map(_Piece._make, sample)
-                is_first = sample is None and not is_checked
+                is_first = sample is None and not held.is_checked
+                if is_first:
+                    held.are_equal = merging.identity == "tensor"
                 work = functools.partial(self._measure_piece, number, known, workers, is_first)
                 results = workers.each(work, blocks) if in_threads else map(work, blocks)
                 try:
@@ -166,8 +167,8 @@ class MergedPayload(BlockPayload[_Piece]):
                     raise PlanError(f"{quoted(self.out.key)} cannot be merged: {error}") from None
                 for _ in results:  # the last pieces may have errors
                     pass
-                is_checked |= is_first
-                if held.are_equal and is_checked:
+                held.is_checked |= is_first
+                if held.are_equal:
                     break
             held.known, held.is_measured = known, True
 
