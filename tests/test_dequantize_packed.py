@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -430,3 +431,49 @@ def test_only_the_weights_that_were_read_last_are_held(monkeypatch: pytest.Monke
     read = [b"".join(map(bytes, one.chunks())) for one in several]
     assert [one._held.made is None for one in several] == [True, True, False, False]
     assert b"".join(map(bytes, several[0].chunks())) == read[0] == read[3]
+
+
+def long_rows() -> dict[str, tuple[str, Parts, Any]]:
+    """Return the parts of weights with rows of 10,080 numbers, of schemes that pack several codes in a byte."""
+    rng = np.random.default_rng(7)
+    columns, groups = 10_080, 105
+    index = torch.from_numpy(rng.integers(0, groups, columns, dtype=np.int32))
+    packed = {"scales": scales_of(rng, 2, groups), "zeros": words(rng, 1, groups)}
+    halves = {"scales": scales_of(rng, 2, groups), "biases": scales_of(rng, 2, groups)}
+    points = {"scales": scales_of(rng, 2 * groups), "zeros": scales_of(rng, 2 * groups)}
+    integers = torch.from_numpy(rng.integers(-128, 128, (2, columns), dtype=np.int8))
+    scales = tuple(map(float, range(1, columns + 1)))
+    shape: dict[str, Any] = {"shape": (2, columns), "dense": True}
+    return {
+        "rows of 3 bits": ("packed rows", packed | {"codes": words(rng, 2, 945)}, shape | {"bits": 3}),
+        "rows of 4 bits in the order of activations": (
+            "packed rows", packed | {"codes": words(rng, 2, 1260), "g_idx": index}, shape | {"bits": 4},
+        ),
+        "MLX": ("mlx", halves | {"codes": words(rng, 2, 1575).view(torch.uint32)}, {"bits": 5, "group_size": 96}),
+        "HQQ": (
+            "hqq", points | {"codes": torch.from_numpy(rng.integers(0, 256, (columns, 1), dtype=np.uint8))},
+            {"shape": (2, columns), "packing": "4bit_u8", "axis": 1, "dtype": "float16"},
+        ),
+        "torch": (
+            "affine", {"codes": torch._make_per_tensor_quantized_tensor(integers, 1.0, 0)},
+            {"scales": scales, "zeros": (3,) * columns, "axis": 1},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "name", ["rows of 3 bits", "rows of 4 bits in the order of activations", "MLX", "HQQ", "torch"]
+)
+def test_a_long_row_of_packed_codes_is_decoded_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block is as long as a row, and the numbers are those of whole rows."""
+    family, parts, settings = long_rows()[name]
+    whole = decoded(family, parts, settings=settings)
+    monkeypatch.setattr("ckptkit.values.dequantize.payload.PIECE", 4096)
+    made = payload(family, parts, settings=settings)
+    pieces = [bytes(piece) for piece in made.chunks()]
+    assert [len(piece) // 4 for piece in pieces] == [4096, 4096, 1888] * 2
+    assert b"".join(pieces) == whole.numpy().tobytes()
+    part = bytearray(4 * 3000)
+    made.read_range(4 * 13_000, memoryview(part))
+    assert bytes(part) == whole.flatten()[13_000:16_000].numpy().tobytes()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.values.arrays import numpy_dtype
-from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, require_part
+from ckptkit.values.dequantize.model import BrokenPartError, ElementwiseDecoder, Settings, require_part
 from ckptkit.values.dequantize.scales import ScaleLayout
 from ckptkit.values.workers import Workers
 
@@ -22,7 +22,7 @@ _INTEGERS: Final = {"QI8": "I8", "QU8": "U8", "QI32": "I32"}
 
 
 @dataclass(frozen=True, slots=True)
-class Affine(Decoder):
+class Affine(ElementwiseDecoder):
     """A tensor of torch with one scale and zero point, or one for each slice along a dim."""
 
     layout: ScaleLayout
@@ -47,10 +47,10 @@ class Affine(Decoder):
         spread = [np.array(values, dtype).reshape(self.layout.counts) for values in (self.scales, self.zeros)]
         return tuple(self.layout.spread(values) for values in spread)
 
-    def decode(  # noqa: PLR0917
+    def decode_columns(  # noqa: PLR0917
         self,
-        first: int,
-        last: int,  # noqa: ARG002 - ``out`` has as many rows
+        row: int,
+        start: int,
         streamed: Mapping[str, memoryview],
         held: Any,
         out: npt.NDArray[np.float32],
@@ -65,8 +65,8 @@ class Affine(Decoder):
         if scales.dtype != out.dtype:
             wide = workers.buffer("float64", scales.dtype, out.size).reshape(out.shape)
         np.copyto(wide, np.frombuffer(streamed["codes"], code).reshape(out.shape))
-        self.layout.apply(np.subtract, wide, zeros, first, wide)
-        self.layout.apply(np.multiply, wide, scales, first, wide)
+        self.layout.apply(np.subtract, wide, zeros, row, wide, start)
+        self.layout.apply(np.multiply, wide, scales, row, wide, start)
         if wide is not out:
             np.copyto(out, wide, casting="same_kind")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["codes_in_words", "look_up", "transposed", "unpack_dense", "unpack_integers", "unpack_words"]
+__all__ = ["codes_in_words", "dense_range", "look_up", "transposed", "unpack_dense", "unpack_integers", "unpack_words"]
 
 _WORD = 32
 _LINE = 16  # words in a line of the cache
@@ -35,6 +35,15 @@ def transposed(words: npt.NDArray[np.uint32], first: int, last: int, workers: Wo
     made: npt.NDArray[np.uint32] = workers.buffer("words", np.uint32, count * height).reshape(count, height)
     np.copyto(made, slab.T)
     return made
+
+
+def dense_range(begin: int, bits: int, start: int, stop: int) -> tuple[int, int]:
+    """Return the first byte and the number of bytes of the dense codes from ``start`` to ``stop`` of a row.
+
+    The row begins at the byte ``begin``, and ``start`` is a multiple of 8.
+    """
+    low = start * bits // 8
+    return begin + low, -(-stop * bits // 8) - low
 
 
 @functools.cache

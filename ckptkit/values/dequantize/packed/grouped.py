@@ -33,20 +33,20 @@ class Groups:
     zeros: npt.NDArray[np.float32] | None = None
     index: npt.NDArray[np.int32] | None = None
 
-    def apply(self, numbers: npt.NDArray[np.float32], first: int, workers: Workers) -> None:
-        """Turn the codes of the rows from ``first`` into numbers, in place."""
+    def apply(self, numbers: npt.NDArray[np.float32], first: int, workers: Workers, column: int = 0) -> None:
+        """Turn the codes of the rows from ``first``, and of the columns from ``column``, into numbers, in place."""
         import numpy as np
 
         for operation, values in ((np.subtract, self.zeros), (np.multiply, self.scales)):
             if values is None:
                 continue
             if self.index is None:
-                self.layout.apply(operation, numbers, values, first, numbers)
+                self.layout.apply(operation, numbers, values, first, numbers, column)
                 continue
             rows, columns = numbers.shape
             spread = workers.buffer("spread", np.float32, rows * columns).reshape(rows, columns)
             groups = values.reshape(-1, values.shape[-1])[first : first + rows]
-            np.take(groups, self.index, axis=1, out=spread, mode="clip")
+            np.take(groups, self.index[column : column + columns], axis=1, out=spread, mode="clip")
             operation(numbers, spread, out=numbers)
 
     def magnitudes(self, bits: int) -> Magnitudes | None:

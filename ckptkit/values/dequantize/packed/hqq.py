@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import PLAIN_FLOATS, dtype_code
-from ckptkit.values.dequantize.model import BrokenPartError, Decoder, Settings, floats_of, require_part
+from ckptkit.values.dequantize.model import BrokenPartError, ElementwiseDecoder, Settings, floats_of, require_part
 from ckptkit.values.dequantize.packed.grouped import combine_blocks
 from ckptkit.values.workers import Workers
 
@@ -29,7 +29,7 @@ class _Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Hqq(Decoder):
+class Hqq(ElementwiseDecoder):
     """Codes of a matrix of groups: a group is a row of it, or with ``axis`` 0 a column.
 
     An item of the packed codes has one code of each of several equal parts of the matrix, the first part in the highest
@@ -62,20 +62,20 @@ class Hqq(Decoder):
         scales, zeros = (floats_of(role, self.parts[role], whole[role]).reshape(-1) for role in ("scales", "zeros"))
         return _Held(np.frombuffer(whole["codes"], np.uint32 if self.each > 8 else np.uint8), scales, zeros)
 
-    def decode(  # noqa: PLR0917
+    def decode_columns(  # noqa: PLR0917
         self,
-        first: int,
-        last: int,  # noqa: ARG002 - ``out`` has as many rows
+        row: int,
+        start: int,
         streamed: Mapping[str, memoryview],  # noqa: ARG002 - the codes are held
         held: Any,
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Take the codes out of each part that the rows are in, and apply scales and zero points."""
+        """Take the codes out of each part that the numbers are in, and apply scales and zero points."""
         import numpy as np
 
         flat = out.reshape(-1)
-        start = first * out.shape[1]
+        start += row * self.grid[1]
         stop = start + flat.size
         size = len(held.packed)  # of a part of the matrix
         shifted = workers.buffer("shifted", held.packed.dtype, flat.size)

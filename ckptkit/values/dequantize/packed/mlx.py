@@ -10,13 +10,13 @@ from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.dequantize.model import (
     BrokenPartError,
-    Decoder,
+    ElementwiseDecoder,
     Settings,
     floats_of,
     require_part,
     setting_int,
 )
-from ckptkit.values.dequantize.packed.bits import unpack_dense
+from ckptkit.values.dequantize.packed.bits import dense_range, unpack_dense
 from ckptkit.values.dequantize.scales import ScaleLayout, scale_layout
 from ckptkit.values.workers import Workers
 
@@ -35,7 +35,7 @@ class _Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Mlx(Decoder):
+class Mlx(ElementwiseDecoder):
     """Codes in words of 32 bits, row by row without gaps.
 
     Source: https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
@@ -61,22 +61,25 @@ class Mlx(Decoder):
         )
         return _Held(scales, biases)
 
-    def decode(  # noqa: PLR0917
+    def range_in_row(self, role: str, row: int, start: int, stop: int) -> tuple[int, int]:
+        """Return the bytes of some codes of a row, which can end with bits that no code has."""
+        return dense_range(self.range_of(role, row, row + 1)[0], self.bits, start, stop)
+
+    def decode_columns(  # noqa: PLR0917
         self,
-        first: int,
-        last: int,
+        row: int,
+        start: int,
         streamed: Mapping[str, memoryview],
         held: Any,
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Unpack some rows, multiply and add."""
+        """Unpack some codes, multiply and add."""
         import numpy as np
 
-        packed = np.frombuffer(streamed["codes"], np.uint8).reshape(last - first, -1)
-        unpack_dense(packed, self.bits, 0, out, workers)
-        self.layout.multiply(out, held.scales, first, out)
-        self.layout.apply(np.add, out, held.biases, first, out)
+        unpack_dense(np.frombuffer(streamed["codes"], np.uint8).reshape(len(out), -1), self.bits, 0, out, workers)
+        self.layout.multiply(out, held.scales, row, out, start)
+        self.layout.apply(np.add, out, held.biases, row, out, start)
 
 
 def mlx(parts: Mapping[str, TensorInfo], settings: Settings) -> Mlx:

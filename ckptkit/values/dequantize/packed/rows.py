@@ -11,14 +11,14 @@ from ckptkit.core.dtypes import PLAIN_FLOATS
 from ckptkit.values.dequantize.magnitudes import Magnitudes
 from ckptkit.values.dequantize.model import (
     BrokenPartError,
-    Decoder,
+    ElementwiseDecoder,
     Settings,
     floats_of,
     half_dtype,
     require_part,
     setting_int,
 )
-from ckptkit.values.dequantize.packed.bits import codes_in_words, unpack_dense, unpack_words
+from ckptkit.values.dequantize.packed.bits import codes_in_words, dense_range, unpack_dense, unpack_words
 from ckptkit.values.dequantize.packed.grouped import Groups
 from ckptkit.values.dequantize.scales import ScaleLayout, scale_layout
 from ckptkit.values.workers import Workers
@@ -33,7 +33,7 @@ _MOST_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows(Decoder):
+class PackedRows(ElementwiseDecoder):
     """Codes of 1 to 8 bits in words of 32 bits, row by row, each the integer plus half of the range.
 
     With ``is_dense``, a code can cross two words; else the highest bits of each word can be a gap, as versions of
@@ -79,36 +79,45 @@ class PackedRows(Decoder):
         groups, height = info.shape[-1], self.weight[-2]
         words = np.frombuffer(whole["zeros"], np.uint32).reshape(-1, *info.shape[-2:]).transpose(0, 2, 1)
         made = np.empty((len(words) * groups, height), np.float32)
-        self._unpack(np.ascontiguousarray(words).reshape(len(made), -1), made, Workers(1))
+        self._unpack(np.ascontiguousarray(words).reshape(len(made), -1).view(np.uint8), made, Workers(1))
         return np.ascontiguousarray(made.reshape(-1, groups, height).transpose(0, 2, 1))
 
-    def _unpack(self, words: npt.NDArray[np.uint32], out: npt.NDArray[np.float32], workers: Workers) -> None:
+    def _unpack(self, packed: npt.NDArray[np.uint8], out: npt.NDArray[np.float32], workers: Workers) -> None:
         import numpy as np
 
         half = 1 << self.bits - 1
         if self.is_dense:
-            unpack_dense(words.view(np.uint8), self.bits, half, out, workers)
+            unpack_dense(packed, self.bits, half, out, workers)
         else:
-            unpack_words(words, self.bits, half, out, workers)
+            unpack_words(packed.view(np.uint32), self.bits, half, out, workers)
 
     def magnitudes(self, held: Groups) -> Magnitudes | None:
         """Return those of all codes with any scale and zero point."""
         return held.magnitudes(self.bits)
 
-    def decode(  # noqa: PLR0917
+    @property
+    def splits_rows(self) -> bool:
+        """Whether codes follow each other without gaps, so that each byte says which codes it has."""
+        return self.is_dense
+
+    def range_in_row(self, role: str, row: int, start: int, stop: int) -> tuple[int, int]:
+        """Return the bytes of some codes of a row, which can end with bits that no code has."""
+        return dense_range(self.range_of(role, row, row + 1)[0], self.bits, start, stop)
+
+    def decode_columns(  # noqa: PLR0917
         self,
-        first: int,
-        last: int,
+        row: int,
+        start: int,
         streamed: Mapping[str, memoryview],
         held: Any,
         out: npt.NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        """Unpack some rows, and apply scales and zero points."""
+        """Unpack some codes, and apply scales and zero points."""
         import numpy as np
 
-        self._unpack(np.frombuffer(streamed["codes"], np.uint32).reshape(last - first, -1), out, workers)
-        held.apply(out, first, workers)
+        self._unpack(np.frombuffer(streamed["codes"], np.uint8).reshape(len(out), -1), out, workers)
+        held.apply(out, row, workers, start)
 
 
 def packed_rows(parts: Mapping[str, TensorInfo], settings: Settings) -> PackedRows:
