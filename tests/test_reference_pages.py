@@ -17,6 +17,7 @@ from ckptkit.formats.pickle import machine
 from ckptkit.formats.safetensors import LARGEST_HEADER
 from ckptkit.formats.torch import zip as torch_zip
 from ckptkit.plans.policies import MISMATCH_ACTIONS
+from ckptkit.plans.recipes.parse import INPUT_KEYS, TOP_KEYS
 from ckptkit.tensor_ops import registry
 from ckptkit.tensor_ops.operation import Arithmetic, Moving, Operation
 from ckptkit.wrappers.table import WRAPPERS
@@ -105,3 +106,10 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert (rows["a `re:` pattern"], matching._SECONDS) == ("half a second of processor time for each key", 0.5)
     expansion = rows[f"expansion of a part of a zip archive beyond {zip_archive._ALWAYS_INFLATED >> 20} MiB"]
     assert expansion == f"{torch_zip._MOST_COMPRESSION} times for a pickle, else {zip_archive._LARGEST_RATIO} times"
+
+
+def test_the_page_of_recipes_lists_every_key() -> None:
+    """Each key of a recipe and of an ``[[input]]`` is in a table, with its default."""
+    for title, keys in (("The top of a recipe", TOP_KEYS), ("Inputs", INPUT_KEYS)):
+        listed = {name for cells in _rows(_section("recipes", title)) for name in re.findall(r"`(\w+)`", cells[0])}
+        assert listed == {key for key in keys if key not in ("input", "set", "slice")}, title

@@ -51,8 +51,8 @@ def recipe_from_mergekit(text: str, path: str | None = None, *, layer_keys: str 
     """Return the recipe that means what the YAML of mergekit in ``text`` means; ``path`` is its file, for messages.
 
     ``layer_keys`` is the pattern of the keys of a layer, which gradients go over and slices count. A note names each
-    line that has no equal. Raises ``RecipeError`` for a configuration whose merge has no equal, and ``RuleError`` where
-    the text is not YAML, or where ruamel.yaml is not installed.
+    line that has no equal. Raises ``RecipeError`` for a configuration whose merge has no equal. Raises ``RuleError``
+    where the text is not YAML, or where ruamel.yaml is not installed.
 
     Example:
         >>> text = '''

@@ -162,7 +162,7 @@ class MergeRecipe:
         method: The name of the method.
         inputs: The inputs in order. A method with a base merges all others into that.
         base: The name of the base, or empty.
-        is_base_apart: Whether the base is no input of a method without a base: it only has the keys and the dtypes.
+        is_base_apart: Whether the base is not an input of a method without a base: it only has the keys and the dtypes.
         parameters: Parameters of the method for all keys and all inputs.
         settings: What holds for some keys; the first that fits and has a parameter decides.
         compute: What the arithmetic is done in, unless an input has float64.

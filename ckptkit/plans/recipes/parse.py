@@ -64,8 +64,8 @@ _LATER = {
 def parse_recipe(recipe: RecipeLike) -> MergeRecipe:
     """Return the checked recipe of a file, of its parsed content, or a recipe, which is checked again.
 
-    The files of a path with wildcards are listed; no input is opened. Raises ``RecipeError`` for a recipe that is not
-    valid, with the line, ``PathError`` where the file cannot be read, and ``RuleError`` where it is not a valid table.
+    The files of a path with wildcards are listed; no input is opened. Raises ``RecipeError``, with the line, where the
+    recipe is not valid. Raises ``PathError`` where the file cannot be read, and ``RuleError`` where it is not a table.
     """
     if isinstance(recipe, MergeRecipe):
         return checked(recipe)

@@ -50,9 +50,9 @@ def plan_recipe(
     The inputs must have the same keys and shapes, after the names that the recipe gives them. ``Step.rule`` names the
     method of each tensor, or says why it is taken from one input. Only headers are read.
 
-    The metadata of the output has an item ``ckptkit.merge``, a JSON text: the recipe, with only the last names of
-    paths, and of each input its size, the digest of its header, and what its own metadata says about a merge. Beside a
-    torch file, this is a file. Without ``record_recipe``, it has only the sizes and the digests.
+    The metadata of the output has an item ``ckptkit.merge``, a JSON text. It has the recipe, with only the last names
+    of paths. Of each input it has the size, the digest of the header, and what its own metadata says about a merge.
+    Beside a torch file, this is a file. Without ``record_recipe``, it has only the sizes and the digests.
 
     Raises:
         RecipeError: The recipe is not valid, or does not fit its inputs; the reason begins with its line.
@@ -227,7 +227,7 @@ class _Maker:
 
 
 def _dropped(aligned: Mapping[str, AlignedInput], decisions: Decisions, steps: Sequence[Step]) -> Iterator[Dropped]:
-    """Yield what the output leaves out of each input: tensors that no step reads, and entries that are no tensors."""
+    """Yield what the output leaves out of each input: tensors that no step reads, and entries that are not tensors."""
     read = {source for step in steps for source in (*step.sources, *step.equals)}
     for each in aligned.values():
         yield from each.dropped
