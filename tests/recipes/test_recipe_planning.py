@@ -317,6 +317,12 @@ def test_running_statistics_are_averaged_and_the_plan_says_what_that_means() -> 
     assert plan.versions == {"": 2}
 
 
+def test_a_plan_says_once_that_slerp_goes_beyond_its_inputs() -> None:
+    note = "slerp: t is 1.5, so the result lies beyond one of the inputs"
+    plan = ckptkit.plan_recipe(tomled(f'method = "slerp"\nt = 1.5\n{TWO}'), inputs={"A": A, "B": B})
+    assert plan.notes == (note,)
+
+
 def test_inputs_are_named_as_in_the_recipe() -> None:
     with pytest.raises(RecipeError, match="the recipe has no input 'C'"):
         ckptkit.plan_recipe(tomled(LINEAR), inputs={"C": A})

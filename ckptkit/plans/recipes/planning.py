@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.arguments import refuse, require_flags
@@ -98,7 +98,7 @@ def _plan(recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[s
         tuple(steps),
         tuple(_dropped(aligned, decisions, steps)),
         {},
-        (*_input_notes(aligned), *decisions.notes, *_statistics_note(steps)),
+        (*_input_notes(aligned), *decisions.notes, *_method_notes(steps), *_statistics_note(steps)),
         {new: owner.versions[old] for old, new in moved.items()},
         command="merge",
         paths=paths,
@@ -244,6 +244,12 @@ def _dropped(aligned: Mapping[str, AlignedInput], decisions: Decisions, steps: S
 def _input_notes(aligned: Mapping[str, AlignedInput]) -> Iterator[str]:
     for each in aligned.values():
         yield from (f"{each.name}: {note}" for note in each.notes)
+
+
+def _method_notes(steps: Sequence[Step]) -> Iterable[str]:
+    """Return what the methods say of their numbers, each sentence once."""
+    merges = (step.recipe.operations[-1] for step in steps if step.recipe is not None)
+    return dict.fromkeys(note for merge in merges if isinstance(merge, Merge) for note in merge.method.notes())
 
 
 def _statistics_note(steps: Sequence[Step]) -> Iterator[str]:
