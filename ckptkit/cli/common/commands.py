@@ -21,17 +21,17 @@ MOST_OPTIONS: Final = 12  # that --help lists, beside the options for help
 _SECTIONS: Final = {
     "Rules for keys": ("--rename", "--keep", "--drop", "--strip", "--rules", "--set", "--allow-unused"),
     "Output": (
-        "--output", "--format", "--max-shard-size", "--force", "--carry", "--only-tensors", "--keep-unknown",
-        "--metadata", "--drop-metadata",
-        "--reflink", "--allow-overflow", "--verify", "--dry-run", "--plan", "--expand", "--report", "--json",
-        "--markdown", "--wide", "--quiet", "--verbose",
+        "--output", "--format", "--max-shard-size", "--force", "--continue", "--carry", "--only-tensors",
+        "--keep-unknown", "--metadata", "--drop-metadata", "--reflink", "--allow-overflow",
+        "--verify", "--dry-run", "--plan", "--expand", "--report", "--json", "--markdown", "--wide",
+        "--quiet", "--verbose",
     ),
 }  # fmt: skip
 
 # The options that --help leaves out first where a command has too many.
 _RARE: Final = (
-    "--verbose", "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--allow-overflow",
-    "--quantize", "--skip-unread", "--elementwise",
+    "--verbose", "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--continue",
+    "--allow-overflow", "--quantize", "--skip-unread", "--elementwise",
     "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
     "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
