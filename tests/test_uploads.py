@@ -130,7 +130,7 @@ def test_an_old_output_is_replaced_or_the_error_says_what_is_where(
     old = store.content()
     before, old = {**old, "/bucket/other": b"stays"}, files_at(store)
     write(source, url, case)
-    new, count = files_at(store), 0
+    new, count, is_noted = files_at(store), 0, True
     for nth in range(1, 200):
         store.reset(before)
         setattr(store, f"{ends}_at", nth)
@@ -139,8 +139,9 @@ def test_an_old_output_is_replaced_or_the_error_says_what_is_where(
             write(source, url, case)
         except CkptkitError as error:
             told = error.hint or ""
-        except KeyboardInterrupt:
-            told = left_between()
+        except KeyboardInterrupt as stopped:
+            told = "; ".join(getattr(stopped, "__notes__", []))
+            is_noted = is_noted and told == left_between()
         else:
             break
         finally:
@@ -159,6 +160,7 @@ def test_an_old_output_is_replaced_or_the_error_says_what_is_where(
         assert not store.unfinished
         count += bool(told)
     assert count or ends == "interrupts"
+    assert is_noted  # what the command says, callers from Python find in the exception
     same_state(state_at(url), wanted(case, NEW))
     assert not store.unfinished
 

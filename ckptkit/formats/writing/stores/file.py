@@ -223,8 +223,9 @@ class StoreFile(OutputFile):
             name_leftover(error, left)
             if told:
                 add_to_hint(error, told)
-        elif told:
+        elif told and error is not None:
             note_replacing(self.target, lambda: told)
+            error.add_note(told)  # for callers from Python
 
     def _told(self) -> str:
         """Return what became of the old file, or an empty string where it is still there."""

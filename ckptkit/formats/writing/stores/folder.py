@@ -76,8 +76,9 @@ class StoreFolder:
             if told:
                 add_to_hint(error, told)
             error.path = error.path or self._target.given
-        elif told:
+        elif told and error is not None:
             note_replacing(self._target.path, lambda: told)
+            error.add_note(told)  # for callers from Python
 
     def file(self, name: str, size: int, block: int = 0, *, by_kernel: bool = True) -> OutputFile:  # noqa: ARG002
         """Return a new file, which gets its name in ``complete``."""
