@@ -132,3 +132,21 @@ def test_what_is_not_gguf_is_refused(source: str, rules: str, message: str) -> N
         plan_remap(source, rules)
     with pytest.raises(RuleError, match="has no variables"):
         load_rules("gguf:auto", variables={"heads": 2})
+
+
+def test_a_command_without_the_option_names_one_that_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``check`` takes the rules, and does not read blocks as numbers."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gpt2")
+    blocks = gguf.quants.quantize(np.ones((64, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.attn_output.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    like = tmp_path / "like.pt"
+    torch.save({"transformer.h.0.attn.c_proj.weight": torch.ones(64, 64)}, like)
+    for command, has_option in ((["diff", str(like)], True), (["check", "--like", str(like)], False)):
+        ran = run_ckpt(capsys, *command, str(tmp_path / "m.gguf"), "--rules", "gguf:auto")
+        assert ran.code == 2
+        assert ("hint: --dequantize reads it as numbers" in ran.err) is has_option
+        assert "ckpt remap PATH -o OUT --dequantize" in ran.err

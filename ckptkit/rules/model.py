@@ -174,7 +174,12 @@ def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | No
         decoded = dequantized_sources(recipe)
         for number, info in enumerate(sources):
             if info.kind != "dense" and number not in decoded:
-                hint = "--dequantize reads it as numbers" if info.kind == "quantized" else ""
+                hint = ""
+                if info.kind == "quantized":
+                    hint = (
+                        "--dequantize reads it as numbers; or write it with these rules first: ckpt remap PATH -o OUT "
+                        "--dequantize"
+                    )
                 raise RuleError(f"{quoted(info.key)} is a {info.kind} tensor", hint=hint)
         shape = recipe_shape(recipe, [info.shape for info in sources])
         dtype = recipe_dtype(recipe, [info.dtype for info in sources])

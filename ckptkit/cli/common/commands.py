@@ -68,7 +68,7 @@ class Command(click.Command):
                 return super().invoke(ctx)
         except CkptkitError as error:
             if error.hint:
-                known = {*_RARE, *(name for names in _SECTIONS.values() for name in names)}
+                known = {*_RARE, "--dequantize", *(name for names in _SECTIONS.values() for name in names)}
                 error.hint = hint_for_command(error.hint, self._options(), known) or None
             raise
 
