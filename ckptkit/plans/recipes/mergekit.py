@@ -135,7 +135,9 @@ class _Importer:
         if self.sets:
             table["set"] = [table for rows in self.sets.values() for table in rows]
         if method.name in _RANDOM:
-            self.note("mergekit draws its masks with torch; here they are others for any seed", "merge_method")
+            self.note(
+                "the seed is not in the configuration: --random-seed N of mergekit is seed = N here", "merge_method"
+            )
         recipe = recipe_from_table(table, Places(path))
         return ImportedRecipe(recipe_from_table(recipe_table(recipe), Places(path)), tuple(self.notes))
 
@@ -262,6 +264,7 @@ class _Importer:
                 if each != base and "density" in method.parameters():
                     self.tables[each].setdefault("density", 1.0)
         if method.name in _RANDOM:
+            found = {"masks": "torch", **found}
             found.setdefault("rescale", "l1")
         return found
 
