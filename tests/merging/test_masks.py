@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from ckptkit.values.merging.masks import BLOCK, Stream, bound_of
+from ckptkit.values.merging.masks import BLOCK, Stream, TorchStream, bound_of
 from ckptkit.values.workers import Workers
 
 WORD = (1 << 64) - 1
@@ -66,3 +67,15 @@ def test_masks_of_other_names_are_independent() -> None:
 
 def test_a_name_of_bytes_that_are_not_text_has_a_stream() -> None:
     assert Stream.named(0, "w\udcff", 1) != Stream.named(0, "w", 1)
+
+
+@pytest.mark.parametrize("seed", [0, 42, -1, (1 << 40) + 5])
+def test_numbers_of_torch_are_those_of_bernoulli(seed: int) -> None:
+    """Also far from the first number, and in any order of the pieces."""
+    drawn, probability = 270_000, 0.3
+    wanted = torch.bernoulli(torch.full((drawn,), probability), generator=torch.Generator().manual_seed(seed)).bool()
+    bound = np.uint64(bound_of(float(np.float32(probability))) << 40)
+    for before, start in ((0, drawn - 5000), (0, 0), (1000, 261_000)):
+        numbers = TorchStream(seed, before).of(start, 5000, Workers(1))
+        first = before + start
+        assert (torch.from_numpy(numbers < bound) == wanted[first : first + 5000]).all()

@@ -238,7 +238,8 @@ class _Whole(_Gathering):
     def measure(self, numbers: Array, workers: Workers) -> _Gathered | Cut:  # type: ignore[override]
         if _FEW < len(numbers) == self.elements:
             sampling = _Sampling(self.elements, self.count)
-            sampling.add(0, numbers[:: len(numbers) // _FEW // 4 | 1])  # an odd step comes to all columns
+            # An odd step comes to all columns of most matrices.
+            sampling.add(0, numbers[:: len(numbers) // (16 * math.isqrt(len(numbers))) | 1])
             between = sampling.result()
             between.add(0, between.measure(numbers, workers))
             found = between.result()
