@@ -34,21 +34,27 @@ _RARE: Final = (
     "--allow-overflow", "--quantize", "--skip-unread", "--elementwise",
     "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
-    "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only", "--ignore",
+    "--on-unexpected", "--continue", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only",
+    "--ignore",
     "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--as-layer", "--depth", "--dtype",
+    "--no-recipe", "--print", "--from-mergekit", "--again", "--density", "--param", "--only", "--base",
 )  # fmt: skip
+
+_HELP: Final = ("--help-methods", "--help-all", "--help")  # which have a section of their own
 
 
 class Command(click.Command):
     """A command that lists the options that matter first in ``--help``, and the rare ones only in ``--help-all``.
 
-    ``first`` names the options that its help page begins with, such as ``("--like", "--rename")``.
+    ``first`` names the options that its help page begins with, such as ``("--like", "--rename")``. ``usage`` has the
+    words of the usual form of a command whose arguments are not always required.
     """
 
-    def __init__(self, *args: Any, first: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(self, *args: Any, first: Sequence[str] = (), usage: Sequence[str] = (), **settings: Any) -> None:
         """Add ``--verbose``, and ``--help-all``, which ``--help`` lists only if it leaves options out."""
         super().__init__(*args, **settings)
         self.first = tuple(first)
+        self.usage = tuple(usage)
         self._shows_all = False
         self.params.append(_verbose_option())
         self.params.append(_help_all_option(hidden=len(self._options()) <= MOST_OPTIONS))
@@ -75,13 +81,16 @@ class Command(click.Command):
     def _options(self) -> dict[str, click.Option]:
         """Return the options by their long name, in the order of the help page."""
         options = {_long_name(param): param for param in self.params if isinstance(param, click.Option)}
-        options.pop("--help-all", None)
+        for name in _HELP:
+            options.pop(name, None)
         shared = [name for names in _SECTIONS.values() for name in names]
         own = [name for name in options if name not in shared]
         return {name: options[name] for name in dict.fromkeys((*self.first, *own, *shared)) if name in options}
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """Return the words of the usage line, with the required options after the arguments."""
+        if self.usage:
+            return [str(self.options_metavar), *self.usage]
         required = [option for option in self._options().values() if option.required]
         metavars = [f"{option.opts[0]} {option.metavar or str(option.name).upper()}" for option in required]
         return [*super().collect_usage_pieces(ctx), *metavars]
@@ -95,7 +104,7 @@ class Command(click.Command):
             if rows := [record for record in records if record is not None]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-        helps = [param for param in self.get_params(ctx) if _long_name(param) in ("--help", "--help-all")]
+        helps = [param for param in self.get_params(ctx) if _long_name(param) in _HELP]
         if rows := [record for param in helps if (record := param.get_help_record(ctx)) is not None]:
             with formatter.section("Help"):
                 formatter.write_dl(rows)

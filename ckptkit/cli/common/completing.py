@@ -25,6 +25,7 @@ __all__ = [
     "complete_policies",
     "complete_renames",
     "complete_rules",
+    "given_words",
     "use_whole_words_in_bash",
 ]
 
@@ -96,7 +97,7 @@ def _keys_of(context: click.Context, names: Iterable[str]) -> Collection[str]:
     from ckptkit.errors import CkptkitError
     from ckptkit.formats import open_checkpoint
 
-    given = _given_paths(context)
+    given = given_words(context)
     for path in (path for name in names for path in given.get(name, ())):
         if path.startswith(LIVE_PREFIX):
             continue  # a live model runs the code of the user, which no key press must do
@@ -105,7 +106,7 @@ def _keys_of(context: click.Context, names: Iterable[str]) -> Collection[str]:
     return ()
 
 
-def _given_paths(context: click.Context) -> dict[str, list[str]]:
+def given_words(context: click.Context) -> dict[str, list[str]]:
     """Return the words on the line by the name of their parameter."""
     given: dict[str, list[str]] = {}
     for name, value in context.params.items():

@@ -69,10 +69,14 @@ def output_options(command: CommandFunction) -> CommandFunction:
     )  # fmt: skip
 
 
-def plan_output_options(command: CommandFunction) -> CommandFunction:
-    """Add the options of a command that writes what a plan says, and pass them to the command as ``options``."""
+def plan_output_options(command: CommandFunction, *, is_required: bool = True) -> CommandFunction:
+    """Add the options of a command that writes what a plan says, and pass them to the command as ``options``.
+
+    Unless ``--output`` ``is_required``, something around the command sees to it that it has one.
+    """
+    output = _output_option if is_required else _sometimes_output_option
     return add_options(
-        _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
+        _with_output_options(command), output, _format_option, _max_shard_size_option, _force_option,
         _only_tensors_option, _keep_unknown_option, _metadata_option, _drop_metadata_option, _carry_option,
         _continue_option, _reflink_option, _allow_overflow_option, _dry_run_option, _plan_option, _verify_option,
         expand_option, output_report_options, quiet_option,
@@ -136,6 +140,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
     return with_options
 
 
+_sometimes_output_option = click.option("-o", "--output", type=PATH_TYPE, help="The file or directory to write.")
 _output_option = click.option("-o", "--output", required=True, type=PATH_TYPE, help="The file or directory to write.")
 _format_option = click.option(
     "--format", "output_format", type=click.Choice(FORMATS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ckptkit.core.files.places import kind_at
+from ckptkit.core.files.places import clean_path, kind_at
 from ckptkit.core.text import listed, nearest, quoted
 from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.table import method_named
@@ -12,7 +12,9 @@ from ckptkit.plans.recipes.model import MergeRecipe, Places
 from ckptkit.plans.recipes.parse import recipe_from_table
 from ckptkit.plans.recipes.paths import input_name
 
-__all__ = ["named_input", "recipe_from_options"]
+__all__ = ["SETTINGS", "named_input", "recipe_from_options"]
+
+SETTINGS = ("compute", "on_missing", "non_float", "on_nonfinite", "seed")  # of a recipe, beside the parameters
 
 
 def recipe_from_options(
@@ -28,7 +30,8 @@ def recipe_from_options(
 
     ``inputs`` are paths in order, or ``NAME=PATH``. ``base`` is the name of one of them, or a further path. ``weights``
     and ``parameters`` are ``NAME=VALUE``: of ``weights``, the name is that of an input. A parameter for each input can
-    also be ``INPUT.NAME=VALUE``. ``others`` are fields of the top of a recipe, such as ``out_dtype``.
+    also be ``INPUT.NAME=VALUE``; an input has its name or its path. A parameter can also be one of ``SETTINGS``, which
+    a recipe has at its top. ``others`` are fields of the top of a recipe, such as ``out_dtype``.
 
     Raises ``RecipeError`` as ``parse_recipe`` does, and where a text has no ``=`` or names no input.
 
@@ -44,8 +47,9 @@ def recipe_from_options(
     tables: list[dict[str, object]] = []
     for text in inputs:
         name, path = named_input(text)
-        tables.append({"path": path} if name is None else {"name": name, "path": path})
-    by_name = {str(table.get("name") or input_name(str(table["path"]))): table for table in tables}
+        tables.append({"path": path} if name is None else {"name": name, "path": clean_path(path)})
+    by_name = {str(table["path"]): table for table in tables}
+    by_name |= {str(table.get("name") or input_name(str(table["path"]))): table for table in tables}
     table: dict[str, object] = {"method": method, "input": tables, **(others or {})}
     if base:
         table["base"] = base
@@ -58,8 +62,8 @@ def recipe_from_options(
         if owner and name not in known:
             _of_input(by_name, owner, "--param")[inner] = value
         else:
-            if name not in known:
-                near = nearest(name, known)
+            if name not in known and name not in SETTINGS:
+                near = nearest(name, (*known, *SETTINGS))
                 hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(known) or 'none'}"
                 raise RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
             table[name] = value

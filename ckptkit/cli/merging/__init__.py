@@ -1,0 +1,1 @@
+"""The forms of ``ckpt merge``: which options belong to which, and the plan of each."""

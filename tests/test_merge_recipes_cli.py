@@ -1,0 +1,235 @@
+"""Whole commands of merges that compute with all inputs, on small files; torch and numpy compute the same anew."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.helpers_cli import run_ckpt
+
+SHAPES = {"layers.0.w": (4, 6), "layers.1.w": (4, 6), "head.weight": (3, 6), "norm": (6,)}
+
+
+def model(seed: int, *, near: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Random tensors, or random changes of those of another model, and a counter that is the same in all."""
+    noise = torch.Generator().manual_seed(seed)
+    made = {key: torch.randn(shape, generator=noise) for key, shape in SHAPES.items()}
+    if near is not None:
+        made = {key: near[key] + 0.1 * value for key, value in made.items()}
+    return {**made, "steps": torch.tensor([7])}
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, torch.Tensor]]:
+    """A base A and two models B and C that are near it, as files of the current directory."""
+    monkeypatch.chdir(tmp_path)
+    base = model(0)
+    made = {"A": base, "B": model(1, near=base), "C": model(2, near=base)}
+    for name, tensors in made.items():
+        save_file(tensors, f"{name}.safetensors")
+    return made
+
+
+def merged(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, torch.Tensor]:
+    """Run a merge of the current directory, and return its output as safetensors reads it."""
+    ran = run_ckpt(capsys, "merge", *words, "-o", "out.safetensors", "--force")
+    assert (ran.code, ran.out) == (0, ""), ran.err
+    return load_file("out.safetensors")
+
+
+def mean_of(models: dict[str, dict[str, torch.Tensor]], **weights: float) -> dict[str, torch.Tensor]:
+    """The weighted mean in float64, rounded once."""
+    found = {}
+    for key in SHAPES:
+        total = sum(weight * models[name][key].double() for name, weight in weights.items())
+        found[key] = (total / sum(weights.values())).float()  # type: ignore[union-attr]
+    return found
+
+
+def ties(base: torch.Tensor, others: list[torch.Tensor], weights: list[float], density: float) -> Any:
+    """TIES as its paper defines it, with the elected sign of the weighted task vectors."""
+    vectors = [(other - base).double().numpy() for other in others]
+    kept = []
+    for vector in vectors:
+        count = max(1, int(density * vector.size))
+        order = np.argsort(-np.abs(vector).ravel(), kind="stable")[:count]
+        kept.append(np.where(np.isin(np.arange(vector.size), order).reshape(vector.shape), vector, 0))
+    weighted = [weight * vector for weight, vector in zip(weights, kept, strict=True)]
+    sign = np.where(sum(weighted) >= 0, 1, -1)
+    agree = [np.sign(vector) == sign for vector in weighted]
+    size = sum(weight * each for weight, each in zip(weights, agree, strict=True))
+    total = sum(np.where(each, vector, 0) for each, vector in zip(agree, weighted, strict=True))
+    return base.double().numpy() + np.divide(total, size, out=np.zeros_like(total), where=size != 0)
+
+
+def test_ties_with_options_is_ties(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The form with options computes what the paper defines, and copies what has no floating-point numbers."""
+    inputs = ["A.safetensors", "B.safetensors", "C.safetensors", "--base", "A"]
+    weights = ["--weight", "B=0.6", "--weight", "C=0.4"]
+    found = merged(capsys, *inputs, "--method", "ties", *weights, "--density", "0.5")
+    for key in SHAPES:
+        wanted = ties(models["A"][key], [models["B"][key], models["C"][key]], [0.6, 0.4], 0.5)
+        np.testing.assert_allclose(found[key].numpy(), wanted, rtol=0, atol=1e-6)
+    assert torch.equal(found["steps"], models["A"]["steps"])
+
+
+FORMS = {
+    "weights": ["B.safetensors", "C.safetensors", "--weight", "B=3", "--weight", "C=1"],
+    "path of a weight": ["B.safetensors", "C.safetensors", "--weight", "B.safetensors=3"],
+    "names of inputs": ["x=B.safetensors", "y=C.safetensors", "--weight", "x=1.5", "--param", "y.weight=0.5"],
+}
+
+
+@pytest.mark.parametrize("words", FORMS.values(), ids=FORMS.keys())
+def test_inputs_have_names(words: list[str], models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """A weight belongs to the input of its name: the stem of the file, the path, or a name that is given."""
+    found = merged(capsys, *words, "--method", "linear")
+    wanted = mean_of(models, B=0.75, C=0.25)
+    for key in SHAPES:
+        torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=1e-6)
+
+
+def test_a_base_that_is_no_input_and_keys_that_are_not_merged(
+    models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--base takes a further path, --only leaves all other keys to the base, and --dtype rounds the result once."""
+    words = "B.safetensors --method task_arithmetic --base A.safetensors --weight B=1 --only layers.* --dtype BF16"
+    found = merged(capsys, *words.split())
+    for key in SHAPES:
+        name = "B" if key.startswith("layers") else "A"
+        torch.testing.assert_close(found[key], models[name][key].bfloat16(), rtol=0, atol=2e-2)
+    assert torch.equal(found["norm"], models["A"]["norm"].bfloat16())
+
+
+RECIPE = """\
+version = 1
+method = "linear"
+
+[[input]]
+path = "B.safetensors"
+
+[[input]]
+path = "C.safetensors"
+
+[[set]]
+keys = "layers.{i:int}.*"
+inputs.B.weight = { over = "i", values = [1, 0] }
+inputs.C.weight = { over = "i", values = [0, 1] }
+"""
+
+
+def test_a_recipe_is_written_back(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe merges as it says, the output has it, and what --again writes merges to the same bytes."""
+    Path("merge.toml").write_text(RECIPE, encoding="utf-8")
+    found = merged(capsys, "--recipe", "merge.toml")
+    assert torch.equal(found["layers.0.w"], models["B"]["layers.0.w"])
+    assert torch.equal(found["layers.1.w"], models["C"]["layers.1.w"])
+    torch.testing.assert_close(found["norm"], mean_of(models, B=1, C=1)["norm"], rtol=0, atol=1e-6)
+    first = Path("out.safetensors").read_bytes()
+    printed = run_ckpt(capsys, "merge", "--again", "out.safetensors")
+    ran = run_ckpt(capsys, "merge", "--again", "out.safetensors", "-o", "again.toml")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert Path("again.toml").read_text(encoding="utf-8") == printed.out
+    assert tomllib.loads(printed.out)["set"] == tomllib.loads(RECIPE)["set"]
+    merged(capsys, "--recipe", "again.toml")
+    assert Path("out.safetensors").read_bytes() == first
+
+
+def test_without_a_recipe_in_the_output(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """--no-recipe writes neither names nor parameters, and --again then says that there is no recipe."""
+    del models
+    merged(capsys, "A.safetensors", "B.safetensors", "--method", "average", "--no-recipe")
+    with safe_open("out.safetensors", "pt") as file:
+        text = file.metadata()["ckptkit.merge"]
+    assert "safetensors" not in text
+    assert "average" not in text
+    ran = run_ckpt(capsys, "merge", "--again", "out.safetensors")
+    assert (ran.code, ran.out) == (2, "")
+    assert "written with --no-recipe" in ran.err
+
+
+WRONG = {
+    "no method": (["--method", "tis"], "hint: did you mean ties?"),
+    "no parameter": (["--method", "slerp", "--param", "tt=1"], "slerp has no parameter 'tt'"),
+    "no input": (["--method", "linear", "--weight", "D=1"], "--weight: there is no input 'D'"),
+    "no base": (["--method", "ties", "--weight", "A=1"], "ties needs a base"),
+    "not a base": (["--method", "ties", "--base", "AA"], "'AA', which is neither the name of an input nor a path"),
+    "out of range": (["--method", "ema", "--param", "decay=1"], "decay is 1, and must be"),
+    "wrong count": (["--method", "add_difference"], "add_difference merges 3 inputs, and there are 2"),
+    "other method": (["--method", "slerp", "--scale", "2"], "--scale has no meaning with --method slerp"),
+    "overlay": (["--density", "0.5"], "--density has no meaning with --method overlay"),
+    "other rules": (["--method", "linear", "--strip", "auto"], "--method linear: a recipe has it for each [[input]]"),
+    "recipe and method": (["--recipe", "merge.toml", "--method", "ties"], "--method has no meaning with --recipe"),
+    "recipe and paths": (["--recipe", "merge.toml"], "the file names all inputs: leave 'A.safetensors' out"),
+    "print alone": (["--print"], "--print writes the recipe of a file, so it needs --from-mergekit"),
+    "again and method": (["--again", "A.safetensors", "--method", "ties"], "no meaning with --again"),
+    "cancelling": (
+        ["--method", "linear", "--weight", "A=1", "--weight", "B=-1"],
+        "the weights (1, -1) cancel: their sum is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG.values(), ids=WRONG.keys())
+def test_what_does_not_fit_is_refused(
+    words: list[str], told: str, models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words that do not go together are an error with exit code 2 before anything is written."""
+    del models
+    Path("merge.toml").write_text(RECIPE, encoding="utf-8")
+    before = sorted(Path().iterdir())
+    ran = run_ckpt(capsys, "merge", "A.safetensors", "B.safetensors", "-o", "out.safetensors", *words)
+    assert (ran.code, ran.out, sorted(Path().iterdir())) == (2, "", before)
+    assert told in ran.err
+
+
+def test_an_error_of_a_recipe_names_its_line(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The one line on stderr has the file and the line of the recipe, and nothing is written."""
+    del models
+    Path("merge.toml").write_text(RECIPE.replace("layers.{i:int}", "layer.{i:int}"), encoding="utf-8")
+    ran = run_ckpt(capsys, "merge", "--recipe", "merge.toml", "-o", "out.safetensors")
+    assert (ran.code, ran.out, Path("out.safetensors").exists()) == (2, "", False)
+    assert ran.err.startswith("ckpt: merge.toml: line 10: 'layer.{i:int}.*' fits none of")
+
+
+def test_a_configuration_of_mergekit(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """--print writes the recipe that means the same; without it the merge is done, to the same bytes."""
+    del models
+    pytest.importorskip("ruamel.yaml")
+    text = "merge_method: slerp\nbase_model: A.safetensors\nmodels: [{model: B.safetensors}]\n"
+    Path("merge.yml").write_text(f"{text}parameters: {{t: 0.25}}\ntokenizer_source: base\n", encoding="utf-8")
+    printed = run_ckpt(capsys, "merge", "--from-mergekit", "merge.yml", "--print")
+    assert printed.code == 0
+    assert tomllib.loads(printed.out)["method"] == "slerp"
+    assert "line 5: tokenizer_source has no equal" in printed.err
+    Path("merge.toml").write_text(printed.out, encoding="utf-8")
+    merged(capsys, "--recipe", "merge.toml")
+    first = Path("out.safetensors").read_bytes()
+    merged(capsys, "--from-mergekit", "merge.yml")
+    assert Path("out.safetensors").read_bytes() == first
+
+
+def test_a_dry_run_is_the_plan(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """--json of a dry run has every key of the output with its inputs, and nothing is written."""
+    words = ["merge", "A.safetensors", "B.safetensors", "--method", "average", "-o", "out.safetensors", "-n"]
+    document = json.loads(run_ckpt(capsys, *words, "--json").out)
+    assert {row["key"] for row in document["plan"]} == set(models["A"])
+    assert not Path("out.safetensors").exists()
+
+
+def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help-methods needs no other argument, and says of each method its paper, inputs and parameters."""
+    ran = run_ckpt(capsys, "merge", "--help-methods")
+    assert ran.code == 0
+    start = ran.out.index("\nties\n")
+    block = ran.out[start : ran.out.index("\ndare_linear\n")]
+    assert "1 input or more and a base; TIES-Merging, arXiv 2306.01708" in block
+    assert "density    a number from 0 to 1              required          share of the elements" in block
