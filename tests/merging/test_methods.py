@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from torch.optim import swa_utils
 
 from ckptkit.errors import ArgumentError, PlanError, RuleError
 from ckptkit.plans.methods.model import Method
@@ -156,13 +158,25 @@ def test_nuslerp_of_vectors_is_that_of_each_vector(axis: str, shape: tuple[int, 
     np.testing.assert_allclose(made, want, rtol=0, atol=1e-6)
 
 
-def test_the_moving_average_is_the_recurrence() -> None:
+@pytest.mark.parametrize(
+    ("method", "given", "options"),
+    [
+        ("average", {}, {}),
+        ("ema", {"decay": 0.8}, {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.8)}),  # type: ignore[no-untyped-call]
+        ("ema", {"decay": 0.0}, {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.0)}),  # type: ignore[no-untyped-call]
+    ],
+)
+def test_averages_of_snapshots_are_those_of_torch(
+    method: str, given: Mapping[str, object], options: Mapping[str, Any]
+) -> None:
     tensors = random_tensors(4)
-    want = tensors[0].astype(np.float64)
-    for tensor in tensors[1:]:
-        want = 0.8 * want + 0.2 * tensor
-    np.testing.assert_allclose(merge_arrays("ema", tensors, {"decay": 0.8}), want, rtol=0, atol=1e-6)
-    assert merge_arrays("ema", tensors, {"decay": 0.0}).tobytes() == tensors[-1].tobytes()
+    model = torch.nn.Linear(5, 6, bias=False)
+    averaged = swa_utils.AveragedModel(model, **options)
+    for tensor in tensors:
+        model.load_state_dict({"weight": torch.from_numpy(tensor)})
+        averaged.update_parameters(model)
+    want = averaged.module.state_dict()["weight"].numpy()
+    np.testing.assert_allclose(merge_arrays(method, tensors, given), want, rtol=0, atol=1e-6)
 
 
 def test_differences_are_added_whole_or_as_in_training() -> None:
