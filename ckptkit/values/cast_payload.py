@@ -14,15 +14,15 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.errors import ChangedError
 from ckptkit.values.casting import cast_bytes
+from ckptkit.values.computed import ThreadedPayload
 from ckptkit.values.losses import Losses, count_losses
-from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
 __all__ = ["CastPayload"]
 
 
 @dataclass(frozen=True, slots=True)
-class CastPayload:
+class CastPayload(ThreadedPayload):
     """A payload that casts its elements while they are read, as ``Tensor.to`` does.
 
     ``found`` describes the source, ``out`` the result. Once all bytes were read, ``losses`` has the losses of the cast
@@ -48,11 +48,6 @@ class CastPayload:
             yield run.cast(task, own)[0]
         run.keep_losses()
 
-    def readinto(self, buffer: memoryview) -> None:
-        """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
-        for _ in self.write_to(MemorySink(buffer), 0):
-            pass
-
     def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
         """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
         return _Run((self,)).write_to(out, offset, checksum=checksum)
@@ -66,11 +61,6 @@ class CastPayload:
     def join(self, others: Sequence[Payload]) -> Payload:
         """Return one payload of this tensor and ``others``: many small tensors are read, cast and written together."""
         return _Run((self, *(other for other in others if isinstance(other, CastPayload))))
-
-    def find_losses(self) -> None:
-        """Compute all bytes only for their losses."""
-        for _ in self.write_to(NullSink(), 0):
-            pass
 
 
 @dataclass(frozen=True, slots=True)

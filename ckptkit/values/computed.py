@@ -1,4 +1,4 @@
-"""The base class of payloads that compute their bytes in blocks: by all threads, in any order, with their losses."""
+"""The base classes of payloads that compute their bytes: by all threads, in any order, with their losses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,32 @@ from ckptkit.values.losses import Losses
 from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
-__all__ = ["BlockPayload", "HeldBytes", "bytes_of"]
+__all__ = ["BlockPayload", "HeldBytes", "ThreadedPayload", "bytes_of"]
 
 _Block = TypeVar("_Block")
 
 
-class BlockPayload(ABC, Generic[_Block]):
+class ThreadedPayload(ABC):
+    """A payload that computes its bytes while it writes them, in all threads."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
+        """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
+
+    def readinto(self, buffer: memoryview) -> None:
+        """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
+        for _ in self.write_to(MemorySink(buffer), 0):
+            pass
+
+    def find_losses(self) -> None:
+        """Compute all bytes only for their losses."""
+        for _ in self.write_to(NullSink(), 0):
+            pass
+
+
+class BlockPayload(ThreadedPayload, Generic[_Block]):
     """A payload that is computed in blocks, which lie one after the other; ``out`` describes the result.
 
     The threads are those of ``workers``, which may be shared.
@@ -68,11 +88,6 @@ class BlockPayload(ABC, Generic[_Block]):
             yield made
         self.keep(found)
 
-    def readinto(self, buffer: memoryview) -> None:
-        """Fill ``buffer``, which has ``nbytes`` items, in all threads."""
-        for _ in self.write_to(MemorySink(buffer), 0):
-            pass
-
     def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
         """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
 
@@ -93,11 +108,6 @@ class BlockPayload(ABC, Generic[_Block]):
     def slice(self, start: int, nbytes: int) -> Payload:
         """Return some of the bytes, for which only their blocks are computed."""
         return _Slice(self, start, nbytes)
-
-    def find_losses(self) -> None:
-        """Compute all bytes only for their losses."""
-        for _ in self.write_to(NullSink(), 0):
-            pass
 
     def read_range(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from byte ``start`` on."""
