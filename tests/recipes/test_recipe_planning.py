@@ -99,7 +99,7 @@ def test_a_set_can_have_another_method() -> None:
         tomled('method = "linear"\n' + TWO + '[[set]]\nkeys = "norm.*"\nmethod = "slerp"\nt = 1\n'),
         inputs={"A": A, "B": B},
     )
-    assert {step.rule for step in plan.steps} == {"linear", "slerp (line 6)"}
+    assert {step.rule for step in plan.steps} == {"linear", "slerp (line 6): t 1"}
     assert values(plan.materialize({"A": A, "B": B}))["norm.weight"] == 10
 
 

@@ -13,7 +13,7 @@ from ckptkit.core.text import listed, quoted
 from ckptkit.errors import ArgumentError, PlanError, RecipeError
 from ckptkit.plans.methods.model import Method
 from ckptkit.plans.methods.table import method_named
-from ckptkit.plans.recipes.model import Gradient, MergeRecipe, Places, Value
+from ckptkit.plans.recipes.model import NOT_PARAMETERS, Gradient, MergeRecipe, Places, Value
 from ckptkit.plans.recipes.parse import recipe_from_table
 from ckptkit.plans.recipes.paths import input_name
 from ckptkit.plans.recipes.writing import recipe_table
@@ -248,7 +248,7 @@ class _Importer:
         for number, (name, given) in enumerate(models):
             own[name] = self.translated(method, given, "models", number, "parameters")
         for name, parameter in method.parameters().items():
-            if name == "seed":
+            if name in NOT_PARAMETERS:
                 continue
             if not parameter.is_per_input:
                 found |= self.placed(name, at_top.get(name, []), "")
@@ -278,7 +278,7 @@ class _Importer:
                 self.note(f"{key} is left out: {_IGNORED[key]}", *path, key)
             elif key in _AXIS and "axis" in known:
                 continue
-            elif name in known and key != "seed":
+            elif name in known and name not in NOT_PARAMETERS:
                 found[name] = [(condition, _word(key, one)) for condition, one in _chain(value)]
             else:
                 self.note(f"{key} has no equal in {method.name}", *path, key)

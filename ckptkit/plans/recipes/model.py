@@ -15,6 +15,7 @@ from ckptkit.tensor_ops.mismatch import MismatchName
 __all__ = [
     "COMPUTE",
     "NON_FLOAT",
+    "NOT_PARAMETERS",
     "ON_MISSING",
     "ON_NONFINITE",
     "Compute",
@@ -37,6 +38,7 @@ OnMissingKey: TypeAlias = Literal["error", "base", "present", "drop"]
 NonFloat: TypeAlias = Literal["error", "base", "first", "max"]
 OnNonfinite: TypeAlias = Literal["error", "allow", "base"]
 _METHOD: Final[TomlPath] = ("method",)
+NOT_PARAMETERS: Final = ("seed", "drawn")  # of a method: the recipe has the seed, and the plan counts what was drawn
 COMPUTE: Final = ("float32", "float64")
 ON_MISSING: Final = ("error", "base", "present", "drop")
 NON_FLOAT: Final = ("error", "base", "first", "max")

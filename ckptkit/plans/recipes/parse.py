@@ -18,6 +18,7 @@ from ckptkit.plans.recipes.checks import checked
 from ckptkit.plans.recipes.model import (
     COMPUTE,
     NON_FLOAT,
+    NOT_PARAMETERS,
     ON_MISSING,
     ON_NONFINITE,
     Compute,
@@ -150,7 +151,7 @@ def _known(methods: Sequence[type[Method]], *, of_inputs: bool = False) -> list[
             name
             for method in methods
             for name, parameter in method.parameters().items()
-            if (parameter.is_per_input or not of_inputs) and name not in TOP_KEYS
+            if (parameter.is_per_input or not of_inputs) and name not in NOT_PARAMETERS
         )
     )
 

@@ -10,10 +10,11 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.patterns import parse_pattern
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.text import listed, option_text, plural, quoted
 from ckptkit.errors import RecipeError, RuleError
 from ckptkit.inputs import CheckpointLike
 from ckptkit.plans.metadata import follow_metadata
+from ckptkit.plans.methods.model import Method
 from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
@@ -21,7 +22,7 @@ from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.recipes.alignment import Decision, Decisions, decide, input_path
 from ckptkit.plans.recipes.draws import with_draws
 from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, align_input, joined, opened_recipe, reference_of
-from ckptkit.plans.recipes.model import MergeRecipe
+from ckptkit.plans.recipes.model import NOT_PARAMETERS, MergeRecipe
 from ckptkit.plans.recipes.parse import RecipeLike, parse_recipe
 from ckptkit.plans.recipes.provenance import with_provenance
 from ckptkit.plans.recipes.slices import decide_slices, layer_count
@@ -48,7 +49,8 @@ def plan_recipe(
     ``execute(plan, plan.paths, out)``. The role of an adapter that is folded into an input has ``.lora`` at its end.
 
     The inputs must have the same keys and shapes, after the names that the recipe gives them. ``Step.rule`` names the
-    method of each tensor, or says why it is taken from one input. Only headers are read.
+    method of each tensor with the values that are not defaults, or says why it is taken from one input. Only headers
+    are read.
 
     The metadata of the output has an item ``ckptkit.merge``, a JSON text. It has the recipe, with only the last names
     of paths. Of each input it has the size, the digest of the header, and what its own metadata says about a merge.
@@ -68,7 +70,7 @@ def plan_recipe(
         >>> recipe = {"method": "linear", "input": [{"name": "a", "weight": 0.25}, {"name": "b", "weight": 0.75}]}
         >>> plan = plan_recipe(recipe, inputs={"a": a, "b": b})
         >>> plan.steps[0].rule, plan.materialize({"a": a, "b": b})["fc.weight"].tolist()
-        ('linear', [[2.5, 2.5], [2.5, 2.5]])
+        ('linear: weight [0.25, 0.75]', [[2.5, 2.5], [2.5, 2.5]])
     """
     named: object = inputs  # the caller may have passed anything
     if named is not None and (not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named)):
@@ -172,7 +174,8 @@ class _Maker:
             is_wide=self.recipe.compute == "float64",
             on_nonfinite=self.recipe.on_nonfinite,
         )
-        return self._complete(Step(out, sources, "", decision.why, Recipe(tuple(inner), (merge,)), equals))
+        rule = decision.why + _values(method)
+        return self._complete(Step(out, sources, "", rule, Recipe(tuple(inner), (merge,)), equals))
 
     def _largest(self, key: str, decision: Decision) -> Step:
         """Return the step that takes the largest of the values that no method computes with."""
@@ -224,6 +227,21 @@ class _Maker:
             )
         recipe = Recipe((0 if one.recipe is None else one.recipe,), (operation,))
         return replace(one, info=TensorInfo(key, one.info.dtype, wanted), recipe=recipe)
+
+
+def _values(method: Method) -> str:
+    """Return the values of the parameters that differ from their defaults, for the rule of a step."""
+    shown = []
+    given = method.given()
+    for name, parameter in method.parameters().items():
+        value = given[name]
+        several = value if isinstance(value, list) else [value]
+        if name in NOT_PARAMETERS or all(one == parameter.default for one in several):
+            continue
+        texts = [str(one).lower() if isinstance(one, bool) else option_text(one) for one in several]
+        same = len(set(texts)) == 1
+        shown.append(f"{name} {texts[0]}" if same else f"{name} [{', '.join(texts)}]")
+    return f": {', '.join(shown)}" if shown else ""
 
 
 def _dropped(aligned: Mapping[str, AlignedInput], decisions: Decisions, steps: Sequence[Step]) -> Iterator[Dropped]:

@@ -15,7 +15,7 @@ from ckptkit.formats.writing.targets import real_path
 from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.plan import PROVENANCE, Plan, provenance_name
-from ckptkit.plans.recipes.model import MergeRecipe, Places
+from ckptkit.plans.recipes.model import NOT_PARAMETERS, MergeRecipe, Places
 from ckptkit.plans.recipes.parse import recipe_from_table
 from ckptkit.plans.recipes.writing import recipe_table
 
@@ -39,7 +39,7 @@ def with_provenance(
         document["defaults"] = {
             name: parameter.default
             for name, parameter in method_named(recipe.method).parameters().items()
-            if parameter.default is not None and name != "seed"
+            if parameter.default is not None and name not in NOT_PARAMETERS
         }
         document |= {"seed": recipe.seed, "device": recipe.device}
     described = {role: _described(checkpoint, paths.get(role, "")) for role, checkpoint in roles.items()}
