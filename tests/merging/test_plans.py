@@ -16,6 +16,7 @@ from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.plan import Plan, Source, Step
+from ckptkit.plans.saved import plan_from_json, plan_to_json
 from ckptkit.plans.steps import complete_step
 from ckptkit.tensor_ops.recipes import Recipe
 
@@ -55,6 +56,27 @@ def test_a_plan_of_merges_is_saved_read_and_executed(tmp_path: Path) -> None:
         want = torch.stack([f * states[n][key].double() for n, f in zip(NAMES, (1, 2, 0.5), strict=True)]).sum(0) / 3.5
         torch.testing.assert_close(made[key], want.to(made[key].dtype), rtol=1e-6, atol=1e-6)
     assert all(torch.equal(tensor, made[key]) for key, tensor in plan.tensors(sources))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "slrep"}, "not a plan that can be executed: merge: there is no method 'slrep'"),
+        ({"parameters": {"weight": [1, 2, -3]}}, "merge: the weights .* cancel: their sum is 0"),
+        ({"parameters": {"wieght": 1}}, "merge: linear has no parameter 'wieght'"),
+        ({"numbers": [1, 2]}, "merge: weight has 3 values for 2 inputs"),
+        ({"numbers": "all"}, "merge: numbers is not a list of whole numbers"),
+        ({"on_nonfinite": "ignore"}, "merge: on_nonfinite is 'ignore'"),
+        ({"key": None}, "merge: needs a key and a table of parameters"),
+        ({"has_base": True}, "merge: linear takes no base"),
+    ],
+)
+def test_a_plan_file_with_a_wrong_merge_is_refused(change: dict[str, object], reason: str) -> None:
+    sources = {name: as_checkpoint({"w": torch.ones(2)}, name) for name in NAMES}
+    document = plan_to_json(merging_plan(sources, {"weight": [1.0, 2.0, 0.5]}), sources)
+    document["plan"][0]["recipe"]["operations"][0]["merge"].update(change)
+    with pytest.raises(ckptkit.PlanError, match=reason):
+        plan_from_json(document)
 
 
 @pytest.mark.parametrize(("method", "given"), [("linear", {"weight": [1.0, 2.0, 0.5]}), ("karcher", {})])

@@ -12,7 +12,7 @@ from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import CASTABLE, TensorPayload, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor
-from ckptkit.errors import ArgumentError
+from ckptkit.errors import ArgumentError, RuleError
 from ckptkit.plans.methods.model import MergedTensor, Method
 from ckptkit.plans.methods.table import method_named
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape, printable_code
@@ -60,16 +60,18 @@ class Merge(Operation):
 
     @classmethod
     def parse(cls, table: Mapping[str, object]) -> Merge:
-        """Return the operation of a plan file, as ``params`` gives it. Raises ``ArgumentError`` for any other table."""
-        numbers, given = table["numbers"], table["parameters"]
+        """Return the operation of a plan file, as ``params`` gives it. Raises ``RuleError`` for any other table."""
+        numbers, key, given = (table[name] for name in ("numbers", "key", "parameters"))
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ArgumentError("numbers is not a list of whole numbers")
-        if not isinstance(given, Mapping) or not isinstance(table["key"], str):
-            raise ArgumentError("a merge has a key and a table of parameters")
-        has_base = table["has_base"] is True
-        method = method_named(str(table["method"])).of(len(numbers), given, has_base=has_base)
-        on_nonfinite = cast("OnNonfinite", table["on_nonfinite"])
-        return cls(method, table["key"], tuple(numbers), has_base, table["is_wide"] is True, on_nonfinite)
+            raise RuleError(f"{cls.name}: numbers is not a list of whole numbers")
+        if not isinstance(key, str) or not isinstance(given, Mapping):
+            raise RuleError(f"{cls.name}: needs a key and a table of parameters")
+        has_base, on_nonfinite = table["has_base"] is True, cast("OnNonfinite", table["on_nonfinite"])
+        try:
+            method = method_named(str(table["method"])).of(len(numbers), given, has_base=has_base)
+        except ArgumentError as error:
+            raise RuleError(f"{cls.name}: {error.reason}", hint=error.hint) from None
+        return cls(method, key, tuple(numbers), has_base, table["is_wide"] is True, on_nonfinite)
 
     def params(self) -> dict[str, object]:
         """Return the parameters as JSON values."""
