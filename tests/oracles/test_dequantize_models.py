@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import ckptkit
 from tests.helpers_cli import run_ckpt
 
 if importlib.util.find_spec("transformers") is None:
@@ -166,3 +167,24 @@ def test_a_dequantised_model_computes_the_same(
     tokens = torch.arange(1, 33).reshape(2, 16)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4, nested", "fp8", "fp8 in blocks"])
+def test_a_quantised_model_is_merged_as_numbers(name: str, plain: Path, tmp_path: Path) -> None:
+    """The numbers that the library makes, with the plain model, rounded to BF16; the output is opened as plain."""
+    quantise, options = CASES[name]
+    state = quantise(plain, tmp_path / "quantised", **options)
+    inputs = [
+        {"path": f"{tmp_path}/quantised", "dequantize": True, "weight": 0.75},
+        {"path": f"{plain}", "weight": 0.25},
+    ]
+    plan = ckptkit.plan_recipe({"method": "linear", "out_dtype": "BF16", "input": inputs})
+    output = tmp_path / "merged" / "model.safetensors"
+    output.parent.mkdir()
+    ckptkit.execute(plan, plan.paths, output, carry=True, verify=True)
+    model, other = loaded(output.parent), loaded(plain).state_dict()
+    assert getattr(model.config, "quantization_config", None) is None
+    for key, tensor in model.state_dict().items():
+        expected = 0.75 * state[key].float() + 0.25 * other[key].float()
+        torch.testing.assert_close(tensor.float(), expected, rtol=2**-7, atol=2**-9)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers(recipe: dict[str, Any], out: Path) -> Any:
+def answers(recipe: dict[str, Any] | str, out: Path) -> Any:
     """Write the output of a recipe, and return the model that transformers opens, after one answer."""
     out.mkdir()
     plan = ckptkit.plan_recipe(recipe)
@@ -60,6 +61,58 @@ def test_models_merged_by_each_method_answer(name: str, models: Path, tmp_path: 
     first = transformers.AutoModelForCausalLM.from_pretrained(models / "base").state_dict()
     change = max((tensor - first[key]).abs().max().item() for key, tensor in merged.state_dict().items())
     assert 0 < change < 0.5
+
+
+def test_a_linear_merge_computes_what_torch_makes_of_the_weights(models: Path, tmp_path: Path) -> None:
+    weights = {"base": 0.5, "a": 0.75, "b": -0.25}
+    inputs = [{"path": f"{models}/{name}", "weight": weight} for name, weight in weights.items()]
+    merged = answers({"method": "linear", "input": inputs}, tmp_path / "out")
+    parts = [
+        (weight, transformers.AutoModelForCausalLM.from_pretrained(models / name).state_dict())
+        for name, weight in weights.items()
+    ]
+    expected = transformers.AutoModelForCausalLM.from_pretrained(models / "base")
+    expected.load_state_dict(
+        {key: sum(weight * state[key].double() for weight, state in parts).float() for key in expected.state_dict()}
+    )
+    torch.testing.assert_close(merged(TOKENS).logits, expected(TOKENS).logits, rtol=1e-5, atol=1e-6)
+
+
+UP_SCALING = """
+version = 1
+method = "passthrough"
+base = "m"
+layer_keys = "model.layers.{i:int}.*"
+[[input]]
+name = "m"
+path = "mistral/"
+[[slice]]
+input = "m"
+layers = [0, 24]
+[[slice]]
+input = "m"
+layers = [8, 32]
+"""
+
+
+def test_a_mistral_of_48_layers_computes_what_torch_makes_of_its_32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slices of SOLAR (arXiv 2312.15166)."""
+    config = transformers.MistralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=32, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "mistral")
+    monkeypatch.chdir(tmp_path)
+    Path("up.toml").write_text(UP_SCALING)
+    larger = answers("up.toml", tmp_path / "out")
+    assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == 48
+    model.model.layers = torch.nn.ModuleList([*model.model.layers[:24], *model.model.layers[8:]])
+    model.config.num_hidden_layers = 48
+    assert torch.equal(larger(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
 
 
 def test_a_model_of_more_layers_answers(models: Path, tmp_path: Path) -> None:

@@ -22,13 +22,19 @@ COMMANDS = {
     "convert": ["convert", "base.safetensors", "--dtype", "BF16", "--max-shard-size", "1200"],
     "remap": ["remap", "base.safetensors", "--rename", "layers.*=blocks.*", "--max-shard-size", "2200"],
     "merge": ["merge", "base.safetensors", "tuned.safetensors", "--max-shard-size", "2200"],
-}
+    "merge with a method": [
+        "merge", "base.safetensors", "tuned.safetensors", "other.safetensors", "--max-shard-size", "2200",
+        "--method", "dare_ties", "--base", "base", "--weight", "tuned=0.6", "--weight", "other=0.4",
+        "--density", "0.5", "--param", "seed=7",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     save_file(BASE, tmp_path / "base.safetensors")
     save_file({key: value + 1 for key, value in BASE.items()}, tmp_path / "tuned.safetensors")
+    save_file({key: value - 2 for key, value in BASE.items()}, tmp_path / "other.safetensors")
     (tmp_path / "outputs").mkdir()
     return tmp_path
 
