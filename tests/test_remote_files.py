@@ -529,6 +529,14 @@ def test_a_page_of_links_does_not_prove_that_a_file_is_missing(
     assert places.kind_at(folder.path) == "folder"
 
 
+def test_a_hostile_page_of_links_takes_the_time_of_its_length(server: RangeServer) -> None:
+    """Links and titles that never end would each be looked for up to the end of the page."""
+    page = b"<title" * 50_000 + b"<a " * 150_000 + b'<title>Index of /</title><a href="x.bin">x</a>'
+    server.files |= {"hostile/": page, "hostile/x.bin": b"1"}
+    folder = places.folder_at(places.clean_path(server.url("hostile")))
+    assert folder.names(9) == (("x.bin",), (), True)
+
+
 def test_all_files_are_checked_at_once(server: RangeServer) -> None:
     """The request of each file is under way before an answer is waited for; a change is seen."""
     names = [f"{number}.bin" for number in range(5)]

@@ -19,8 +19,8 @@ __all__ = ["MOST_WITHOUT_RANGES", "HttpStore", "check_range", "copy_body", "tota
 MOST_WITHOUT_RANGES = 1 << 20  # bytes of a body that was not asked for
 _LARGEST_PAGE = 4 << 20  # a list of files in HTML
 _ENCODED = lazy_pattern(r"(?a)[!#$%&'()*+,/:;=?@\[\]~\w.-]+")
-_LINK = lazy_pattern(r"""(?i)<a\s[^>]*?href\s*=\s*["']([^"'?#]+)["']""")
-_INDEX = lazy_pattern(r"(?i)<(title|h1)[^>]*>\s*(?:index of|directory listing (?:for|of))\s")
+_LINK = lazy_pattern(r"""(?i)<a\s[^<>]*?href\s*=\s*["']([^"'?#]+)["']""")
+_INDEX = lazy_pattern(r"(?i)<(title|h1)[^<>]*>\s*(?:index of|directory listing (?:for|of))\s")
 _CONTENT_RANGE = lazy_pattern(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
