@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import random
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,17 @@ def test_torch_reads_checksums_behind_the_records(source: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.testzip() is None
         assert [info.flag_bits & 8 for info in archive.infolist()] == [0, 0, 8, 8, 8, 0]
+
+
+def test_the_threads_of_a_file_end_before_the_next_one_is_sent(tmp_path: Path) -> None:
+    """The number of threads does not grow with the number of shards."""
+    save_file({str(key): torch.ones(300) for key in range(40)}, tmp_path / "in.safetensors")
+    counts = []
+    PartsStore.reset({})
+    PartsStore.watch = lambda: counts.append(threading.active_count())
+    convert(tmp_path / "in.safetensors", "parts://bucket/out", max_shard_size=1500)
+    assert len(PartsStore.content()) == 41
+    assert max(counts) < threading.active_count() + 10
 
 
 def test_bytes_that_come_early_wait() -> None:

@@ -79,6 +79,7 @@ class SentFile:
         with store_errors(self.url):
             self.sending.finish()
         self.is_finished = True
+        self.end()  # a folder has many files
 
     def commit(self, *, is_free: bool = False) -> None:
         """Give the file its name, which ``is_free`` where the old file was removed for it."""
@@ -88,6 +89,7 @@ class SentFile:
         with store_errors(self.url):
             self.sending.call(self._commit)
         note_removed(self.url)
+        self.end()
 
     def _commit(self) -> None:
         self.is_named = None
@@ -154,7 +156,7 @@ class SentFile:
         return []
 
     def end(self) -> None:
-        """End the threads."""
+        """End the threads; a later call begins new ones."""
         self.sending.end_threads()
 
 

@@ -119,5 +119,6 @@ class Sending:
         return self._pool.submit(wait_and_remove).result()
 
     def end_threads(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
+        """End the threads; a later call begins new ones."""
+        pool, self._pool = self._pool, ThreadPoolExecutor(self._transfer.at_once)
+        pool.shutdown()
