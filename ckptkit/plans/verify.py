@@ -72,14 +72,11 @@ def verify_safetensors(
     file, producer = _File(path, shown), Producer(sources)
     reader = f"safetensors {safetensors.__version__}"
     if is_url(path):
-        with open_inside(path, Selection("")) as written:
-            if dict(written.metadata) != dict(metadata):
-                raise file.fail("does not have the metadata of the plan")
-        return Verification(reader, _read_alone(file, _only_local(reader), steps, producer))
+        return Verification(reader, _read_alone(file, _only_local(reader), steps, producer, metadata=metadata))
     unknown = next((step for step in steps if reader_refusal(step.out.dtype, step.out.shape)), None)
     if unknown is not None:
         why = f"{quoted(unknown.out.key)} in {printable(shown)} is {unknown.out.dtype}"
-        return Verification(reader, _read_alone(file, why, steps, producer))
+        return Verification(reader, _read_alone(file, why, steps, producer, metadata=metadata))
     with _name_to_open(path) as name:
 
         def opened() -> Any:  # the library has no type for its readers
@@ -279,10 +276,19 @@ def _only_local(reader: str) -> str:
 
 
 def _read_alone(
-    file: _File, why: str, steps: Sequence[Step], producer: Producer, inner: str = "", *, is_directory: bool = False
+    file: _File,
+    why: str,
+    steps: Sequence[Step],
+    producer: Producer,
+    inner: str = "",
+    *,
+    is_directory: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Compare the file or directory with ckptkit's own reader, and return ``why``."""
+    """Compare the file or directory with ckptkit's own reader, and return ``why``; None is any metadata."""
     with open_checkpoint(file.path) if is_directory else open_inside(file.path, Selection(inner)) as written:
+        if metadata is not None and dict(written.metadata) != dict(metadata):
+            raise file.fail("does not have the metadata of the plan")
         _refuse_other_keys(file, written, steps)
         for step in steps:
             info = written[step.out.key]
