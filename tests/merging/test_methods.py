@@ -259,6 +259,18 @@ def test_directions_that_add_up_to_0_have_no_multislerp() -> None:
         merge_arrays("multislerp", [a, b, -a, -b])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_three_directions_that_add_up_to_0_have_no_mean_direction(seed: int) -> None:
+    a, b = (tensor.astype(np.float64).ravel() for tensor in random_tensors(2, seed=seed))
+    a /= np.linalg.norm(a)
+    b -= (a @ b) * a
+    b /= np.linalg.norm(b)
+    spread = [math.cos(turn) * a + math.sin(turn) * b for turn in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+    with pytest.raises(PlanError, match="the weighted directions of the inputs add up to 0"):
+        merge_arrays("multislerp", spread, codes="F64")
+    np.testing.assert_allclose(merge_arrays("karcher", spread, codes="F64"), 0, atol=1e-15)
+
+
 def test_tensors_that_cannot_be_merged_are_refused() -> None:
     a, b = random_tensors(2)
     with pytest.raises(RuleError, match=r"merge: the shapes differ: \[5, 5\], \[6, 5\]"):

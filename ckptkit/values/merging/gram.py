@@ -14,8 +14,11 @@ from ckptkit.values.workers import pieces
 if TYPE_CHECKING:
     from ckptkit.values.workers import Workers
 
-__all__ = ["ByAngles", "Factors", "PairByVectors", "PairFactors", "cosines", "gram_matrix"]
+__all__ = ["NO_DIRECTION", "ByAngles", "Factors", "PairByVectors", "PairFactors", "cosines", "gram_matrix"]
 
+# The length of a sum of unit vectors that cannot be told from 0: its square is a sum of cosines, each of which has an
+# error of some 1e-16.
+NO_DIRECTION: Final = 1e-7
 _IN_CACHE: Final = 1 << 15  # numbers whose products are summed at once
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Karcher"]
 
-_NO_DIRECTION = 1e-8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Karcher(Method):
@@ -50,7 +48,7 @@ class Karcher(Method):
         """Return the factors of the tensors; m is kept as a sum of the directions."""
         import numpy as np
 
-        from ckptkit.values.merging.gram import Factors, cosines
+        from ckptkit.values.merging.gram import NO_DIRECTION, Factors, cosines
         from ckptkit.values.merging.model import Facts
 
         weights = np.array([weight for weight in self.weight if weight])
@@ -61,7 +59,7 @@ class Karcher(Method):
         shares = np.where(norms > 0, weights, 0.0)
         shares = shares / shares.sum()
         length = _length(shares, cosine)
-        if length < _NO_DIRECTION:
+        if length < NO_DIRECTION:
             return Factors(weights.tolist(), Facts("the directions of the inputs add up to 0: merged linearly"))
         mean = shares / length
         for _ in range(self.max_iter):

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Multislerp"]
 
-_NO_DIRECTION = 1e-8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Multislerp(Method):
@@ -50,7 +48,7 @@ class Multislerp(Method):
         """Return the factors of the tensors."""
         import numpy as np
 
-        from ckptkit.values.merging.gram import Factors, cosines
+        from ckptkit.values.merging.gram import NO_DIRECTION, Factors, cosines
         from ckptkit.values.merging.model import Facts, NoResultError
 
         weights = np.array([weight for weight in self.weight if weight])
@@ -60,7 +58,7 @@ class Multislerp(Method):
         if not norms.any():
             return Factors([0.0] * len(norms))
         length = np.sqrt(max(float(weights @ cosine @ weights), 0.0))
-        if length < _NO_DIRECTION:
+        if length < NO_DIRECTION:
             if len(weights) == 2:
                 return Factors(weights.tolist(), Facts("the inputs are opposite: merged linearly"))
             raise NoResultError("the weighted directions of the inputs add up to 0")
