@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,21 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def raw_view(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
+
+
+@pytest.mark.parametrize("before", [code for code in KNOWN if code == "F16" or code.startswith("F8_E")])
+def test_subnormal_numbers_are_kept_where_the_processor_takes_them_for_0(before: str) -> None:
+    """In a thread that called ``torch.set_flush_denormal``, the numbers in F32 have the same bits as elsewhere."""
+    source = source_of(before)
+    data = raw_view(source[source.float().isfinite()])  # where none is NaN, they are widened in another way
+
+    def widen() -> bytes:
+        torch.set_flush_denormal(True)
+        return bytes(cast_bytes(data, before, "F32", Workers(1)))
+
+    with ThreadPoolExecutor(1) as pool:  # the setting is that of one thread
+        made = pool.submit(widen).result()
+    assert made == bytes(cast_bytes(data, before, "F32", Workers(1)))
 
 
 @pytest.mark.parametrize("before", ["F32", "F64", "BF16", "F8_E4M3", "I64"])

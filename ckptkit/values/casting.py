@@ -33,6 +33,7 @@ _Kernel: TypeAlias = Callable[[Array, Array, Workers], None]
 _OF_NUMPY = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F32", "F64"})
 # The float32 numbers that F16 holds as normal numbers without an overflow, by their bits without the sign.
 _F16_LOWEST, _F16_END = 0x38800000, 0x477FF000
+_SMALLEST = 5e-324  # 0 where a processor takes subnormal numbers for 0, as ``torch.set_flush_denormal`` has it do
 _OTHER_NAMES = {"half": "F16", "float": "F32", "double": "F64"}  # torch's other names
 
 
@@ -150,8 +151,11 @@ def _widen(found: str) -> _Kernel:
     signed = np.dtype(f"i{DTYPES[found].bits // 8}")
 
     def widen(bits: Array, out: Array, workers: Workers) -> None:
-        """Move the bits to their places in F32, and multiply by the power of two between the biases: that is exact."""
-        if not are_finite(bits, found):
+        """Move the bits to their places in F32, and multiply by the power of two between the biases: that is exact.
+
+        Subnormal numbers are subnormal before the product. Threads that take those for 0 look them up.
+        """
+        if not _SMALLEST + _SMALLEST or not are_finite(bits, found):
             _widen_others(found, bits, out, workers)
             return
         wide = out.view(np.int32)
@@ -164,7 +168,7 @@ def _widen(found: str) -> _Kernel:
 
 
 def _widen_others(found: str, bits: Array, out: Array, workers: Workers) -> None:
-    """Cast numbers that can be NaN or infinite to F32."""
+    """Cast any numbers to F32, also NaN and inf."""
     import numpy as np
 
     if found == "F16":
