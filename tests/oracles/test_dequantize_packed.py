@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def library(name: str) -> Any:
     """Return a module of a library, or skip the test if the library is not installed."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(f"{name} is not installed")
-    return importlib.import_module(name)
+    with warnings.catch_warnings(action="ignore"):  # some warn of their own use of torch
+        return importlib.import_module(name)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
