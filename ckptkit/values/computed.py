@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.checkpoint.payload import Payload, Sink, part_of, read_into
@@ -16,8 +16,9 @@ from ckptkit.values.losses import Losses
 from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
-__all__ = ["BlockPayload", "HeldBytes", "ThreadedPayload", "bytes_of"]
+__all__ = ["BlockPayload", "HeldBytes", "JoinedPayload", "ThreadedPayload", "bytes_of"]
 
+_TASK: Final = 1 << 18  # bytes that one thread computes at least, of several small payloads
 _Block = TypeVar("_Block")
 
 
@@ -123,6 +124,64 @@ class BlockPayload(ThreadedPayload, Generic[_Block]):
 
     def _place(self, block: _Block) -> int:
         return self.first_element(block) * DTYPES[self.out.dtype].bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedPayload(ThreadedPayload):
+    """Payloads that lie one after the other, each of which one thread computes."""
+
+    parts: Sequence[BlockPayload[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes of each part in turn."""
+        for part in self.parts:
+            yield from part.chunks()
+
+    def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:
+        """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
+        workers = self.parts[0].workers
+
+        def work(task: tuple[int, Sequence[BlockPayload[Any]]]) -> tuple[int, list[Losses], int]:
+            begin, parts = task
+            place, crc, losses = offset + begin, 0, []
+            for part in parts:
+                found = Losses()
+                for block in part.blocks():
+                    made, lost = part.make(block, workers)
+                    out.write(made, place)
+                    place += len(made)
+                    found = found.plus(lost)
+                    if checksum:
+                        crc = zlib.crc32(made, crc)
+                losses.append(found)
+            return place - begin - offset, losses, crc
+
+        crc, remaining = 0, iter(self.parts)
+        for count, losses, found in workers.each(work, self._tasks()):
+            for lost in losses:
+                next(remaining).keep(lost)
+            if checksum:
+                crc = joined_crc32(crc, found, count)
+            yield count
+        return crc
+
+    def _tasks(self) -> Iterator[tuple[int, Sequence[BlockPayload[Any]]]]:
+        """Yield the parts that one thread computes, and the number of bytes before them."""
+        begin = place = 0
+        task: list[BlockPayload[Any]] = []
+        for part in self.parts:
+            task.append(part)
+            place += part.nbytes
+            if place - begin >= _TASK:
+                yield begin, task
+                begin, task = place, []
+        if task:
+            yield begin, task
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
 from ckptkit.values.arrays import real_code
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.computed import BlockPayload, HeldBytes, bytes_of
+from ckptkit.values.computed import BlockPayload, HeldBytes, JoinedPayload, bytes_of
 from ckptkit.values.losses import Losses, count_losses
 from ckptkit.values.merging.model import Array, Facts, Merging, NoResultError
 from ckptkit.values.workers import PIECE, Workers
@@ -103,6 +103,20 @@ class MergedPayload(BlockPayload[_Piece]):
         """Write all bytes from ``offset`` of ``out`` in all threads, as ``SelfWriting`` says."""
         self._measure(self.workers, in_threads=True)
         return (yield from BlockPayload.write_to(self, out, offset, checksum=checksum))
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether the tensor is one piece, of inputs that are not held in memory."""
+        is_piece = self.out.elements * DTYPES[self.out.dtype].parts <= self._size
+        return is_piece and all(is_seekable(one.payload) for one in self.inputs)
+
+    def joins(self, other: Payload) -> bool:
+        """Return whether both are small: then each is merged by one thread, and several at once."""
+        return isinstance(other, MergedPayload) and self._is_small and other._is_small  # noqa: SLF001 - of this class
+
+    def join(self, others: Sequence[Payload]) -> Payload:
+        """Return one payload of this tensor and ``others``."""
+        return JoinedPayload((self, *(other for other in others if isinstance(other, MergedPayload))))
 
     def make(self, block: _Piece, workers: Workers) -> tuple[memoryview, Losses]:
         """Return the bytes of a piece in a buffer of this thread, and the losses of their rounding."""
