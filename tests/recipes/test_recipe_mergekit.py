@@ -125,6 +125,10 @@ parameters: {t: 0.3}
             "line 3: a slice of passthrough has one source",
         ),
         ("merge_method: slerp\nmodels: [{model: a}, {model: b}]", "slerp needs t"),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [a, 2]}]}]",
+            "line 2: a slice without two layers as layer_range has no equal",
+        ),
     ],
 )
 def test_a_configuration_without_an_equal_is_refused_with_its_line(text: str, reason: str) -> None:

@@ -260,6 +260,11 @@ def test_output_weights_that_an_input_leaves_to_its_tie_are_its_embedding(tmp_pa
     paths = [{"path": f"{tmp_path}/{name}"} for name in ("whole", "short")]
     both = ckptkit.plan_recipe({"method": "linear", "input": paths})
     assert values(both.materialize(both.paths))["lm_head.weight"] == 5
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))  # tied, and the file has both
+    tied = ckptkit.plan_recipe({"method": "linear", "input": paths})
+    assert {step.out.key: step.tied_to for step in tied.steps if step.tied_to} == {
+        names["embed.weight"]: "lm_head.weight"
+    }
     plan = ckptkit.plan_recipe({"method": "linear", "input": paths[::-1]})
     assert "lm_head.weight" not in {step.out.key for step in plan.steps}
     assert values(plan.materialize(plan.paths))["model.embed_tokens.weight"] == 5

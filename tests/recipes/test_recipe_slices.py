@@ -80,6 +80,7 @@ def test_a_scale_is_that_of_the_set_then_of_the_slice_then_of_the_input() -> Non
     ("text", "line", "reason"),
     [
         (HEAD + ONE + a_slice("A", 2, 6), 7, "'A' lacks layers 4, 5 of layers [2, 6): it has 4 layers"),
+        (HEAD + ONE + a_slice("A", 0, 10**17), 7, "'A' lacks layers 4, 5, 6, 7 and more of layers"),
         (HEAD.replace("model.", "") + ONE + a_slice("A", 0, 1), 2, "'layers.{i:int}.*' fits no key of 'A'"),
         (HEAD + TWO + a_slice("A", 0, 1), 7, "nothing says which input has the keys outside the layers"),
         (HEAD.replace("{i:int}", "*") + ONE + a_slice("A", 0, 1), 2, "layer_keys must have one capture of a number"),

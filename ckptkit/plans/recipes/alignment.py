@@ -301,7 +301,11 @@ def _tie(
     tied_to: dict[str, str] = {}
     notes = []
     infos = [replace(one.info, key=key) for key, one in inputs[reference].tensors.items() if one.recipe is None]
-    for keys in tied_keys(infos):
+    groups = tied_keys(infos)
+    head = inputs[reference].head
+    if head is not None and head.head in inputs[reference].tensors and not any(head.head in keys for keys in groups):
+        groups.append([key for key in by_key if key in (head.embedding, head.head)])
+    for keys in groups:
         merged = [key for key in keys if by_key[key].kind == "merged"]
         for key in merged[1:]:
             tied_to[key] = merged[0]

@@ -38,6 +38,15 @@ def merged_inputs(recipe: MergeRecipe, method: type[Method]) -> list[str]:
 
 
 def _check_names(recipe: MergeRecipe) -> None:
+    adapters = {f"{each.name}.lora": each for each in recipe.inputs if each.lora}
+    for each in recipe.inputs:
+        if each.name in adapters:
+            raise recipe.places.error(
+                f"{quoted(each.name)} is also the name of the adapter of {quoted(adapters[each.name].name)}",
+                "input",
+                each.number,
+                hint='give it another: name = "..."',
+            )
     counts = Counter(each.name for each in recipe.inputs)
     for each in recipe.inputs:
         if counts[each.name] > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeGuard
 
 from ckptkit.core.config_files import default_error_path, parse_table
 from ckptkit.core.dtypes import DTYPES
@@ -166,13 +166,15 @@ class _Importer:
         slices = self.content.get("slices")
         if not isinstance(slices, list) or method.name == "passthrough":
             return []
-        sources = [list(map(_mapping, _mapping(one).get("sources") or ())) for one in slices]
+        found = [_mapping(one).get("sources") for one in slices]
+        sources = [list(map(_mapping, one)) if isinstance(one, list) else [] for one in found]
         end = 0
         for number, rows in enumerate(sources):
-            ranges = {tuple(row.get("layer_range") or ()) for row in rows}
+            given = [row.get("layer_range") for row in rows]
+            ranges = {tuple(one) for one in given if _is_range(one)} if all(map(_is_range, given)) else set()
             same = [{k: v for k, v in row.items() if k != "layer_range"} for row in rows]
             first = [{k: v for k, v in row.items() if k != "layer_range"} for row in sources[0]]
-            is_next = len(ranges) == 1 and len(found := next(iter(ranges))) == 2 and found[0] == end
+            is_next = len(ranges) == 1 and next(iter(ranges))[0] == end
             if not is_next or same != first or _mapping(slices[number]).keys() != {"sources"}:
                 raise self.error(
                     f"slices of {method.name} that differ in their layers or parameters have no equal",
@@ -347,8 +349,10 @@ class _Importer:
                 raise self.error("a slice of passthrough has one source", "slices", number)
             source = _mapping(sources[0])
             layers = source.get("layer_range")
-            if not isinstance(layers, list) or len(layers) != 2:
-                raise self.error("a slice without layer_range has no equal", "slices", number, "sources", 0)
+            if not _is_range(layers):
+                raise self.error(
+                    "a slice without two layers as layer_range has no equal", "slices", number, "sources", 0
+                )
             count = layers[1] - layers[0]
             row = {"input": self.name(source.get("model")), "layers": list(layers)}
             place = ("slices", number, "sources", 0, "parameters")
@@ -372,6 +376,10 @@ class _Importer:
                 f"{listed(_AFTER_LAYERS)} are taken to be what is after the layers, from {quoted(last)}", "slices"
             )
         return {"layer_keys": self.layer_keys, "outer": first, "slice": rows} | ({"base": base} if base else {})
+
+
+def _is_range(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

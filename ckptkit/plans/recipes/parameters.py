@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
+from ckptkit.core.patterns import KeyMatch, Pattern, parse_pattern, suggest_pattern
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.toml_lines import TomlPath
-from ckptkit.errors import ArgumentError, RecipeError
+from ckptkit.errors import ArgumentError, RecipeError, RuleError
 from ckptkit.plans.methods.model import Method
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.recipes.model import Gradient, MergeRecipe, Parameters, Value
 
-__all__ = ["Chosen", "KeySettings"]
+__all__ = ["Chosen", "KeySettings", "index_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,17 @@ class Chosen:
     fits: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]  # the settings that fit, with the numbers of captures
 
 
+_MOST_DIGITS = 18
 _SEED = "seed"  # of random masks, which is one for all keys
 _Found: TypeAlias = tuple[Value | None, TomlPath]
+
+
+def index_of(match: re.Match[str] | KeyMatch, name: str) -> int:
+    """Return the number that a capture has; raise ``RuleError`` for one of too many digits, which a key can have."""
+    digits = match[name]
+    if len(digits) > _MOST_DIGITS:
+        raise RuleError(f"{quoted(match.string)}: index {{{name}}} has {len(digits)} digits, which is too many")
+    return int(digits)
 
 
 @dataclass(slots=True)
@@ -62,7 +72,7 @@ class KeySettings:
                 fits = True
                 pattern, match = found
                 counted = [name for name, is_int in pattern.captures.items() if is_int]
-                captured = tuple((name, int(match[name])) for name in counted)
+                captured = tuple((name, index_of(match, name)) for name in counted)
                 self._matches[key].append((number, captured))
                 for name, index in captured:
                     self._largest[number, name] = max(self._largest.get((number, name), 0), index)

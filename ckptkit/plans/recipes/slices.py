@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ckptkit.core.patterns import Pattern, parse_pattern, parse_template
 from ckptkit.core.text import listed, plural, quoted
@@ -11,9 +12,11 @@ from ckptkit.plans.plan import LayerCount
 from ckptkit.plans.recipes.alignment import Decision, Decisions
 from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient
 from ckptkit.plans.recipes.model import MergeRecipe
-from ckptkit.plans.recipes.parameters import KeySettings
+from ckptkit.plans.recipes.parameters import KeySettings, index_of
 
 __all__ = ["decide_slices", "layer_count", "outer_of"]
+
+_MOST_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +90,11 @@ def _layers(recipe: MergeRecipe, number: int, pattern: Pattern, owner: AlignedIn
         match = pattern.match(key)
         if match is None:
             continue
-        layer = int(match[counter])
+        layer = index_of(match, counter)
         there.add(layer)
         if first <= layer < end:
             found[template.expand(match)] = _Placed(owner.name, one, number)
-    missing = [layer for layer in range(first, end) if layer not in there]
+    missing = list(islice((layer for layer in range(first, end) if layer not in there), _MOST_NAMED + 1))
     if missing:
         has = f"has {plural(max(there) + 1, 'layer')}" if there else "has no layers"
         reason = f"{quoted(owner.name)} lacks {_named(missing)} of layers [{first}, {end}): it {has}"
@@ -100,7 +103,8 @@ def _layers(recipe: MergeRecipe, number: int, pattern: Pattern, owner: AlignedIn
 
 
 def _named(layers: Sequence[int]) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {listed([str(one) for one in layers], 4, show=str)}"
+    shown = listed([str(one) for one in layers[:_MOST_NAMED]], show=str)
+    return f"layer {shown}" if len(layers) == 1 else f"layers {shown}{' and more' if layers[_MOST_NAMED:] else ''}"
 
 
 def layer_count(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput]) -> LayerCount:
@@ -108,6 +112,6 @@ def layer_count(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput]) -> Laye
     pattern = parse_pattern(recipe.layer_keys)
     (counter,) = (name for name, is_int in pattern.captures.items() if is_int)
     found = [match for key in inputs[outer_of(recipe)].tensors if (match := pattern.match(key)) is not None]
-    before = 1 + max(int(match[counter]) for match in found)
+    before = 1 + max(index_of(match, counter) for match in found)
     order = tuple(layer for each in recipe.slices for layer in range(*each.layers))
     return LayerCount(before, order, recipe.layer_count_field)
