@@ -473,6 +473,24 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
                     ),
                     "operation": _text("The operation: copy, cast, or the names of tensor operations."),
                     "rule": _text_or_null("The rule that named it, or null."),
+                    "merge": {
+                        "description": "How a method of ckpt merge computes it; null if none does.",
+                        "anyOf": [
+                            _object(
+                                "The merge of one tensor.",
+                                {
+                                    "method": _text("The method."),
+                                    "base": _text_or_null("The role of its base, or null."),
+                                    "inputs": _texts("The roles of the inputs that it merges, without the base."),
+                                    "parameters": _table(
+                                        "The value of each parameter of the method, by name.",
+                                        _any("The value; of a parameter for each input, the values in their order."),
+                                    ),
+                                },
+                            ),
+                            {"type": "null"},
+                        ],
+                    },
                 },
             ),
         ),
@@ -500,6 +518,7 @@ def _edit(command: str, about: str) -> tuple[str, Schema]:
                 "from_base": _texts("The keys of the base that get no value from a donor."),
                 "by_source": _table("The number of tensors from each input.", _count("Tensors.")),
                 "by_operation": _table("The number of tensors that each operation makes.", _count("Tensors.")),
+                "by_method": _table("The number of tensors that each method merges.", _count("Tensors.")),
             },
         ),
         "output": {"description": "What was written; null for a dry run.", "anyOf": [output, {"type": "null"}]},

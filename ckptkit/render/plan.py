@@ -11,7 +11,8 @@ from ckptkit.core.cast_losses import CastLoss, describe_infinite_codes, describe
 from ckptkit.core.text import human_bytes, percent, plural, printable, short_number
 from ckptkit.errors import COMMAND
 from ckptkit.formats.safetensors_header import METADATA
-from ckptkit.plans.plan import Dropped, Plan, Step
+from ckptkit.plans.plan import PROVENANCE, Dropped, Plan, Step
+from ckptkit.render.merging.steps import merged_step, origins
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
 from ckptkit.render.summary import names_in_short, value_cell
 
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
 _NO_PLAN = Plan(())  # of an output that was described by hand
+_ABOUT_MERGE = "how the output was merged, which ckpt show prints"
 
 
 def plan_document(plan: Plan) -> dict[str, object]:
     """Return the document of a dry run of ``ckpt merge``, ``remap`` or ``convert`` with ``--json``."""
+    merges = list(map(merged_step, plan.steps))
     return {
         "schema": f"ckptkit.{plan.command}/1",
         "plan": [
@@ -35,8 +38,9 @@ def plan_document(plan: Plan) -> dict[str, object]:
                 "sources": [{"role": source.role, "key": source.key} for source in (*step.sources, *step.equals)],
                 "operation": step.operation,
                 "rule": step.rule or None,
+                "merge": None if merge is None else merge.document(),
             }
-            for step in plan.steps
+            for step, merge in zip(plan.steps, merges, strict=True)
         ],
         "dropped": [{"role": drop.role, "key": drop.key, "reason": drop.reason} for drop in plan.dropped],
         "kept": list(plan.kept),
@@ -50,6 +54,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
             "from_base": list(plan.from_base),
             "by_source": dict(Counter(map(_roles, plan.steps))),
             "by_operation": dict(Counter(step.operation for step in plan.steps)),
+            "by_method": dict(Counter(merge.method for merge in merges if merge is not None)),
         },
         "output": None,
     }
@@ -101,7 +106,8 @@ def plan_page(plan: Plan, *, expand: bool = False, with_notes: bool = True) -> P
 
     The notes are last; the command prints them on stderr instead.
     """
-    metadata = [(printable(name), value_cell(text)) for name, text in _metadata(plan).items() if name != "format"]
+    texts = {name: _ABOUT_MERGE if name == PROVENANCE else text for name, text in _metadata(plan).items()}
+    metadata = [(printable(name), value_cell(text)) for name, text in texts.items() if name != "format"]
     about = [*_kept(plan), *_unread(plan), f"{_summary(plan)}; nothing was written", *_coverage(plan, expand=expand)]
     table = [Table(("metadata", "value"), tuple(metadata))] if metadata else []
     lines = [*(Line((sentence,)) for sentence in about), *(map(_note, plan.notes) if with_notes else ())]
@@ -115,10 +121,16 @@ def _metadata(plan: Plan) -> Mapping[str, str]:
 
 
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:
-    rows = [(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
-    headers = ("key", "tensor", "from", "operation", "rule")
+    merges = list(map(merged_step, plan.steps))
+    has_merges = any(merges)
+    headers = ("key", "tensor", "from", "operation", "rule", *["parameters"] * has_merges)
+    rows = []
+    for step, merge in zip(plan.steps, merges, strict=True):
+        cells = (str(step.out), _origin(step), step.operation, step.rule)
+        rows.append((step.out.key, (*cells, merge.text() if merge else "") if has_merges else cells))
     last = "from" if len({origin for _, (_, origin, *_) in rows}) <= 1 else "tensor"
-    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("rule", "operation", last))
+    ways = ("operation", last, "parameters", "rule") if has_merges else ("rule", "operation", last)
+    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=ways)
     return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
 
@@ -260,6 +272,8 @@ def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
 
 
 def _summary(plan: Plan) -> str:
+    if made := origins(plan.steps):
+        return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {', '.join(made)}{plan.left_out}"
     by_source = Counter(step.sources[0].role if len(step.sources) == 1 else _roles(step) for step in plan.steps)
     parts = ", ".join(f"{count:,} from {role}" for role, count in by_source.items())
     return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{plan.left_out}"

@@ -73,7 +73,7 @@ def _check_method(context: click.Context, _option: click.Parameter, name: str) -
 def _show_methods(context: click.Context, _option: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
         from ckptkit.cli.common.printing import ReportFormat, echo_report
-        from ckptkit.render.methods import methods_page
+        from ckptkit.render.merging.methods import methods_page
 
         echo_report(ReportFormat.TABLE, methods_page, dict)
         context.exit()
