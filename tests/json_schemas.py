@@ -563,6 +563,10 @@ SCHEMAS: dict[str, Schema] = dict(
                     ),
                 ),
                 "metadata": _table("The text that the format stores as metadata.", {"type": "string"}),
+                "merge": {
+                    "description": "What the metadata or a file beside it says about the merge that made it, or null.",
+                    "anyOf": [_table("The text, parsed as JSON.", _any("One field.")), {"type": "null"}],
+                },
                 "warnings": _texts("What is unusual about the file."),
                 "summary": _object("Totals of the listed tensors.", _TOTALS),
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,62 @@ def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     block = ran.out[start : ran.out.index("\ndare_linear\n")]
     assert "1 input or more and a base; TIES-Merging, arXiv 2306.01708" in block
     assert "density    a number from 0 to 1              required          share of the elements" in block
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "folder"])
+def test_show_prints_the_recipe(name: str, models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The page has the method and each input in short; the JSON document has all of it."""
+    del models
+    words = ["A.safetensors", "B.safetensors", "--method", "linear", "--weight", "B=0.25", "--only", "layers.*"]
+    more = ["--max-shard-size", "1MB"] if name == "folder" else []
+    assert run_ckpt(capsys, "merge", *words, *more, "-o", name).code == 0
+    page = run_ckpt(capsys, "show", name).out
+    assert "\nmerged by linear, only layers.*\n" in page
+    assert re.search(r"\nB +B\.safetensors +[0-9. kB]+  weight 0\.25\n", page)
+    assert "ckptkit.merge" not in page
+    document = json.loads(run_ckpt(capsys, "show", name, "--json").out)["merge"]
+    assert document["recipe"]["input"][1] == {"name": "B", "path": "B.safetensors", "weight": 0.25}
+    assert document["inputs"]["A"]["tensors"] == len(SHAPES) + 1
+
+
+ODD = [
+    "", "[]", "{}", "NaN", '{"recipe": NaN}', '{"recipe": {"input": [1, {"name": [], "weight": {"a": "\\u001b"}}]}}',
+    '{"recipe": {"method": "\\u202e", "set": 3}, "inputs": [1]}', '{"inputs": {"a": {"size": -1}}, "recipe": {"a": 1}}',
+    '{"recipe": {"input": [{"name": "a"}]}, "inputs": {"a": {"size": true, "file": {}}}}', "1" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_show_trusts_nothing_that_a_file_says_of_its_merge(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands where a recipe is expected, the page and the document are printed, without control characters."""
+    path = tmp_path / "odd.safetensors"
+    save_file({"w": torch.zeros(1)}, path, metadata={"ckptkit.merge": text})
+    page = run_ckpt(capsys, "show", path)
+    assert (page.code, page.err, page.out.replace("\n", "").isprintable()) == (0, "", True)
+    assert run_ckpt(capsys, "show", path, "--json").code == 0
+
+
+def test_a_dry_run_has_the_parameters_of_each_tensor(
+    models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a gradient gives layers other weights, each has its own row; equal ones are joined; all are counted."""
+    del models
+    recipe = RECIPE.replace("[0, 1]", "[1, 0.5]") + '[[set]]\nkeys = "norm"\ntake = "C"\n'
+    Path("merge.toml").write_text(recipe, encoding="utf-8")
+    ran = run_ckpt(capsys, "merge", "--recipe", "merge.toml", "-o", "out.safetensors", "-n")
+    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in ran.out.splitlines()}
+    assert rows["layers.0.w"] == "weight 1"
+    assert rows["layers.1.w"] == "weight B=0 C=0.5"
+    last = ran.out.splitlines()[-1]
+    assert last.startswith("5 tensors, 296 B: ")
+    for part in ("3 merged by linear", "1 taken from C", "1 equal in all inputs", "1 tensor left out"):
+        assert part in last
+    document = json.loads(run_ckpt(capsys, "merge", "--recipe", "merge.toml", "-o", "o.pt", "-n", "--json").out)
+    found = {row["key"]: row["merge"] for row in document["plan"]}
+    assert found["norm"] is None
+    assert found["layers.1.w"] == {
+        "method": "linear", "base": None, "inputs": ["B", "C"], "parameters": {"weight": [0.0, 0.5], "normalize": True}
+    }  # fmt: skip
+    assert document["summary"]["by_method"] == {"linear": 3}

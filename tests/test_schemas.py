@@ -48,6 +48,7 @@ COMMANDS = f"""
 0 merge {MODEL} {DDP} --rename module.*=* --on-mismatch skip -o OUT/merged.safetensors --plan OUT/merge.json
 0 merge {TEN} {DDP} --rename module.*=* -o OUT/none.pt --dry-run
 0 merge {TUNED} x={TUNED} --method model_stock --base {TEN} -o OUT/stock.safetensors
+0 show OUT/stock.safetensors
 0 merge {MODEL}(num_classes=10) {TEN} --method extract-lora --rank 1 -o OUT/extracted/adapter_model.safetensors
 0 remap {DDP} --rename module.*=* -o OUT/remapped.pt
 0 remap {TEN} --rules OUT/rules.toml -o OUT/split.safetensors --plan OUT/plan.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from typing import NoReturn
 
@@ -13,8 +14,10 @@ from ckptkit.cli.common.options import expand_option, filter_options, path_argum
 from ckptkit.cli.common.printing import ReportFormat, echo_report, echo_result, print_message, progress_bar
 from ckptkit.cli.common.wildcards import expand_urls
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint.provenance import PROVENANCE, provenance_beside
 from ckptkit.core.checkpoint.stored import has_stored_bytes
-from ckptkit.core.config_files import default_error_path
+from ckptkit.core.config_files import default_error_path, read_text_file
+from ckptkit.core.files.places import is_url
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, RuleError
 
@@ -61,6 +64,8 @@ def show(
     (path,) = paths
     with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,), default_error_path(path):
         chosen: dict[str, object] = {"infos": _chosen(checkpoint, keep, drop)} if keep or drop else {}
+        if (merge := _merge_beside(checkpoint)) is not None:
+            chosen["merge"] = merge
         if digests:
             chosen["digests"] = _digests(checkpoint, _chosen(checkpoint, keep, drop), quiet=quiet)
         echo_result(report_format, checkpoint, chosen=chosen, tree=tree, expand=expand)
@@ -98,6 +103,20 @@ def _show_several(
         if found.hint:
             print_message(f"hint: {found.hint}")
     context.exit(2 if errors else 0)
+
+
+def _merge_beside(checkpoint: Checkpoint) -> Mapping[str, object] | None:
+    """Return what the file beside a local checkpoint says about the merge that made it; None if it cannot be read."""
+    if PROVENANCE in checkpoint.metadata or is_url(checkpoint.path):
+        return None
+    beside = provenance_beside(checkpoint)
+    if beside is None:
+        return None
+    from ckptkit.render.merging.recorded import recorded_in
+
+    with contextlib.suppress(CkptkitError):
+        return recorded_in({PROVENANCE: read_text_file(beside, "json")})
+    return None
 
 
 def _chosen(

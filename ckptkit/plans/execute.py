@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint.provenance import PROVENANCE, provenance_name
 from ckptkit.core.files.places import name_of, parent_of
 from ckptkit.core.progress import Progress
 from ckptkit.errors import PlanError
@@ -19,7 +20,7 @@ from ckptkit.plans.carried import Carried, target_of
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
-from ckptkit.plans.plan import PROVENANCE, Dropped, Plan, find_broken_ties, provenance_name
+from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
 from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_infinite_codes, describe_overflow, describe_small_losses
+from ckptkit.core.checkpoint.provenance import PROVENANCE
 from ckptkit.core.text import human_bytes, percent, plural, printable, short_number
 from ckptkit.errors import COMMAND
 from ckptkit.formats.safetensors_header import METADATA
-from ckptkit.plans.plan import PROVENANCE, Dropped, Plan, Step
+from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.merging.steps import merged_step, origins
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
 from ckptkit.render.summary import names_in_short, value_cell

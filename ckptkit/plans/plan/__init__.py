@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from ckptkit.core.arguments import refuse, require_flags, require_type
 from ckptkit.core.checkpoint import TensorInfo
@@ -23,17 +23,13 @@ if TYPE_CHECKING:
     from ckptkit.plans.inputs import Sources
 
 __all__ = [
-    "PROVENANCE",
     "Dropped",
     "LayerCount",
     "Plan",
     "Source",
     "Step",
     "find_broken_ties",
-    "provenance_name",
 ]
-
-PROVENANCE: Final = "ckptkit.merge"  # the metadata that says how an output was merged
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -192,8 +188,3 @@ def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
     groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping_tensors(infos)]
     known = {key for group in groups for key in group}
     return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]
-
-
-def provenance_name(path: str) -> str:
-    """Return the path of the file beside ``path`` that says how it was merged; of one in a folder for an empty path."""
-    return f"{path}.merge.json" if path else "merge.json"

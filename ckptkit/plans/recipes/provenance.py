@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint.provenance import PROVENANCE, provenance_beside
 from ckptkit.core.config_files import json_value, read_table_file
-from ckptkit.core.files.places import is_file, join, kind_at, name_of, size_at
+from ckptkit.core.files.places import name_of, size_at
 from ckptkit.errors import CkptkitError, RecipeError
 from ckptkit.formats.writing.targets import real_path
 from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.plans.methods.table import method_named
-from ckptkit.plans.plan import PROVENANCE, Plan, provenance_name
+from ckptkit.plans.plan import Plan
 from ckptkit.plans.recipes.model import NOT_PARAMETERS, MergeRecipe, Places
 from ckptkit.plans.recipes.parse import recipe_from_table
 from ckptkit.plans.recipes.writing import recipe_table
@@ -67,12 +68,8 @@ def read_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
         if not isinstance(document, dict):
             raise RecipeError(f"the metadata {PROVENANCE} is not a JSON object", path=checkpoint.path)
         return document
-    if not checkpoint.files:
-        return None
-    is_folder = kind_at(checkpoint.path) == "folder"
-    name = provenance_name("" if is_folder else checkpoint.path)
-    beside = join(checkpoint.path, name) if is_folder else name
-    return read_table_file(beside, as_json=True) if is_file(beside) else None
+    beside = provenance_beside(checkpoint)
+    return None if beside is None else read_table_file(beside, as_json=True)
 
 
 def recorded_recipe(checkpoint: Checkpoint) -> MergeRecipe:

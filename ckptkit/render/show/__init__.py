@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
+from ckptkit.core.checkpoint.provenance import PROVENANCE
 from ckptkit.core.result.summary import CheckpointSummary, totals
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
@@ -25,8 +26,13 @@ def show_document(
     *,
     infos: Mapping[str, TensorInfo] | None = None,
     digests: Mapping[str, str] | None = None,
+    merge: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint, by default all."""
+    """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint, by default all.
+
+    ``merge`` is what a file beside the checkpoint says about its merge.
+    """
+    recorded = _recorded(checkpoint, merge)
     infos = checkpoint if infos is None else infos
     shared = shared_keys(checkpoint)
     return {
@@ -51,6 +57,7 @@ def show_document(
             for entry in checkpoint.entries
         ],
         "metadata": dict(checkpoint.metadata),
+        "merge": None if recorded is None else dict(recorded),
         "warnings": list(checkpoint.warnings),
         "summary": totals_document(CheckpointSummary.of(checkpoint, infos.values())),
     }
@@ -61,17 +68,20 @@ def show_page(
     *,
     infos: Mapping[str, TensorInfo] | None = None,
     digests: Mapping[str, str] | None = None,
+    merge: Mapping[str, object] | None = None,
     tree: bool = False,
     expand: bool = False,
 ) -> Page:
     """Return the page of ``ckpt show``: the chosen tensors, the totals, then all other entries of the file.
 
     Without ``infos``, all tensors are listed. With ``tree``, they are listed as a tree of modules. With ``digests`` by
-    key, each tensor has the first digits of its digest.
+    key, each tensor has the first digits of its digest. ``merge`` is what a file beside the checkpoint says about its
+    merge.
     """
     infos = checkpoint if infos is None else infos
+    recorded = _recorded(checkpoint, merge)
     if tree:
-        return _tree_page(checkpoint, infos, digests)
+        return _tree_page(checkpoint, infos, digests, recorded)
     shared = shared_keys(checkpoint)
     has_ties = not shared.keys().isdisjoint(infos)
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # most tensors look like many others
@@ -97,7 +107,7 @@ def show_page(
     )
     title = Line(describe(CheckpointSummary.of(checkpoint, infos.values())))
     quantized = quantized_lines(quantized_weights(checkpoint), infos)
-    return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint, digests)]
+    return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint, digests, recorded)]
 
 
 def _digest(digests: Mapping[str, str], key: str) -> str:
@@ -110,7 +120,10 @@ def _ties(key: str, others: Sequence[str]) -> str:
 
 
 def _tree_page(
-    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], digests: Mapping[str, str] | None = None
+    checkpoint: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    digests: Mapping[str, str] | None,
+    recorded: Mapping[str, object] | None,
 ) -> Page:
     """Return the modules as their names nest them, each with its size."""
     below: dict[tuple[str, ...], list[TensorInfo]] = {}
@@ -134,7 +147,7 @@ def _tree_page(
         Line(describe(CheckpointSummary.of(checkpoint, infos.values()))),
         *quantized_lines(quantized_weights(checkpoint), infos),
         Listing(tuple(lines or ["no tensors"])),
-        *_other_entries(checkpoint, digests),
+        *_other_entries(checkpoint, digests, recorded),
     ]
 
 
@@ -157,15 +170,31 @@ def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
     return tables
 
 
-def _other_entries(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> list[Block]:
+def _recorded(checkpoint: Checkpoint, merge: Mapping[str, object] | None) -> Mapping[str, object] | None:
+    """Return what the metadata of a checkpoint, or else the file beside it, says about the merge that made it."""
+    if PROVENANCE not in checkpoint.metadata:
+        return merge
+    from ckptkit.render.merging.recorded import recorded_in
+
+    return recorded_in(checkpoint.metadata)
+
+
+def _other_entries(
+    checkpoint: Checkpoint, digests: Mapping[str, str] | None, recorded: Mapping[str, object] | None
+) -> list[Block]:
     inside, beside = _sorted_entries(checkpoint)
+    metadata = {key: text for key, text in checkpoint.metadata.items() if key != PROVENANCE or recorded is None}
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("also holds", "type", "value"): list(map(_entry_row, inside)),
         (f"beside {printable(checkpoint.envelope)}", "type", "value"): list(map(_entry_row, beside)),
-        ("metadata", "value"): [(printable(key), value_cell(text)) for key, text in checkpoint.metadata.items()],
+        ("metadata", "value"): [(printable(key), value_cell(text)) for key, text in metadata.items()],
         ("code references, not run",): [(printable(name),) for name in checkpoint.references],
     }
     blocks: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
+    if recorded is not None:
+        from ckptkit.render.merging.recorded import recorded_blocks
+
+        blocks += recorded_blocks(recorded)
     only_headers = checkpoint.files and digests is None
     return [*blocks, Line(("headers only: no tensor value was read",))] if only_headers else blocks
 

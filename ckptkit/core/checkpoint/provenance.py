@@ -1,0 +1,29 @@
+"""Where a checkpoint says how it was merged: an item of its metadata, or a file beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ckptkit.core.files.places import is_file, join, kind_at
+
+if TYPE_CHECKING:
+    from ckptkit.core.checkpoint import Checkpoint
+
+__all__ = ["PROVENANCE", "provenance_beside", "provenance_name"]
+
+PROVENANCE: Final = "ckptkit.merge"  # the metadata that says how an output was merged
+
+
+def provenance_name(path: str) -> str:
+    """Return the path of the file beside ``path`` that says how it was merged; of one in a folder for an empty path."""
+    return f"{path}.merge.json" if path else "merge.json"
+
+
+def provenance_beside(checkpoint: Checkpoint) -> str | None:
+    """Return the path of the file beside a checkpoint that says how it was merged, or None where there is none."""
+    if not checkpoint.files:
+        return None
+    is_folder = kind_at(checkpoint.path) == "folder"
+    name = provenance_name("" if is_folder else checkpoint.path)
+    beside = join(checkpoint.path, name) if is_folder else name
+    return beside if is_file(beside) else None
