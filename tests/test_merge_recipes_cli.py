@@ -280,8 +280,8 @@ def test_a_dry_run_has_the_parameters_of_each_tensor(
     Path("merge.toml").write_text(recipe, encoding="utf-8")
     ran = run_ckpt(capsys, "merge", "--recipe", "merge.toml", "-o", "out.safetensors", "-n")
     rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in ran.out.splitlines()}
-    assert rows["layers.0.w"] == "weight 1"
-    assert rows["layers.1.w"] == "weight B=0 C=0.5"
+    assert rows["layers.0.w"] == "linear"
+    assert rows["layers.1.w"] == "linear: weight B=0 C=0.5"
     last = ran.out.splitlines()[-1]
     assert last.startswith("5 tensors, 296 B: ")
     for part in ("3 merged by linear", "1 taken from C", "1 equal in all inputs", "1 tensor left out"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
 _NO_PLAN = Plan(())  # of an output that was described by hand
-_ABOUT_MERGE = "how the output was merged, which ckpt show prints"
+_ABOUT_MERGE = "the recipe and the inputs"
 
 
 def plan_document(plan: Plan) -> dict[str, object]:
@@ -122,16 +122,10 @@ def _metadata(plan: Plan) -> Mapping[str, str]:
 
 
 def _tables(plan: Plan, *, expand: bool) -> list[Block]:
-    merges = list(map(merged_step, plan.steps))
-    has_merges = any(merges)
-    headers = ("key", "tensor", "from", "operation", "rule", *["parameters"] * has_merges)
-    rows = []
-    for step, merge in zip(plan.steps, merges, strict=True):
-        cells = (str(step.out), _origin(step), step.operation, step.rule)
-        rows.append((step.out.key, (*cells, merge.text() if merge else "") if has_merges else cells))
+    rows = [(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
+    headers = ("key", "tensor", "from", "operation", "rule")
     last = "from" if len({origin for _, (_, origin, *_) in rows}) <= 1 else "tensor"
-    ways = ("operation", last, "parameters", "rule") if has_merges else ("rule", "operation", last)
-    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=ways)
+    tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("rule", "operation", last))
     return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
 

@@ -136,7 +136,7 @@ class _Importer:
             table["set"] = [table for rows in self.sets.values() for table in rows]
         if method.name in _RANDOM:
             self.note(
-                "the seed is not in the configuration: --random-seed N of mergekit is seed = N here", "merge_method"
+                "the seed is not in the configuration: what mergekit takes as random-seed is seed here", "merge_method"
             )
         recipe = recipe_from_table(table, Places(path))
         return ImportedRecipe(recipe_from_table(recipe_table(recipe), Places(path)), tuple(self.notes))

@@ -70,7 +70,7 @@ def plan_recipe(
         >>> recipe = {"method": "linear", "input": [{"name": "a", "weight": 0.25}, {"name": "b", "weight": 0.75}]}
         >>> plan = plan_recipe(recipe, inputs={"a": a, "b": b})
         >>> plan.steps[0].rule, plan.materialize({"a": a, "b": b})["fc.weight"].tolist()
-        ('linear: weight [0.25, 0.75]', [[2.5, 2.5], [2.5, 2.5]])
+        ('linear: weight a=0.25 b=0.75', [[2.5, 2.5], [2.5, 2.5]])
     """
     named: object = inputs  # the caller may have passed anything
     if named is not None and (not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named)):
@@ -174,7 +174,7 @@ class _Maker:
             is_wide=self.recipe.compute == "float64",
             on_nonfinite=self.recipe.on_nonfinite,
         )
-        rule = decision.why + _values(method)
+        rule = decision.why + _values(method, decision.inputs)
         return self._complete(Step(out, sources, "", rule, Recipe(tuple(inner), (merge,)), equals))
 
     def _largest(self, key: str, decision: Decision) -> Step:
@@ -229,7 +229,7 @@ class _Maker:
         return replace(one, info=TensorInfo(key, one.info.dtype, wanted), recipe=recipe)
 
 
-def _values(method: Method) -> str:
+def _values(method: Method, inputs: Sequence[str]) -> str:
     """Return the values of the parameters that differ from their defaults, for the rule of a step."""
     shown = []
     given = method.given()
@@ -240,7 +240,8 @@ def _values(method: Method) -> str:
             continue
         texts = [str(one).lower() if isinstance(one, bool) else option_text(one) for one in several]
         same = len(set(texts)) == 1
-        shown.append(f"{name} {texts[0]}" if same else f"{name} [{', '.join(texts)}]")
+        by_input = " ".join(f"{each}={text}" for each, text in zip(inputs, texts, strict=False))
+        shown.append(f"{name} {texts[0] if same else by_input}")
     return f": {', '.join(shown)}" if shown else ""
 
 

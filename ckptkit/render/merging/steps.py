@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ckptkit.core.text import printable, short_number
+from ckptkit.core.text import printable
 from ckptkit.plans.plan import Step
 
 if TYPE_CHECKING:
-    from ckptkit.plans.methods.model import Parameter
     from ckptkit.plans.methods.operation import Merge
     from ckptkit.tensor_ops.recipes import Recipe
 
@@ -24,27 +23,12 @@ class MergedStep(NamedTuple):
     base: str | None
     inputs: tuple[str, ...]
     values: Mapping[str, object]
-    known: Mapping[str, Parameter]
 
     def document(self) -> dict[str, object]:
         """Return the merge as JSON values, with all parameters."""
         return {
             "method": self.method, "base": self.base, "inputs": list(self.inputs), "parameters": dict(self.values)
         }  # fmt: skip
-
-    def text(self) -> str:
-        """Return the parameters of inputs, and others without their defaults: ``weight B=0.6 C=0.4, lambda 0.5``."""
-        return ", ".join(filter(None, (self._one(name, value) for name, value in self.values.items())))
-
-    def _one(self, name: str, value: object) -> str:
-        parameter = self.known[name]
-        several: Sequence[object] = value if isinstance(value, list) else [value]
-        if not parameter.is_per_input and value == parameter.default:
-            return ""
-        if len(set(several)) == 1:
-            return f"{name} {_shown(several[0])}"
-        named = (f"{printable(each)}={_shown(one)}" for each, one in zip(self.inputs, several, strict=True))
-        return f"{name} {' '.join(named)}"
 
 
 def merged_step(step: Step) -> MergedStep | None:
@@ -55,7 +39,7 @@ def merged_step(step: Step) -> MergedStep | None:
     merge = cast("Merge", operation)
     roles = [step.sources[_first(item)].role for item in step.recipe.inputs]
     base = roles.pop(0) if merge.has_base else None
-    return MergedStep(merge.method.name, base, tuple(roles), merge.method.given(), merge.method.parameters())
+    return MergedStep(merge.method.name, base, tuple(roles), merge.method.given())
 
 
 def origins(steps: Iterable[Step]) -> list[str]:
@@ -81,9 +65,3 @@ def _origin(step: Step, merge: MergedStep | None) -> str:
 def _first(item: int | Recipe) -> int:
     """Return the first source of an input of a recipe, which has the role of the input."""
     return item if isinstance(item, int) else _first(item.inputs[0])
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return short_number(value) if isinstance(value, int | float) else str(value)
