@@ -49,8 +49,10 @@ class Weights:
     elements: int
     layer: str = "layers"
     block: tuple[str, ...] = BLOCK
-    change: Literal["none", "all", "head"] = "none"  # which tensors have other values than without a change
+    change: Literal["none", "all"] = "none"  # whether the values are other ones than without a change
     fixed: bool = False  # the scale does not change it
+    width: int = 0  # of a row of a matrix; without it, tensors have one dimension
+    tuned: int = 0  # the number of a model that was tuned from the one of number 0: small random changes
 
     @property
     def size(self) -> float:
@@ -169,8 +171,10 @@ class Folder:
 Made = Weights | Within | Linears | Blocks | Matrices | Text | Folder
 
 _LARGE = Weights(60, BIG, layer="module.layers")
-_MODELS = "\n".join(f"  - model: {name}.safetensors\n    parameters: {{weight: 0.5, density: 0.5}}"
-                    for name in ("tuned", "head"))  # fmt: skip
+_MATRICES = Weights(60, BIG, layer="model.layers", width=4096)
+_BASE = "base_model: base.safetensors\n"
+_TUNED = "".join(f"  - model: {name}.safetensors\n    parameters: {{weight: {weight}, density: 0.5}}\n"
+                 for name, weight in (("math", 0.6), ("code", 0.4)))  # fmt: skip
 FILES: dict[str, Made] = {
     "small.safetensors": Weights(10, 128, fixed=True),
     "small-tuned.safetensors": Weights(10, 128, change="all", fixed=True),
@@ -187,7 +191,9 @@ FILES: dict[str, Made] = {
     "million.pt": Within(Weights(10, 128, fixed=True), "million", 1_000_000),
     "copy.safetensors": _LARGE,
     "tuned.safetensors": replace(_LARGE, change="all"),
-    "head.safetensors": replace(_LARGE, change="head"),
+    "base.safetensors": _MATRICES,
+    "math.safetensors": replace(_MATRICES, tuned=1),
+    "code.safetensors": replace(_MATRICES, tuned=2),
     "load126.safetensors": Linears(512, 20),
     "load420.safetensors": Linears(1024, 33, "bfloat16"),
     "other420.safetensors": Linears(1024, 33, "bfloat16", seed=1),
@@ -201,8 +207,18 @@ FILES: dict[str, Made] = {
     "large-model": Folder("large.safetensors"),
     "tuned-model": Folder("tuned.safetensors"),
     "passthrough.yml": Text("merge_method: passthrough\nmodels:\n  - model: tuned.safetensors\ndtype: float32\n"),
-    "linear.yml": Text(f"merge_method: linear\nmodels:\n{_MODELS}\ndtype: float32\n"),
-    "ties.yml": Text(f"merge_method: ties\nbase_model: large.safetensors\nmodels:\n{_MODELS}\ndtype: float32\n"),
+    "linear.yml": Text(
+        "merge_method: linear\ndtype: float32\nmodels:\n  - model: base.safetensors\n    parameters: {weight: 0.2}\n"
+        f"{_TUNED}"
+    ),
+    "slerp.yml": Text(
+        f"merge_method: slerp\ndtype: float32\n{_BASE}parameters: {{t: 0.3}}\n"
+        "models:\n  - model: base.safetensors\n  - model: math.safetensors\n"
+    ),
+    **{
+        f"{method}.yml": Text(f"merge_method: {method}\ndtype: float32\n{_BASE}models:\n{_TUNED}")
+        for method in ("ties", "dare_ties", "della")
+    },
 }
 
 
@@ -279,17 +295,19 @@ def _values(made: Weights) -> Iterator[npt.NDArray[np.float32]]:
     import numpy as np
 
     pool = np.random.default_rng(0).standard_normal(max(made.elements, 1 << 16), dtype=np.float32) * np.float32(0.02)
+    if made.tuned:
+        pool += np.random.default_rng(made.tuned).standard_normal(len(pool), dtype=np.float32) * np.float32(2e-4)
     for number in range(made.count):
-        changed = made.change == "all" or (made.change == "head" and number == made.count - 1)
         begin = number * made.elements % (len(pool) - made.elements + 1)
-        factor = 1 + number / (1 << 17) + (1e-3 if changed else 0)
+        factor = 1 + number / (1 << 17) + (1e-3 if made.change == "all" else 0)
         yield pool[begin : begin + made.elements] * np.float32(factor)
 
 
 def _write_weights(path: Path, made: Weights) -> None:
     width = made.elements * 4
+    shape = [made.elements // made.width, made.width] if made.width else [made.elements]
     header = {
-        name: {"dtype": "F32", "shape": [made.elements], "data_offsets": [number * width, number * width + width]}
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [number * width, number * width + width]}
         for number, name in enumerate(_names(made))
     }
     text = json.dumps(header, separators=(",", ":")).encode()  # as the safetensors library writes it

@@ -11,7 +11,7 @@ NAMES = "Names and shapes"
 COPIES = "Copies"
 VALUES = "Values"
 LOADING = "Loading and training"
-NOT_YET = "Not built yet"
+MERGES = "Merges"
 
 NO_FLUSH = "does not flush to the disk"
 NO_RULE = "names no rule that would match the keys; exit code 0"
@@ -26,7 +26,9 @@ ACCEPTS = "does not look into bfloat16; accepts tensors that overlap, and bytes 
 ONLY_NAMES = "names of changed tensors only"
 
 A, RENAMED, AGAIN = "a.safetensors", "renamed.safetensors", "again.safetensors"
-SMALL, LARGE, TUNED, HEAD = "small.safetensors", "large.safetensors", "tuned.safetensors", "head.safetensors"
+SMALL, LARGE, TUNED = "small.safetensors", "large.safetensors", "tuned.safetensors"
+BASE, MATH, CODE = "base.safetensors", "math.safetensors", "code.safetensors"
+WEIGHTS = "--weight math=0.6 --weight code=0.4"
 HALF, OTHER_HALF = "load420.safetensors", "other420.safetensors"
 
 IMPORT_CLICK = Rival("import click", code("import click"), 1.3, "only starts Python and imports this library")
@@ -64,8 +66,20 @@ def _torch(name: str, line: str, limit: float | None = None, differs: str = "") 
     return Rival(name, script(line), limit, differs)
 
 
-def _mergekit(method: str) -> Rival:
-    return Rival(f"mergekit {method}", peer("mergekit", f"mergekit-pytorch {method}.yml out-mergekit"), None, NO_FLUSH)
+def _mergekit(method: str, limit: float | None = None) -> Rival:
+    return Rival(f"mergekit {method}", peer("mergekit", f"mergekit-pytorch {method}.yml out-mergekit"), limit, NO_FLUSH)
+
+
+def _merge(method: str, limit: float, options: str, *names: str) -> Row:
+    """Return the row of a merge of values: limits to the least work, and to mergekit."""
+    return Row(
+        MERGES,
+        method,
+        (*names, f"{method}.yml"),
+        ckpt(f"merge {' '.join(names)} -o out.safetensors --method {method} {options}"),
+        (moved(1, *names, limit=limit), _mergekit(method, 0.2)),
+        megabytes=200,
+    )
 
 
 def _memcmp(first: str, second: str, limit: float) -> Rival:
@@ -469,18 +483,10 @@ ROWS = (
     _load("a legacy .pth", "load420.pth", "1024 float32"),
     _groups("validate"),
     _groups("build"),
-    Row(
-        NOT_YET,
-        "merge: linear, two models",
-        (TUNED, HEAD, "linear.yml"),
-        None,
-        (moved(1, TUNED, HEAD), _mergekit("linear")),
-    ),
-    Row(
-        NOT_YET,
-        "merge: ties, two models and their base",
-        (LARGE, TUNED, HEAD, "ties.yml"),
-        None,
-        (moved(1, LARGE, TUNED, HEAD), _mergekit("ties")),
+    _merge("linear", 1.5, f"--weight base=0.2 {WEIGHTS}", BASE, MATH, CODE),
+    _merge("slerp", 2.5, "--param t=0.3", BASE, MATH),
+    *(
+        _merge(method, 6.0, f"--base base {WEIGHTS} --density 0.5", BASE, MATH, CODE)
+        for method in ("ties", "dare_ties", "della")
     ),
 )
