@@ -10,6 +10,9 @@ from pathlib import Path
 
 import ckptkit
 from ckptkit.core.findings import Code
+from ckptkit.plans.methods.model import Method
+from ckptkit.plans.methods.table import METHODS
+from ckptkit.render.merging.methods import inputs_text, parameter_rows
 from tests.json_schemas import SCHEMAS
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +59,7 @@ def files() -> dict[Path, str]:
         package / "core" / "findings" / "code_names.py": _code_names(),
         ROOT / "docs" / "codes.md": "\n".join(_codes_page()),
         ROOT / "docs" / "api.md": "\n".join(_api_page()),
+        ROOT / "docs" / "methods.md": "\n".join(_methods_page()),
         **{
             ROOT / "docs" / "schemas" / f"{name}.schema.json": f"{json.dumps(schema, indent=2)}\n"
             for name, schema in SCHEMAS.items()
@@ -113,6 +117,38 @@ def _codes_page() -> Iterator[str]:
             for code in import_module(module).CODES
         )
     yield ""
+
+
+_METHODS_PAGE = """\
+# Methods of merging
+
+These methods compute with the values of all inputs: `ckpt merge A B C -o OUT --method NAME`. `ckpt merge
+--help-methods` prints the same list. [Merge models](howto/merge.md) says which method is for what. A
+[recipe](recipes.md) can set other parameters for some keys.
+
+The inputs are `x_1`, `x_2` and so on, with the weights `w_i`. The base is `b`, and `d_i = x_i - b` is a task vector.
+Give a parameter for all inputs as `--param NAME=VALUE`, and one "for each input" as `--param INPUT.NAME=VALUE`."""
+
+
+def _methods_page() -> Iterator[str]:
+    yield _METHODS_PAGE
+    for name, method in METHODS.items():
+        yield from ("", f"## {name}", "", _formula(method), "")
+        paper = method.paper
+        title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper and paper.arxiv else paper
+        yield f"Merges {inputs_text(method)}.{f' Source: {title}.' if title else ''}"
+        if rows := parameter_rows(method):
+            yield from ("", "| parameter | values | default | what it is |", "|---|---|---|---|")
+            yield from (
+                f"| `{parameter}` | {values} | {default.removeprefix('default ')} | {meaning} |"
+                for parameter, values, default, meaning in rows
+            )
+    yield ""
+
+
+def _formula(method: type[Method]) -> str:
+    """Return the first sentence of the description of a method, with formulas as code."""
+    return " ".join(inspect.cleandoc(method.__doc__ or "").partition("\n\n")[0].split()).replace("``", "`")
 
 
 _API_PAGE = """\

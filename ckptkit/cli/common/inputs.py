@@ -11,7 +11,7 @@ from ckptkit.core.findings import Code, ReaderWarning
 from ckptkit.core.text import listed, printable
 from ckptkit.formats import open_checkpoint, open_checkpoint_or_parts
 
-__all__ = ["note_what_is_beside", "open_checkpoints", "open_with_warnings"]
+__all__ = ["note_what_is_beside", "open_checkpoints", "open_with_warnings", "print_warnings"]
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def open_checkpoints(
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(opener(path)) for path in paths]
         for checkpoint in checkpoints:
-            _print_warnings(checkpoint, quiet=quiet, expected=expected)
+            print_warnings(checkpoint, quiet=quiet, expected=expected)
         yield checkpoints
 
 
@@ -35,7 +35,7 @@ def open_checkpoints(
 def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet: bool) -> Iterator[Checkpoint]:
     """Open one checkpoint with ``opener``, print the warnings about it unless ``quiet``, and close it at the end."""
     with opener(path) as checkpoint:
-        _print_warnings(checkpoint, quiet=quiet)
+        print_warnings(checkpoint, quiet=quiet)
         yield checkpoint
 
 
@@ -52,7 +52,8 @@ def note_what_is_beside(checkpoint: Checkpoint, given: str, verb: str, *, quiet:
     print_message(f"ckpt: {printable(checkpoint.path)}: note: {read}")
 
 
-def _print_warnings(checkpoint: Checkpoint, *, quiet: bool, expected: Collection[Code] = ()) -> None:
+def print_warnings(checkpoint: Checkpoint, *, quiet: bool, expected: Collection[Code] = ()) -> None:
+    """Print the warnings about a checkpoint unless ``quiet``, but for those with an ``expected`` code."""
     for warning in () if quiet else checkpoint.warnings:
         if not isinstance(warning, ReaderWarning) or warning.code not in expected:
             kind = "note" if isinstance(warning, ReaderWarning) and warning.severity == "note" else "warning"

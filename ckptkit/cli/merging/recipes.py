@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ckptkit.cli.common.inputs import open_checkpoints
+from ckptkit.cli.common.inputs import open_checkpoints, print_warnings
 from ckptkit.cli.common.outputs import OutputOptions, run_plan
 from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.cli.merging.options import MergeOptions
@@ -13,7 +13,6 @@ from ckptkit.core.text import printable
 from ckptkit.formats import codes
 from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.targets import prepare_side_file
-from ckptkit.plans.recipes.inputs import adapter_role
 from ckptkit.plans.recipes.model import MergeRecipe
 
 __all__ = ["recipe_of_mergekit", "recipe_of_options", "run_recipe", "write_recipe_of", "write_recipe_of_mergekit"]
@@ -56,17 +55,13 @@ def recipe_of_mergekit(path: str, *, quiet: bool) -> MergeRecipe:
 
 def run_recipe(recipe: MergeRecipe, options: OutputOptions, *, has_recipe: bool) -> None:
     """Open the inputs, then print the plan, or execute it; without ``has_recipe``, the output has only digests."""
-    from ckptkit.plans.recipes.planning import plan_recipe
+    from ckptkit.plans.recipes.inputs import opened_recipe
+    from ckptkit.plans.recipes.planning import plan_opened
 
-    paths: dict[str, str] = {}
-    for each in recipe.inputs:
-        named = {each.name: each.path, adapter_role(each.name): each.lora}
-        paths |= {role: path for role, path in named.items() if path}
-    expected = [codes.ADAPTER_BASE]  # the recipe says where each adapter goes
-    with open_checkpoints(*paths.values(), quiet=options.quiet, expected=expected) as opened:
-        sources = dict(zip(paths, opened, strict=True))
-        plan = plan_recipe(recipe, inputs=sources, record_recipe=has_recipe)
-        run_plan(plan, sources, options)
+    with opened_recipe(recipe, {}) as (roles, paths):
+        for checkpoint in roles.values():
+            print_warnings(checkpoint, quiet=options.quiet, expected=[codes.ADAPTER_BASE])  # the recipe has its base
+        run_plan(plan_opened(recipe, roles, paths, record_recipe=has_recipe), roles, options)
 
 
 def write_recipe_of(merged: str, output: str | None, *, force: bool) -> None:

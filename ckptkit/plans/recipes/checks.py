@@ -115,8 +115,9 @@ def _check_methods(recipe: MergeRecipe) -> None:
     for name, path in uses:
         method = method_named(name)
         if method.uses_base == "always" and not recipe.base:
+            option = 'base = "NAME"' if recipe.places.is_named else "--base"
             raise recipe.places.error(
-                f"{name} needs a base", *path, hint='base = "NAME" is one of the inputs, or a path'
+                f"{name} needs a base", *path, hint=f"{option} is the name of one of the inputs, or a path"
             )
         if recipe.slices:
             continue

@@ -90,13 +90,12 @@ def opened_recipe(
 ) -> Iterator[tuple[dict[str, Checkpoint], dict[str, str]]]:
     """Give the inputs by role, the base first, and their paths; what is opened here is closed at the end.
 
-    ``given`` has inputs and adapters by role, in place of their paths. Raises what ``opened`` raises, and
-    ``RecipeError`` for an input without a path, and for a name in ``given`` that no input has.
+    ``given`` has inputs in place of their paths. Raises what ``opened`` raises, and ``RecipeError`` for an input
+    without a path, and for a name in ``given`` that no input has.
     """
     names = [each.name for each in recipe.inputs]
-    adapters = [adapter_role(each.name) for each in recipe.inputs if each.lora]
     for name in given:
-        if name not in names and name not in adapters:
+        if name not in names:
             raise RecipeError(f"the recipe has no input {quoted(name)}", hint=f"its inputs are {listed(names)}")
     first = reference_of(recipe)
     paths: dict[str, str] = {}
@@ -109,12 +108,12 @@ def opened_recipe(
                 )
             values: dict[str, CheckpointLike] = {each.name: given.get(each.name, each.path)}
             if each.lora:
-                values[adapter_role(each.name)] = given.get(adapter_role(each.name), each.lora)
+                values[adapter_role(each.name)] = each.lora
             for role, value in values.items():
                 roles[role] = stack.enter_context(opened(value, role))
                 refuse_suspicious(roles[role], role)
-                if isinstance(value, str) or (isinstance(value, Checkpoint) and value.files):
-                    paths[role] = value if isinstance(value, str) else value.path
+                if isinstance(value, str):
+                    paths[role] = value
         yield roles, paths
 
 

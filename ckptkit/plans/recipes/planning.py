@@ -30,7 +30,7 @@ from ckptkit.plans.steps import complete_step, moved_modules
 from ckptkit.tensor_ops.arithmetic import Maximum
 from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["plan_recipe"]
+__all__ = ["plan_opened", "plan_recipe"]
 
 _STATISTICS = ("running_mean", "running_var")
 _NO_REASON = "no key of the output is made of it"
@@ -77,8 +77,16 @@ def plan_recipe(
         refuse(named, "inputs", "a mapping of the names of inputs to checkpoints")
     require_flags(record_recipe=record_recipe)
     parsed = parse_recipe(recipe)
-    with opened_recipe(parsed, inputs or {}) as (roles, paths), pause_gc():
-        return with_provenance(_plan(parsed, roles, paths), parsed, roles, paths, has_recipe=record_recipe)
+    with opened_recipe(parsed, inputs or {}) as (roles, paths):
+        return plan_opened(parsed, roles, paths, record_recipe=record_recipe)
+
+
+def plan_opened(
+    recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[str, str], *, record_recipe: bool
+) -> Plan:
+    """Return the plan of a recipe for the inputs that ``opened_recipe`` gives. Raises as ``plan_recipe``."""
+    with pause_gc():
+        return with_provenance(_plan(recipe, roles, paths), recipe, roles, paths, has_recipe=record_recipe)
 
 
 def _plan(recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[str, str]) -> Plan:

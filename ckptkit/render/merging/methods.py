@@ -10,7 +10,9 @@ from ckptkit.plans.methods.model import Method, Parameter
 from ckptkit.plans.methods.table import METHODS
 from ckptkit.render.page import Block, Line, Listing, Page
 
-__all__ = ["inputs_text", "methods_page", "parameter_row", "summary_of"]
+__all__ = ["inputs_text", "methods_page", "parameter_rows", "summary_of"]
+
+_FOUND = ("drawn",)  # parameters that a plan finds
 
 
 def methods_page() -> Page:
@@ -35,8 +37,12 @@ def inputs_text(method: type[Method]) -> str:
     return f"{inputs}{base}"
 
 
-def parameter_row(parameter: Parameter) -> tuple[str, str, str, str]:
-    """Return the name of a parameter, its values, its default, and what it is."""
+def parameter_rows(method: type[Method]) -> list[tuple[str, str, str, str]]:
+    """Return the name of each parameter that a user can give, its values, its default, and what it is."""
+    return [_row(parameter) for name, parameter in method.parameters().items() if name not in _FOUND]
+
+
+def _row(parameter: Parameter) -> tuple[str, str, str, str]:
     default = parameter.default
     shown = str(default).lower() if isinstance(default, bool) else str(default).removesuffix(".0")
     meaning = f"{parameter.meaning}, for each input" if parameter.is_per_input else parameter.meaning
@@ -47,7 +53,7 @@ def _method(method: type[Method]) -> Iterator[Block]:
     yield Line((method.name,))
     yield Line((summary_of(method),), indented=True)
     yield Line((f"{inputs_text(method)}{f'; {method.paper}' if method.paper else ''}",), indented=True)
-    rows = [parameter_row(parameter) for parameter in method.parameters().values()]
+    rows = parameter_rows(method)
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if rows:
         yield Listing(tuple(f"    {'  '.join(map(str.ljust, row, sizes))}".rstrip() for row in rows))
