@@ -195,10 +195,38 @@ def test_a_file_of_another_program_is_never_removed(source: Path, monkeypatch: p
 
     PartsStore.reset({})
     monkeypatch.setattr(PartsFile, "commit", lambda _: another())
-    with pytest.raises(OutputError, match="cannot be read"):
+    with pytest.raises(OutputError, match="cannot be written"):
         convert(source, url)
     assert PartsStore.content() == {"/bucket/out.safetensors": b"of another program"}
     assert not PartsStore.unfinished
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=["file", "shards"])
+def test_what_cannot_be_removed_is_said_after_an_interrupt(
+    case: Case, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store fails when the unfinished uploads are to be removed."""
+    url = f"parts://bucket/{case.name}"
+
+    discard = PartsFile.discard
+
+    def fail(file: PartsFile) -> None:
+        if PartsStore.count >= PartsStore.interrupts_at:
+            raise OSError(errno.EIO, "the store failed")
+        discard(file)
+
+    monkeypatch.setattr(PartsFile, "discard", fail)
+    PartsStore.reset({})
+    PartsStore.interrupts_at = 6
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        write(source, url, case)
+    told = "; ".join(stopped.value.__notes__)
+    assert f"the unfinished upload of {url}" in told
+    assert "could not be removed: remove it by hand" in told
+    assert left_between() == told
+    for path in PartsStore.unfinished:
+        note_replaced(path.replace("/bucket", "parts://bucket"))
+    note_replaced(url)
 
 
 def test_a_directory_in_a_store_with_directories_is_not_replaced(source: Path) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "folder_exists_already",
     "holds_directory",
     "is_wrong_output",
+    "leftover",
     "name_leftover",
     "path_state",
     "wrong_output",
@@ -130,6 +131,12 @@ def add_to_hint(error: CkptkitError, what: str) -> None:
 def name_leftover(error: CkptkitError, left: Sequence[str]) -> None:
     """Add to the hint of an error what could not be removed."""
     if left:
-        more = f" and {len(left) - 1} more" if left[1:] else ""
-        what = "them" if left[1:] else "it"
-        add_to_hint(error, f"{printable(left[0])}{more} could not be removed: remove {what} by hand")
+        add_to_hint(error, leftover(left))
+
+
+def leftover(left: Sequence[str]) -> str:
+    """Return the sentence about what could not be removed, or an empty string."""
+    if not left:
+        return ""
+    more = f" and {len(left) - 1} more" if left[1:] else ""
+    return f"{printable(left[0])}{more} could not be removed: remove {'them' if left[1:] else 'it'} by hand"

@@ -65,5 +65,5 @@ def note_replaced(path: str) -> None:
 
 
 def left_between() -> str:
-    """Return the sentence about an output that is neither the old nor the new one, or an empty string."""
-    return next((text for tell in tuple(_replacing.values()) if (text := tell())), "")
+    """Return what is to be said of outputs that did not end, or an empty string."""
+    return "; ".join(text for tell in tuple(_replacing.values()) if (text := tell()))

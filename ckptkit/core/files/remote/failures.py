@@ -133,8 +133,8 @@ def status_failure(
     return PathError(text, path=url)
 
 
-def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
-    """Return the error that says in plain words why a request failed."""
+def explain(error: BaseException, url: str, *, failure: str = "cannot be read") -> CkptkitError | TransientError:
+    """Return the error that says in plain words why a request failed; ``failure`` is said of an unknown error."""
     if isinstance(error, CkptkitError | TransientError):
         return error
     chain = list(_chain(error))
@@ -172,7 +172,7 @@ def explain(error: BaseException, url: str) -> CkptkitError | TransientError:
         return TransientError("the connection was cut")
     if isinstance(error, NotImplementedError):
         return PathError(f"the library for {scheme_of(url)}:// cannot do this", path=url)
-    return PathError(f"cannot be read: {type(error).__name__}{': ' if text else ''}{text}", path=url)
+    return PathError(f"{failure}: {type(error).__name__}{': ' if text else ''}{text}", path=url)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -31,7 +31,7 @@ def store_errors(url: str) -> Iterator[None]:
     except (NotImplementedError, io.UnsupportedOperation):
         raise OutputError("the store does not let files be written", hint=WAY_OUT, path=url) from None
     except Exception as error:
-        failure = explain(error, url)
+        failure = explain(error, url, failure="cannot be written")
         if isinstance(failure, TransientError):
             raise OutputError(failure.reason, hint="run the command again later", path=url) from None
         if failure is error and failure.path != url:  # of an input

@@ -9,23 +9,21 @@ from typing import Protocol, Self
 
 from ckptkit.core.files.remote.store import ObjectState
 from ckptkit.core.text import printable
-from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.errors import OutputError
 from ckptkit.formats.writing.output_file import OutputFile
 from ckptkit.formats.writing.state import (
     Target,
-    add_to_hint,
     changed_meanwhile,
     created_meanwhile,
     is_wrong_output,
-    name_leftover,
 )
 from ckptkit.formats.writing.stores.asking import Store, is_same_state, store_errors
+from ckptkit.formats.writing.stores.remains import tell_what_is_left
 from ckptkit.formats.writing.stores.sending import Sending
 from ckptkit.formats.writing.stores.transfers import TakenError, transfer_to
 from ckptkit.formats.writing.traces import (
     note_new_output,
     note_removed,
-    note_replacing,
     note_temporary,
 )
 
@@ -95,11 +93,13 @@ class SentFile:
         self.is_named = None
         try:
             self._transfer.commit(self._before)
-        except Exception as error:  # noqa: BLE001 - the libraries have no common class of errors
+        except Exception as error:
             with contextlib.suppress(Exception):  # the first error says more
                 self._ask()
             if not self.is_named:
-                raise _taken(self.url, self._before) if isinstance(error, TakenError) else error from None
+                if isinstance(error, TakenError):
+                    raise _taken(self.url, self._before) from None
+                raise  # with its cause, which says what the server answered
             with contextlib.suppress(Exception):
                 self._transfer.abort()
         else:
@@ -220,14 +220,7 @@ class StoreFile(OutputFile):
             self._sent.end()
         elif not self._sent.is_finished:
             self._sent.end()
-        told = self._told() if self._holder is None else ""
-        if isinstance(error, CkptkitError):
-            name_leftover(error, left)
-            if told:
-                add_to_hint(error, told)
-        elif told and error is not None:
-            note_replacing(self.target, lambda: told)
-            error.add_note(told)  # for callers from Python
+        tell_what_is_left(error, self.target, left, self._told() if self._holder is None else "")
 
     def _told(self) -> str:
         """Return what became of the old file, or an empty string where it is still there."""

@@ -15,16 +15,14 @@ from ckptkit.formats.writing.output_file import OutputFile
 from ckptkit.formats.writing.state import (
     PathState,
     Target,
-    add_to_hint,
     changed_meanwhile,
     created_meanwhile,
     is_wrong_output,
-    name_leftover,
 )
 from ckptkit.formats.writing.stores.asking import Store, is_same_state, store_errors
 from ckptkit.formats.writing.stores.file import SentFile, StoreFile
 from ckptkit.formats.writing.stores.put_off import signals_put_off
-from ckptkit.formats.writing.stores.remains import what_is_where
+from ckptkit.formats.writing.stores.remains import tell_what_is_left, what_is_where
 from ckptkit.formats.writing.stores.transfers import is_temporary
 from ckptkit.formats.writing.traces import note_replaced, note_replacing
 
@@ -71,14 +69,9 @@ class StoreFolder:
             file.end()
         told = "" if kind is None else self._told()
         note_replaced(self._target.path)
+        tell_what_is_left(error, self._target.path, left, told)
         if isinstance(error, CkptkitError):
-            name_leftover(error, left)
-            if told:
-                add_to_hint(error, told)
             error.path = error.path or self._target.given
-        elif told and error is not None:
-            note_replacing(self._target.path, lambda: told)
-            error.add_note(told)  # for callers from Python
 
     def file(self, name: str, size: int, block: int = 0, *, by_kernel: bool = True) -> OutputFile:  # noqa: ARG002
         """Return a new file, which gets its name in ``complete``."""
