@@ -111,14 +111,14 @@ def test_losses_of_rounding_are_those_of_each_number(scale: float) -> None:
     assert found.underflowed == int(((numbers != 0) & (numbers.half() == 0)).sum())
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_products_that_float32_cannot_hold_are_losses(dtype: str) -> None:
-    """A code that stands for inf or NaN stays so: it does not overflow, and is counted."""
+@pytest.mark.parametrize(("dtype", "overflowed"), [("F32", 1), ("BF16", 1), ("F8_E4M3", 3)])
+def test_products_that_float32_cannot_hold_are_losses(dtype: str, overflowed: int) -> None:
+    """A code for inf or NaN stays so, and is counted. Of F8_E4M3, which has no inf, each number counts once."""
     codes = torch.tensor([[2.0, torch.inf, torch.nan, 1.0]]).to(torch.float8_e5m2)
     made = payload("scaled", {"codes": codes, "scales": torch.tensor([[3e38]])}, dtype)
     made.find_losses()
     assert made.losses is not None
-    assert (made.losses["w"].overflowed, made.losses["w"].infinite_codes) == (1, 2)
+    assert (made.losses["w"].overflowed, made.losses["w"].infinite_codes) == (overflowed, 2)
 
 
 def test_broken_scales_are_refused_with_the_name_of_the_part() -> None:

@@ -173,7 +173,10 @@ class DequantizedPayload(BlockPayload[_Block]):
             return found, losses
         made = cast_bytes(found, _WORKING, self.out.dtype, workers)
         if counts:
-            losses = losses.plus(count_losses(found, made, _WORKING, self.out.dtype, workers))
+            rounded = count_losses(found, made, _WORKING, self.out.dtype, workers)
+            again = min(rounded.infinite, losses.overflowed)  # products that are infinite, and then saturate
+            less = rounded._replace(overflowed=rounded.overflowed - again, infinite=rounded.infinite - again)
+            losses = losses.plus(less)
         return made, losses
 
     def _overflows(
