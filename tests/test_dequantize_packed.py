@@ -450,6 +450,11 @@ def long_rows() -> dict[str, tuple[str, Parts, Any]]:
             "packed rows", packed | {"codes": words(rng, 2, 1260), "g_idx": index}, shape | {"bits": 4},
         ),
         "MLX": ("mlx", halves | {"codes": words(rng, 2, 1575).view(torch.uint32)}, {"bits": 5, "group_size": 96}),
+        "floats of 4 bits": (
+            "torchao", {"codes": torch.from_numpy(rng.integers(0, 256, (2, columns // 2), dtype=np.uint8)),
+                        "scales": torch.from_numpy(rng.integers(110, 140, (2, columns // 32), dtype=np.uint8))},
+            {"form": "mxfp4"},
+        ),
         "HQQ": (
             "hqq", points | {"codes": torch.from_numpy(rng.integers(0, 256, (columns, 1), dtype=np.uint8))},
             {"shape": (2, columns), "packing": "4bit_u8", "axis": 1, "dtype": "float16"},
@@ -463,10 +468,10 @@ def long_rows() -> dict[str, tuple[str, Parts, Any]]:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
-    "name", ["rows of 3 bits", "rows of 4 bits in the order of activations", "MLX", "HQQ", "torch"]
+    "name", ["rows of 3 bits", "rows of 4 bits in the order of activations", "MLX", "floats of 4 bits", "HQQ", "torch"]
 )
 def test_a_long_row_of_packed_codes_is_decoded_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block is as long as a row, and the numbers are those of whole rows."""
+    """No block is as long as a row, and the numbers are those of whole rows, also if a part ends within a byte."""
     family, parts, settings = long_rows()[name]
     whole = decoded(family, parts, settings=settings)
     monkeypatch.setattr("ckptkit.values.dequantize.payload.PIECE", 4096)
@@ -475,5 +480,5 @@ def test_a_long_row_of_packed_codes_is_decoded_in_parts(name: str, monkeypatch: 
     assert [len(piece) // 4 for piece in pieces] == [4096, 4096, 1888] * 2
     assert b"".join(pieces) == whole.numpy().tobytes()
     part = bytearray(4 * 3000)
-    made.read_range(4 * 13_000, memoryview(part))
-    assert bytes(part) == whole.flatten()[13_000:16_000].numpy().tobytes()
+    made.read_range(4 * 13_001, memoryview(part))
+    assert bytes(part) == whole.flatten()[13_001:16_001].numpy().tobytes()

@@ -30,6 +30,7 @@ __all__ = ["DequantizedPayload", "broken_part"]
 _WORKING: Final = "F32"
 _MOST_HELD: Final = 64 << 20  # bytes of parts that are read whole: memory does not grow with the checkpoint
 _UNIT: Final = 1 << 12  # columns at whose multiples a part of a long row begins
+_TOGETHER: Final = 2  # columns that can share a byte, which a part of a row has both of
 _ALWAYS_HELD: Final = 2  # weights: both sides of a comparison
 
 
@@ -139,6 +140,7 @@ class DequantizedPayload(BlockPayload[_Block]):
             for row in range(low // columns, -(-end // columns)):
                 first = max(low - row * columns, 0) // _UNIT * _UNIT
                 last = min(end - row * columns, columns)
+                last = min(last + last % _TOGETHER, columns)
                 for start in range(first, last, PIECE):
                     yield _Block(row, row + 1, start, min(start + PIECE, last))
             return
