@@ -133,6 +133,14 @@ def test_the_karcher_mean_of_two_is_the_middle_and_has_the_mean_length() -> None
     assert math.isclose(np.linalg.norm(made), (np.linalg.norm(a) + np.linalg.norm(b)) / 2, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [[0.634, 1.94], [0.965, 1.401], [1.668, 0.138]])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_opposite_direction_does_not_turn_the_karcher_mean(weights: list[float], seed: int) -> None:
+    a = random_tensors(1, seed=seed)[0].astype(np.float64)
+    made = merge_arrays("karcher", [a, -a], {"weight": weights}, codes="F64")
+    np.testing.assert_allclose(made, a if weights[0] > weights[1] else -a, rtol=1e-12)
+
+
 def test_the_karcher_mean_has_no_first_order_pull() -> None:
     tensors = [tensor.astype(np.float64).ravel() for tensor in random_tensors(3)]
     made = merge_arrays("karcher", tensors, {"tol": 1e-12, "max_iter": 50}, codes="F64").ravel()
@@ -202,9 +210,13 @@ def test_nearswap_takes_near_elements_whole_and_moves_others_by_t() -> None:
     np.testing.assert_allclose(np.abs(made - base)[~is_near], 0.1, atol=1e-6)
 
 
-def test_a_scale_of_0_reads_nothing() -> None:
-    tensor = np.full((2, 2), np.nan, np.float32)
+def test_factors_of_0_read_nothing() -> None:
+    tensor, base = np.full((2, 2), np.nan, np.float32), np.ones((2, 2), np.float32)
     assert (merge_arrays("passthrough", [tensor], {"scale": [0.0]}) == 0).all()
+    nothing = {"weight": 0, "normalize": False}
+    for method in ("linear", "multislerp"):
+        assert (merge_arrays(method, [tensor, tensor], nothing) == 0).all()
+    assert (merge_arrays("multislerp", [base, tensor, tensor], nothing, base=True) == base).all()
 
 
 @pytest.mark.parametrize(

@@ -164,14 +164,14 @@ def test_ranks_are_those_of_a_stable_sort(row: int) -> None:
 def test_della_keeps_large_elements_more_often_and_divides_by_their_probability() -> None:
     """In each tenth of the ranks, the share that is kept is within 5 standard errors of its mean probability."""
     rows, row, density, epsilon = 400, 100, 0.5, 0.3
-    base = np.zeros((rows, row), np.float32)
-    change = np.random.default_rng(0).standard_normal((rows, row)).astype(np.float32)
+    base = np.zeros((rows, row))
+    change = np.random.default_rng(0).standard_normal((rows, row))
     given = {"weight": 1.0, "density": density, "epsilon": epsilon}
-    made = merge_arrays("della_linear", [base, change], given, base=True)
+    made = merge_arrays("della_linear", [base, change], given, base=True, codes="F64")
     ranks = np.argsort(np.argsort(abs(change), axis=1), axis=1)
     probability = density - epsilon + 2 * epsilon * ranks / (row - 1)
     kept = made != 0
-    np.testing.assert_allclose(made[kept], (change / probability)[kept], rtol=1e-5)
+    np.testing.assert_allclose(made[kept], (change / probability)[kept], rtol=1e-12)
     for tenth in range(10):
         here = ranks // 10 == tenth
         wanted = probability[here].mean()
@@ -220,10 +220,20 @@ def test_numbers_that_are_not_finite_are_refused(method: str) -> None:
         merged(method, tensors)
 
 
-def test_an_infinity_that_one_vote_hides_is_refused() -> None:
+@pytest.mark.parametrize(("elect", "weight"), [("count", 1.0), ("plain", [-1, 2, 1])])
+def test_an_infinity_that_loses_the_election_is_refused(elect: str, weight: object) -> None:
     tensors = [np.zeros(4), np.array([np.inf, 1, 1, 1]), -np.ones(4), -np.ones(4)]
     with pytest.raises(PlanError, match=r"its element \[0\] in 'input 1' is inf"):
-        merge_arrays("ties", tensors, {"weight": 1.0, "density": 1.0, "elect": "count"}, base=True)
+        merge_arrays("ties", tensors, {"weight": weight, "density": 1.0, "elect": elect}, base=True)
+
+
+@pytest.mark.parametrize("method", [name for name in KEEPING if name != "arcee_fusion"])  # which has a softmax
+def test_inputs_times_a_power_of_two_give_the_output_times_it(method: str) -> None:
+    """No square or sum of very small or very large numbers becomes 0 or infinite."""
+    tensors = models(shape=(64, 16))
+    made = merged(method, tensors)
+    for factor in (2.0**-90, 2.0**90):
+        assert (merged(method, [tensor * factor for tensor in tensors]) == made * np.float32(factor)).all()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (2, 1), (2, 2, 3)])

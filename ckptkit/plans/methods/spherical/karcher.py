@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Karcher"]
 
+_OPPOSITE = -1 + 1e-12  # the cosine below which a direction is opposite to the mean, where no arc is the shortest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Karcher(Method):
     """``m * sum w_i |x_i|``, where m is the point of the unit sphere with the least squared arcs to ``x_i / |x_i|``.
 
     From the mean direction, ``m <- exp_m(sum w_i log_m(x_i / |x_i|))`` is repeated until a step is shorter than
-    ``tol``, or ``max_iter`` times. A tensor of zeros counts for the length only. Where the mean of the directions is 0,
-    the result is the mean of the tensors.
+    ``tol``, or ``max_iter`` times. A tensor of zeros counts for the length only, and a direction that is opposite to m
+    does not pull. Where the mean of the directions is 0, the result is the mean of the tensors.
 
     Source: arXiv 2603.04972; Karcher, "Riemannian center of mass and mollifier smoothing", 1977.
     """
@@ -67,6 +69,7 @@ class Karcher(Method):
             angle = np.where(norms > 0, np.arccos(near), 0.0)
             sine = np.sin(angle)
             pulls = shares * np.divide(angle, sine, out=np.ones_like(angle), where=sine > 0)
+            pulls[near < _OPPOSITE] = 0
             step = pulls - float(pulls @ near) * mean
             size = _length(step, cosine)
             if size < self.tol or not size:

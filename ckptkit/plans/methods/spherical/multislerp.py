@@ -38,9 +38,12 @@ class Multislerp(Method):
 
     def resolve(self, tensor: MergedTensor) -> Merging:
         """Return the combination along the mean direction; an input of weight 0 is not read."""
+        from ckptkit.values.merging.combination import combination
         from ckptkit.values.merging.gram import ByAngles
 
-        counted = (place for place, weight in zip(tensor.positions, self.weight, strict=True) if weight)
+        counted = [place for place, weight in zip(tensor.positions, self.weight, strict=True) if weight]
+        if not counted:
+            return combination([1.0] * tensor.has_base + [0.0] * tensor.inputs, is_mean=tensor.has_base)
         base = [0] if tensor.has_base else []
         return ByAngles((*base, *counted), tensor.has_base, self.factors, self.normalize)
 

@@ -77,8 +77,8 @@ class TaskVectors(Merging):
 
     @property
     def hides_nonfinite(self) -> bool:
-        """Whether an infinity may be only one vote of several."""
-        return self.election == "count"
+        """Whether an infinity may lose the election: as one vote of several, or by its negative weight."""
+        return self.election in ("count", "plain")
 
     def needs(self, number: int, known: Any) -> bool:
         """Return whether something is not known yet."""

@@ -151,15 +151,15 @@ class RandomByRank(Keeping, Keeper):
         """Set the others to 0; the elements are whole rows."""
         import numpy as np
 
-        size, kind = len(vector), np.float32
+        size, kind = len(vector), vector.dtype.type
         if self.row > 1:
             sizes = np.abs(vector, out=workers.buffer("merge sizes", vector.dtype, size))
-            probabilities = ranks_in_rows(sizes, self.row, workers)
+            probabilities = ranks_in_rows(sizes, self.row, workers).astype(kind, copy=False)
             np.divide(probabilities, kind(self.row - 1), out=probabilities)
             np.multiply(probabilities, kind(2 * self.spread), out=probabilities)
             np.add(probabilities, kind(self.density - self.spread), out=probabilities)
         else:
-            probabilities = workers.buffer("merge ranks", kind, size)
+            probabilities = workers.buffer("merge probabilities", kind, size)
             probabilities.fill(self.density)
         for first, stop in pieces(size, BLOCK):
             part = probabilities[first:stop]
@@ -168,7 +168,7 @@ class RandomByRank(Keeping, Keeper):
                 np.divide(vector[first:stop], part, out=vector[first:stop])
             np.multiply(vector[first:stop], kept, out=vector[first:stop])
 
-    def _kept(self, probabilities: npt.NDArray[np.float32], start: int, workers: Workers) -> npt.NDArray[np.bool_]:
+    def _kept(self, probabilities: Array, start: int, workers: Workers) -> npt.NDArray[np.bool_]:
         import numpy as np
 
         size = len(probabilities)

@@ -64,9 +64,9 @@ class SelectCalculateErase(Merging):
         vectors = _vectors(inputs)
         known = known or self._begin()
         if known is None:
-            return int(np.count_nonzero(_variances(vectors, workers)))
+            return int(np.count_nonzero(_deviations(vectors, workers)))
         if isinstance(known.selected, Stage):
-            return start, known.selected.measure(_variances(vectors, workers), workers)
+            return start, known.selected.measure(_deviations(vectors, workers), workers)
         self._thin(vectors, known.selected.mark(start), workers)
         return [float(np.einsum("i,i->", vector, vector, dtype=np.float64)) for vector in vectors]
 
@@ -106,7 +106,7 @@ class SelectCalculateErase(Merging):
         if self.share == 1:
             return
         kept = workers.buffer("merge kept", np.bool_, len(vectors[0]))
-        mark.into(_variances(vectors, workers), kept)
+        mark.into(_deviations(vectors, workers), kept)
         for vector in vectors:
             np.multiply(vector, kept, out=vector)
 
@@ -117,10 +117,11 @@ def _vectors(inputs: Sequence[Array]) -> list[Array]:
     return [np.subtract(vector, inputs[0], out=vector) for vector in inputs[1:]]
 
 
-def _variances(vectors: Sequence[Array], workers: Workers) -> Array:
-    """Return the variance of each element in a buffer of this thread; it is exactly 0 where all are equal.
+def _deviations(vectors: Sequence[Array], workers: Workers) -> Array:
+    """Return numbers that have the order of the variances, in a buffer of this thread; 0 where all are equal.
 
-    It is computed in float64, so that the order of the vectors does not show in the digits of the dtype.
+    They are the roots of the sums of squares, which are neither 0 nor infinite in the dtype of the vectors. They are
+    computed in float64, so that the order of the vectors does not show in their digits.
     """
     import numpy as np
 
@@ -138,5 +139,5 @@ def _variances(vectors: Sequence[Array], workers: Workers) -> Array:
         np.multiply(wide, wide, out=wide)
         np.add(variances, wide, out=variances)
     found = workers.buffer("merge found", dtype, size)
-    np.copyto(found, variances, casting="same_kind")
+    np.copyto(found, np.sqrt(variances, out=variances), casting="same_kind")
     return found
