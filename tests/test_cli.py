@@ -416,7 +416,7 @@ def test_show_document(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(run_ckpt(capsys, "show", "fixtures/encoder_tied.pt", "--json").out)
     assert document["schema"] == "ckptkit.show/1"
     assert list(document) == [
-        "schema", "path", "format", "tensors", "quantized", "entries", "metadata", "warnings", "summary",
+        "schema", "path", "format", "tensors", "quantized", "entries", "metadata", "merge", "warnings", "summary",
     ]  # fmt: skip
     assert document["tensors"][0] == {
         "key": "embed.weight", "dtype": "F32", "shape": [32, 16], "elements": 512, "bytes": 2048,

@@ -37,7 +37,6 @@ from ckptkit.formats import codes
 from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.plans.adapters.layers import AS_LAYER
 from ckptkit.plans.inputs import roles_of
-from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.policies import MISMATCH_ACTIONS, MISSING_ACTIONS, UNEXPECTED_ACTIONS
 from ckptkit.rules.model import Rules
@@ -120,6 +119,8 @@ def merge(base: str | None, donors: tuple[str, ...], *, options: OutputOptions, 
 
 
 def _overlay(paths: Sequence[str], options: OutputOptions, rules: Rules, given: MergeOptions) -> None:
+    from ckptkit.plans.merge import plan_merge
+
     def planned(first: Checkpoint, others: list[Checkpoint]) -> Plan:
         return plan_merge(
             first,
