@@ -242,6 +242,9 @@ LIGHT_COMMANDS = {
     "convert views": "main(['convert', OUT + '/views.pt', '-o', OUT + '/d.safetensors'])",
     "optim show": "main(['optim', 'show', 'fixtures/lenet_ddp.pt'])",
     "optim remap": "main(['optim', 'remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/o.pt', '--rename', 'module.*=*'])",
+    "merge methods": "main(['merge', '--help-methods'])",
+    "merge dry run": "main(['merge', 'fixtures/lenet_10class.pth', 'fixtures/lenet_tuned.safetensors', '-o',"
+    " OUT + '/m.pt', '--method', 'average', '--dry-run'])",
     "merge": "main(['merge', 'fixtures/lenet_10class.pth', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/c.pt'])",
 }
 

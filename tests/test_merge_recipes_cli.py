@@ -110,6 +110,20 @@ def test_a_base_that_is_no_input_and_keys_that_are_not_merged(
     assert torch.equal(found["norm"], models["A"]["norm"].bfloat16())
 
 
+def test_an_option_of_one_input_is_named_where_it_helps(
+    models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hint of an error about keys or shapes is an option that can be pasted, and with it the merge is done."""
+    save_file({f"module.{key}": value for key, value in models["B"].items()}, "P.safetensors")
+    save_file({**models["B"], "head.weight": torch.ones(4, 6)}, "S.safetensors")
+    for name, option in (("P", "P.strip=module."), ("S", "S.on_mismatch=slice")):
+        words = ["A.safetensors", f"{name}.safetensors", "--method", "average"]
+        ran = run_ckpt(capsys, "merge", *words, "-o", f"{name}.pt")
+        assert (ran.code, f"--param '{option}'" in ran.err) == (2, True), ran.err
+        found = merged(capsys, *words, "--param", option)
+        torch.testing.assert_close(found["norm"], mean_of(models, A=1, B=1)["norm"], rtol=0, atol=1e-6)
+
+
 RECIPE = """\
 version = 1
 method = "linear"
@@ -165,6 +179,8 @@ WRONG = {
     "not a base": (["--method", "ties", "--base", "AA"], "'AA', which is neither the name of an input nor a path"),
     "out of range": (["--method", "ema", "--param", "decay=1"], "decay is 1, and must be"),
     "wrong count": (["--method", "add_difference"], "add_difference merges 3 inputs, and there are 2"),
+    "given twice": (["--method", "slerp", "--param", "t=0", "--param", "t=1"], "t is given already, as 0"),
+    "no recipe": (["--method", "slerp", "--again", "A.safetensors"], "no meaning with --again"),
     "other method": (["--method", "slerp", "--scale", "2"], "--scale has no meaning with --method slerp"),
     "overlay": (["--density", "0.5"], "--density has no meaning with --method overlay"),
     "other rules": (["--method", "linear", "--strip", "auto"], "--method linear: a recipe has it for each [[input]]"),

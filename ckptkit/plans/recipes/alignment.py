@@ -259,13 +259,15 @@ def _missing_error(
     named = [f"{quoted(key)} (not in {listed(lacking)})" for key, lacking in list(missing.items())[:_MOST_NAMED]]
     more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
     verb = "is" if len(missing) == 1 else "are"
-    hint = 'on_missing = "base", "present" or "drop"; or only = [...], or other names by strip and rename of an input'
+    way = recipe.places.setting("on_missing", "base")
+    hint = f'{way}, "present" or "drop"; or only = [...], or other names by strip and rename of an input'
     path: TomlPath = ("on_missing",)
     wanted = inputs[reference].tensors
     for name, each in inputs.items():
         prefix = _prefix_between(wanted, each.tensors)
         if prefix is not None and prefix[0]:
-            path, hint = input_path(recipe, name), f'the keys of {quoted(name)} begin with it: strip = "{prefix[0]}"'
+            way = recipe.places.setting("strip", prefix[0], name)
+            path, hint = input_path(recipe, name), f"the keys of {quoted(name)} begin with it: {way}"
             break
         if prefix is not None:
             path = input_path(recipe, name)

@@ -55,7 +55,9 @@ def _check_names(recipe: MergeRecipe) -> None:
                 f"two inputs have the name {quoted(each.name)}: {quoted(first.path)} and {quoted(second.path)}",
                 "input",
                 second.number,
-                hint='give one of them another: name = "..."',
+                hint='give one of them another: name = "..."'
+                if recipe.places.is_named
+                else "NAME=PATH gives another name",
             )
 
 

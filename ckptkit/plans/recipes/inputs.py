@@ -173,7 +173,7 @@ def _refuse_quantized(recipe: MergeRecipe, each: RecipeInput, checkpoint: Checkp
             f"{quoted(each.name)} has {count} ({weights[0].scheme}), such as {quoted(weights[0].key)}",
             "input",
             each.number,
-            hint="dequantize = true merges them as numbers",
+            hint=f"{recipe.places.setting('dequantize', value=True, of_input=each.name)} merges them as numbers",
         )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, Literal, TypeAlias
 
-from ckptkit.core.text import quoted
+from ckptkit.core.config_files import toml_value
+from ckptkit.core.text import quoted, shell_word
 from ckptkit.core.toml_lines import TomlPath
 from ckptkit.errors import RecipeError
 from ckptkit.tensor_ops.mismatch import MismatchName
@@ -95,6 +96,13 @@ class Places:
         if numbered:
             return f"[[{numbered[0][0]}]] {numbered[0][1] + 1}"
         return f"line {self.lines[_METHOD]}" if _METHOD in self.lines else ""
+
+    def setting(self, name: str, value: str | bool, of_input: str = "") -> str:
+        """Return how a field of the recipe, or of one input, gets a value: as a line of the file, or as an option."""
+        if self.is_named:
+            return f"{name} = {toml_value(value)}"
+        text = str(value).lower() if isinstance(value, bool) else value
+        return f"--param {shell_word(f'{of_input}.{name}={text}' if of_input else f'{name}={text}')}"
 
     def error(self, reason: str, *path: str | int, hint: str | None = None) -> RecipeError:
         """Return the error about a part of the recipe, which names its place."""

@@ -33,7 +33,8 @@ def recipe_from_options(
     also be ``INPUT.NAME=VALUE``; an input has its name or its path. A parameter can also be one of ``SETTINGS``, which
     a recipe has at its top. ``others`` are fields of the top of a recipe, such as ``out_dtype``.
 
-    Raises ``RecipeError`` as ``parse_recipe`` does, and where a text has no ``=`` or names no input.
+    Raises ``RecipeError`` as ``parse_recipe`` does, and where a text has no ``=`` or names no input, or gives a value
+    that an earlier one gives.
 
     Example:
         >>> recipe = recipe_from_options("linear", ["a.pt", "B=b.pt"], weights=["B=2"], parameters=["normalize=false"])
@@ -55,18 +56,18 @@ def recipe_from_options(
         table["base"] = base
     for text in weights:
         name, value = _pair(text, "--weight", "B=0.5")
-        _of_input(by_name, name, "--weight")["weight"] = value
+        _give(_of_input(by_name, name, "--weight"), "weight", value, "--weight", text)
     for text in parameters:
         name, value = _pair(text, "--param", "density=0.5")
         owner, _, inner = name.rpartition(".")
         if owner and name not in known:
-            _of_input(by_name, owner, "--param")[inner] = value
+            _give(_of_input(by_name, owner, "--param"), inner, value, "--param", text)
         else:
             if name not in known and name not in SETTINGS:
                 near = nearest(name, (*known, *SETTINGS))
                 hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(known) or 'none'}"
                 raise RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
-            table[name] = value
+            _give(table, name, value, "--param", text)
     return recipe_from_table(table, Places(is_named=False))
 
 
@@ -83,6 +84,12 @@ def _pair(text: str, option: str, example: str) -> tuple[str, object]:
     if not sign or not name or not value:
         raise RecipeError(f"{option} {quoted(text)} is not of the form NAME=VALUE", hint=f"{option} {example}")
     return name, _value(value)
+
+
+def _give(table: dict[str, object], name: str, value: object, option: str, text: str) -> None:
+    if name in table:
+        raise RecipeError(f"{option} {quoted(text)}: {name} is given already, as {table[name]}", hint="give it once")
+    table[name] = value
 
 
 def _of_input(inputs: Mapping[str, dict[str, object]], name: str, option: str) -> dict[str, object]:

@@ -226,7 +226,10 @@ class _Maker:
         action = next((action for text, action in table.items() if parse_pattern(text).match(key)), "")
         operation = suggest(action, given, wanted, key) if action else None
         if operation is None:
-            ways = [f'on_mismatch = "{way}": {effect}' for way, effect in suggestions(given, wanted, key)[:3]]
+            ways = [
+                f"{self.recipe.places.setting('on_mismatch', way, name)}: {effect}"
+                for way, effect in suggestions(given, wanted, key)[:3]
+            ]
             does_not = f", and {action} does not change one into the other" if action else ""
             raise self.recipe.places.error(
                 f"{quoted(key)} is {list(wanted)} in {quoted(owner)} and {list(given)} in {quoted(name)}{does_not}",
