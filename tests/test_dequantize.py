@@ -101,6 +101,12 @@ def test_codes_that_stand_for_nan_are_written_and_said(
     net = torch.nn.ModuleDict({"l": torch.nn.Linear(COLUMNS, ROWS, bias=False), "n": torch.nn.LayerNorm(4, bias=False)})
     report = ckptkit.load_into(net, model.path, dequantize=True)
     assert [finding.key for finding in report.findings if finding.code == "load.infinite"] == ["l.weight"]
+    others = {f"k{key[1:]}": part.clone() for key, part in model.parts.items() if key.startswith("l.")}
+    model.save(model.parts | {"l.weight": codes} | others)
+    both = {"rule": [{"from": ["k.weight", "l.weight"], "to": "w", "op": {"concat": {"dim": 0}}}]}
+    joined = torch.nn.ParameterDict({"w": torch.zeros(2 * ROWS, COLUMNS)})
+    report = ckptkit.load_into(joined, model.path, rules=both, dequantize=True)
+    assert [finding.key for finding in report.findings if finding.code == "load.infinite"] == ["w"]
 
 
 @pytest.mark.parametrize("rows", [8, ROWS])  # tensors that are read together, and one that is read in pieces

@@ -168,9 +168,10 @@ def load_into(
 def _under_keys(losses: Mapping[str, CastLoss], steps: Sequence[Step]) -> Iterator[CastLoss]:
     """Yield the losses of tensors of the checkpoint under the keys that they have in the model."""
     for step in steps:
-        loss = losses.get(step.sources[0].key)
-        if loss:
-            yield replace(loss, key=step.out.key)
+        for source in step.sources:
+            loss = losses.get(source.key)
+            if loss:
+                yield replace(loss, key=step.out.key)
 
 
 def _describe(model: Module) -> Checkpoint:
