@@ -201,6 +201,23 @@ def test_a_file_of_another_program_is_never_removed(source: Path, monkeypatch: p
     assert not PartsStore.unfinished
 
 
+def test_a_file_that_is_removed_at_the_last_moment_is_said_to_be_changed(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that compares finds no file to replace; that the output does not exist would say nothing."""
+
+    def removed() -> None:
+        del PartsStore.store["/bucket/out.safetensors"]
+        raise FileNotFoundError
+
+    PartsStore.reset({"/bucket/out.safetensors": b"old"})
+    monkeypatch.setattr(PartsFile, "commit", lambda _: removed())
+    with pytest.raises(OutputError, match="another program changed this file"):
+        convert(source, "parts://bucket/out.safetensors", force=True)
+    assert PartsStore.content() == {}
+    assert not PartsStore.unfinished
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=["file", "shards"])
 def test_what_cannot_be_removed_is_said_after_an_interrupt(
     case: Case, source: Path, monkeypatch: pytest.MonkeyPatch

@@ -94,10 +94,12 @@ class SentFile:
         try:
             self._transfer.commit(self._before)
         except Exception as error:
+            now = self._before
             with contextlib.suppress(Exception):  # the first error says more
-                self._ask()
+                now = self._ask()
             if not self.is_named:
-                if isinstance(error, TakenError):
+                is_gone = now is None and self._before is not None
+                if is_gone or isinstance(error, TakenError):
                     raise _taken(self.url, self._before) from None
                 raise  # with its cause, which says what the server answered
             with contextlib.suppress(Exception):
@@ -105,11 +107,12 @@ class SentFile:
         else:
             self.is_named = True
 
-    def _ask(self) -> None:
-        """Learn from the store whether the file has its name, where the answer was lost."""
+    def _ask(self) -> Hashable:
+        """Learn from the store whether the file has its name, where the answer was lost; return its present state."""
         now = self._seen = self.store.file_state()
         is_ours = self._is_ours(now)
         self.is_named = not is_same_state(now, self._before) if is_ours is None else is_ours
+        return now
 
     def _is_ours(self, state: Hashable) -> bool | None:
         if not isinstance(state, ObjectState) or state.size != self.size:
