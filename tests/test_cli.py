@@ -454,7 +454,7 @@ def test_plan_document(command: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     document = json.loads(run_ckpt(capsys, *asked, "--only-tensors").out)
     assert list(document) == ["schema", "plan", "dropped", "kept", "metadata", "summary", "output"]
     assert document["schema"] == f"ckptkit.{command}/1"
-    assert list(document["plan"][0]) == ["key", "dtype", "shape", "sources", "operation", "rule"]
+    assert list(document["plan"][0]) == ["key", "dtype", "shape", "sources", "operation", "rule", "merge"]
     assert list(document["plan"][0]["sources"][0]) == ["role", "key"]
     assert document["dropped"][0] == {
         "role": "base" if command == "merge" else "source", "key": "epoch", "reason": "beside the state_dict (int)",
