@@ -227,6 +227,7 @@ def test_factors_of_0_read_nothing() -> None:
         ("linear", 2, False, {"wieght": 1}, "linear has no parameter 'wieght'"),
         ("linear", 2, False, {"weight": "heavy"}, "weight is 'heavy', and must be a number"),
         ("linear", 2, False, {"weight": math.nan}, "weight is nan, and must be a number"),
+        ("linear", 2, False, {"weight": 10**5000}, "weight is too large, and must be a number"),
         ("linear", 2, False, {"normalize": 1}, "normalize is 1, and must be true or false"),
         ("linear", 2, True, {}, "linear takes no base"),
         ("ema", 2, False, {"decay": 1.0}, "decay is 1.0, and must be a number of at least 0 and below 1"),

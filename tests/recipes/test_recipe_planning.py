@@ -152,6 +152,10 @@ WRONG: dict[str, tuple[str, State, State, int, str, str]] = {
         LINEAR + 'on_mismatch = "transpose"', A, {**B, "head.weight": torch.ones(8, 4)}, 4,
         "and transpose does not change one into the other", "slice",
     ),
+    "on_mismatch of a key that is not there": (
+        LINEAR + 'on_mismatch = { "heed.*" = "slice" }', A, B, 6,
+        "on_mismatch: 'heed.*' fits none of 13 keys", "",
+    ),
     "integers against floats": (
         LINEAR, COUNTS, {**COUNTS, "n": torch.tensor(3.0)}, 4, "'n' is I64 [] in 'A' and F32 [] in 'B'", "damaged",
     ),

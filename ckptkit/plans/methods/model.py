@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
 
 from ckptkit.core.text import nearest, plural, printable, quoted
 from ckptkit.errors import ArgumentError
@@ -19,6 +19,7 @@ __all__ = ["MergedTensor", "Method", "Paper", "Parameter", "UsesBase", "Value", 
 
 UsesBase: TypeAlias = Literal["never", "optional", "always"]
 Value: TypeAlias = float | int | bool | str
+_LARGE: Final = 1e300  # the largest size of a number; larger integers are not shown with all their digits
 
 
 class Paper(NamedTuple):
@@ -115,13 +116,14 @@ class Parameter:
             return value
         if self.kind in ("number", "count") and self._is_in_range(value):
             return value  # type: ignore[return-value]
-        shown = quoted(value) if isinstance(value, str) else printable(repr(value))
+        is_large = isinstance(value, int) and abs(value) >= _LARGE
+        shown = quoted(value) if isinstance(value, str) else "too large" if is_large else printable(repr(value))
         raise ArgumentError(f"{self.name} is {shown}, and must be {self.range_text}")
 
     def _is_in_range(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.kind == "count" else int | float):
             return False
-        if abs(value) > 1e300 or not math.isfinite(value):
+        if abs(value) > _LARGE or not math.isfinite(value):
             return False
         low, high = self.low, self.high
         if low is not None and (value < low or (self.is_open[0] and value == low)):

@@ -81,7 +81,7 @@ def decide(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput], reference: s
                 open_keys.append(key)
             else:
                 by_key[key] = given
-    _refuse_unused_patterns(recipe, keys)
+    _refuse_unused_patterns(recipe, keys, inputs)
     settings = KeySettings(recipe, open_keys)
     missing: dict[str, list[str]] = {}
     for key in open_keys:
@@ -132,15 +132,21 @@ def _given(recipe: MergeRecipe, key: str, inputs: Mapping[str, AlignedInput], re
     return None
 
 
-def _refuse_unused_patterns(recipe: MergeRecipe, keys: Sequence[str]) -> None:
-    """Raise ``RecipeError`` for a pattern of ``only`` or ``copy`` that fits no key."""
-    rows: list[tuple[str, TomlPath]] = [(text, ("only",)) for text in recipe.only]
-    rows += [(text, ("copy", number)) for number, item in enumerate(recipe.copy) for text in item.keys]
-    for text, path in rows:
+def _refuse_unused_patterns(recipe: MergeRecipe, keys: Sequence[str], inputs: Mapping[str, AlignedInput]) -> None:
+    """Raise ``RecipeError`` for a pattern of ``only``, of ``copy``, or of an ``on_mismatch``, that fits no key."""
+    rows: list[tuple[str, str, TomlPath, Sequence[str]]] = [(text, "only", ("only",), keys) for text in recipe.only]
+    for number, item in enumerate(recipe.copy):
+        rows += [(text, "copy", ("copy", number), keys) for text in item.keys]
+    for each in recipe.inputs:
+        if isinstance(each.on_mismatch, Mapping):
+            own = list(inputs[each.name].tensors)
+            path = (*input_path(recipe, each.name), "on_mismatch")
+            rows += [(text, "on_mismatch", path, own) for text in each.on_mismatch]
+    for text, name, path, among in rows:
         pattern = parse_pattern(text)
-        if not any(pattern.match(key) for key in keys):
-            reason = f"{path[0]}: {quoted(text)} fits none of {plural(len(keys), 'key')}"
-            raise recipe.places.error(reason, *path, hint=suggest_pattern(pattern, keys, "the inputs"))
+        if not any(pattern.match(key) for key in among):
+            reason = f"{name}: {quoted(text)} fits none of {plural(len(among), 'key')}"
+            raise recipe.places.error(reason, *path, hint=suggest_pattern(pattern, among, "the inputs"))
 
 
 def _taken(recipe: MergeRecipe, key: str, source: str, inputs: Mapping[str, AlignedInput], why: str) -> Decision:
