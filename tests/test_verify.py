@@ -24,6 +24,7 @@ from ckptkit.errors import FormatError, OutputError
 from ckptkit.formats import safetensors as safetensors_reader
 from ckptkit.plans import verify
 from ckptkit.plans.plan import Plan
+from ckptkit.plans.produce import Producer
 from ckptkit.plans.verify import verify_safetensors, verify_torch
 from tests.features import has_dtype, safetensors_knows
 from tests.helpers_cli import run_ckpt
@@ -186,9 +187,9 @@ def test_missing_tensors_and_damaged_files_are_refused(name: str, tmp_path: Path
 def check(plan: Plan, path: Path) -> None:
     roles = {"source": as_checkpoint(STATE, "source")}
     if path.suffix == ".pt":
-        verify_torch(str(path), str(path), plan.steps, roles)
+        verify_torch(str(path), str(path), plan.steps, Producer(roles))
     else:
-        verify_safetensors(str(path), str(path), plan.steps, plan.metadata, roles)
+        verify_safetensors(str(path), str(path), plan.steps, plan.metadata, Producer(roles))
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out"])

@@ -208,7 +208,7 @@ def opened_inputs(
         checked = check_steps(steps, inputs)
         for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(checked):
             raise problem.error()
-        with contextlib.closing(Producer(inputs)) as producer:
+        with contextlib.closing(Producer(inputs, checked)) as producer:
             yield PlanInputs({step.out.key: step for step in checked}, inputs, producer, allow_overflow)
 
 

@@ -20,6 +20,7 @@ from ckptkit.plans.steps import describe_step
 from ckptkit.rules.model import describe_output
 
 if TYPE_CHECKING:
+    from ckptkit.plans.methods.limits import Limits
     from ckptkit.plans.methods.operation import Merge
     from ckptkit.tensor_ops.casting import RecipeCounter
     from ckptkit.tensor_ops.dequantize import Dequantize
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ckptkit.values.cast_payload import CastPayload
     from ckptkit.values.dequantize.payload import DequantizedPayload
     from ckptkit.values.merging.model import Facts
-    from ckptkit.values.merging.payload import MergedPayload
+    from ckptkit.values.merging.payload import MergedPayload, MergeInput
     from ckptkit.values.workers import Workers
 
 __all__ = ["ComputedPayload", "Producer", "overflow_error"]
@@ -47,15 +48,23 @@ class Producer:
     ``losses`` has the losses of each tensor that was cast or computed, by its key, once the tensor was read to its end.
     ``extracted`` says of each weight whose change was factored how much the factors hold, by the key of the weight.
     ``merged`` has what a user should know of merged tensors, by their keys; most have nothing.
+    ``steps`` are all steps of the plan, of which some merges need to know; another producer may have some of them.
     """
 
     roles: Mapping[str, Checkpoint]
+    steps: Sequence[Step] = ()
     losses: dict[str, CastLoss] = field(default_factory=dict)
     extracted: dict[str, ExtractedChange] = field(default_factory=dict)
     merged: dict[str, Facts] = field(default_factory=dict)
     _outputs: dict[object, tuple[tuple[Tensor, ...], RecipeCounter]] = field(default_factory=dict, repr=False)
     _workers: Workers | None = field(default=None, repr=False)
     _stored: dict[str, StoredBytes] = field(default_factory=dict, repr=False)
+    _limits: Limits | None = field(default=None, repr=False)
+
+    def again(self) -> Producer:
+        """Return a producer that makes the same tensors again, but keeps what was found in the values of all inputs."""
+        limits = self._all_limits() if any(map(_only_merge, self.steps)) else None
+        return Producer(self.roles, self.steps, _limits=limits)
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, which are read or computed only with the chunks.
@@ -171,6 +180,24 @@ class Producer:
 
         The numbers are rounded once, also where the step ends with a cast.
         """
+        inputs = self._merge_inputs(step)
+        limits: tuple[float, ...] = ()
+        if merge.method.shares():
+            limits = self._all_limits().of(merge, self._unlimited, self._shared_workers())
+        return merge.payload(inputs, step.out, losses, self.merged, self._shared_workers(), limits=limits)
+
+    def _unlimited(self, step: Step, merge: Merge) -> MergedPayload:
+        """Return a merge whose inputs are read before its limits are known."""
+        return merge.payload(self._merge_inputs(step), step.out, workers=self._shared_workers())
+
+    def _all_limits(self) -> Limits:
+        from ckptkit.plans.methods.limits import Limits
+
+        if self._limits is None:
+            self._limits = Limits(self.steps)
+        return self._limits
+
+    def _merge_inputs(self, step: Step) -> list[MergeInput]:
         from ckptkit.values.merging.payload import MergeInput
 
         assert step.recipe is not None  # noqa: S101 - it has the merge
@@ -185,7 +212,7 @@ class Producer:
             found = describe_output(step.out.key, infos, item, step.rule)
             made = Step(TensorInfo(step.out.key, found.dtype, found.shape), step.sources, rule=step.rule, recipe=item)
             inputs.append(MergeInput(source.role, made.out, self._made(made, found, None)))
-        return merge.payload(inputs, step.out, losses, self.merged, self._shared_workers())
+        return inputs
 
     def _stored_bytes(self, role: str) -> StoredBytes:
         if role not in self._stored:

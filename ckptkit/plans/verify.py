@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.core.checkpoint import Checkpoint, Payload
+from ckptkit.core.checkpoint import Payload
 from ckptkit.core.dtypes import DTYPES, torch_shape
 from ckptkit.core.files.payloads import announce, same_bytes
 from ckptkit.core.files.places import is_url, open_source
@@ -59,17 +59,17 @@ class _File:
 
 
 def verify_safetensors(
-    path: str, shown: str, steps: Sequence[Step], metadata: Mapping[str, str], sources: Mapping[str, Checkpoint]
+    path: str, shown: str, steps: Sequence[Step], metadata: Mapping[str, str], producer: Producer
 ) -> Verification:
     """Return how the safetensors file at ``path`` was verified; messages name it ``shown``.
 
     The safetensors library must find exactly the keys, dtypes, shapes, metadata and bytes of the plan. Each tensor is
-    produced again from ``sources``, and large tensors are compared in pieces. Raises ``OutputError`` for the first
+    produced again by ``producer``, and large tensors are compared in pieces. Raises ``OutputError`` for the first
     difference.
     """
     import safetensors
 
-    file, producer = _File(path, shown), Producer(sources)
+    file = _File(path, shown)
     reader = f"safetensors {safetensors.__version__}"
     if is_url(path):
         return Verification(reader, _read_alone(file, _only_local(reader), steps, producer, metadata=metadata))
@@ -137,18 +137,16 @@ def _indexes(shape: tuple[int, ...], width: int) -> Iterator[tuple[slice, ...]]:
         yield from ((slice(number, number + 1), *inner) for inner in _indexes(shape[1:], width))
 
 
-def verify_torch(
-    path: str, shown: str, steps: Sequence[Step], sources: Mapping[str, Checkpoint], inner: str = ""
-) -> Verification:
+def verify_torch(path: str, shown: str, steps: Sequence[Step], producer: Producer, inner: str = "") -> Verification:
     """Return how the torch file at ``path`` was verified; messages name it ``shown``.
 
     ``torch.load`` with ``weights_only`` and ``mmap`` must find exactly the keys, dtypes, shapes and bytes of the plan.
-    ``inner`` is the mapping inside the file that holds the tensors. Each tensor is produced again from ``sources``.
+    ``inner`` is the mapping inside the file that holds the tensors. Each tensor is produced again by ``producer``.
     Raises ``OutputError`` for the first difference.
     """
     import torch
 
-    file, producer = _File(path, shown), Producer(sources)
+    file = _File(path, shown)
     reader = f"torch {torch.__version__.split('+')[0]}"
     if is_url(path):
         return Verification(reader, _read_alone(file, _only_local(reader), steps, producer, inner))
@@ -189,16 +187,16 @@ def verify_torch(
     return Verification(reader)
 
 
-def verify_dcp(path: str, shown: str, steps: Sequence[Step], sources: Mapping[str, Checkpoint]) -> Verification:
+def verify_dcp(path: str, shown: str, steps: Sequence[Step], producer: Producer) -> Verification:
     """Return how the distributed checkpoint in the directory ``path`` was verified; messages name it ``shown``.
 
     ``torch.distributed.checkpoint.load`` must find exactly the keys, dtypes, shapes and bytes of the plan. Each tensor
-    is produced again from ``sources``. A tensor is loaded whole, and small ones together. Raises ``OutputError`` for
+    is produced again by ``producer``. A tensor is loaded whole, and small ones together. Raises ``OutputError`` for
     the first difference.
     """
     import torch
 
-    file, producer = _File(path, shown), Producer(sources)
+    file = _File(path, shown)
     reader = f"torch {torch.__version__.split('+')[0]}"
     if is_url(path):
         return Verification(reader, _read_alone(file, _only_local(reader), steps, producer, is_directory=True))

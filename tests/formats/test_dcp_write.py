@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from ckptkit import choose_output, execute, open_checkpoint, plan_remap
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import OutputError, PlanError
+from ckptkit.plans.produce import Producer
 from ckptkit.plans.verify import verify_dcp
 from tests.helpers_cli import run_ckpt
 from tests.helpers_dcp import edit, loaded, metadata_of, save
@@ -188,7 +189,7 @@ def test_verification_finds_what_torch_reads_differently(tmp_path: Path) -> None
     content = data.read_bytes()
 
     def verify() -> None:
-        verify_dcp(str(tmp_path / "out"), "shown", plan.steps, sources)
+        verify_dcp(str(tmp_path / "out"), "shown", plan.steps, Producer(sources))
 
     at = content.index(raw(STATE["layer.weight"]))
     data.write_bytes(content[:at] + b"\x01" + content[at + 1 :])

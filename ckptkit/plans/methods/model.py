@@ -15,7 +15,10 @@ from ckptkit.errors import ArgumentError
 if TYPE_CHECKING:
     from ckptkit.values.merging.model import Merging
 
-__all__ = ["MergedTensor", "Method", "Paper", "Parameter", "UsesBase", "Value", "choice", "count", "flag", "number"]
+__all__ = [
+    "MergedTensor", "Method", "Paper", "Parameter", "Share", "UsesBase", "Value", "choice", "count", "flag", "number",
+    "planned",
+]  # fmt: skip
 
 UsesBase: TypeAlias = Literal["never", "optional", "always"]
 Value: TypeAlias = float | int | bool | str
@@ -42,6 +45,7 @@ class MergedTensor(NamedTuple):
         inputs: How many inputs it has, besides the base if the method has one.
         has_base: Whether the first source is the base of the method.
         numbers: The number of each input in its recipe, from 1, which random masks depend on.
+        limits: The smallest magnitude that is kept of each input, where all its tensors have one; else not used.
     """
 
     key: str
@@ -49,6 +53,7 @@ class MergedTensor(NamedTuple):
     inputs: int
     has_base: bool
     numbers: tuple[int, ...]
+    limits: tuple[float, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -66,6 +71,23 @@ class MergedTensor(NamedTuple):
         return range(self.has_base, self.has_base + self.inputs)
 
 
+class Share(NamedTuple):
+    """The elements of the largest magnitudes that are kept of all merged tensors of one input together.
+
+    Attributes:
+        density: The share of these elements.
+        elements: How many elements all these tensors have, which a plan finds; 0 before that.
+    """
+
+    density: float
+    elements: int
+
+    @property
+    def kept(self) -> int:
+        """How many elements are kept, and at least one."""
+        return max(1, math.floor(self.density * self.elements))
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of a method.
@@ -80,6 +102,7 @@ class Parameter:
         is_open: Whether ``low`` and ``high`` themselves are not allowed: neither, the low, the high or both.
         choices: The values of a choice.
         is_per_input: Whether each input has a value of its own.
+        is_planned: Whether only a plan sets it, from all of its tensors; then no recipe has it.
     """
 
     name: str
@@ -91,6 +114,7 @@ class Parameter:
     is_open: tuple[bool, bool] = (False, False)
     choices: tuple[str, ...] = ()
     is_per_input: bool = False
+    is_planned: bool = False
 
     @property
     def range_text(self) -> str:
@@ -149,6 +173,12 @@ def count(meaning: str, *, default: int | None = None, low: int | None = None, h
     return _field(Parameter("", meaning, "count", default, low, high))
 
 
+def planned(meaning: str, *, per_input: bool = False) -> Any:
+    """Return the field for a whole number, or one for each input, that only a plan sets: 0, or none, before that."""
+    parameter = Parameter("", meaning, "count", 0, 0, is_per_input=per_input, is_planned=True)
+    return field(default=() if per_input else 0, metadata={"parameter": parameter})
+
+
 def flag(meaning: str, *, default: bool) -> Any:
     """Return the field of a method for true or false."""
     return _field(Parameter("", meaning, "flag", default))
@@ -192,7 +222,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and values that do not go together."""
-        for name, parameter in self.parameters().items():
+        for name, parameter in _parameters(type(self)).items():
             value = getattr(self, _attribute(name))
             for one in value if parameter.is_per_input else (value,):
                 parameter.check(one)
@@ -200,8 +230,8 @@ class Method(ABC):
 
     @classmethod
     def parameters(cls) -> Mapping[str, Parameter]:
-        """Return the parameters by name."""
-        return _parameters(cls)
+        """Return the parameters by name that users give: without those that only a plan sets."""
+        return {name: parameter for name, parameter in _parameters(cls).items() if not parameter.is_planned}
 
     @classmethod
     def of(cls, inputs: int, given: Mapping[str, object], *, has_base: bool) -> Self:
@@ -213,15 +243,18 @@ class Method(ABC):
         method takes, and for a base that it lacks or does not take.
         """
         cls.check_inputs(inputs, has_base=has_base)
-        known = cls.parameters()
+        known = _parameters(cls)
         values: dict[str, Any] = {}
         for name in given:
             if name not in known:
-                near = nearest(name, known)
-                hint = f"did you mean {quoted(near)}?" if near else f"its parameters: {', '.join(known) or 'none'}"
+                offered = cls.parameters()
+                near = nearest(name, offered)
+                hint = f"did you mean {quoted(near)}?" if near else f"its parameters: {', '.join(offered) or 'none'}"
                 raise ArgumentError(f"{cls.name} has no parameter {quoted(name)}", hint=hint)
         for name, parameter in known.items():
             value = given.get(name)
+            if parameter.is_planned and value is None:
+                continue
             if parameter.is_per_input:
                 several = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * inputs
                 if len(several) != inputs:
@@ -245,12 +278,18 @@ class Method(ABC):
             raise ArgumentError(f"{cls.name} takes {takes}{beside}, not {inputs}")
 
     def given(self) -> dict[str, object]:
-        """Return the parameters by name as JSON values; ``of`` takes them."""
-        values = {name: getattr(self, _attribute(name)) for name in self.parameters()}
+        """Return the parameters by name as JSON values, also those that a plan has set; ``of`` takes them."""
+        known = _parameters(type(self)).items()
+        values = {name: getattr(self, _attribute(name)) for name, one in known if not one.is_planned}
+        values |= {name: value for name, one in known if one.is_planned and (value := getattr(self, name))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def check(self) -> None:  # noqa: B027 - most methods need none
         """Refuse values that do not go together with ``ArgumentError``; each is in its range."""
+
+    def shares(self) -> tuple[Share | None, ...]:
+        """Return what each input keeps of all its tensors together; None, or no item, for each tensor by itself."""
+        return ()
 
     def notes(self) -> tuple[str, ...]:
         """Return what a plan should say of these numbers: sentences without a key."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, cast, get_args
 
 from ckptkit.core.checkpoint import Payload, TensorInfo
@@ -17,6 +17,7 @@ from ckptkit.plans.methods.model import MergedTensor, Method
 from ckptkit.plans.methods.table import method_named
 from ckptkit.tensor_ops.operation import Operation, Rounded, Shape, printable_code
 from ckptkit.values.arrays import real_code
+from ckptkit.values.merging.limits import narrow_limits
 from ckptkit.values.merging.payload import MergedPayload, MergeInput, OnNonfinite
 from ckptkit.values.workers import Workers
 
@@ -46,6 +47,7 @@ class Merge(Operation):
     has_base: bool = False
     is_wide: bool = False
     on_nonfinite: OnNonfinite = "error"
+    _resolved: dict[object, Merging] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: ClassVar[str] = "merge"
 
     def __post_init__(self) -> None:
@@ -99,14 +101,23 @@ class Merge(Operation):
             raise self.refusal(f"{self.method.name} takes no complex numbers", "linear takes them")
         return (inputs[0],)
 
-    def resolve(self, shape: Shape, count: int) -> Merging:
-        """Return the arithmetic for a tensor of this shape with so many sources; raise ``RuleError`` without one."""
+    def resolve(self, shape: Shape, count: int, limits: tuple[float, ...] = ()) -> Merging:
+        """Return the arithmetic for a tensor of this shape with so many sources; raise ``RuleError`` without one.
+
+        ``limits`` are those of ``MergedTensor``. A step asks several times, and all but the first are quick.
+        """
+        found = self._resolved.get((shape, count, limits))
+        if found is None:
+            found = self._resolved[shape, count, limits] = self._resolve(shape, count, limits)
+        return found
+
+    def _resolve(self, shape: Shape, count: int, limits: tuple[float, ...]) -> Merging:
         inputs = count - self.has_base
         if len(self.numbers) != inputs:
             raise self.refusal(f"is made for {plural(len(self.numbers), 'input')}, not for {inputs}")
         try:
             self.method.check_inputs(inputs, has_base=self.has_base)
-            return self.method.resolve(MergedTensor(self.key, shape, inputs, self.has_base, self.numbers))
+            return self.method.resolve(MergedTensor(self.key, shape, inputs, self.has_base, self.numbers, limits))
         except ArgumentError as error:
             raise self.refusal(error.reason, error.hint) from None
 
@@ -117,11 +128,13 @@ class Merge(Operation):
         losses: MutableMapping[str, CastLoss] | None = None,
         facts: MutableMapping[str, Facts] | None = None,
         workers: Workers | None = None,
+        *,
+        limits: tuple[float, ...] = (),
     ) -> MergedPayload:
-        """Return the merged tensor, rounded once to the dtype of ``out``."""
-        merging = self.resolve(out.shape, len(inputs))
+        """Return the merged tensor, rounded once to the dtype of ``out``. ``limits`` are those of ``MergedTensor``."""
         is_wide = self.is_wide or any(real_code(one.info.dtype) == "F64" for one in inputs)
         working = "F64" if is_wide else "F32"
+        merging = self.resolve(out.shape, len(inputs), limits if is_wide else narrow_limits(limits))
         return MergedPayload(merging, inputs, out, losses, facts, workers or Workers(), self.on_nonfinite, working)
 
     def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.quantized.as_numbers import DequantizedInputs
 from ckptkit.plans.recipes.alignment import Decision, Decisions, decide, input_path
-from ckptkit.plans.recipes.draws import with_draws
+from ckptkit.plans.recipes.counts import with_counts
 from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, align_input, joined, opened_recipe, reference_of
 from ckptkit.plans.recipes.model import NOT_PARAMETERS, MergeRecipe
 from ckptkit.plans.recipes.parse import RecipeLike, parse_recipe
@@ -98,7 +98,7 @@ def _plan(recipe: MergeRecipe, roles: Mapping[str, Checkpoint], paths: Mapping[s
     reference = reference_of(recipe)
     decisions = decide_slices(recipe, aligned) if recipe.slices else decide(recipe, aligned, reference)
     maker = _Maker(recipe, aligned, reference, views)
-    steps = with_draws(maker.steps(decisions))
+    steps = with_counts(recipe, maker.steps(decisions))
     if not steps:
         raise RecipeError("the output would have no tensor", path=recipe.places.path)
     decisions.settings.refuse_hidden()

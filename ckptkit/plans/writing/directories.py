@@ -163,7 +163,7 @@ class _Shards:
         for shard in self.shards:
             path, shown = (join(parent, shard.name) for parent in (directory, self.output.path))
             steps = [self.inputs.steps[info.key] for info in shard.infos]
-            verified.append(verify_safetensors(path, shown, steps, self.plan.metadata, self.inputs.roles))
+            verified.append(verify_safetensors(path, shown, steps, self.plan.metadata, self.inputs.producer.again()))
         if self.has_index:
             verify_index(join(directory, self.index), join(self.output.path, self.index), self.shards)
         return verified
@@ -207,7 +207,7 @@ class _Dcp:
         """Let torch load the checkpoint."""
         from ckptkit.plans.verify import verify_dcp
 
-        return [verify_dcp(directory, self.output.path, self.plan.steps, self.inputs.roles)]
+        return [verify_dcp(directory, self.output.path, self.plan.steps, self.inputs.producer.again())]
 
 
 def _write_small(folder: OutputFolder, name: str, data: bytes) -> None:

@@ -65,7 +65,9 @@ def write_file(
             if verify:
                 from ckptkit.plans.verify import verify_safetensors
 
-                verified.append(verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.roles))
+                verified.append(
+                    verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.producer.again())
+                )
                 inputs.check_unchanged()
             write_carried(carried, side_file, output)
 
@@ -97,7 +99,7 @@ def write_file(
         if verify:
             from ckptkit.plans.verify import verify_torch
 
-            verified.append(verify_torch(path, output.path, plan.steps, inputs.roles, inner))
+            verified.append(verify_torch(path, output.path, plan.steps, inputs.producer.again(), inner))
             inputs.check_unchanged()
         write_carried(carried, side_file, output)
     written = Written(

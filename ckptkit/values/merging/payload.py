@@ -156,6 +156,15 @@ class MergedPayload(BlockPayload[_Piece]):
             key = self.out.key
             self.losses[key] = losses.of(key, self.working, self.out.dtype, self.out.elements)
 
+    def checked(self, block: _Piece, workers: Workers) -> list[Array]:
+        """Return the numbers of the inputs that count, in buffers of this thread, as the merge computes with them.
+
+        Raises ``PlanError`` for a NaN or an infinity, as ``on_nonfinite`` says.
+        """
+        inputs = self._read(block, workers)
+        self._refuse_inputs(block, inputs, workers)
+        return inputs
+
     def _measure(self, workers: Workers, *, in_threads: bool = False) -> None:
         """Make the passes, unless they were made."""
         held, merging = self._held, self.merging

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["MOST_PASSES", "Cut", "Mark", "Stage", "begin", "kth_largest", "sample_ranges", "search", "wants_sample"]
+__all__ = [
+    "MOST_PASSES", "Cut", "Mark", "Stage", "begin", "count_digits", "kth_largest", "limit_of", "sample_ranges",
+    "search", "wants_sample",
+]  # fmt: skip
 
 MOST_PASSES: Final = 7  # a sample, the numbers between two limits, four digits of float64, and the equal numbers
 _SAMPLE: Final = 1 << 10  # numbers that are read together for a sample
@@ -103,6 +106,16 @@ def search(elements: int, count: int) -> Stage:
     If it ``wants_sample``, it needs only the numbers of ``sample_ranges``.
     """
     return _Whole(elements, count) if elements <= PIECE else _Sampling(elements, count)
+
+
+def count_digits(count: int) -> Stage:
+    """Return the first stage of a search that needs no sample, and may go on over the numbers of several tensors."""
+    return _Digits(count)
+
+
+def limit_of(stage: Stage | Cut) -> float | None:
+    """Return the smallest of the largest numbers as soon as it is known, also before equal numbers are counted."""
+    return stage.value if isinstance(stage, Cut | _Equals) else None
 
 
 def wants_sample(stage: Stage | Cut) -> bool:
@@ -266,7 +279,7 @@ class _Digits(Stage):
     _width: int = 0
     _counts: list[Array] = field(default_factory=list)
 
-    def measure(self, numbers: Array, workers: Workers) -> tuple[int, Array]:
+    def measure(self, numbers: Array, workers: Workers) -> tuple[int, Array, Array | None]:
         import numpy as np
 
         width = numbers.dtype.itemsize * 8
@@ -280,15 +293,22 @@ class _Digits(Stage):
         digits = workers.buffer("merge digits", np.intp, len(bits))
         np.right_shift(bits, shift, out=digits, casting="unsafe")
         np.bitwise_and(digits, (1 << _DIGIT) - 1, out=digits)
-        return width, np.bincount(digits, minlength=1 << _DIGIT)
+        if len(digits) < _FEW:  # of a small tensor, so that not all digits are added for each
+            found, counts = np.unique(digits, return_counts=True)
+            return width, counts, found
+        return width, np.bincount(digits, minlength=1 << _DIGIT), None
 
-    def add(self, start: int, part: tuple[int, Array]) -> None:
+    def add(self, start: int, part: tuple[int, Array, Array | None]) -> None:
         del start
-        self._width, counts = part
-        if self._counts:
+        import numpy as np
+
+        self._width, counts, digits = part
+        if not self._counts:
+            self._counts.append(np.zeros(1 << _DIGIT, np.int64))
+        if digits is None:
             self._counts[0] += counts
         else:
-            self._counts.append(counts)
+            self._counts[0][digits] += counts
 
     def result(self) -> Stage | Cut:
         import numpy as np

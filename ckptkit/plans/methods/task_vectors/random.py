@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptkit.plans.methods.model import MergedTensor, choice, count
+from ckptkit.plans.methods.model import MergedTensor, choice, count, planned
 from ckptkit.plans.methods.task_vectors.weighted import WeightedVectors, density
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class RandomVectors(WeightedVectors):
     rescale: str = choice("what the elements that are kept are multiplied by", "expected", "l1", "none")
     seed: int = count("seed of the random numbers", default=0)
     masks: str = choice("where random numbers come from", "counter", "torch")
-    drawn: int = count("random numbers of torch that were taken before, which a plan finds", default=0, low=0)
+    drawn: int = planned("random numbers of torch that were taken before")
 
     def draws(self, elements: int) -> int:
         """Return how many random numbers of torch a tensor takes: no input with a density of 1 takes any."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Band", "Everything", "Keeper", "Keeping", "RandomByRank", "RandomShare"]
+__all__ = ["AtLeast", "Band", "Everything", "Keeper", "Keeping", "RandomByRank", "RandomShare"]
 
 
 class Keeping(ABC):
@@ -79,6 +79,22 @@ class Band(Keeping):
 
     def keeper(self, start: int, cuts: Sequence[Cut]) -> Keeper:
         """Return what keeps the band in this piece."""
+        return _BandKeeper([cut.mark(start) for cut in cuts])
+
+
+@dataclass(frozen=True, slots=True)
+class AtLeast(Keeping):
+    """All elements whose magnitude is at least ``limit``, which was found before."""
+
+    limit: float
+
+    @property
+    def searches(self) -> tuple[Stage | Cut, ...]:
+        """The limit, which needs no search."""
+        return (Cut(self.limit),)
+
+    def keeper(self, start: int, cuts: Sequence[Cut]) -> Keeper:
+        """Return what keeps them in this piece."""
         return _BandKeeper([cut.mark(start) for cut in cuts])
 
 
