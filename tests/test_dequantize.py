@@ -69,6 +69,13 @@ def test_the_dtype_is_the_one_asked_for_else_the_configured_one(
     assert plan.steps[0].out.dtype == expected
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_numbers_of_8_bits_are_not_written_under_the_key_of_codes(dtype: str, model: Model) -> None:
+    """The next reader would take them for codes that lack their scales."""
+    with pytest.raises(PlanError, match=f"its numbers in {dtype} would be codes without scales"):
+        ckptkit.plan_remap(model.path, dtype=dtype, dequantize=True)
+
+
 def test_rules_see_plain_tensors_and_can_dequantise_some(model: Model) -> None:
     """Operations follow the decoding; the operation ``dequantize`` of a rule is for what matches."""
     rules = {"rule": [{"from": "l.weight", "to": "m.weight", "op": "transpose"}]}

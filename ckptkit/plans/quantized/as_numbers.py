@@ -65,6 +65,8 @@ class DequantizedInputs:
             if parsed[role][0] or (rows and role in by_rules):
                 self.views[role] = dequantized(checkpoint, wanted=partial(wanted, role))
         self.checkpoints = {role: self._view(role) for role in roles}
+        for view in self.views.values():
+            _refuse_codes(view)
         for role in by_rules if rules and not rules.allow_unused else ():
             self._refuse_names_of_parts(role, rules)
         self.rules = _without_dequantize(rules) if rows and rules else rules
@@ -163,8 +165,8 @@ class DequantizedInputs:
     ) -> Recipe:
         """Return a recipe of numbers in float32 where operations compute with them, so that only the result is rounded.
 
-        The numbers have their own dtype where it is wide already, where elements are only moved, and where they are
-        joined with tensors of that dtype.
+        The numbers have their own dtype where it is wide already or elements are only moved, and where they are joined
+        with tensors of that dtype.
         """
         from ckptkit.tensor_ops.recipes import recipe_dtype, substituted
 
@@ -179,6 +181,18 @@ class DequantizedInputs:
         except RuleError:
             return own
         return wide if found in {"F32", step.out.dtype} else own
+
+
+def _refuse_codes(view: DequantizedView) -> None:
+    """Raise ``PlanError`` where numbers of 8 bits would have the key of codes: they would be read as codes again."""
+    for key, decoded in view.weights.items():
+        dtype = view.checkpoint[key].dtype
+        if key == decoded.weight.coded and dtype.startswith("F8"):
+            raise PlanError(
+                f"{quoted(key)} is quantised ({decoded.weight.scheme}): its numbers in {dtype} would be codes without "
+                "scales",
+                hint="dequantise it to F16, BF16, F32 or F64; --quantize writes other codes, with their scales",
+            )
 
 
 def _in_float32(recipe: Recipe) -> Recipe:
