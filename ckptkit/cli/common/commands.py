@@ -34,7 +34,7 @@ _RARE: Final = (
     "--allow-overflow", "--quantize", "--skip-unread", "--elementwise",
     "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",
-    "--on-unexpected", "--continue", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only",
+    "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer", "--shapes-only",
     "--ignore",
     "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--as-layer", "--depth", "--dtype",
     "--no-recipe", "--print", "--from-mergekit", "--again", "--density", "--param", "--only", "--base",

@@ -142,7 +142,9 @@ def missing_argument(name: str) -> click.MissingParameter:
 
 def is_given(name: str) -> bool:
     """Return whether a parameter of the command is given, and not left to its default."""
-    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+    context = click.get_current_context()
+    # Older versions of click say that arguments without any word come from the command line.
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT and context.params.get(name) != ()
 
 
 def option_text(name: str) -> str:
