@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import random
@@ -244,6 +245,10 @@ def test_what_cannot_be_removed_is_said_after_an_interrupt(
     for path in PartsStore.unfinished:
         note_replaced(path.replace("/bucket", "parts://bucket"))
     note_replaced(url)
+    count = PartsStore.count
+    del stopped
+    gc.collect()
+    assert PartsStore.count == count  # nothing is sent when the file is collected
 
 
 def test_a_directory_in_a_store_with_directories_is_not_replaced(source: Path) -> None:

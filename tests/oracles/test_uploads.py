@@ -234,6 +234,20 @@ def test_a_store_without_conditions_is_written_to(
     assert bucket.exists("tests/up/n.safetensors")
 
 
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("size", [99, 99_999])
+def test_requests_are_counted_as_they_are_sent(
+    s3: S3Server, tmp_path: Path, proxied: Callable[..., Proxy], size: int
+) -> None:
+    """``-v`` says how many there were; s3fs asks twice where nothing is, which counts as one."""
+    save_file({"a": torch.rand(size)}, tmp_path / "in.safetensors")
+    proxy = proxied(s3.address)
+    words = ("convert", tmp_path / "in.safetensors", "-o", f"{s3.url}/up/v.safetensors", "-v", "--verify")
+    ran = run_command(*words, environment=variables_of(proxy.url))
+    seen = [request for request in proxy.requests() if "list-type" not in request.path]
+    assert f"{s3.url}: {len(seen)} requests in " in ran.err, (seen, ran.err)
+
+
 def test_a_missing_bucket_is_refused_before_values_are_read(
     s3: S3Server, bucket: Any, source: Path, proxied: Callable[..., Proxy]
 ) -> None:

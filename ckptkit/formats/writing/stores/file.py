@@ -43,7 +43,7 @@ class SentFile:
         self._before = before
         with store_errors(url):
             self.store = Store(url)
-            self._transfer = transfer_to(self.store.filesystem, self.store.path, size)
+            self._transfer = transfer_to(self.store.filesystem, self.store.path, size, self.store.meter)
         self.sending = Sending(self._transfer, size, self.store.meter)
         self.is_named: bool | None = False
         self._seen: Hashable = None  # the state of the file after it got its name, if that was asked

@@ -27,7 +27,7 @@ class Sending:
     """
 
     def __init__(self, transfer: Transfer, size: int, meter: Meter) -> None:
-        """Take the transfer, the number of bytes, and what counts the requests; nothing is sent yet."""
+        """Take the transfer, the number of bytes, and what counts the bytes; nothing is sent yet."""
         self._meter = meter
         self._transfer = transfer
         self._size = size
@@ -42,15 +42,11 @@ class Sending:
 
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Return the result of a call of the store, made in a thread."""
-        future = self._pool.submit(self._counted, work)
+        future = self._pool.submit(work)
         self._sent.add(future)
         result = future.result()
         self._sent.discard(future)
         return result
-
-    def _counted(self, work: Callable[[], _Result]) -> _Result:
-        with self._meter.request():
-            return work()
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Take bytes; wait where too many parts are being sent. Raises what sending an earlier part raised."""
@@ -82,8 +78,7 @@ class Sending:
 
     def _send(self, number: int, part: bytes) -> None:
         try:
-            with self._meter.request():
-                self._transfer.send(number, part)
+            self._transfer.send(number, part)
             self._meter.add(sent=len(part))
         finally:
             self._free.release()

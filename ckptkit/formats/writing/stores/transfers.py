@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from typing import Any, Protocol
 
 from ckptkit.core.files.remote.store import ObjectState
+from ckptkit.core.files.remote.traffic import Meter
 
 __all__ = ["TakenError", "Transfer", "is_temporary", "transfer_to"]
 
@@ -66,13 +67,16 @@ class Transfer(Protocol):
         ...
 
 
-def transfer_to(filesystem: Any, path: str, size: int) -> Transfer:
-    """Return the transfer of ``size`` bytes to a path of an fsspec filesystem; nothing is asked yet."""
+def transfer_to(filesystem: Any, path: str, size: int, meter: Meter) -> Transfer:
+    """Return the transfer of ``size`` bytes to a path of an fsspec filesystem; nothing is asked yet.
+
+    ``meter`` counts the requests, or the calls of a filesystem that does not show its requests.
+    """
     if hasattr(filesystem, "call_s3"):
-        return _S3(filesystem, path, size)
+        return _S3(filesystem, path, size, meter)
     if filesystem.protocol == "memory":
-        return _Memory(filesystem, path)
-    return _Opened(filesystem, path, size)
+        return _Memory(filesystem, path, meter)
+    return _Opened(filesystem, path, size, meter)
 
 
 def is_temporary(name: str) -> bool:
@@ -96,8 +100,9 @@ class _Memory:
     at_once = 1
     is_held = is_quick = True
 
-    def __init__(self, filesystem: Any, path: str) -> None:
+    def __init__(self, filesystem: Any, path: str, meter: Meter) -> None:
         self.part = _PART
+        self._meter = meter
         self._filesystem, self._path = filesystem, path
         self._data = bytearray()
 
@@ -111,7 +116,8 @@ class _Memory:
         pass
 
     def commit(self, before: Hashable) -> None:  # noqa: ARG002 - fsspec has no conditions
-        self._filesystem.pipe_file(self._path, bytes(self._data))
+        with self._meter.request():
+            self._filesystem.pipe_file(self._path, bytes(self._data))
         self._data = bytearray()
 
     def is_ours(self, state: ObjectState) -> bool | None:  # noqa: ARG002 - the store tells nothing of the content
@@ -132,8 +138,9 @@ class _S3:
 
     is_held = is_quick = True
 
-    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+    def __init__(self, filesystem: Any, path: str, size: int, meter: Meter) -> None:
         self.part = _part_size(size, _PART)
+        self._meter = meter
         self.at_once = max(1, min(8, _IN_FLIGHT // self.part))
         self._filesystem = filesystem
         bucket, key, _ = filesystem.split_path(path)
@@ -145,9 +152,13 @@ class _S3:
         self._path = path
         self._sum_of_first = ""  # the MD5 of the first part
 
+    def _call(self, name: str, **options: Any) -> Any:
+        with self._meter.request():
+            return self._filesystem.call_s3(name, **options)
+
     def begin(self) -> None:
         if not self._is_small:
-            self._upload = self._filesystem.call_s3("create_multipart_upload", **self._object)["UploadId"]
+            self._upload = self._call("create_multipart_upload", **self._object)["UploadId"]
 
     def send(self, number: int, part: bytes) -> None:
         if self._is_small:
@@ -156,7 +167,7 @@ class _S3:
         if number == 0:
             self._sum_of_first = hashlib.md5(part, usedforsecurity=False).hexdigest()
         call = {**self._object, "UploadId": self._upload, "PartNumber": number + 1}
-        answer = self._filesystem.call_s3("upload_part", **call, Body=part)
+        answer = self._call("upload_part", **call, Body=part)
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
         self._parts[number] = {"PartNumber": number + 1, "ETag": answer["ETag"], **sums}
 
@@ -176,19 +187,20 @@ class _S3:
         elif isinstance(before, ObjectState) and before.etag:
             condition = {"IfMatch": before.etag}
         try:
-            self._filesystem.call_s3(name, **call, **condition)
+            self._call(name, **call, **condition)
         except Exception as error:
             status = _status_of(error) if condition else 0
             if status in _TAKEN:
                 raise TakenError from error
             if status not in _NOT_KNOWN:
                 raise
-            self._filesystem.call_s3(name, **call)
+            self._call(name, **call)
         self._upload = None
 
     def is_ours(self, state: ObjectState) -> bool | None:
         if self._is_small:
-            return bool(self._filesystem.cat_file(self._path) == self._small)
+            with self._meter.request():
+                return bool(self._filesystem.cat_file(self._path) == self._small)
         sums = [str(self._parts[number]["ETag"]).strip('"') for number in sorted(self._parts)]
         found = state.etag.strip('"')
         if "-" not in found or sums[0] != self._sum_of_first:  # the store names its files in another way
@@ -198,7 +210,7 @@ class _S3:
     def abort(self) -> None:
         if self._upload is not None:
             with contextlib.suppress(FileNotFoundError):  # the upload is over
-                self._filesystem.call_s3("abort_multipart_upload", **self._object, UploadId=self._upload)
+                self._call("abort_multipart_upload", **self._object, UploadId=self._upload)
             self._upload = None
 
     def remains(self, url: str) -> str:
@@ -223,8 +235,9 @@ class _Opened:
 
     at_once = 1
 
-    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+    def __init__(self, filesystem: Any, path: str, size: int, meter: Meter) -> None:
         self.part = _part_size(size, _PART_IN_ORDER)
+        self._meter = meter
         self.is_held = True
         self.is_quick = False
         self._filesystem, self._path = filesystem, path
@@ -248,6 +261,10 @@ class _Opened:
             self._file = self._open(self._path)
 
     def _open(self, path: str) -> Any:
+        with self._meter.request():
+            return self._opened(path)
+
+    def _opened(self, path: str) -> Any:
         try:
             files = self._filesystem.transaction.files
         except (AttributeError, NotImplementedError):  # of huggingface_hub, whose files are held until they are closed
@@ -258,19 +275,22 @@ class _Opened:
         return file
 
     def send(self, number: int, part: bytes) -> None:  # noqa: ARG002 - parts come in order
-        self._file.write(part)
+        with self._meter.request():
+            self._file.write(part)
 
     def close(self) -> None:
         if self.is_held:
-            self._file.close()
+            with self._meter.request():
+                self._file.close()
 
     def commit(self, before: Hashable) -> None:  # noqa: ARG002 - fsspec has no conditions
-        if not self.is_held:
-            self._file.close()
-        elif self._commits:
-            self._file.commit()
-        else:
-            self._filesystem.mv(self._temporary, self._path)
+        with self._meter.request():
+            if not self.is_held:
+                self._file.close()
+            elif self._commits:
+                self._file.commit()
+            else:
+                self._filesystem.mv(self._temporary, self._path)
 
     def is_ours(self, state: ObjectState) -> bool | None:  # noqa: ARG002 - the store tells nothing of the content
         return None
@@ -279,6 +299,13 @@ class _Opened:
         file = self._file
         if file is None:
             return
+        try:
+            self._discard(file)
+        finally:
+            with contextlib.suppress(AttributeError):
+                file.closed = True  # otherwise it would be sent when it is collected
+
+    def _discard(self, file: Any) -> None:
         if self._commits:
             file.discard()
         elif self.is_held:
@@ -290,8 +317,6 @@ class _Opened:
             spooled.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(spooled.name)
-        with contextlib.suppress(AttributeError):
-            file.closed = True  # otherwise it would be sent when it is collected
 
     def remains(self, url: str) -> str:
         return url + self._temporary.removeprefix(self._path) if self._temporary else _unfinished(url)
