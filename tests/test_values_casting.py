@@ -102,7 +102,9 @@ def raw_view(tensor: torch.Tensor) -> memoryview:
 def test_subnormal_numbers_are_kept_where_the_processor_takes_them_for_0(before: str) -> None:
     """In a thread that called ``torch.set_flush_denormal``, the numbers in F32 have the same bits as elsewhere."""
     source = source_of(before)
-    data = raw_view(source[source.float().isfinite()])  # where none is NaN, they are widened in another way
+    held = source.float().isfinite().numpy()  # where none is NaN, they are widened in another way
+    bits = np.frombuffer(raw_view(source), f"u{source.element_size()}")[held]
+    data = bits.view(np.uint8).data
 
     def widen() -> bytes:
         torch.set_flush_denormal(True)
