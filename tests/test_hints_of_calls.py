@@ -323,6 +323,12 @@ def _the_text_of_a_spec(_: Path) -> tuple[Look, dict[str, Any]]:
     return _given(lambda spec: ckptkit.plan_param_groups(build(), spec), '[[group]]\nname = "all"\nrest = true\n')
 
 
+@case("plans/recipes/parse.py: parse it first: tomllib.loads(text)", "import tomllib; given[0] = tomllib.loads(text)")
+def _the_text_of_a_recipe(_: Path) -> tuple[Look, dict[str, Any]]:
+    inputs = f'[[input]]\npath = "{TEN}"\n[[input]]\npath = "{TEN}"\nname = "b"\n'
+    return _given(ckptkit.plan_recipe, f'version = 1\nmethod = "average"\n{inputs}')
+
+
 @case("param_groups/explain.py: use a name of model.named_parameters()", "given[0] = next(model.named_parameters())[0]")
 def _a_number_as_name(_: Path) -> tuple[Look, dict[str, Any]]:
     return _given(lambda name: ckptkit.explain_param_group(build(), SPEC, name), 3, model=build())

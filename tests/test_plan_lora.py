@@ -110,6 +110,7 @@ def test_the_plan_is_shown_before_anything_is_written(tmp_path: Path, capsys: py
     steps = {step["key"]: step for step in document["plan"]}
     assert steps["l.0.q.weight"] == {
         "key": "l.0.q.weight", "dtype": "F32", "shape": [6, 4], "operation": "fold_lora", "rule": "lora, scale 3",
+        "merge": None,
         "sources": [
             {"role": "base", "key": "l.0.q.weight"}, {"role": "donor", "key": f"{P}l.0.q.lora_A.weight"},
             {"role": "donor", "key": f"{P}l.0.q.lora_B.weight"},

@@ -61,8 +61,8 @@ class InspectedModel:
     @cached_property
     def on_meta(self) -> tuple[str, ...]:
         """The keys of tensors without values."""
-        tensors = self.model.state_dict(keep_vars=True)
-        return tuple(key for key in self.state if tensors[key].is_meta)
+        values = self.model.state_dict(keep_vars=True)  # quantised layers of torch have tuples of tensors too
+        return tuple(key for key, value in values.items() if key in self.state and value.is_meta)
 
     @cached_property
     def stats(self) -> StateDictStats | None:
@@ -114,16 +114,14 @@ def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint
     """Return whether the model has the values of init; a tensor with one value everywhere proves nothing."""
     if inspected.stats is None:
         return "unknown"
-    live = inspected.model.state_dict(keep_vars=True)
     counts = {True: 0, False: 0}
     for pair in result.matched:
         found = inspected.stats.tensors[pair.key].numbers
         is_direct = pair.found.key in init and init[pair.found.key].shape == pair.found.shape
         if pair.key in refused or found is None or not is_direct or found.min == found.max:
             continue
-        tensor = live[pair.key].detach().to("cpu").resolve_conj().resolve_neg()
         try:
-            counts[same_values(tensor, init.read(pair.found.key))] += 1
+            counts[same_values(inspected.state.read(pair.key), init.read(pair.found.key))] += 1
         except TypeError:  # a dtype that this torch does not have
             return "unknown"
     if not any(counts.values()):

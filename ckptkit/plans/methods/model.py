@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
 
-from ckptkit.core.text import nearest, plural, printable, quoted
+from ckptkit.core.text import nearest, plural, printable, quoted, short_number
 from ckptkit.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -125,10 +125,10 @@ class Parameter:
             return " or ".join(map(quoted, self.choices))
         what = "a number" if self.kind == "number" else "a whole number"
         if None not in (self.low, self.high) and not any(self.is_open):
-            return f"{what} from {self.low:g} to {self.high:g}"
+            return f"{what} from {short_number(self.low)} to {short_number(self.high)}"
         words = (("at least", "above"), ("at most", "below"))
         limits = zip((self.low, self.high), words, self.is_open, strict=True)
-        named = [f"{word[is_open]} {limit:g}" for limit, word, is_open in limits if limit is not None]
+        named = [f"{word[is_open]} {short_number(limit)}" for limit, word, is_open in limits if limit is not None]
         joined = " and ".join(named)
         return f"{what}{' of ' if joined.startswith('at') else ' ' if joined else ''}{joined}"
 

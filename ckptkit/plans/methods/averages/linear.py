@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ckptkit.core.text import short_number
 from ckptkit.errors import ArgumentError
 from ckptkit.plans.methods.model import MergedTensor, Method, Paper, flag, number
 
@@ -66,5 +67,5 @@ class Average(Method):
 def refuse_cancelling(weights: Sequence[float]) -> None:
     """Raise ``ArgumentError`` where the sum of the weights is 0, or next to 0 beside their sizes."""
     if abs(sum(weights)) <= _CANCELLING * sum(map(abs, weights)):
-        shown = ", ".join(f"{weight:g}" for weight in weights)
-        raise ArgumentError(f"the weights ({shown}) cancel: their sum is {sum(weights):g}")
+        shown = ", ".join(f"{short_number(weight)}" for weight in weights)
+        raise ArgumentError(f"the weights ({shown}) cancel: their sum is {short_number(sum(weights))}")

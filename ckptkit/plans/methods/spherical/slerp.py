@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ckptkit.core.text import short_number
 from ckptkit.plans.methods.model import MergedTensor, Method, Paper, number
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Slerp(Method):
 
     def notes(self) -> tuple[str, ...]:
         """Say where the result lies beyond one of the inputs."""
-        return () if 0 <= self.t <= 1 else (f"slerp: t is {self.t:g}, so the result lies beyond one of the inputs",)
+        if 0 <= self.t <= 1:
+            return ()
+        return (f"slerp: t is {short_number(self.t)}, so the result lies beyond one of the inputs",)
 
     def resolve(self, tensor: MergedTensor) -> Merging:
         """Return the interpolation; at the ends, one of the inputs."""

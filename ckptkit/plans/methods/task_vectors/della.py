@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ckptkit.core.text import short_number
 from ckptkit.errors import ArgumentError
 from ckptkit.plans.methods.model import MergedTensor, Paper, flag, number
 from ckptkit.plans.methods.task_vectors.random import RandomVectors
@@ -48,8 +49,8 @@ class DellaLinear(RandomVectors):
         for share, spread in zip(self.density, self.epsilon, strict=True):
             if share - spread <= 0 or share + spread >= 1:
                 raise ArgumentError(
-                    f"density is {share:g} and epsilon {spread:g}, and density - epsilon must be above 0, "
-                    "density + epsilon below 1"
+                    f"density is {short_number(share)} and epsilon {short_number(spread)}, "
+                    "and density - epsilon must be above 0, density + epsilon below 1"
                 )
 
     def resolve(self, tensor: MergedTensor) -> Merging:
