@@ -115,7 +115,7 @@ class _Twister:
         first = np.random.RandomState(seed & 0xFFFFFFFF)
         self._states: list[Any] = [first.get_state(legacy=False)]  # one for each _TAKEN numbers
 
-    def numbers(self, start: int, count: int) -> npt.NDArray[np.uint32]:
+    def numbers(self, start: int, count: int) -> npt.NDArray[np.uint64]:
         import numpy as np
 
         twister = np.random.MT19937(0)
@@ -126,7 +126,8 @@ class _Twister:
                 self._states.append(twister.state)
         twister.state = self._states[start // _TAKEN]
         twister.random_raw(start % _TAKEN, output=False)
-        return np.random.Generator(twister).integers(0, 1 << 32, count, dtype=np.uint32)
+        raw: npt.NDArray[np.uint64] = twister.random_raw(count)  # any version of numpy has the same numbers here
+        return raw
 
 
 @functools.lru_cache(maxsize=2)

@@ -18,9 +18,9 @@ __all__ = ["RandomVectors"]
 class RandomVectors(WeightedVectors):
     """A method that keeps random elements of each task vector.
 
-    With ``masks = "counter"``, which elements are kept depends only on ``seed``, the key of the output, the number of
-    the input and the index of the element. With ``"torch"``, the masks are those of mergekit on the CPU: all tensors
-    take the random numbers of torch, sorted by their keys. Then ``drawn`` numbers were taken before this tensor.
+    With ``masks = "counter"``, a mask depends only on ``seed``, the key of the output, the number of the input and the
+    index of the element. With ``"torch"``, the masks are those of mergekit on the CPU: all tensors take the random
+    numbers of torch, sorted by their keys. Then ``drawn`` numbers were taken before this tensor.
     """
 
     density: tuple[float, ...] = density()
