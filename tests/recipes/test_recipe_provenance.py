@@ -70,6 +70,21 @@ def test_the_recipe_is_read_back_and_merges_the_same_again(
         ckptkit.execute(plan, plan.paths, "again-one.pt")
 
 
+@pytest.mark.parametrize("file", ["", "/model.safetensors"])  # a directory, and a file of the name of another input
+def test_a_base_of_its_own_is_still_one_in_the_recipe_that_is_read_back(tmp_path: Path, file: str) -> None:
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(2)}, tmp_path / name / "model.safetensors")
+    given = {"method": "ties", "weight": 1, "density": 1, "base": f"{tmp_path}/base{file}"}
+    inputs = [{"name": "tuned", "path": f"{tmp_path}/tuned{file}"}]
+    plan = ckptkit.plan_recipe({**given, "input": inputs})
+    ckptkit.execute(plan, plan.paths, tmp_path / "out.safetensors")
+    with ckptkit.open_checkpoint(tmp_path / "out.safetensors") as checkpoint:
+        again = recorded_recipe(checkpoint)
+    assert again.is_base_apart
+    assert [each.name for each in again.inputs] == ["model" if file else "base", "tuned"]
+
+
 def test_a_merge_of_merges_keeps_what_each_says(recipe: MergeRecipe, tmp_path: Path) -> None:
     plan = ckptkit.plan_recipe(recipe)
     ckptkit.execute(plan, plan.paths, tmp_path / "first.safetensors")

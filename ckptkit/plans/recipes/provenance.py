@@ -100,9 +100,19 @@ def _version() -> str:
 
 
 def _with_names_only(recipe: MergeRecipe) -> MergeRecipe:
-    """Return the recipe with the last name of each path."""
+    """Return the recipe with the last name of each path.
+
+    A base that is not an input begins with ``./``: it must still be a path, and not the path of an input of the same name.
+    """
+    base = recipe.base if recipe.is_base_apart else None
     inputs = tuple(
-        replace(each, path=_last(each.path), lora=_last(each.lora), rules=_last(each.rules)) for each in recipe.inputs
+        replace(
+            each,
+            path=f"./{_last(each.path)}" if each.name == base else _last(each.path),
+            lora=_last(each.lora),
+            rules=_last(each.rules),
+        )
+        for each in recipe.inputs
     )
     return replace(recipe, inputs=inputs)
 
