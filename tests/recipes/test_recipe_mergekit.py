@@ -115,6 +115,7 @@ parameters: {t: 0.3}
             "line 1: there is no method 'nearly', or none that has an equal",
         ),
         ("merge_method: linear", "the configuration has no models"),
+        ("merge_method: linear\nmodels: [{model: {lora: b}}]", "line 2: None is not the name of a model"),
         ("merge_method: linear\nmodels: [{model: a}]\ndtype: float12", "line 3: dtype: unknown dtype 'float12'"),
         (
             "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}]},\n\n{sources: [{model: b}]}]",

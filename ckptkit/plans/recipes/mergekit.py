@@ -192,7 +192,8 @@ class _Importer:
             inner = model.get("model", model)
             path = inner.get("path") if isinstance(inner, Mapping) else inner
             lora = model.get("lora")
-            model = f"{path}+{lora}" if lora else path
+            lora = lora.get("path") if isinstance(lora, Mapping) else lora
+            model = f"{path}+{lora}" if path and lora else path
         if not isinstance(model, str) or not model:
             raise self.error(f"{model!r} is not the name of a model", "models")
         if model not in self.names:

@@ -102,7 +102,7 @@ def _version() -> str:
 def _with_names_only(recipe: MergeRecipe) -> MergeRecipe:
     """Return the recipe with the last name of each path.
 
-    A base that is not an input begins with ``./``: it must still be a path, and not the path of an input of the same name.
+    A base that is not an input begins with ``./``: it must still be a path, and not that of an input of the same name.
     """
     base = recipe.base if recipe.is_base_apart else None
     inputs = tuple(
