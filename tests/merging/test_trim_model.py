@@ -174,3 +174,10 @@ def test_a_nan_names_its_key_and_input() -> None:
     found["b"]["bias"][3] = np.nan
     with pytest.raises(ckptkit.PlanError, match=r"'bias' cannot be merged: its element \[3\] in 'b' is NaN"):
         merged_by(recipe(), found)
+
+
+@pytest.mark.parametrize(("method", "name"), [("ties", "counted"), ("dare_ties", "drawn")])
+def test_what_only_a_plan_sets_is_no_parameter_of_a_recipe(method: str, name: str) -> None:
+    table = {"method": method, "base": "base", "density": 0.5, "input": recipe()["input"], name: 1}
+    with pytest.raises(ckptkit.RecipeError, match=name):
+        ckptkit.plan_recipe(table, inputs=tensors(states()))
