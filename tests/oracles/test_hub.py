@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_faults_are_repeated(hub: Hub, fault: dict[str, float]) -> None:
     """Statuses that may pass, cut connections and answers that come too late are asked for again."""
     happened = hub.proxy.fail(path="/store/org/lenet/model", **fault)
     out, err = hub.ckpt("show", "hf:org/lenet/model.safetensors", "-v", CKPTKIT_TIMEOUT="1")
-    assert (happened.happened, "10 tensors" in out, "1 retry" in err) == (1, True, True), err
+    assert (happened.happened, "10 tensors" in out) == (1, True), err
+    assert re.search(r"\d retr(y|ies)", err), err  # a busy machine can be late with another answer too
 
 
 def test_a_file_that_is_partly_cached_is_read_at_the_hub(hub: Hub) -> None:
