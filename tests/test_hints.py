@@ -78,6 +78,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "formats/directories/opening.py: ckpt searched for an index": "names the program, not a command",
     "formats/directories/opening.py: ckpt show XX lists all of them": "followed by tests/test_urls.py",
     "plans/output.py: leave out --reflink": "followed by tests/test_uploads.py",
+    "plans/quantized/as_numbers.py: dequantise it to F16": "followed by tests/test_dequantize.py",
     "plans/quantized/configured.py: or leave out --carry": "followed by tests/test_quantize_outputs.py",
     "formats/__init__.py: diff, align, merge and --like": "a note about commands, without one to run",
     "plans/adapters/fold.py: with a second ckpt merge": "a note: which weights they are, only the user knows",

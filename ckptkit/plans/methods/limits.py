@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural, quoted, short_number
 from ckptkit.errors import PlanError
 from ckptkit.plans.methods.model import Share
 from ckptkit.plans.methods.operation import Merge
@@ -66,8 +66,9 @@ class Limits:
         for (number, share), elements in counted.items():
             if elements != share.elements:
                 raise PlanError(
-                    f"the plan merges {plural(elements, 'element')} of its input {number} with density "
-                    f'{share.density:g}, and was made for {share.elements:,}: trim = "model" needs them all',
+                    f"the plan merges {plural(elements, 'element')} of its input {number} "
+                    f"with density {short_number(share.density)}, and was made for {share.elements:,}: "
+                    'trim = "model" needs them all',
                     hint="make a new plan of the recipe",
                 )
 
