@@ -119,6 +119,22 @@ def test_the_configuration_has_the_new_number_of_layers(tmp_path: Path) -> None:
     assert [one.statement for one in written.adapted] == ["num_hidden_layers", "layer_types"]
 
 
+def test_a_layer_that_is_there_twice_is_not_a_broken_tie_and_real_ties_are(tmp_path: Path) -> None:
+    tied = {**A, "head.weight": A["model.embed.weight"]}
+    torch.save(tied, tmp_path / "m.pt")
+    text = HEAD + f'[[input]]\nname = "m"\npath = "{tmp_path}/m.pt"\n' + a_slice("m", 0, 3) + a_slice("m", 1, 4)
+    for number, (recipe, untied) in enumerate(
+        [
+            (recipe_from_text(text), (("model.embed.weight", "head.weight"),)),
+            (recipe_from_text(HEAD + ONE + a_slice("A", 0, 3) + a_slice("A", 1, 4)), ()),
+        ]
+    ):
+        inputs = None if number == 0 else {"A": A}
+        plan = ckptkit.plan_recipe(recipe, inputs=inputs)
+        written = ckptkit.execute(plan, inputs or plan.paths, tmp_path / f"{number}.safetensors")
+        assert written.untied == untied
+
+
 def test_a_number_of_layers_that_is_not_found_is_told_and_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     config = {"depth": 4, "heads": 4}

@@ -176,15 +176,24 @@ class Plan(Result):
 
 
 def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
-    """Return each group of output keys that share memory in the input, but would not in a safetensors file."""
+    """Return each group of output keys that share memory in the input, but would not in a safetensors file.
+
+    Where a plan puts layers one after the other, several keys of one source are copies that the plan asks for: the
+    first stands for all.
+    """
     by_role: dict[str, list[TensorInfo]] = {}
     by_source: dict[tuple[str, str], list[str]] = {}
+    read: set[tuple[str, str]] = set()
     for step in plan.steps:
         source = step.sources[0]
+        place = (source.role, source.key)
+        if plan.layers is not None and place in read:
+            continue
+        read.add(place)
         if step.out.view is not None:
             by_role.setdefault(source.role, []).append(step.out)
         if step.recipe is None:
-            by_source.setdefault((source.role, source.key), []).append(step.out.key)
+            by_source.setdefault(place, []).append(step.out.key)
     groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping_tensors(infos)]
     known = {key for group in groups for key in group}
     return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]
