@@ -268,6 +268,15 @@ def test_show_prints_the_recipe(name: str, models: dict[str, Any], capsys: pytes
     assert document["inputs"]["A"]["tensors"] == len(SHAPES) + 1
 
 
+def test_show_names_the_base_that_is_no_input(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """A base that is given by its path comes first."""
+    del models
+    words = ["B.safetensors", "C.safetensors", "--method", "ties", "--base", "A.safetensors", "--param", "weight=0.5"]
+    assert run_ckpt(capsys, "merge", *words, "--density", "1", "-o", "ties.safetensors").code == 0
+    page = run_ckpt(capsys, "show", "ties.safetensors").out
+    assert re.search(r"\nA \(base\) +A\.safetensors .*\nB +B\.safetensors ", page)
+
+
 ODD = [
     "", "[]", "{}", "NaN", '{"recipe": NaN}', '{"recipe": {"input": [1, {"name": [], "weight": {"a": "\\u001b"}}]}}',
     '{"recipe": {"method": "\\u202e", "set": 3}, "inputs": [1]}', '{"inputs": {"a": {"size": -1}}, "recipe": {"a": 1}}',

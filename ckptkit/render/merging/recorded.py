@@ -36,18 +36,19 @@ def recorded_blocks(document: Mapping[str, Any]) -> Iterator[Block]:
         yield Line((f"merged of {plural(count, 'input')}; the recipe was left out",))
         return
     files = described if isinstance(described, dict) else {}
+    given = recipe.get("input")
+    inputs = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+    named = {str(each.get("name", "")) for each in inputs}
+    apart = [{"name": name} for name in files if name not in named]  # a base that is not merged as an input
     base = recipe.get("base")
     rows = []
-    for each in recipe.get("input", ()) if isinstance(recipe.get("input"), list) else ():
-        if isinstance(each, dict):
-            name = str(each.get("name", ""))
-            about = _table(files, name)
-            size = about.get("size")
-            bytes_text = human_bytes(size) if isinstance(size, int) else ""
-            role = " (base)" if name == base else ""
-            rows.append(
-                (f"{value_cell(name)}{role}", value_cell(str(about.get("file", ""))), bytes_text, _values(each))
-            )
+    for each in (*apart, *inputs):
+        name = str(each.get("name", ""))
+        about = _table(files, name)
+        size = about.get("size")
+        bytes_text = human_bytes(size) if isinstance(size, int) else ""
+        role = " (base)" if name == base or name not in named else ""
+        rows.append((f"{value_cell(name)}{role}", value_cell(str(about.get("file", ""))), bytes_text, _values(each)))
     about_all = f", {values}" if (values := _values(recipe)) else ""
     more = [f"{len(recipe[name])} {text}" for name, text in _TABLES.items() if isinstance(recipe.get(name), list)]
     method = Code(value_cell(str(recipe.get("method", ""))))
