@@ -13,7 +13,6 @@ from ckptkit.cli.common.donor_names import donor_weights
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import (
     dequantize_option,
-    numbers_dtype_option,
     path_argument,
     requirement_options,
     skip_unread_option,
@@ -73,7 +72,6 @@ __all__ = ["merge"]
 @skip_unread_option
 @dequantize_option
 @quantize_option
-@numbers_dtype_option
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale of every adapter.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True,
@@ -246,9 +244,12 @@ class _Form(NamedTuple):
 
 _RULES: Final = ("rename", "keep", "drop", "strip", "rules_file", "settings", "allow_unused")
 _NO_MODEL: Final = "the output is not a model"
-_OF_INPUTS: Final = dict.fromkeys(
-    ("rename", "strip", "rules_file", "on_mismatch"), "a recipe has it for each [[input]]"
-)
+_OF_INPUTS: Final = {
+    "strip": "--param NAME.strip=PREFIX is for one input",
+    "on_mismatch": "--param NAME.on_mismatch=ACTION is for one input",
+    "rules_file": "--param NAME.rules=FILE is for one input",
+    "rename": "a recipe has it for each [[input]]; rules of a file are --param NAME.rules=FILE",
+}
 _IN_FILE: Final = dict.fromkeys(
     ("method", "base_input", "weight", "density", "parameters", "only", "dequantize", "dtype"),
     "write it in the file",

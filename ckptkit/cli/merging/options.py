@@ -112,6 +112,11 @@ _only_option = click.option(
     "--only", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
     help="Merge only matching keys; all others have the values of the base, or of the first input. Repeatable.",
 )  # fmt: skip
+_dtype_option = click.option(
+    "--dtype", metavar="DTYPE",
+    help="The dtype of the output, for a method that computes. With overlay, lora and extract-lora: the dtype of the "
+    "numbers that --dequantize reads.",
+)  # fmt: skip
 _mergekit_option = click.option(
     "--from-mergekit", "mergekit_file", type=PATH_TYPE, metavar="FILE",
     help="Merge as the configuration of mergekit says. With --print, write the recipe that means the same.",
@@ -129,7 +134,7 @@ def merge_options(command: CommandFunction) -> CommandFunction:
     """Add the options that choose a method, and the parameters of methods that compute with all inputs."""
     return add_options(
         command, _method_option, _help_methods_option, _recipe_option, _base_option, _weight_option, _density_option,
-        _param_option, _only_option, _mergekit_option, _no_recipe_option,
+        _param_option, _only_option, _dtype_option, _mergekit_option, _no_recipe_option,
     )  # fmt: skip
 
 

@@ -132,7 +132,8 @@ def align_input(
             f"{quoted(each.name)} is an adapter, and the mean of factors is not the factor of a mean",
             "input",
             each.number,
-            hint='fold it into its base: give the base as path, and the adapter as lora = "PATH"',
+            hint=f"fold it into its base: give the path of the base as {quoted(each.name)}, and the adapter as "
+            f"{recipe.places.setting('lora', 'PATH', each.name)}",
         )
     notes: list[str] = []
     dropped: list[Dropped] = list(dropped_entries(roles[each.name], each.name))
@@ -173,7 +174,8 @@ def _refuse_quantized(recipe: MergeRecipe, each: RecipeInput, checkpoint: Checkp
             f"{quoted(each.name)} has {count} ({weights[0].scheme}), such as {quoted(weights[0].key)}",
             "input",
             each.number,
-            hint=f"{recipe.places.setting('dequantize', value=True, of_input=each.name)} merges them as numbers",
+            hint=f"{recipe.places.setting('dequantize', value=True, of_input=each.name)} merges them as numbers"
+            + ("" if recipe.places.is_named else ", and --dequantize those of all inputs"),
         )
 
 

@@ -15,6 +15,7 @@ from ckptkit.plans.recipes.paths import input_name
 __all__ = ["SETTINGS", "named_input", "recipe_from_options"]
 
 SETTINGS = ("compute", "on_missing", "non_float", "on_nonfinite", "seed")  # of a recipe, beside the parameters
+_OPTIONS = {"out_dtype": "--dtype", "dequantize": "--dequantize", "only": "--only", "base": "--base"}
 
 
 def recipe_from_options(
@@ -66,6 +67,7 @@ def recipe_from_options(
             if name not in known and name not in SETTINGS:
                 near = nearest(name, (*known, *SETTINGS))
                 hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(known) or 'none'}"
+                hint = f"{_OPTIONS[name]} sets it" if name in _OPTIONS else hint
                 raise RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
             _give(table, name, value, "--param", text)
     return recipe_from_table(table, Places(is_named=False))
