@@ -337,3 +337,25 @@ def test_inputs_are_named_as_in_the_recipe() -> None:
         ckptkit.plan_recipe(tomled(LINEAR), inputs={"C": A})
     with pytest.raises(RecipeError, match="line 2: 'A' has no path"):
         ckptkit.plan_recipe(tomled(LINEAR), inputs={"B": A})
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason", "hint"),
+    [
+        (("b.pt", "bb.pt"), "line 6: input 'bb': no such file or directory: bb.pt", "b.pt"),
+        (('"b.pt"', '"b.pt"\nlora = "ad/"'), "line 7: lora of input 'b': no such file or directory: ad/", None),
+        (("linear", 'linear"\nbase = "c/d.pt'), "line 2: input 'd': no such file or directory: c/d.pt", None),
+    ],
+)
+def test_a_path_that_does_not_exist_is_told_with_its_line(
+    changed: tuple[str, str], reason: str, hint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        torch.save({"w": torch.ones(2)}, name)
+    text = 'method = "linear"\n\n[[input]]\npath = "a.pt"\n[[input]]\npath = "b.pt"\n'.replace(*changed)
+    Path("recipe.toml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        ckptkit.plan_recipe("recipe.toml")
+    assert (caught.value.path, caught.value.reason) == ("recipe.toml", reason)
+    assert hint is None or hint in (caught.value.hint or "")

@@ -14,11 +14,11 @@ from ckptkit.core.toml_lines import TomlPath
 from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.errors import RecipeError
 from ckptkit.plans.plan import Source
-from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient
+from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, input_path
 from ckptkit.plans.recipes.model import MergeRecipe, Parameters
 from ckptkit.plans.recipes.parameters import Chosen, KeySettings
 
-__all__ = ["Decision", "Decisions", "decide", "input_path"]
+__all__ = ["Decision", "Decisions", "decide"]
 
 Kind: TypeAlias = Literal["merged", "taken", "left out"]
 _MOST_NAMED = 5
@@ -250,12 +250,6 @@ def _kind(one: Ingredient) -> str:
     if code not in CASTABLE:
         return "other"
     return "complex" if DTYPES[code].parts > 1 else "float" if is_float(code) else "integer"
-
-
-def input_path(recipe: MergeRecipe, name: str) -> TomlPath:
-    """Return the place of an input in the recipe, for messages."""
-    number = recipe.input(name).number
-    return ("base",) if number < 0 else ("input", number)
 
 
 def _missing_error(

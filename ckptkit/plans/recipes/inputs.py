@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from ckptkit.adapters.keys import is_adapter
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo, under_key
 from ckptkit.core.config_files import read_settings
-from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.text import listed, plural, printable, quoted
+from ckptkit.core.toml_lines import TomlPath
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.errors import RecipeError, RuleError
+from ckptkit.errors import PathError, RecipeError, RuleError
 from ckptkit.formats.directories.model_files import MODEL_CONFIG
 from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.formats.directories.tied_head import TiedHead, tied_head
@@ -28,7 +29,16 @@ from ckptkit.rules.parse import parse_rules
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["AlignedInput", "Ingredient", "adapter_role", "align_input", "joined", "opened_recipe", "reference_of"]
+__all__ = [
+    "AlignedInput",
+    "Ingredient",
+    "adapter_role",
+    "align_input",
+    "input_path",
+    "joined",
+    "opened_recipe",
+    "reference_of",
+]
 
 _ADAPTER = ".lora"  # ends the role of an adapter
 
@@ -90,8 +100,8 @@ def opened_recipe(
 ) -> Iterator[tuple[dict[str, Checkpoint], dict[str, str]]]:
     """Give the inputs by role, the base first, and their paths; what is opened here is closed at the end.
 
-    ``given`` has inputs in place of their paths. Raises what ``opened`` raises, and ``RecipeError`` for an input
-    without a path, and for a name in ``given`` that no input has.
+    ``given`` has inputs in place of their paths. Raises ``RecipeError`` for a path of the recipe that cannot be read,
+    for an input without a path, and for a name in ``given`` that no input has. Raises what ``opened`` raises besides.
     """
     names = [each.name for each in recipe.inputs]
     for name in given:
@@ -110,11 +120,33 @@ def opened_recipe(
             if each.lora:
                 values[adapter_role(each.name)] = each.lora
             for role, value in values.items():
-                roles[role] = stack.enter_context(opened(value, role))
+                of_recipe = role not in given and recipe.places.is_named  # a path on the command line has no line
+                with _errors_of_recipe(recipe, each.name, role) if of_recipe else contextlib.nullcontext():
+                    roles[role] = stack.enter_context(opened(value, role))
                 refuse_suspicious(roles[role], role)
                 if isinstance(value, str):
                     paths[role] = value
         yield roles, paths
+
+
+def input_path(recipe: MergeRecipe, name: str) -> TomlPath:
+    """Return the place of an input in the recipe, for messages."""
+    number = recipe.input(name).number
+    return ("base",) if number < 0 else ("input", number)
+
+
+@contextlib.contextmanager
+def _errors_of_recipe(recipe: MergeRecipe, name: str, role: str) -> Iterator[None]:
+    """Make an error about the path of an input, or of its adapter, one about that line of the recipe."""
+    try:
+        yield
+    except PathError as error:
+        is_adapter_path = role != name
+        place = input_path(recipe, name)
+        of_path = place if place == ("base",) else (*place, "lora" if is_adapter_path else "path")
+        what = f"lora of input {quoted(name)}" if is_adapter_path else f"input {quoted(name)}"
+        where = f": {printable(error.path)}" if error.path else ""
+        raise recipe.places.error(f"{what}: {error.reason}{where}", *of_path, hint=error.hint) from None
 
 
 def align_input(

@@ -19,9 +19,17 @@ from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.quantized.as_numbers import DequantizedInputs
-from ckptkit.plans.recipes.alignment import Decision, Decisions, decide, input_path
+from ckptkit.plans.recipes.alignment import Decision, Decisions, decide
 from ckptkit.plans.recipes.counts import with_counts
-from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, align_input, joined, opened_recipe, reference_of
+from ckptkit.plans.recipes.inputs import (
+    AlignedInput,
+    Ingredient,
+    align_input,
+    input_path,
+    joined,
+    opened_recipe,
+    reference_of,
+)
 from ckptkit.plans.recipes.model import NOT_PARAMETERS, MergeRecipe
 from ckptkit.plans.recipes.parse import RecipeLike, parse_recipe
 from ckptkit.plans.recipes.provenance import with_provenance
@@ -57,8 +65,9 @@ def plan_recipe(
     Beside a torch file, this is a file. Without ``record_recipe``, it has only the sizes and the digests.
 
     Raises:
-        RecipeError: The recipe is not valid, or does not fit its inputs; the reason begins with its line.
-        PathError: The recipe or an input cannot be read.
+        RecipeError: The recipe is not valid, does not fit its inputs, or has a path that cannot be read; the reason
+            begins with its line.
+        PathError: The file of the recipe, or a path in ``inputs``, cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: The recipe is not a valid table.
         PlanError: A tensor cannot be copied or cast, or an adapter cannot be folded.
