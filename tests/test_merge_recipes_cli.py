@@ -320,3 +320,24 @@ def test_a_dry_run_has_the_parameters_of_each_tensor(
         "method": "linear", "base": None, "inputs": ["B", "C"], "parameters": {"weight": [0.0, 0.5], "normalize": True}
     }  # fmt: skip
     assert document["summary"]["by_method"] == {"linear": 3}
+
+
+def test_a_file_that_is_carried_is_not_left_out_of_another_input(
+    models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each input has a configuration: the output has that of the first one, and the report names it once.
+
+    The recipe beside a torch file is made, and not carried.
+    """
+    for name in "AB":
+        Path(name).mkdir()
+        save_file(models[name], f"{name}/model.safetensors")
+        Path(name, "config.json").write_text(f'{{"of": "{name}"}}', encoding="utf-8")
+    Path("B", "trainer_state.json").write_text("{}", encoding="utf-8")
+    Path("out").mkdir()
+    ran = run_ckpt(capsys, "merge", "A", "B", "--method", "average", "-o", "out/pytorch_model.bin", "--carry")
+    assert (ran.code, json.loads(Path("out/config.json").read_text())) == (0, {"of": "A"}), ran.err
+    assert ", 1 entry left out\n" in ran.err
+    assert "left out, stored outside of the weights: trainer_state.json\n" in ran.err
+    assert "carried along: config.json\n" in ran.err
+    assert "written beside the weights: pytorch_model.bin.merge.json\n" in ran.err

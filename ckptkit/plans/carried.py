@@ -73,8 +73,11 @@ class Carried:
     notes: tuple[str, ...] = ()
 
     def takes(self, drop: Dropped) -> bool:
-        """Return whether an entry that the tensors leave out is a file that goes along."""
-        return drop.is_entry and drop.role == self.role and drop.key in self.names
+        """Return whether an entry that the tensors leave out is a file that the output gets, of this input or another.
+
+        Files of several inputs can have one name, and the output has room for one of them.
+        """
+        return drop.is_entry and drop.key in self.names
 
 
 def target_of(carried: Carried, name: str, directory: str, *, force: bool) -> Target | None:

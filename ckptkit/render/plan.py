@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_infinite_codes, describe_overflow, describe_small_losses
-from ckptkit.core.checkpoint.provenance import PROVENANCE
+from ckptkit.core.checkpoint.provenance import PROVENANCE, provenance_name
+from ckptkit.core.files.places import name_of
 from ckptkit.core.text import human_bytes, percent, plural, printable, short_number
 from ckptkit.errors import COMMAND
 from ckptkit.formats.safetensors_header import METADATA
@@ -172,8 +173,13 @@ def _remarks(plan: Plan, written: Written) -> Iterator[str]:
         yield f"kept {plural(written.kept_shards, 'shard')} that an earlier run had finished"
     if written.shared:
         yield f"shares {human_bytes(written.shared)} on the disk with the input (reflink)"
-    if written.carried:
-        yield f"carried along: {_first_names(written.carried, 16)}"
+    made = provenance_name(name_of(written.path)), provenance_name("")  # beside a file, and in a directory
+    carried = [name for name in written.carried if name not in made]
+    if carried:
+        yield f"carried along: {_first_names(carried, 16)}"
+    for name in written.carried:
+        if name in made:
+            yield f"written beside the weights: {printable(name)}"
     if written.beside:
         yield f"the directory also holds other weights: {_first_names(written.beside, 4)}"
     for path in written.left:
