@@ -341,3 +341,26 @@ def test_a_file_that_is_carried_is_not_left_out_of_another_input(
     assert "left out, stored outside of the weights: trainer_state.json\n" in ran.err
     assert "carried along: config.json\n" in ran.err
     assert "written beside the weights: pytorch_model.bin.merge.json\n" in ran.err
+
+
+def test_what_is_not_merged_has_one_line_for_each_input(
+    models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys that --only leaves to the first input are counted; those that no tensor of the output replaces are named.
+
+    The document, and the page with --expand, have every key.
+    """
+    save_file({**models["B"], "extra": torch.ones(1)}, "B.safetensors")
+    words = ["A.safetensors", "B.safetensors", "--base", "C.safetensors", "--method", "linear", "--only", "layers.*"]
+    ran = run_ckpt(capsys, "merge", *words, "-o", "out.safetensors")
+    assert (ran.code, ran.out) == (0, "")
+    lines = [re.split("  +", line) for line in ran.err.splitlines()]
+    assert ["extra", "B", "not in --only, and 'C' does not have it"] in lines
+    for row in (["3 tensors", "A", "not in --only"], ["3 tensors", "B", "not in --only"],
+                ["2 tensors", "C", "not an input of linear"]):  # fmt: skip
+        assert row in lines
+    assert "head.weight" not in ran.err
+    document = json.loads(run_ckpt(capsys, "merge", *words, "-o", "o.pt", "-n", "--json").out)
+    assert {"role": "B", "key": "head.weight", "reason": "not in --only"} in document["dropped"]
+    assert len(document["dropped"]) == 9
+    assert "head.weight" in run_ckpt(capsys, "merge", *words, "-o", "o.safetensors", "-n", "--expand").out

@@ -127,7 +127,7 @@ def _tables(plan: Plan, *, expand: bool) -> list[Block]:
     headers = ("key", "tensor", "from", "operation", "rule")
     last = "from" if len({origin for _, (_, origin, *_) in rows}) <= 1 else "tensor"
     tensors = Table(headers, tuple(table_rows(rows, expand=expand)), gives_way=("rule", "operation", last))
-    return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
+    return [tensors, *([_left_out(plan, plan.dropped, expand=expand)] if plan.dropped else [])]
 
 
 def written_page(written: Written, *, tensors: bool = False, expand: bool = False) -> Page:
@@ -146,7 +146,7 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
     page += [Line((sentence,)) for sentence in before]
     dropped = [drop for drop in plan.dropped if not drop.is_entry]
     if dropped:
-        page.append(_left_out(dropped, expand=expand))
+        page.append(_left_out(plan, dropped, expand=expand))
     sentences = [*_remarks(plan, written), *_coverage(plan, expand=expand)]
     return [*page, *(Line((sentence,)) for sentence in sentences)]
 
@@ -267,9 +267,21 @@ def _roles(step: Step) -> str:
     return " and ".join(dict.fromkeys(source.role for source in step.sources))
 
 
-def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
-    rows = [(drop.key, (drop.role, drop.reason)) for drop in dropped]
-    return Table(("left out", "of", "because"), tuple(table_rows(rows, expand=expand)))
+def _left_out(plan: Plan, dropped: Iterable[Dropped], *, expand: bool) -> Table:
+    """Return the table of what is left out; tensors that a method's output has without this input are counted."""
+    is_counted = not expand and bool(origins(plan.steps))
+    listed: list[tuple[str, tuple[str, ...]]] = []
+    counted: dict[tuple[str, str], list[str]] = {}
+    for drop in dropped:
+        if is_counted and drop.wanted:
+            counted.setdefault((drop.role, drop.reason), []).append(drop.key)
+        else:
+            listed.append((drop.key, (drop.role, drop.reason)))
+    rows = [
+        (printable(keys[0]) if len(keys) == 1 else plural(len(keys), "tensor"), role, reason)
+        for (role, reason), keys in counted.items()
+    ]
+    return Table(("left out", "of", "because"), (*table_rows(listed, expand=expand), *rows))
 
 
 def _summary(plan: Plan) -> str:

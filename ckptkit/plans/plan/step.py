@@ -114,8 +114,9 @@ _set_out, _set_sources, _set_operation, _set_rule, _set_recipe, _set_equals, _se
 class Dropped:
     """A tensor or another entry of an input that the output leaves out, and the reason.
 
-    If the shape is the reason, ``wanted`` is the key of the base that the tensor would have filled. ``is_entry`` is
-    true for an entry that is not a tensor.
+    If the shape is the reason, ``wanted`` is the key of the base that the tensor would have filled. In a merge by a
+    method, it is the key of the output that is made without the tensor. ``is_entry`` is true for an entry that is not a
+    tensor.
     """
 
     role: str

@@ -126,9 +126,10 @@ def _given(recipe: MergeRecipe, key: str, inputs: Mapping[str, AlignedInput], re
                 )
             return Decision("taken", (item.source,), f"copy from {quoted(item.source)}")
     if recipe.only and not matches_any(map(parse_pattern, recipe.only), key):
+        why = f"not in {'only' if recipe.places.is_named else '--only'}"
         if key in inputs[reference].tensors:
-            return Decision("taken", (reference,), "not in only")
-        return Decision("left out", why=f"not in only, and {quoted(reference)} does not have it")
+            return Decision("taken", (reference,), why)
+        return Decision("left out", why=f"{why}, and {quoted(reference)} does not have it")
     return None
 
 

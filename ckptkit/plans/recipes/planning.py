@@ -272,12 +272,15 @@ def _dropped(aligned: Mapping[str, AlignedInput], decisions: Decisions, steps: S
         yield from each.dropped
         known = {Source(drop.role, drop.key) for drop in each.dropped}
         for key, one in each.tensors.items():
-            decision = decisions.by_key.get(key)
-            reason = decision.why if decision is not None and not decisions.moved else _NO_REASON
+            decision = None if decisions.moved else decisions.by_key.get(key)
+            reason = "" if decision is None else decision.why
+            wanted = "" if decision is None or decision.kind == "left out" else key
+            if decision is not None and decision.kind == "merged":
+                reason = f"not an input of {reason}"
             for source in one.sources:
                 if source not in read and source not in known:
                     known.add(source)
-                    yield Dropped(source.role, source.key, reason or _NO_REASON)
+                    yield Dropped(source.role, source.key, reason or _NO_REASON, wanted)
 
 
 def _input_notes(aligned: Mapping[str, AlignedInput]) -> Iterator[str]:
