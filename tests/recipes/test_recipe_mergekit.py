@@ -104,7 +104,23 @@ parameters: {t: 0.3}
     found = recipe_from_mergekit(text)
     assert [each.name for each in found.recipe.inputs] == ["b", "a"]
     assert (found.recipe.base, found.recipe.parameters) == ("", {"t": 0.3})
-    assert found.notes == ("line 2: layer_range [0, 32] is taken to be all layers",)
+    assert found.notes == ("line 4: layer_range [0, 32] is taken to be all layers",)
+
+
+def test_a_note_about_what_follows_the_layers_has_the_line_of_the_last_model() -> None:
+    text = """merge_method: passthrough
+slices:
+  - sources:
+      - model: a
+        layer_range: [0, 2]
+  - sources:
+      - layer_range: [1, 3]
+        model: b
+"""
+    notes = recipe_from_mergekit(text).notes
+    assert [note for note in notes if "after the layers" in note] == [
+        "line 8: 'model.norm.*', 'lm_head.*' are taken to be what is after the layers, from 'b'"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,8 @@ WRONG = {
     "unknown key of a set": (with_set('keys = "*"\nweigth = 1'), 11, "unknown key 'weigth'", "mean 'weight'?"),
     "a key in the wrong table": (with_input("normalize = true"), 9, "unknown key 'normalize'", "write it at the top"),
     "a field of the top in a set": (with_set('keys = "*"\nseed = 1'), 11, "unknown key 'seed'", "at the top"),
+    "unknown tables": (LINEAR + "[[sets]]\nkeys = '*'", 9, "unknown key 'sets'", "did you mean 'set'?"),
+    "unknown table in a table": (LINEAR + "[sets.all]\nkeys = '*'", 9, "unknown key 'sets'", "did you mean 'set'?"),
     "version": ("version = 2\nmethod = 'linear'" + TWO, 1, "version is 2, and recipes have version 1", None),
     "no method": (TWO, None, "the recipe names no method", "linear"),
     "unknown method": ("method = 'lineer'" + TWO, 1, "there is no method 'lineer'", "did you mean 'linear'?"),

@@ -183,7 +183,7 @@ class _Importer:
                     hint="write models in place of slices, and a [[set]] for the layers that differ",
                 )
             end = next(iter(ranges))[1]
-        self.note(f"layer_range [0, {end}] is taken to be all layers", "slices")
+        self.note(f"layer_range [0, {end}] is taken to be all layers", "slices", 0, "sources", 0, "layer_range")
         return [{key: value for key, value in row.items() if key != "layer_range"} for row in sources[0]]
 
     def name(self, model: object) -> str:
@@ -373,9 +373,8 @@ class _Importer:
         first, last = rows[0]["input"], rows[-1]["input"]
         if last != first:
             self.sets["outside"] = [{"keys": list(_AFTER_LAYERS), "take": last}]  # type: ignore[index]
-            self.note(
-                f"{listed(_AFTER_LAYERS)} are taken to be what is after the layers, from {quoted(last)}", "slices"
-            )
+            sentence = f"{listed(_AFTER_LAYERS)} are taken to be what is after the layers, from {quoted(last)}"
+            self.note(sentence, "slices", len(given) - 1, "sources", 0, "model")
         return {"layer_keys": self.layer_keys, "outer": first, "slice": rows} | ({"base": base} if base else {})
 
 

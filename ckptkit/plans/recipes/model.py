@@ -86,7 +86,14 @@ class Places:
     is_named: bool = True
 
     def of(self, *path: str | int) -> str:
-        """Return the words for a part of the recipe: its line, the number of its table, or the line of the method."""
+        """Return the words for a part of the recipe: its line, the number of its table, or the line of the method.
+
+        An array of tables, or a table without a header of its own, has the first line in it.
+        """
+        if path and path not in self.lines:
+            inside = [line for place, line in self.lines.items() if place[: len(path)] == path]
+            if inside:
+                return f"line {min(inside)}"
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return f"line {self.lines[path[:end]]}"
