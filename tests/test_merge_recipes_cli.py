@@ -174,6 +174,13 @@ def test_without_a_recipe_in_the_output(models: dict[str, Any], capsys: pytest.C
 WRONG = {
     "no method": (["--method", "tis"], "hint: did you mean ties?"),
     "no parameter": (["--method", "slerp", "--param", "tt=1"], "slerp has no parameter 'tt'"),
+    "no weight": (["--method", "sce", "--base", "A", "--weight", "B=1"], "sce has no parameter 'weight'"),
+    "its parameters": (["--method", "sce", "--base", "A", "--weight", "B=1"], "hint: it has select_topk"),
+    "none of one input": (["--method", "linear", "--param", "B.density=1"], "linear has no parameter 'density'"),
+    "wide epsilon": (
+        ["--method", "della", "--base", "A", "--weight", "B=1", "--density", "0.9"],
+        "hint: with this density, epsilon must be below 0.1",
+    ),
     "no input": (["--method", "linear", "--weight", "D=1"], "--weight: there is no input 'D'"),
     "no base": (["--method", "ties", "--weight", "A=1"], "ties needs a base"),
     "not a base": (["--method", "ties", "--base", "AA"], "'AA', which is neither the name of an input nor a path"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.files.places import clean_path, kind_at
 from ckptkit.core.text import listed, nearest, quoted
 from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.recipes.model import MergeRecipe, Places
-from ckptkit.plans.recipes.parse import recipe_from_table
+from ckptkit.plans.recipes.parse import INPUT_KEYS, TOP_KEYS, recipe_from_table
 from ckptkit.plans.recipes.paths import input_name
 
 __all__ = ["SETTINGS", "named_input", "recipe_from_options"]
@@ -43,9 +43,11 @@ def recipe_from_options(
         (['a', 'B'], {'weight': 2}, {'normalize': False})
     """
     try:
-        known = method_named(method).parameters()
+        found = method_named(method)
     except ArgumentError as error:
         raise RecipeError(error.reason, hint=error.hint) from None
+    known = found.parameters()
+    of_input = [name for name, parameter in known.items() if parameter.is_per_input]
     tables: list[dict[str, object]] = []
     for text in inputs:
         name, path = named_input(text)
@@ -57,20 +59,30 @@ def recipe_from_options(
         table["base"] = base
     for text in weights:
         name, value = _pair(text, "--weight", "B=0.5")
+        if "weight" not in known:
+            raise _no_parameter(method, "weight", known)
         _give(_of_input(by_name, name, "--weight"), "weight", value, "--weight", text)
     for text in parameters:
         name, value = _pair(text, "--param", "density=0.5")
         owner, _, inner = name.rpartition(".")
         if owner and name not in known:
+            if inner not in (*known, *INPUT_KEYS, *TOP_KEYS):
+                raise _no_parameter(method, inner, of_input, INPUT_KEYS)
             _give(_of_input(by_name, owner, "--param"), inner, value, "--param", text)
         else:
             if name not in known and name not in SETTINGS:
-                near = nearest(name, (*known, *SETTINGS))
-                hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(known) or 'none'}"
-                hint = f"{_OPTIONS[name]} sets it" if name in _OPTIONS else hint
-                raise RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
+                raise _no_parameter(method, name, known, SETTINGS)
             _give(table, name, value, "--param", text)
     return recipe_from_table(table, Places(is_named=False))
+
+
+def _no_parameter(method: str, name: str, known: Iterable[str], settings: Sequence[str] = ()) -> RecipeError:
+    """Return the error about a parameter that the method does not have, with the option or a name that is near it."""
+    parameters = list(known)
+    near = nearest(name, (*parameters, *settings))
+    hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(parameters) or 'none'}"
+    hint = f"{_OPTIONS[name]} sets it" if name in _OPTIONS else hint
+    return RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
 
 
 def named_input(text: str) -> tuple[str | None, str]:

@@ -56,6 +56,7 @@ INPUT_KEYS = (
 _SET_KEYS = ("keys", "method", "take", "inputs")
 _SLICE_KEYS = ("input", "layers")
 _DEVICES = ("cpu",)
+_COMMON = ("weight", "density")  # parameters of an input, which many methods have
 _LATER = {
     "recipe": "merge that recipe first, and give its output as path",
     "vocab": "give all inputs as many rows first: ckpt remap PATH -o OUT --rules FILE, with pad or slice",
@@ -159,7 +160,9 @@ def _known(methods: Sequence[type[Method]], *, of_inputs: bool = False) -> list[
 def _elsewhere(methods: Sequence[type[Method]]) -> dict[str, str]:
     """Return hints for parameters of the methods that no single input can have, and for keys of the recipe."""
     names = [name for name in (*_known(methods), *TOP_KEYS) if name not in _known(methods, of_inputs=True)]
-    return {name: f"{name} holds for all inputs: write it at the top" for name in names}
+    has = f"{methods[0].name} has {', '.join(_known(methods[:1])) or 'no parameters'}"
+    absent = {name: f"{has}, and not {name}" for name in _COMMON if name not in _known(methods)}
+    return absent | {name: f"{name} holds for all inputs: write it at the top" for name in names}
 
 
 def _parameters(table: RecipeTable, names: Sequence[str]) -> Parameters:

@@ -21,10 +21,11 @@ _NO_NORM = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slerp(Method):
-    """``(sin((1-t) o) a + sin(t o) b) / sin o``, with o the angle between a and b; ``(1-t) a + t b`` without an angle.
+    """``(sin((1-t) o) a + sin(t o) b) / sin o`` with the angle o; ``(1-t) a + t b`` where ``|cos o|`` is above 0.9995.
 
-    There is no angle to use where ``|cos o| > 0.9995``, or where one of the norms is at most 1e-8. The tensors are
-    taken as they are, and not scaled to unit length.
+    The second is a straight line, which does not keep the length. Many fine-tuned copies of one base are that near. It
+    is also taken where one of the norms is at most 1e-8. The tensors are taken as they are, and not scaled to unit
+    length.
 
     Source: Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985.
     """

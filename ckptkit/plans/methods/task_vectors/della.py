@@ -23,7 +23,8 @@ class DellaLinear(RandomVectors):
     """``base + lambda * sum w_i kept_i``, where a task vector keeps large elements more often than small ones.
 
     The elements of a row, which is the last dimension, are ranked by their magnitudes; of equal ones the first has the
-    lower rank. The probability rises with the rank from ``density - epsilon`` to ``density + epsilon``. A row of one
+    lower rank. The probability rises with the rank from ``density - epsilon``, which must be above 0, to ``density +
+    epsilon``, which must be below 1: the default epsilon of 0.15 fits densities between 0.15 and 0.85. A row of one
     element keeps it with ``density``. ``rescale = "expected"`` divides each element that is kept by its own
     probability; ``l1`` multiplies all so that the sum of the magnitudes is what it was. The random numbers are those
     of ``dare_linear``.
@@ -32,7 +33,11 @@ class DellaLinear(RandomVectors):
     """
 
     epsilon: tuple[float, ...] = number(
-        "how far probabilities are from the density", default=0.15, low=0, high=0.5, per_input=True
+        "how far probabilities are from the density: less than density and 1 - density",
+        default=0.15,
+        low=0,
+        high=0.5,
+        per_input=True,
     )
     normalize: bool = flag("divide by the sum of the weights", default=False)
     name: ClassVar[str] = "della_linear"
@@ -48,9 +53,11 @@ class DellaLinear(RandomVectors):
         """Raise ``ArgumentError`` where a probability would not be above 0 and below 1."""
         for share, spread in zip(self.density, self.epsilon, strict=True):
             if share - spread <= 0 or share + spread >= 1:
+                widest = min(share, 1 - share)
                 raise ArgumentError(
                     f"density is {short_number(share)} and epsilon {short_number(spread)}, "
-                    "and density - epsilon must be above 0, density + epsilon below 1"
+                    "and density - epsilon must be above 0, density + epsilon below 1",
+                    hint=f"with this density, epsilon must be below {short_number(widest)}" if widest > 0 else None,
                 )
 
     def resolve(self, tensor: MergedTensor) -> Merging:
@@ -77,6 +84,8 @@ class DellaLinear(RandomVectors):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Della(DellaLinear):
     """As ``della_linear``, but only elements with the elected sign are added, as ``ties`` elects it.
+
+    The default epsilon of 0.15 fits densities between 0.15 and 0.85.
 
     Source: Deep et al., "DELLA-Merging", arXiv 2406.11617; Yadav et al., arXiv 2306.01708.
     """

@@ -15,10 +15,11 @@ __all__ = ["Sce"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sce(Method):
-    """``base + sum w_i e_i / sum w_i``, where ``e_i`` has the selected elements of a task vector with the elected sign.
+    """``base + sum w_i e_i / sum w_i``: ``w_i`` is found, and ``e_i`` has the selected elements with the elected sign.
 
     Of the elements in which the inputs differ, the ``select_topk`` with the largest variance are selected; 1 selects
-    all elements. The weight of an input is the mean square of what is selected of its task vector. The sign of the sum
+    all elements. The weight ``w_i`` of an input is the mean square of what is selected of its task vector; no parameter
+    sets it. The sign of the sum
     of the selected elements is elected; 0 elects the positive sign.
 
     Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
