@@ -371,3 +371,21 @@ def test_what_is_not_merged_has_one_line_for_each_input(
     assert {"role": "B", "key": "head.weight", "reason": "not in --only"} in document["dropped"]
     assert len(document["dropped"]) == 9
     assert "head.weight" in run_ckpt(capsys, "merge", *words, "-o", "o.safetensors", "-n", "--expand").out
+
+
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        ({"extra": torch.ones(1)}, "--param on_missing=base, present or drop; or --only PATTERN"),
+        ({"steps": torch.tensor([7, 8])}, "--param non_float=base, first or max chooses one"),
+    ],
+    ids=["missing", "no float"],
+)
+def test_hints_name_options_where_there_is_no_recipe(
+    more: dict[str, torch.Tensor], hint: str, models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a recipe would have in a line is given by --param on the command line."""
+    save_file({**models["B"], **more}, "B.safetensors")
+    ran = run_ckpt(capsys, "merge", "A.safetensors", "B.safetensors", "--method", "average", "-o", "out.safetensors")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"hint: {hint}" in ran.err

@@ -238,7 +238,9 @@ def _not_merged(
                 f"{quoted(key)} is {first.info} in {quoted(names[0])} and {other.info} in {quoted(name)}, and is not "
                 "merged, because it has no floating-point numbers",
                 "non_float",
-                hint='non_float = "base", "first" or "max" chooses one',
+                hint='non_float = "base", "first" or "max" chooses one'
+                if recipe.places.is_named
+                else "--param non_float=base, first or max chooses one",
             )
     if any(one.recipe is not None for one in found.values()):
         return Decision("taken", (names[0],), "no float, made by rules")
@@ -260,8 +262,11 @@ def _missing_error(
     named = [f"{quoted(key)} (not in {listed(lacking)})" for key, lacking in list(missing.items())[:_MOST_NAMED]]
     more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
     verb = "is" if len(missing) == 1 else "are"
-    way = recipe.places.setting("on_missing", "base")
-    hint = f'{way}, "present" or "drop"; or only = [...], or other names by strip and rename of an input'
+    hint = (
+        'on_missing = "base", "present" or "drop"; or only = [...], or other names by strip and rename of an input'
+        if recipe.places.is_named
+        else "--param on_missing=base, present or drop; or --only PATTERN, or other names by --param NAME.strip=PREFIX"
+    )
     path: TomlPath = ("on_missing",)
     wanted = inputs[reference].tensors
     for name, each in inputs.items():

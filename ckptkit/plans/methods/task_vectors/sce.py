@@ -19,8 +19,7 @@ class Sce(Method):
 
     Of the elements in which the inputs differ, the ``select_topk`` with the largest variance are selected; 1 selects
     all elements. The weight ``w_i`` of an input is the mean square of what is selected of its task vector; no parameter
-    sets it. The sign of the sum
-    of the selected elements is elected; 0 elects the positive sign.
+    sets it. The sign of the sum of the selected elements is elected; 0 elects the positive sign.
 
     Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
     """
