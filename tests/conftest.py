@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -14,6 +15,8 @@ settings.load_profile("ckptkit")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Workers of parallel tests inherit a width of the terminal, and pages would be fitted into it.
 os.environ.pop("COLUMNS", None)
+# A shell lets commands in the background ignore Ctrl-C, and some tests interrupt themselves or a process of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.features import accept_names  # noqa: E402
 

@@ -118,6 +118,8 @@ NOT_FOLLOWED: dict[str, str] = {
     "rules/transformers/skeleton.py: --rules transformers:auto takes": _ORACLES,
     "plans/recipes/mergekit.py: is read; --carry copies that of the base": "says what has no equal in mergekit",
     "plans/recipes/model.py: --param": "followed by tests/test_merge_recipes_cli.py",
+    "plans/recipes/alignment.py: --param on_missing=base": "followed by tests/test_merge_recipes_cli.py",
+    "plans/recipes/alignment.py: --param non_float=base": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/provenance.py: it was written with --no-recipe": "says why there is no recipe",
     "plans/recipes/parse.py: give all inputs as many rows first": "says what to do before the merge",
 }  # fmt: skip
