@@ -8,7 +8,7 @@ from itertools import islice, takewhile
 
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = [
+__all__ = ["did_you_mean",
     "first_line", "human_bytes", "in_quotes", "kind_of", "listed", "look_alikes", "nearest", "option_text",
     "option_texts", "percent", "plural", "printable", "quoted", "shared_start", "shell_word", "short_number",
 ]  # fmt: skip
@@ -153,6 +153,12 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     import difflib  # takes a millisecond of the start of every command
 
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
+    """Return the hint for a name that is not one of ``names``: the nearest one, or ``otherwise`` if none is near."""
+    near = nearest(name, names)
+    return f"did you mean {quoted(near)}?" if near else otherwise
 
 
 def shared_start(first: Sequence[str], second: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from ckptkit.core.text import nearest, quoted
+from ckptkit.core.text import did_you_mean, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.adapters import (
@@ -81,8 +81,7 @@ def parse_operation(table: Mapping[str, object] | str, variables: Mapping[str, i
 def _kind(name: str) -> type[Operation]:
     if name in _BY_NAME:
         return _BY_NAME[name]
-    near = nearest(name, NAMES)
-    hint = f"did you mean {quoted(near)}?" if near else f"known: {', '.join(NAMES)}"
+    hint = did_you_mean(name, NAMES, f"known: {', '.join(NAMES)}")
     raise RuleError(f"there is no operation {quoted(name)}", hint=hint)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
 
-from ckptkit.core.text import nearest, plural, printable, quoted, short_number
+from ckptkit.core.text import did_you_mean, plural, printable, quoted, short_number
 from ckptkit.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -248,8 +248,7 @@ class Method(ABC):
         for name in given:
             if name not in known:
                 offered = cls.parameters()
-                near = nearest(name, offered)
-                hint = f"did you mean {quoted(near)}?" if near else f"its parameters: {', '.join(offered) or 'none'}"
+                hint = did_you_mean(name, offered, f"its parameters: {', '.join(offered) or 'none'}")
                 raise ArgumentError(f"{cls.name} has no parameter {quoted(name)}", hint=hint)
         for name, parameter in known.items():
             value = given.get(name)

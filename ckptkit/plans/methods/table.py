@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckptkit.core.text import nearest, quoted
+from ckptkit.core.text import did_you_mean, quoted
 from ckptkit.errors import ArgumentError
 from ckptkit.plans.methods.averages.differences import AddDifference, TrainDifference
 from ckptkit.plans.methods.averages.ema import Ema
@@ -39,6 +39,5 @@ def method_named(name: str) -> type[Method]:
     """Return the method of this name. Raises ``ArgumentError`` for an unknown name, with the nearest one."""
     if name in METHODS:
         return METHODS[name]
-    near = nearest(name, METHODS)
-    hint = f"did you mean {quoted(near)}?" if near else f"known: {', '.join(METHODS)}"
+    hint = did_you_mean(name, METHODS, f"known: {', '.join(METHODS)}")
     raise ArgumentError(f"there is no method {quoted(name)}", hint=hint)

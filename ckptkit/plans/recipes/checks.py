@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit.core.patterns import parse_pattern
-from ckptkit.core.text import listed, nearest, plural, quoted
+from ckptkit.core.text import did_you_mean, listed, plural, quoted
 from ckptkit.core.toml_lines import TomlPath
 from ckptkit.errors import ArgumentError
 from ckptkit.plans.methods.table import method_named
@@ -71,11 +71,10 @@ def _check_references(recipe: MergeRecipe) -> None:
     used += [(each.input, ("slice", number, "input")) for number, each in enumerate(recipe.slices)]
     for name, path in used:
         if name and name not in names:
-            near = nearest(name, names)
             raise recipe.places.error(
                 f"there is no input {quoted(name)}",
                 *path,
-                hint=f"did you mean {quoted(near)}?" if near else f"the inputs are {listed(names)}",
+                hint=did_you_mean(name, names, f"the inputs are {listed(names)}"),
             )
 
 

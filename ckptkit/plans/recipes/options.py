@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.files.places import clean_path, kind_at
-from ckptkit.core.text import listed, nearest, quoted
+from ckptkit.core.text import did_you_mean, listed, quoted
 from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.recipes.model import MergeRecipe, Places
@@ -79,8 +79,7 @@ def recipe_from_options(
 def _no_parameter(method: str, name: str, known: Iterable[str], settings: Sequence[str] = ()) -> RecipeError:
     """Return the error about a parameter that the method does not have, with the option or a name that is near it."""
     parameters = list(known)
-    near = nearest(name, (*parameters, *settings))
-    hint = f"did you mean {quoted(near)}?" if near else f"it has {', '.join(parameters) or 'none'}"
+    hint = did_you_mean(name, (*parameters, *settings), f"it has {', '.join(parameters) or 'none'}")
     hint = f"{_OPTIONS[name]} sets it" if name in _OPTIONS else hint
     return RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
 
@@ -108,8 +107,7 @@ def _give(table: dict[str, object], name: str, value: object, option: str, text:
 
 def _of_input(inputs: Mapping[str, dict[str, object]], name: str, option: str) -> dict[str, object]:
     if name not in inputs:
-        near = nearest(name, inputs)
-        hint = f"did you mean {quoted(near)}?" if near else f"the inputs are {listed(list(inputs))}"
+        hint = did_you_mean(name, inputs, f"the inputs are {listed(list(inputs))}")
         raise RecipeError(f"{option}: there is no input {quoted(name)}", hint=hint)
     return inputs[name]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from ckptkit.core.arguments import refuse
 from ckptkit.core.config_files import default_error_path, format_of, parse_table, read_text_file
 from ckptkit.core.files.places import clean_path
-from ckptkit.core.text import listed, nearest, quoted
+from ckptkit.core.text import did_you_mean, listed, quoted
 from ckptkit.core.toml_lines import toml_lines
 from ckptkit.errors import ArgumentError, PlanError, RecipeError
 from ckptkit.plans.methods.table import METHODS, method_named
@@ -217,11 +217,10 @@ def _on_mismatch(table: RecipeTable) -> MismatchName | Mapping[str, MismatchName
     for pattern, action in actions.items():
         table.pattern("on_mismatch", pattern)
         if action not in MISMATCH_NAMES and "on_mismatch" in table.content:
-            near = nearest(str(action), MISMATCH_NAMES)
             raise table.error(
                 f"on_mismatch is {quoted(str(action))}, which is not an operation for other shapes",
                 "on_mismatch",
-                hint=f"did you mean {quoted(near)}?" if near else f"there are {', '.join(MISMATCH_NAMES)}",
+                hint=did_you_mean(str(action), MISMATCH_NAMES, f"there are {', '.join(MISMATCH_NAMES)}"),
             )
     return cast("MismatchName | Mapping[str, MismatchName]", given)
 
@@ -233,11 +232,10 @@ def _base(top: RecipeTable, inputs: list[RecipeInput]) -> tuple[str, list[Recipe
     if not text or text in names:
         return text, inputs, False
     if not looks_like_path(text):
-        near = nearest(text, names)
         raise top.error(
             f"base is {quoted(text)}, which is neither the name of an input nor a path",
             "base",
-            hint=f"did you mean {quoted(near)}?" if near else f"the inputs are {listed(names)}",
+            hint=did_you_mean(text, names, f"the inputs are {listed(names)}"),
         )
     same = next((each.name for each in inputs if each.path == text), None)
     if same is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptkit.core.arguments import one_of
 from ckptkit.core.patterns import parse_pattern
-from ckptkit.core.text import kind_of, nearest, quoted, short_number
+from ckptkit.core.text import did_you_mean, kind_of, quoted, short_number
 from ckptkit.errors import RecipeError, RuleError
 from ckptkit.plans.recipes.model import Gradient, Places, Value
 
@@ -30,9 +30,8 @@ class RecipeTable:
         """Raise ``RecipeError`` for a key that is not known; ``elsewhere`` has hints for keys that belong elsewhere."""
         for key in self.content:
             if key not in known:
-                near = nearest(str(key), known)
                 known_keys = f"{what} has {', '.join(known)}"
-                hint = (elsewhere or {}).get(str(key)) or (f"did you mean {quoted(near)}?" if near else known_keys)
+                hint = (elsewhere or {}).get(str(key)) or did_you_mean(str(key), known, known_keys)
                 raise self.error(f"unknown key {quoted(str(key))}", str(key), hint=hint)
 
     def text(self, name: str, default: str = "") -> str:
@@ -77,11 +76,10 @@ class RecipeTable:
         """Return a field that is one of ``choices``, of which the first is the default."""
         value = self.content.get(name, choices[0])
         if not isinstance(value, str) or value not in choices:
-            near = nearest(str(value), choices)
             raise self.error(
                 f"{name} is {_shown(value)}, and must be {one_of(choices)}",
                 name,
-                hint=f"did you mean {quoted(near)}?" if near else None,
+                hint=did_you_mean(str(value), choices, "") or None,
             )
         return value
 

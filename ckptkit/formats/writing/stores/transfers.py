@@ -50,7 +50,7 @@ class Transfer(Protocol):
     def commit(self, before: Hashable) -> None:
         """Give the file its name. Raises ``TakenError`` where the store finds another file than in state ``before``.
 
-        None is no file. Many stores do not compare.
+        None means that there was no file. Many stores do not compare.
         """
         ...
 
