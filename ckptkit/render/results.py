@@ -1,25 +1,32 @@
-"""The page and the JSON document of every result: one table, for ``print``, notebooks and the command line."""
+"""The page, the JSON document and the pictures of every result: one table, for ``print``, notebooks and commands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
 from ckptkit.errors import hint_for_python, message_for_python
 from ckptkit.render.page import Block, Hint, Line, Message, Page, as_text
 
-__all__ = ["document_of", "html_of", "page_of", "text_of"]
+if TYPE_CHECKING:
+    from ckptkit.render.pictures.model import Picture
+
+__all__ = ["document_of", "html_of", "page_of", "pictures_of", "text_of"]
 
 
 class _Renderer(NamedTuple):
-    """The module of ``render`` that has the functions ``page`` and ``document`` for a class of results."""
+    """The module of ``render`` that has the functions ``page`` and ``document`` for a class of results.
+
+    ``pictures`` is a function of ``render.pictures.of_results``, or empty where a result has no pictures.
+    """
 
     module: str
     page: str
     document: str
+    pictures: str = ""
 
 
 # By name, so that a page loads neither the other pages nor the packages of their results.
@@ -29,7 +36,7 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
     "comparison.state_dict_diff.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
     "comparison.values.ValueDiff": _Renderer("values", "values_page", "values_document"),
-    "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document"),
+    "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures"),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
     "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),
     "digests.model.Digests": _Renderer("digests", "digests_page", "digests_document"),
@@ -63,6 +70,17 @@ def document_of(result: Result, **options: object) -> dict[str, Any]:
     module = import_module(f"ckptkit.render.{renderer.module}")
     document: dict[str, Any] = getattr(module, renderer.document)(result, **options)
     return document
+
+
+def pictures_of(result: Result, **options: object) -> tuple[Picture, ...]:
+    """Return the pictures of a result, the most important first; ``options`` are those of the function of its class."""
+    name = _renderer_of(result).pictures
+    if not name:
+        return ()
+    pictures: tuple[Picture, ...] = getattr(import_module("ckptkit.render.pictures.of_results"), name)(
+        result, **options
+    )
+    return pictures
 
 
 def text_of(result: Result) -> str:

@@ -1,0 +1,62 @@
+"""The sections of a model by the names of its tensors: few, and none that hides nearly everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+__all__ = ["OTHERS", "sections_of"]
+
+OTHERS: Final = ""  # the name of a section of many small ones
+_MOST: Final = 12
+_HEAVY: Final = 0.4  # a section with more than this share is divided
+
+
+def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[str, list[str]]]:
+    """Return the sections with their keys, in the order of the keys; ``weights`` has the weight of each key.
+
+    A section is a module. The heaviest are divided, but never a list of layers. The lightest of more than ``most``
+    sections are one section named ``OTHERS``, the last.
+    """
+    total = sum(weights.values())
+    sections = _parts("", list(weights))
+    done: set[str] = set()
+    while True:
+        sizes = {name: sum(map(weights.__getitem__, keys)) for name, keys in sections if name not in done}
+        heavy = [name for name in sizes if sizes[name] > _HEAVY * total or len(sections) == 1]
+        if not heavy:
+            return _bounded(sections, weights, most)
+        chosen = max(heavy, key=sizes.__getitem__)
+        at = next(place for place, (name, _) in enumerate(sections) if name == chosen)
+        parts = _parts(*sections[at])
+        if _is_list(chosen, parts) or len(sections) + len(parts) - 1 > most:
+            done.add(chosen)
+        else:
+            sections[at : at + 1] = parts
+            done |= {name for name, keys in parts if keys == [name]}
+
+
+def _parts(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:
+    start = len(prefix) + 1 if prefix else 0
+    parts: dict[str, list[str]] = {}
+    for key in keys:
+        end = key.find(".", start)
+        parts.setdefault(key if end < 0 else key[:end], []).append(key)
+    return list(parts.items())
+
+
+def _is_list(name: str, parts: list[tuple[str, list[str]]]) -> bool:
+    """Return whether these are layers, or tensors of one module: both are one thing to a reader."""
+    ends = [part[len(name) + 1 :] for part, _ in parts]
+    return all(map(str.isdigit, ends)) or all(keys == [part] for part, keys in parts)
+
+
+def _bounded(
+    sections: list[tuple[str, list[str]]], weights: Mapping[str, float], most: int
+) -> list[tuple[str, list[str]]]:
+    if len(sections) <= most:
+        return sections
+    sizes = {name: sum(map(weights.__getitem__, keys)) for name, keys in sections}
+    kept = set(sorted(sizes, key=lambda name: -sizes[name])[: most - 1])
+    others = [key for name, keys in sections if name not in kept for key in keys]
+    return [*(section for section in sections if section[0] in kept), (OTHERS, others)]
