@@ -34,7 +34,7 @@ LEVELS = (
     {"statistics", "param_groups", "digests"},
     {"comparison", "integrations"},
     {"align", "checks", "plans"},
-    {"loading", "optimizer_state"},
+    {"deltas", "loading", "optimizer_state"},
     {"readiness"},
     {"render"},
     {"cli", "testing"},

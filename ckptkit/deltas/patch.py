@@ -1,0 +1,78 @@
+"""What a patch file says: the tensors of its base and of its result, and which of them it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from ckptkit.core.checkpoint.info import TensorInfo
+
+__all__ = ["DIGEST_DIGITS", "PREFIX", "Patch", "Side", "packed_key", "short_digest"]
+
+PREFIX: Final = "delta/"  # of the key of a packed tensor in the patch file
+DIGEST_DIGITS: Final = 16  # digits that are kept of the digest of each tensor, to name one that differs
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The tensors of the base or of the result, in the order of the checkpoint.
+
+    Attributes:
+        infos: The dtype and the shape of each tensor by its key.
+        digests: The first 16 digits of the SHA-256 of each tensor by its key, as ``ckpt digest`` prints it.
+        contents: The digest of all contents, as ``ckpt digest`` prints it: ``"sha256:"`` and 64 digits.
+    """
+
+    infos: Mapping[str, TensorInfo]
+    digests: Mapping[str, str]
+    contents: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Which tensors a patch holds, and how the result is made of the base.
+
+    A tensor of the result that is neither in ``changed`` nor in ``whole`` nor a later key of ``ties`` is that of the
+    base under the same key.
+
+    Attributes:
+        base: The tensors of the base.
+        result: The tensors of the result.
+        changed: Keys whose packed bytes are made with the tensor of the base under the same key.
+        whole: Keys whose packed bytes need no base: the tensor is new, or has another dtype or shape.
+        ties: Groups of keys of the result that are one tensor, which is that of the first key of the group.
+        metadata: The metadata of the result.
+        compression: ``"zlib"`` or ``"zstd"``.
+        library: What wrote the patch, such as ``"ckptkit 0.2.0"``.
+    """
+
+    base: Side
+    result: Side
+    changed: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    ties: Sequence[Sequence[str]] = ()
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    compression: str = "zlib"
+    library: str = ""
+
+    @property
+    def packed(self) -> Iterator[str]:
+        """The keys whose packed bytes the patch holds, in the order of the result."""
+        return (key for key in self.result.infos if key in self.changed or key in self.whole)
+
+    @property
+    def dropped(self) -> Sequence[str]:
+        """The keys of the base that the result does not have."""
+        return [key for key in self.base.infos if key not in self.result.infos]
+
+
+def packed_key(key: str) -> str:
+    """Return the key of the packed bytes of a tensor in the patch file."""
+    return f"{PREFIX}{key}"
+
+
+def short_digest(digest: str) -> str:
+    """Return what a patch keeps of the digest of a tensor, such as ``"sha256:9f86..."``."""
+    return digest.partition(":")[2][:DIGEST_DIGITS]

@@ -1,0 +1,45 @@
+"""A temporary file for bytes whose size is known only when all of them are made."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Final
+
+from ckptkit.core.closing import Closing
+
+__all__ = ["Spool"]
+
+_CHUNK: Final = 1 << 20
+
+
+class Spool(Closing):
+    """A file without a name, which is appended to and then read. Close it, or use it as a context manager."""
+
+    def __init__(self, directory: str | None = None) -> None:
+        """Make the file in ``directory``, by default where the system has its temporary files."""
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - closed with the spool
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        """Write ``data`` behind all other bytes."""
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._file.fileno(), view, self.size)
+            self.size += count
+            view = view[count:]
+
+    def chunks(self, start: int, nbytes: int) -> Iterator[bytes]:
+        """Yield ``nbytes`` bytes from byte ``start``."""
+        end = start + nbytes
+        while start < end:
+            data = os.pread(self._file.fileno(), min(_CHUNK, end - start), start)
+            if not data:
+                raise OSError("a temporary file became shorter")
+            start += len(data)
+            yield data
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
