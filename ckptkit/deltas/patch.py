@@ -12,7 +12,7 @@ from ckptkit.core.checkpoint.info import TensorInfo
 __all__ = ["DIGEST_DIGITS", "PREFIX", "Patch", "Side", "packed_key", "short_digest"]
 
 PREFIX: Final = "delta/"  # of the key of a packed tensor in the patch file
-DIGEST_DIGITS: Final = 16  # digits that are kept of the digest of each tensor, to name one that differs
+DIGEST_DIGITS: Final = 32  # digits that are kept of the digest of each tensor, to name one that differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Side:
 
     Attributes:
         infos: The dtype and the shape of each tensor by its key.
-        digests: The first 16 digits of the SHA-256 of each tensor by its key, as ``ckpt digest`` prints it.
+        digests: The first 32 digits of the SHA-256 of each tensor by its key, as ``ckpt digest`` prints it.
         contents: The digest of all contents, as ``ckpt digest`` prints it: ``"sha256:"`` and 64 digits.
     """
 
@@ -34,8 +34,8 @@ class Side:
 class Patch:
     """Which tensors a patch holds, and how the result is made of the base.
 
-    A tensor of the result that is neither in ``changed`` nor in ``whole`` nor a later key of ``ties`` is that of the
-    base under the same key.
+    A tensor of the result that is neither in ``changed``, ``whole`` or ``renamed`` nor a later key of ``ties`` is that
+    of the base under the same key.
 
     Attributes:
         base: The tensors of the base.
@@ -44,6 +44,10 @@ class Patch:
         whole: Keys whose packed bytes need no base: the tensor is new, or has another dtype or shape.
         ties: Groups of keys of the result that are one tensor, which is that of the first key of the group.
         metadata: The metadata of the result.
+        renamed: Keys of the result whose tensor is that of the base under another key, which is the value.
+        versions: The version of each module of the result by its prefix, as in the ``_metadata`` of a state_dict.
+        base_name: What messages call the base: the last part of its path, or empty.
+        result_format: The format of the checkpoint that became the result.
         compression: ``"zlib"`` or ``"zstd"``.
         library: What wrote the patch, such as ``"ckptkit 0.2.0"``.
     """
@@ -56,6 +60,10 @@ class Patch:
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     compression: str = "zlib"
     library: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, int] = field(default_factory=dict)
+    base_name: str = ""
+    result_format: str = ""
 
     @property
     def packed(self) -> Iterator[str]:

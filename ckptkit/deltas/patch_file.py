@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import quoted
 from ckptkit.deltas.patch import DIGEST_DIGITS, Patch, Side, packed_key
 from ckptkit.errors import FormatError
 
-__all__ = ["DOCUMENT", "INDEX", "PatchContents", "is_patch", "patch_contents", "read_patch"]
+__all__ = ["INDEX", "PatchContents", "is_patch", "patch_contents", "read_patch"]
 
-DOCUMENT: Final = "ckptkit.delta"  # the name of the document in the metadata of the file
 INDEX: Final = "index"  # the key of the tensor that has the index, compressed JSON
 VERSION: Final = 1
 _BYTES: Final = "U8"
 _LARGEST_INDEX: Final = 300_000_000  # bytes
 _DIGEST_BYTES: Final = DIGEST_DIGITS // 2
 _SHA256: Final = "sha256:"
+_LONGEST_NAME: Final = 1000  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class _Held:
 
 def is_patch(checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint is the file of a patch, also of one that is damaged."""
-    return DOCUMENT in checkpoint.metadata
+    return DELTA in checkpoint.metadata
 
 
 def patch_contents(patch: Patch, packed: Mapping[str, Payload]) -> PatchContents:
@@ -70,7 +71,7 @@ def patch_contents(patch: Patch, packed: Mapping[str, Payload]) -> PatchContents
     payloads: dict[str, Payload] = {INDEX: _Held(stored)}  # type: ignore[dict-item]
     payloads |= {packed_key(key): packed[key] for key in patch.packed}
     infos = [TensorInfo(key, _BYTES, (payload.nbytes,)) for key, payload in payloads.items()]
-    return PatchContents(infos, payloads, {DOCUMENT: json.dumps(document)})
+    return PatchContents(infos, payloads, {DELTA: json.dumps(document)})
 
 
 def read_patch(checkpoint: Checkpoint) -> Patch:
@@ -97,7 +98,12 @@ def _index(patch: Patch) -> dict[str, object]:
     place_in_base = {key: number for number, key in enumerate(base.infos)}
     place = {key: number for number, key in enumerate(result.infos)}
     is_same_order = list(base.infos) == list(result.infos)
-    new = [key for key in result.infos if key in patch.changed or key in patch.whole or key not in base.infos]
+    new = [
+        key
+        for key, info in result.infos.items()
+        if key not in base.infos
+        or (base.digests[key], look(base.infos[key])) != (result.digests[key], look(info))
+    ]
     base_looks = [look(info) for info in base.infos.values()]
     new_looks = [look(result.infos[key]) for key in new]
     return {
@@ -111,7 +117,11 @@ def _index(patch: Patch) -> dict[str, object]:
         "changed": sorted(place[key] for key in patch.changed),
         "whole": sorted(place[key] for key in patch.whole),
         "ties": [[place[key] for key in group] for group in patch.ties],
+        "renamed": [[place[key], place_in_base[old]] for key, old in patch.renamed.items()],
         "metadata": dict(patch.metadata),
+        "versions": dict(patch.versions),
+        "base_name": patch.base_name[:_LONGEST_NAME],
+        "result_format": patch.result_format[:_LONGEST_NAME],
         "looks": [[dtype, list(shape)] for dtype, shape in looks],
     }
 
@@ -121,7 +131,7 @@ def _joined(digests: Mapping[str, str], keys: Iterable[str]) -> str:
 
 
 def _read_patch(checkpoint: Checkpoint) -> Patch:
-    text = checkpoint.metadata.get(DOCUMENT)
+    text = checkpoint.metadata.get(DELTA)
     if text is None:
         raise FormatError("not a patch: its metadata has no 'ckptkit.delta'", hint="ckpt delta writes patches")
     document = parse_json(text.encode("utf-8", "surrogatepass"), "the document of the patch")
@@ -159,9 +169,23 @@ def _patch(
         frozenset(keys[number] for number in index.numbers(name, len(keys))) for name in ("changed", "whole")
     )
     ties = tuple(tuple(keys[number] for number in group) for group in index.groups("ties", len(keys)))
-    metadata = index.table_of("metadata")
+    base_keys = list(base.infos)
+    renamed = {keys[new]: base_keys[old] for new, old in index.moves("renamed", len(keys), len(base_keys))}
     reader = _Reader(document, "the document of the patch")
-    return Patch(base, result, changed, whole, ties, metadata, reader.text("compression"), reader.text("library"))
+    return Patch(
+        base,
+        result,
+        changed,
+        whole,
+        ties,
+        index.texts_by_name("metadata"),
+        reader.text("compression"),
+        reader.text("library"),
+        renamed,
+        index.numbers_by_name("versions"),
+        index.text("base_name")[:_LONGEST_NAME],
+        index.text("result_format")[:_LONGEST_NAME],
+    )
 
 
 def _read_index(checkpoint: Checkpoint, document: Mapping[str, object]) -> dict[str, object]:
@@ -278,9 +302,24 @@ class _Reader:
             looks.append((value[0], tuple(self._numbers("looks", value[1], 1 << 63))))
         return looks
 
-    def table_of(self, name: str) -> dict[str, str]:
+    def moves(self, name: str, end: int, base_end: int) -> list[tuple[int, int]]:
+        """Return pairs of a number below ``end`` and one below ``base_end``."""
+        pairs = []
+        for pair in self.list_of(name):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise self._wrong(name)
+            pairs.append((self._numbers(name, pair[:1], end)[0], self._numbers(name, pair[1:], base_end)[0]))
+        return pairs
+
+    def texts_by_name(self, name: str) -> dict[str, str]:
         value = self.table.get(name)
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise self._wrong(name)
+        return value
+
+    def numbers_by_name(self, name: str) -> dict[str, int]:
+        value = self.table.get(name)
+        if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
             raise self._wrong(name)
         return value
 

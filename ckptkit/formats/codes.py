@@ -33,6 +33,12 @@ BESIDE_UNREAD = Code("beside-unread", ("warning",), "A file that a trainer wrote
 ADAPTER_CONFIG = Code("adapter-config", ("warning",), "An adapter has no configuration file, so its scale is unknown.")
 ADAPTER_RANK = Code("adapter-rank", ("warning",), "A LoRA tensor has another rank than the configuration gives.")
 ADAPTER_BASE = Code("adapter-base", ("note",), "The file is an adapter, without the weights of its base model.")
+PATCH = Code(
+    "patch",
+    ("warning",),
+    "The file is a patch that ckpt delta wrote, and its tensors are not weights.",
+    "ckpt apply BASE PATCH -o OUT makes the checkpoint",
+)
 EMPTY_WEIGHTS = Code("empty-weights", ("warning",), "ZeRO-3 left weights of this file empty.")
 MASTER_WEIGHTS = Code("master-weights", ("note",), "The tensors are the fp32 weights of the optimizer.")
 NOT_IN_PARTS = Code(

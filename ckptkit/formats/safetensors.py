@@ -10,11 +10,12 @@ from operator import ge
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.files.source import ByteSource
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.core.text import first_line, quoted
+from ckptkit.core.text import first_line, quoted, shell_word
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.safetensors_header import METADATA, read_header
 
@@ -61,7 +62,9 @@ def open_safetensors(file: ByteSource) -> Checkpoint:
         raise FormatError(f"the header describes more than {MOST_TENSORS:,} tensors, the limit")
     with pause_gc():
         header = read_header(data, file.size - 8 - size)
-    infos, begins = header.infos, header.begins
+    infos, begins, warnings = header.infos, header.begins, header.warnings
+    if DELTA in header.metadata:
+        warnings = [*warnings, _patch_warning(file.path)]
     base = 8 + size
 
     def payload(info: TensorInfo) -> Payload:
@@ -78,8 +81,16 @@ def open_safetensors(file: ByteSource) -> Checkpoint:
     return Checkpoint(
         infos,
         Access(payload, payload, records, file.check_unchanged, file.close),
-        Description(file.path, "safetensors", files=[file.path], metadata=header.metadata, warnings=header.warnings),
+        Description(file.path, "safetensors", files=[file.path], metadata=header.metadata, warnings=warnings),
     )
+
+
+def _patch_warning(path: str) -> str:
+    from ckptkit.core.findings import ReaderWarning
+    from ckptkit.formats.codes import PATCH
+
+    way = f"ckpt apply BASE {shell_word(path)} -o OUT makes the checkpoint that it stands for"
+    return ReaderWarning(f"is a patch, and its tensors are not weights; {way}", PATCH)
 
 
 _ALIGNMENT = 8

@@ -1,4 +1,4 @@
-"""Where a checkpoint says how it was merged: an item of its metadata, or a file beside it."""
+"""Where a checkpoint says how it was merged: an item of its metadata, or a file beside it. And what marks a patch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ckptkit.core.files.places import is_file, join, kind_at
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
 
-__all__ = ["PROVENANCE", "provenance_beside", "provenance_name"]
+__all__ = ["DELTA", "PROVENANCE", "provenance_beside", "provenance_name"]
 
 PROVENANCE: Final = "ckptkit.merge"  # the metadata that says how an output was merged
+DELTA: Final = "ckptkit.delta"  # the metadata of a patch, which is not a checkpoint of weights
 
 
 def provenance_name(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.core.text import quoted
-from ckptkit.errors import FormatError
+from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.computed import BlockPayload, HeldBytes, JoinedPayload, bytes_of
 from ckptkit.values.delta.blocks import BLOCK, most_packed, plane_count, unpack_block
 from ckptkit.values.delta.packing import ROW
@@ -53,14 +53,16 @@ class PatchedPayload(BlockPayload[_Block]):
     """A payload that makes the new tensor ``out`` of its base and of the packed bytes of ``pack_changes``.
 
     ``base`` has the bytes of a tensor of the same dtype and shape; it is None for a tensor that was packed without one.
-    Reading raises ``FormatError`` for damaged packed bytes, and for another base than the packed bytes were made with.
-    The threads are those of ``workers``, which may be shared.
+    Reading raises ``FormatError`` for damaged packed bytes, and for another base than the packed bytes were made with:
+    there it raises the error that ``refusal`` returns, if that is given. The threads are those of ``workers``, which
+    may be shared.
     """
 
     base: Payload | None
     packed: Payload
     out: TensorInfo
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
+    refusal: Callable[[], CkptkitError] | None = field(default=None, repr=False, compare=False)
     _held: _Held = field(default_factory=_Held, repr=False, compare=False)
 
     def blocks(self, low: int = 0, high: int | None = None) -> Iterator[_Block]:
@@ -85,6 +87,8 @@ class PatchedPayload(BlockPayload[_Block]):
         except FormatError as error:
             raise self._damaged(error.reason, error.hint) from None
         if zlib.crc32(made) != block.crc:
+            if self.refusal is not None:
+                raise self.refusal()
             raise self._damaged("a checksum differs: the patch is damaged, or its base is another one")
         return made, Losses()
 
