@@ -101,8 +101,7 @@ def _index(patch: Patch) -> dict[str, object]:
     new = [
         key
         for key, info in result.infos.items()
-        if key not in base.infos
-        or (base.digests[key], look(base.infos[key])) != (result.digests[key], look(info))
+        if key not in base.infos or (base.digests[key], look(base.infos[key])) != (result.digests[key], look(info))
     ]
     base_looks = [look(info) for info in base.infos.values()]
     new_looks = [look(result.infos[key]) for key in new]

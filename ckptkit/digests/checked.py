@@ -103,9 +103,7 @@ def _is_remote(part: CheckedPayload) -> bool:
     return any(isinstance(extent, Extent) and extent.file.is_remote for extent in part.extents)
 
 
-def _write(
-    parts: Sequence[CheckedPayload], out: Sink, offset: int, *, checksum: bool
-) -> Generator[int, None, int]:
+def _write(parts: Sequence[CheckedPayload], out: Sink, offset: int, *, checksum: bool) -> Generator[int, None, int]:
     """Write payloads that lie one after the other, in any order, and return their CRC-32 with ``checksum``."""
     by_key = {part.info.key: part for part in parts}
     written = []

@@ -183,6 +183,7 @@ CODE_NAMES = frozenset(
         "optim.values",
         "own-code",
         "part-of-several",
+        "patch",
         "position-ids",
         "positions",
         "preflight.at-init",
