@@ -55,6 +55,7 @@ __all__ = [
     "has_same_layout",
     "in_layout_of",
     "is_composite",
+    "is_extra_state",
     "is_plain",
     "libc",
     "named_of",
@@ -378,6 +379,11 @@ def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     return _describe_module(given, role)
 
 
+def is_extra_state(key: str) -> bool:
+    """Return whether the key is the extra state of a module, which only the module can interpret."""
+    return key.rpartition(".")[2] == "_extra_state"
+
+
 def _refuse_other_arrays(state: Mapping[str, object], role: str) -> None:
     """Raise ``ModelError`` where a mapping without a tensor has its weights in another form: the result would be empty.
 
@@ -386,6 +392,8 @@ def _refuse_other_arrays(state: Mapping[str, object], role: str) -> None:
     import torch
 
     for key, value in state.items():
+        if is_extra_state(str(key)):  # a value of any form, which the module made
+            continue
         if hasattr(value, "__array__") and getattr(value, "ndim", False):  # numbers of numpy stand beside weights
             kind, hint = "an array", "give a mapping of keys to tensors of torch, as of torch.from_numpy(array)"
         elif isinstance(value, Mapping) and any(isinstance(inner, torch.Tensor) for inner in value.values()):

@@ -12,13 +12,12 @@ from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_m
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.gc_pause import rare_gc
 from ckptkit.core.text import kind_of
-from ckptkit.core.torch_bridge import as_checkpoint, code_of, is_dtensor
+from ckptkit.core.torch_bridge import as_checkpoint, code_of, is_dtensor, is_extra_state
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.loading.decision import (
     Handing,
-    is_extra_state,
     refuse_overflow,
     uncast,
 )

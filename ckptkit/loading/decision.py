@@ -14,7 +14,7 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, memory_order
 from ckptkit.core.files.payloads import announce, same_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import shared_keys, tied_keys
-from ckptkit.core.torch_bridge import TensorPayload, is_dtensor
+from ckptkit.core.torch_bridge import TensorPayload, is_dtensor, is_extra_state
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.loading.regions import held_memory, local_part, region_of
@@ -29,7 +29,6 @@ __all__ = [
     "Handing",
     "decide",
     "followers",
-    "is_extra_state",
     "local_payload",
     "refuse_meta",
     "refuse_overflow",
@@ -116,11 +115,6 @@ def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, ha
     overlapping = set(shared_keys({copy.key: base[copy.key] for copy in copies}))
     overlapping.update(copy.key for copy in copies if _may_overlap_itself(copy.target))
     return Decision(tuple(copies), tuple(handed), own_code, frozenset(overlapping))
-
-
-def is_extra_state(key: str) -> bool:
-    """Return whether the key is the extra state of a module, which only the module can interpret."""
-    return key.rpartition(".")[2] == "_extra_state"
 
 
 def refuse_meta(base: Checkpoint, watch: Watch) -> None:

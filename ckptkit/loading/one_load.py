@@ -9,7 +9,7 @@ from ckptkit.comparison.own_code import is_below, modules_with_own_code
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import ABSENT, is_dtensor
+from ckptkit.core.torch_bridge import ABSENT, is_dtensor, is_extra_state
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
 from ckptkit.loading import codes
@@ -18,7 +18,6 @@ from ckptkit.loading.decision import (
     Handing,
     decide,
     followers,
-    is_extra_state,
     refuse_meta,
 )
 from ckptkit.loading.report import Found

@@ -11,12 +11,12 @@ from ckptkit.core.checkpoint import UNINITIALISED, Checkpoint, TensorInfo
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, measure_coverage
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import listed, percent, plural, quoted
+from ckptkit.core.torch_bridge import is_extra_state
 from ckptkit.errors import ModelError
 from ckptkit.formats.codes import unread_findings
 from ckptkit.loading import codes
 from ckptkit.loading.decision import (
     Handing,
-    is_extra_state,
 )
 from ckptkit.plans.overlays.overlay import OtherNames
 from ckptkit.plans.plan import Plan, Step

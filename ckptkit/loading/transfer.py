@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.core.checkpoint import read_into
 from ckptkit.core.checkpoint.reading import torch_bytes
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.core.torch_bridge import is_dtensor, same_values, torch_dtype
+from ckptkit.core.torch_bridge import is_dtensor, is_extra_state, same_values, torch_dtype
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, LoadError, ModelError
 from ckptkit.loading.copying import Copier
-from ckptkit.loading.decision import Copy, Decision, Handing, is_extra_state, local_payload
+from ckptkit.loading.decision import Copy, Decision, Handing, local_payload
 from ckptkit.loading.regions import held_memory, like_dtensor, local_part
 from ckptkit.loading.watch import Watch
 from ckptkit.plans.plan import Step
