@@ -34,13 +34,13 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "align.model.Alignment": _Renderer("align", "align_page", "align_document"),
     "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document"),
     "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
-    "comparison.state_dict_diff.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
-    "comparison.values.ValueDiff": _Renderer("values", "values_page", "values_document"),
+    "comparison.state_dict_diff.StateDictDiff": _Renderer("diff", "diff_page", "diff_document", "diff_pictures"),
+    "comparison.values.ValueDiff": _Renderer("values", "values_page", "values_document", "values_pictures"),
     "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures"),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
     "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),
     "digests.model.Digests": _Renderer("digests", "digests_page", "digests_document"),
-    "loading.report.LoadReport": _Renderer("loads", "load_page", "load_document"),
+    "loading.report.LoadReport": _Renderer("loads", "load_page", "load_document", "load_pictures"),
     "optimizer_state.loading.report.OptimizerLoadReport": _Renderer(
         "loads", "optimizer_load_page", "optimizer_load_document"
     ),
@@ -52,8 +52,8 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "param_groups.spec.ParamGroupSpec": _Renderer("groups", "spec_page", "spec_document"),
     "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document"),
     "plans.writing.written.Written": _Renderer("plan", "written_page", "written_document"),
-    "readiness.model.Preflight": _Renderer("preflight", "preflight_page", "preflight_document"),
-    "statistics.state_dict_stats.StateDictStats": _Renderer("stats", "stats_page", "stats_document"),
+    "readiness.model.Preflight": _Renderer("preflight", "preflight_page", "preflight_document", "preflight_pictures"),
+    "statistics.state_dict_stats.StateDictStats": _Renderer("stats", "stats_page", "stats_document", "stats_pictures"),
 }
 
 

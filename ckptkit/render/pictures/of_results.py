@@ -2,16 +2,107 @@
 
 from __future__ import annotations
 
-from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.render.pictures.model import Picture
-from ckptkit.render.pictures.sizes import sizes_picture
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["show_pictures"]
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.coverage import ModuleCoverage
+from ckptkit.render.pictures.coverage import Part, ShareRow, shares_picture
+from ckptkit.render.pictures.model import Picture
+from ckptkit.render.pictures.sections import sections_of
+from ckptkit.render.pictures.sizes import sizes_picture
+from ckptkit.render.pictures.svg import HATCHED
+
+if TYPE_CHECKING:
+    from ckptkit.comparison.state_dict_diff import StateDictDiff
+    from ckptkit.comparison.values import ValueDiff
+    from ckptkit.loading.report import LoadReport
+    from ckptkit.readiness.model import Preflight
+    from ckptkit.statistics.state_dict_stats import StateDictStats
+
+__all__ = ["diff_pictures", "load_pictures", "preflight_pictures", "show_pictures", "stats_pictures", "values_pictures"]
+
+_FILLED: Final = "ck-s0"
+_COVERED: Final = "Coverage by elements"
 
 
 def show_pictures(checkpoint: Checkpoint) -> tuple[Picture, ...]:
     """Return the size of a checkpoint by section and dtype."""
     return _some(sizes_picture(checkpoint.values()))
+
+
+def stats_pictures(result: StateDictStats) -> tuple[Picture, ...]:
+    """Return the size of the measured tensors by section and dtype."""
+    return _some(sizes_picture(result.tensors.infos.values()))
+
+
+def diff_pictures(result: StateDictDiff) -> tuple[Picture, ...]:
+    """Return the coverage by elements, and how much each tensor changed where values were compared."""
+    return _some(_coverage(result), _changes(result))
+
+
+def values_pictures(result: ValueDiff) -> tuple[Picture, ...]:
+    """Return how much each tensor changed."""
+    from ckptkit.render.pictures.changes import changes_picture, states_of_values
+
+    return _some(changes_picture(states_of_values(result)))
+
+
+def _changes(result: StateDictDiff) -> Picture | None:
+    if result.values is None:
+        return None
+    from ckptkit.render.pictures.changes import MISSING, OTHER_SHAPE, UNEXPECTED, changes_picture, states_of_values
+
+    states = {info.key: MISSING for info in result.missing}
+    states |= {pair.key: OTHER_SHAPE for pair in result.shape_mismatched}
+    states |= states_of_values(result.values)
+    in_order = {key: states[key] for key in result.expected if key in states}
+    return changes_picture(in_order | {result.names.get(info.key, info.key): UNEXPECTED for info in result.unexpected})
+
+
+def load_pictures(report: LoadReport) -> tuple[Picture, ...]:
+    """Return the coverage by elements."""
+    parts = (Part("loaded", _FILLED), Part("kept as they were", HATCHED))
+    return _some(shares_picture("coverage", _COVERED, parts, _share_rows(report.modules)))
+
+
+def preflight_pictures(report: Preflight) -> tuple[Picture, ...]:
+    """Return the coverage of ``init`` by elements, and what trains."""
+    from_init = (Part("from init", _FILLED), Part("stays at init", HATCHED))
+    modules = () if report.init is None else report.init.modules
+    trained = [
+        ShareRow(one.module, (one.trainable_elements, one.elements - one.trainable_elements)) for one in report.training
+    ]
+    return _some(
+        shares_picture("coverage", _COVERED, from_init, _share_rows(modules)),
+        shares_picture(
+            "training", "What trains, by elements", (Part("trains", "ck-s2"), Part("frozen", "ck-same")), trained
+        ),
+    )
+
+
+def _coverage(result: StateDictDiff) -> Picture | None:
+    from ckptkit.comparison.state_dict_diff import loaded_keys
+
+    loaded = loaded_keys(result)
+    refused = {pair.key for pair in (*result.shape_mismatched, *result.uncopyable)}
+    more = {result.names.get(info.key, info.key): info.elements for info in result.unexpected}
+    expected = {key: info.elements for key, info in result.expected.items()}
+    rows = []
+    for name, keys in sections_of({**expected, **more}):
+        counts = [0, 0, 0]
+        for key in keys:
+            if key in expected:
+                counts[0 if key in loaded else 1 if key in refused else 2] += expected[key]
+        rows.append(
+            ShareRow(name, tuple(counts), sum(more[key] for key in keys if key in more and key not in expected))
+        )
+    parts = (Part("matched", _FILLED), Part("shape-mismatched", "ck-s1"), Part("missing", HATCHED))
+    return shares_picture("coverage", _COVERED, parts, rows, Part("unexpected", "ck-s4"))
+
+
+def _share_rows(modules: Iterable[ModuleCoverage]) -> Sequence[ShareRow]:
+    return [ShareRow(one.module, (one.loaded_elements, one.elements - one.loaded_elements)) for one in modules]
 
 
 def _some(*pictures: Picture | None) -> tuple[Picture, ...]:

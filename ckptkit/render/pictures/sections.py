@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["OTHERS", "sections_of"]
 
-OTHERS: Final = ""  # the name of a section of many small ones
+OTHERS: Final = "(others)"  # the name of a section of many small ones
 _MOST: Final = 12
 _HEAVY: Final = 0.4  # a section with more than this share is divided
 

@@ -16,45 +16,51 @@ class _Colour(NamedTuple):
 
 
 RAMP: Final = tuple(f"ck-r{number}" for number in range(8))  # from a small to a large change
-SERIES: Final = tuple(f"ck-s{number}" for number in range(8))  # kinds that have no order, such as dtypes
+SERIES: Final = tuple(f"ck-s{number}" for number in range(8))  # kinds without an order, such as dtypes
 
-# Light to dark on a light page, and the reverse on a dark one; the lightness alone gives the order.
+# The lightness alone gives the order: what changed most is furthest from the page, light or dark.
 _RAMP: Final = (
     ("#fde3b8", "#4b1d5f"), ("#fbc78a", "#74206a"), ("#f6a566", "#9e2f64"), ("#ec8053", "#c4424f"),
     ("#d75a50", "#e0603a"), ("#b43a5b", "#f18a35"), ("#842363", "#f9b950"), ("#501a5c", "#fcec9c"),
 )  # fmt: skip
-# After Okabe and Ito, who chose colours that colour-blind people tell apart; made to stand on white and on black.
+# After the colours of Okabe and Ito, which colour-blind people tell apart; all can be seen on white and on black.
 _SERIES: Final = (
     ("#3a7ca8", "#5aa5d6"), ("#dc8a1e", "#eba743"), ("#2c9a7a", "#3fbf98"), ("#b3628f", "#d58ab4"),
     ("#7c74c4", "#9d97e2"), ("#c2542d", "#e0774f"), ("#8a8f3a", "#b3b85c"), ("#7d858c", "#9aa3ab"),
 )  # fmt: skip
-
-_FILLS: Final[Mapping[str, _Colour]] = {
+_COLOURS: Final[Mapping[str, _Colour]] = {
     **{name: _Colour(*pair) for name, pair in zip(RAMP, _RAMP, strict=True)},
     **{name: _Colour(*pair) for name, pair in zip(SERIES, _SERIES, strict=True)},
-    "ck-good": _Colour("#3a7ca8", "#5aa5d6"),
-    "ck-bad": _Colour("#dc8a1e", "#eba743"),
-    "ck-same": _Colour("#c9cdd2", "#4a4f56"),
+    "ck-same": _Colour("#d3d7db", "#454a51"),
 }
+_RULES: Final = (
+    ".ck-picture{display:block;width:100%;max-width:40rem;height:auto}"
+    ".ck-picture text{fill:currentColor;font-family:system-ui,-apple-system,'Segoe UI',sans-serif}"
+)
+# What hosts of notebooks say about their theme; a browser's wish for dark pages says nothing about it.
+_LIGHT_HOSTS: Final = '[data-jp-theme-light="true"],.vscode-light,html[theme="light"]'
+_DARK_HOSTS: Final = '[data-jp-theme-light="false"],.vscode-dark,.vscode-high-contrast,html[theme="dark"]'
 
 
 def fill_of(name: str) -> str:
-    """Return the colour of a class where no CSS is given; it can be read on white and on black."""
-    return _FILLS[name].light
+    """Return the colour of a class where no CSS is given; it can be seen on white and on black."""
+    return _COLOURS[name].light
 
 
-def picture_style(dark: str = "") -> str:
-    """Return the CSS rules of the pictures; ``dark`` begins a selector for pages that are dark without a media query.
+def picture_style(*, in_notebook: bool = False) -> str:
+    """Return the CSS rules of the pictures, for the one ``<style>`` of a page.
 
-    The rules are for one ``<style>`` of the page that shows the pictures.
+    The colours of a page follow the wish of the reader for light or dark pages, those of a notebook the theme of its
+    host where the host tells it.
     """
-    rules = [
-        ".ck-picture{width:100%;max-width:40rem;height:auto;display:block;color:inherit}",
-        ".ck-picture text{font-family:system-ui,-apple-system,'Segoe UI',sans-serif;fill:currentColor}",
-    ]
-    rules += [f".{name}{{fill:{colour.light}}}" for name, colour in _FILLS.items()]
-    darks = "".join(f".{name}{{fill:{colour.dark}}}" for name, colour in _FILLS.items())
-    rules.append(f"@media (prefers-color-scheme:dark){{{darks}}}")
-    if dark:
-        rules += [f"{dark} .{name}{{fill:{colour.dark}}}" for name, colour in _FILLS.items()]
+    rules = [_RULES]
+    rules += [f".ck-picture .{name}{{fill:var(--{name})}}" for name in _COLOURS]
+    light, dark = _variables(dark=False), _variables(dark=True)
+    rules.append(f".ck-picture{{{light}}}@media (prefers-color-scheme:dark){{.ck-picture{{{dark}}}}}")
+    if in_notebook:
+        rules.append(f":is({_LIGHT_HOSTS}) .ck-picture{{{light}}}:is({_DARK_HOSTS}) .ck-picture{{{dark}}}")
     return "".join(rules)
+
+
+def _variables(*, dark: bool) -> str:
+    return ";".join(f"--{name}:{colour.dark if dark else colour.light}" for name, colour in _COLOURS.items())

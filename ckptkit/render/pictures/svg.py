@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ckptkit.core.text import printable
+from ckptkit.render.page.display import display_width
 from ckptkit.render.page.shortening import shortened
 from ckptkit.render.pictures.model import Picture
 from ckptkit.render.pictures.style import fill_of
 
-__all__ = ["FONT", "SMALL", "WIDTH", "Box", "Drawing", "columns_in", "short"]
+__all__ = [
+    "CROSSED",
+    "DOT",
+    "FONT",
+    "HATCHED",
+    "PLUS",
+    "SMALL",
+    "WIDTH",
+    "Box",
+    "Drawing",
+    "Swatch",
+    "short",
+    "text_width",
+]
 
-WIDTH: Final = 480  # of every picture, in its own units: text of 12 can be read where 400 px are left
+WIDTH: Final = 480  # of every picture, in its own units: a text of 12 can be read where only 400 px are left
 FONT: Final = 12
 SMALL: Final = 11
-_CHAR: Final = 0.58  # the mean width of a character, as a share of the size of the font
+_CHAR: Final = 0.62  # the mean width of a character of system fonts, as a share of the size of the font
 
 
-def columns_in(width: float, size: float = FONT) -> int:
-    """Return how many characters of a font fit into a width."""
-    return int(width / (size * _CHAR))
+def text_width(text: str, size: float = SMALL) -> float:
+    """Return about how wide a text is."""
+    return display_width(text) * size * _CHAR
 
 
-def short(names: list[str], width: float, size: float = FONT) -> list[str]:
+def short(names: Sequence[str], width: float, size: float = FONT) -> list[str]:
     """Return names from files as printable labels that fit into a width; different names stay different."""
-    return shortened([printable(name) for name in names], max(columns_in(width, size), 4))
+    return shortened(list(map(printable, names)), max(int(width / (size * _CHAR)), 4))
 
 
 def place(value: float) -> str:
@@ -56,6 +70,23 @@ class Box(NamedTuple):
         return f"M{place(self.x)} {place(self.y)}h{place(self.width)}v{place(self.height)}h{place(-self.width)}z"
 
 
+class Swatch(NamedTuple):
+    """An entry of a legend: a class of a colour, or a mark, and what it means."""
+
+    look: str
+    text: str
+
+
+# Marks of what has no colour; a legend and a cell draw them in one way.
+HATCHED: Final = "hatched"
+CROSSED: Final = "crossed"
+PLUS: Final = "plus"
+DOT: Final = "dot"
+RING: Final = "ring"
+SOLID: Final = "solid"
+MARKS: Final = (HATCHED, CROSSED, PLUS, DOT, RING)
+
+
 class Drawing:
     """The elements of one picture, in their order; ``height`` grows with what is drawn."""
 
@@ -70,6 +101,26 @@ class Drawing:
         corner = f' rx="{place(radius)}"' if radius else ""
         self._add(f'<rect {box.attributes}{corner} class="{fill}" fill="{fill_of(fill)}"', "rect", tip)
 
+    def cells(self, look: str, boxes: Iterable[tuple[Box, str]]) -> None:
+        """Draw many rectangles with one look, which is written once; those without a tooltip are one path."""
+        shapes = []
+        plain: list[str] = []
+        for box, tip in boxes:
+            self._reach(box.y + box.height)
+            outline = f"{box.outline}{_mark(look, box)}"
+            if tip:
+                shapes.append(f'<path d="{outline}">{_title(tip)}</path>')
+            else:
+                plain.append(outline)
+        if plain:
+            shapes.append(f'<path d="{"".join(plain)}"/>')
+        if shapes:
+            self._parts.append(f"<g {_look(look)}>{''.join(shapes)}</g>")
+
+    def cell(self, look: str, box: Box, tip: str = "") -> None:
+        """Draw one rectangle as ``cells`` does."""
+        self.cells(look, [(box, tip)])
+
     def text(
         self, x: float, y: float, text: str, *, anchor: str = "start", size: float = FONT, faint: bool = False,
         bold: bool = False, tip: str = "",
@@ -82,31 +133,35 @@ class Drawing:
         begin = f'<text x="{place(x)}" y="{place(y)}" font-size="{place(size)}" fill="currentColor"{more}>'
         self._parts.append(f"{begin}{_title(tip)}{html.escape(text)}</text>")
 
-    def hatch(self, box: Box, tip: str = "", *, step: float = 5) -> None:
-        """Draw a rectangle with diagonal lines: what is missing."""
-        self._reach(box.y + box.height)
-        # The frame is filled with nothing that can be seen, so that the whole rectangle has the tooltip.
-        self._add(
-            f'<path d="{box.outline}{"".join(_diagonals(box, step))}" class="ck-line" fill="currentColor"'
-            ' fill-opacity="0" stroke="currentColor" stroke-opacity="0.55" stroke-width="0.8"',
-            "path",
-            tip,
-        )
-
     def line(self, x1: float, y1: float, x2: float, y2: float) -> None:
         """Draw a thin line, such as an axis."""
         self._reach(max(y1, y2))
         self._parts.append(
             f'<path d="M{place(x1)} {place(y1)}L{place(x2)} {place(y2)}" class="ck-line" fill="none"'
-            f' stroke="currentColor" stroke-opacity="0.25"/>'
+            ' stroke="currentColor" stroke-opacity="0.25"/>'
         )
+
+    def raw(self, element: str) -> None:
+        """Add an element that has no text of a file."""
+        self._parts.append(element)
+
+    def legend(self, swatches: Iterable[Swatch], y: float) -> None:
+        """Draw a swatch and a text for each entry, in as many lines as they need."""
+        x = 0.0
+        for swatch in swatches:
+            width = 16 + text_width(swatch.text)
+            if x and x + width > WIDTH:
+                x, y = 0.0, y + 18
+            self.cell(swatch.look, Box(x, y + 1, 11, 11))
+            self.text(x + 16, y + 10.5, swatch.text, size=SMALL)
+            x += width + 14
 
     def picture(self, kind: str, title: str, description: str) -> Picture:
         """Return the picture."""
         # A title as the first child is the name of the picture for screen readers, which read the description too.
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" class="ck-picture ck-{kind}" width="100%"'
-            f' viewBox="0 0 {WIDTH} {place(math.ceil(self.height + 4))}" font-family="system-ui,sans-serif">'
+            f' viewBox="0 0 {WIDTH} {place(math.ceil(self.height + 2))}" font-family="system-ui,sans-serif">'
             f"<title>{html.escape(title)}</title><desc>{html.escape(description)}</desc>{''.join(self._parts)}</svg>"
         )
         return Picture(kind, title, description, svg)
@@ -120,6 +175,37 @@ class Drawing:
 
 def _title(tip: str) -> str:
     return f"<title>{html.escape(tip)}</title>" if tip else ""
+
+
+def _look(look: str) -> str:
+    """Return the attributes of shapes: a colour, or lines over a shape that cannot be seen but has a tooltip."""
+    if look == SOLID:
+        return 'class="ck-solid" fill="currentColor"'
+    if look not in MARKS:
+        return f'class="{look}" fill="{fill_of(look)}"'
+    return (
+        f'class="ck-{look}" fill="currentColor" fill-opacity="0" stroke="currentColor" stroke-opacity="0.6"'
+        ' stroke-width="0.8"'
+    )
+
+
+def _mark(look: str, box: Box) -> str:
+    """Return the lines of a mark in a box, as commands of a path."""
+    if look == HATCHED:
+        return "".join(_diagonals(box, 4.0))
+    size = min(box.width, box.height) * 0.28
+    x, y = box.x + box.width / 2, box.y + box.height / 2
+    if look == CROSSED:
+        arms = (f"M{place(x - size)} {place(y - size * s)}L{place(x + size)} {place(y + size * s)}" for s in (1, -1))
+        return "".join(arms)
+    if look == PLUS:
+        return f"M{place(x - size)} {place(y)}h{place(2 * size)}M{place(x)} {place(y - size)}v{place(2 * size)}"
+    if look == DOT:
+        return f"M{place(x - 0.5)} {place(y)}h1"
+    if look == RING:
+        arc = f"a{place(size)} {place(size)} 0 1 0"
+        return f"M{place(x - size)} {place(y)}{arc} {place(2 * size)} 0{arc} {place(-2 * size)} 0"
+    return ""
 
 
 def _diagonals(box: Box, step: float) -> Iterator[str]:
