@@ -601,6 +601,7 @@ def base(): raise BaseException("x")
 def leave(): sys.exit(0)
 def generator(): raise GeneratorExit
 def takes(this): pass
+def takes_two(this, that, other=1): pass
 def interrupt(): raise KeyboardInterrupt
 model, loud = Model(), Loud()
 """
@@ -613,7 +614,8 @@ model, loud = Model(), Loud()
         ("base", 2, "calling 'base' failed: BaseException: x"),
         ("leave", 2, "calling 'leave' failed: SystemExit: 0"),
         ("generator", 2, "calling 'generator' failed: GeneratorExit"),
-        ("takes", 2, "hint: pass arguments as in 'py:mynet:build(num_classes=4)'"),
+        ("takes", 2, "hint: write 'py:builders_of_the_test:takes(this=VALUE)', with a Python literal for each VALUE"),
+        ("takes_two(this=3)", 2, "hint: write 'py:builders_of_the_test:takes_two(this=3, that=VALUE)', with"),
         ("model", 2, "failed: SystemExit: 1"),
         ("loud.x", 2, "looking up 'loud.x' failed: BaseException: lookup"),
         ("interrupt", 130, "ckpt: interrupted"),

@@ -9,7 +9,9 @@ import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import os
+import pkgutil
 import re
 import sys
 import warnings
@@ -76,7 +78,7 @@ def _split_arguments(target: str) -> tuple[str, dict[str, object] | None]:
 def _import(target: str) -> Any:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
-        raise ModelError(f"{quoted(target)} does not name a callable", hint="write py:package.module:callable")
+        raise ModelError(f"{quoted(target)} does not name a callable", hint=_hint_for_colon(target))
     with contextlib.suppress(OSError):  # the current directory may have been removed
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -86,8 +88,8 @@ def _import(target: str) -> Any:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            searched = _hint_for_import(module_name, name) if isinstance(error, ImportError) else None
-            raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=searched) from error
+            hint = _hint_for_import(module_name, name, error)
+            raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=hint) from error
         for part in name.split("."):
             with _code_of_the_user(f"looking up {quoted(name)}"):
                 if not hasattr(found, part):
@@ -98,26 +100,77 @@ def _import(target: str) -> Any:
     return found
 
 
-def _hint_for_import(module_name: str, name: str) -> str:
-    """Return the name of the module where a path of its file was given, or where it was searched."""
-    dotted = module_name.removesuffix(".py").replace("/", ".").lstrip(".")
-    # The code of a live model is on this machine, never in a store.
-    if module_name.endswith(".py") and os.path.isfile(f"{dotted.replace('.', '/')}.py"):
-        return f"did you mean {shell_word(f'{LIVE_PREFIX}{dotted}:{name}')}?"
+def _hint_for_colon(target: str) -> str:
+    """Return the target with its colon where the last name looks like a class, or else the form of a target."""
+    module_name, _, name = target.rpartition(".")
+    if module_name and name[:1].isupper() and ":" not in target:
+        return f"did you mean {shell_word(f'{LIVE_PREFIX}{module_name}:{name}')}?"
+    return "write py:package.module:callable"
+
+
+def _hint_for_import(module_name: str, name: str, error: BaseException) -> str | None:
+    """Return what to write for the path of a file, what is to be installed, or where a module was searched."""
+    if module_name.endswith(".py") or "/" in module_name:
+        return _hint_for_path(module_name, name)
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    if not f"{module_name}.".startswith(f"{error.name}."):
+        top = error.name.partition(".")[0]
+        missing = f"the code imports {quoted(top)}, which {sys.executable} does not have"
+        return f"{missing}: install it there, or install ckptkit where the code runs"
+    parent, _, last = error.name.rpartition(".")
+    near = nearest(last, [one.name for one in pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))])
+    if near:
+        right = f"{LIVE_PREFIX}{parent}.{near}{module_name.removeprefix(error.name)}:{name}"
+        return f"did you mean {shell_word(right)}?"
     return "searched in the current directory and on sys.path"
 
 
+def _hint_for_path(path: str, name: str) -> str:
+    """Return how to write the module of the file ``path``, which may lack its suffix."""
+    plain = os.path.normpath(path.removesuffix(".py"))
+    # The code of a live model is on this machine, never in a store.
+    if os.path.isabs(plain) or plain.startswith(".."):
+        folder, file = os.path.split(plain)
+        return f"write {shell_word(f'{LIVE_PREFIX}{file}:{name}')}, and set PYTHONPATH={shell_word(folder)}"
+    dotted = plain.replace(os.sep, ".")
+    return f"did you mean {shell_word(f'{LIVE_PREFIX}{dotted}:{name}')}?"
+
+
 @contextlib.contextmanager
-def _code_of_the_user(doing: str) -> Iterator[None]:
-    """Raise ``ModelError`` for whatever the code in the block raises, except an interrupt by the user."""
+def _code_of_the_user(doing: str, function: object = None, target: str = "") -> Iterator[None]:
+    """Raise ``ModelError`` for whatever the code in the block raises, except an interrupt by the user.
+
+    Where the block calls ``function`` without a required argument, the hint is ``target`` with all of them.
+    """
     try:
         yield
     except (KeyboardInterrupt, CkptkitError):
         raise
     except BaseException as error:
         needs_arguments = isinstance(error, TypeError) and re.search("missing .* required", first_line(error))
-        hint = "pass arguments as in 'py:mynet:build(num_classes=4)'" if needs_arguments else None
+        hint = _hint_for_arguments(function, target) if needs_arguments and callable(function) else None
         raise ModelError(f"{doing} failed: {first_line(error)}", hint=hint) from error
+
+
+def _hint_for_arguments(function: Callable[..., object], target: str) -> str | None:
+    """Return the target with each argument that ``function`` needs, or None if it needs no other."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    given = {name: repr(value) for name, value in getattr(function, "keywords", {}).items()}
+    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    missing = [
+        one.name
+        for one in parameters
+        if one.default is inspect.Parameter.empty and one.kind not in positional and one.name not in given
+    ]
+    if not missing:
+        return None
+    values = ", ".join(f"{name}={value}" for name, value in {**given, **dict.fromkeys(missing, "VALUE")}.items())
+    path = target.partition("(")[0]
+    return f"write {shell_word(f'{LIVE_PREFIX}{path}({values})')}, with a Python literal for each VALUE"
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
@@ -127,7 +180,7 @@ def build_model(target: str, *, device: str | None = None) -> Any:
     """
     found = import_target(target)
     name = target.partition(":")[2]
-    with contextlib.redirect_stdout(sys.stderr), _code_of_the_user(f"calling {quoted(name)}"):
+    with contextlib.redirect_stdout(sys.stderr), _code_of_the_user(f"calling {quoted(name)}", found, target):
         if _is_model(found) or isinstance(found, Mapping):
             return found
         if not callable(found):
@@ -157,6 +210,7 @@ def build_shapes(target: str) -> Any:
 
     Raises ``ModelError`` if both fail.
     """
+    import_target(target)  # a second import of code that failed hides what went wrong in the first
     try:
         return build_model(target, device="meta")
     except ModelError:
@@ -213,6 +267,7 @@ def open_live(target: str, path: str) -> Checkpoint:
     Reading a value builds the model a second time, on its own device. Raises ``ModelError`` where the model cannot be
     built, or the second build differs from the first.
     """
+    import_target(target)  # a second import of code that failed hides what went wrong in the first
     try:
         shapes = _describe(target, path, "meta")
     except CkptkitError as meta_error:

@@ -297,6 +297,9 @@ MODULE = """
     def demanding(size):
         return Net()
 
+    def asks_inside():
+        return demanding()
+
     class Sized(torch.nn.Module):
         def __init__(self, size=3):
             super().__init__()
@@ -318,6 +321,9 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "livemodels" / "__init__.py").write_text("")
     (tmp_path / "livemodels" / "nets.py").write_text(textwrap.dedent(MODULE))
     (tmp_path / "livemodels" / "broken.py").write_text("import no_such_module_at_all")
+    (tmp_path / "livemodels" / "fails").mkdir()
+    (tmp_path / "livemodels" / "fails" / "__init__.py").write_text("from livemodels.fails import inside")
+    (tmp_path / "livemodels" / "fails" / "inside.py").write_text("raise RuntimeError('imported once')")
     (tmp_path / "livemodels" / "exits.py").write_text("raise SystemExit(0)")
     (tmp_path / "livemodels" / "syntax.py").write_text("def")
     monkeypatch.chdir(tmp_path)
@@ -407,12 +413,25 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
     ("target", "hint"),
     [
         ("livemodels.none:build", "searched in the current directory and on sys.path"),
-        ("livemodels.nets:demanding", "pass arguments as in 'py:mynet:build(num_classes=4)'"),
+        ("livemodels.net:build", "did you mean 'py:livemodels.nets:build'?"),
+        ("livemodels.nets.Sized", "did you mean 'py:livemodels.nets:Sized'?"),
+        ("livemodels.nets", "write py:package.module:callable"),
+        ("livemodels/nets.py:build", "did you mean 'py:livemodels.nets:build'?"),
+        ("./livemodels/nets:build", "did you mean 'py:livemodels.nets:build'?"),
+        ("/code/nets.py:build", "write 'py:nets:build', and set PYTHONPATH='/code'"),
+        (
+            "livemodels.broken:build",
+            (
+                f"the code imports 'no_such_module_at_all', which {sys.executable} does not have: "
+                "install it there, or install ckptkit where the code runs"
+            ),
+        ),
         ("livemodels.syntax:build", None),
+        ("livemodels.nets:asks_inside", None),
         ("livemodels.nets:fails", None),
     ],
 )
-def test_the_hint_says_where_the_module_was_searched(modules: Path, target: str, hint: str | None) -> None:
+def test_the_hint_says_what_to_write_or_to_install(modules: Path, target: str, hint: str | None) -> None:
     with pytest.raises(ModelError) as caught:
         open_checkpoint(f"py:{target}")
     assert caught.value.hint == hint
@@ -429,6 +448,15 @@ def test_names_of_links_and_files_cannot_move_the_cursor(tmp_path: Path) -> None
         reason = refusal(str(tmp_path / directory)).reason
         assert r"a\x1b[2J" in reason
         assert reason.isprintable()
+
+
+def test_code_that_cannot_be_imported_is_imported_once(modules: Path) -> None:
+    """A second import of code that failed can fail in another way, such as KeyError: 'fails'."""
+    with pytest.raises(ModelError, match="failed: RuntimeError: imported once") as caught:
+        open_checkpoint("py:livemodels.fails.inside:build")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert caught.value.__context__ is caught.value.__cause__
+    assert modules.exists()
 
 
 @pytest.mark.parametrize(
