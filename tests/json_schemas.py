@@ -992,6 +992,15 @@ SCHEMAS: dict[str, Schema] = dict(
             },
         ),
         _schema(
+            "git-install",
+            "ckpt git install --json, and ckpt git uninstall --json",
+            "What was changed, or would be, so that git diff compares checkpoints.",
+            {
+                "changes": _list("What is changed; empty if there is nothing to change.", _text("A sentence.")),
+                "dry_run": _flag("Whether nothing was changed."),
+            },
+        ),
+        _schema(
             "doctor",
             "ckpt doctor --json",
             "The versions that ckpt runs with, and what is missing.",

@@ -234,6 +234,7 @@ LIGHT_COMMANDS = {
     "diff": "main(['diff', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
     "align": "main(['align', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt', '--digests'])",
     "digest": "main(['digest', 'fixtures/lenet_ddp.pt'])",
+    "git textconv": "main(['git', 'textconv', 'fixtures/lenet_ddp.pt'])",
     "show digests": "main(['show', 'fixtures/lenet_ddp.pt', '--digests'])",
     "digest check": "main(['digest', '--check', OUT + '/ten.digest', 'fixtures/lenet_10class.pth'])",
     "remap": "main(['remap', 'fixtures/encoder_sharded', '-o', OUT + '/a.safetensors', '--rename', '*=x.*'])",

@@ -71,6 +71,7 @@ COMMANDS = f"""
 0 preflight --model {MODEL}
 1 preflight --model {MODEL} --init {TEN} --groups {SPEC} --optimizer SGD --dry-step {LOSS} --resume {DDP}
 0 doctor
+0 git uninstall --global --dry-run
 0 groups table --model {MODEL} {SPEC}
 0 groups table --model py:schemas_net:build OUT/frozen.toml
 1 groups validate --model {MODEL} OUT/part.toml

@@ -69,7 +69,8 @@ def open_checkpoint_or_parts(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
-    if name.startswith(LIVE_PREFIX):
+    # A file of that name is meant where a shell or a hook lists the files of a folder: no code runs for it.
+    if name.startswith(LIVE_PREFIX) and not _exists(name):
         with errors_about(name):
             from ckptkit.formats.live import open_live
 

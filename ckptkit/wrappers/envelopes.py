@@ -12,6 +12,7 @@ from ckptkit.wrappers.entries import IsTensor, KnownEntry, is_optimizer_state, k
 
 __all__ = [
     "ENVELOPES",
+    "EVERYTHING",
     "OPTIMIZER",
     "WEIGHTS",
     "Envelope",
@@ -28,13 +29,16 @@ __all__ = [
 class Selection:
     """The mapping of a file to open: the mapping at the dotted ``key``, the only optimizer state, or the weights.
 
-    An empty ``key`` without ``optimizer`` selects the weights, which are found by their content.
+    An empty ``key`` without ``optimizer`` selects the weights, which are found by their content. With ``everything``,
+    the whole file is one mapping, and every tensor in it has the name that leads to it.
     """
 
     key: str = ""
     optimizer: bool = False
+    everything: bool = False
 
 
+EVERYTHING: Final = Selection(everything=True)
 WEIGHTS: Final = Selection()
 OPTIMIZER: Final = Selection(optimizer=True)
 

@@ -48,6 +48,7 @@ _SUMMARIES = {
     "optim": "Show and edit the state of an optimizer by parameter name.",
     "preflight": "Check a run before training: what loads, what trains, a verdict.",
     "groups": "Check param groups against the live model.",
+    "git": "Show in git diff which tensors changed.",
     "doctor": "Show the versions that ckpt runs with, and what is missing.",
     "completion": "Print the script that completes ckpt in a shell.",
 }

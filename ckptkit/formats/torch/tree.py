@@ -162,6 +162,8 @@ def find_mapping(tree: object, selection: Selection) -> FoundMapping:
         return FoundMapping(*_only_optimizer(tree), {})
     if selection.key:
         return FoundMapping(*_descend(tree, selection.key), {})
+    if selection.everything:
+        return FoundMapping(tree, (), {})
     if not isinstance(tree, Mapping):
         items: dict[object, object] = dict(enumerate(tree)) if isinstance(tree, list | tuple) else {}
         return FoundMapping(tree, (), known_entries(items, is_tensor, keep_tensors=True))

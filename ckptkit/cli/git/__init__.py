@@ -1,0 +1,108 @@
+"""The commands ``ckpt git``: checkpoints in ``git diff``, and gates on what a commit changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptkit.cli.common.commands import CommandGroup
+from ckptkit.cli.common.options import quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
+
+if TYPE_CHECKING:
+    from ckptkit.cli.git.installing import Changes
+
+__all__ = ["git"]
+
+
+@click.group(cls=CommandGroup)
+def git() -> None:
+    """Show in git diff which tensors changed, and gate what a commit changes."""
+
+
+_where_option = click.option(
+    "--global/--local", "everywhere", default=False,
+    help="For all repositories of this user, or for this one, which is the default.",
+)  # fmt: skip
+_dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Say what would change; change nothing.")
+
+
+@git.command()
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
+@_where_option
+@_dry_run_option
+@report_options
+@quiet_option
+def install(
+    patterns: tuple[str, ...], *, everywhere: bool, dry_run: bool, report_format: ReportFormat, quiet: bool
+) -> None:
+    """Make git diff, git log -p and git show compare checkpoints tensor by tensor.
+
+    Adds lines to .gitattributes, to commit, and two settings to the config of git, which each clone needs: run it in
+    each. Without PATTERN: *.safetensors, *.pt, *.pth, *.bin, *.ckpt and *.gguf. git keeps each text that it has made;
+    install makes it forget them.
+
+    \b
+    ckpt git install
+    ckpt git install '*.th'
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.cli.git.installing import PATTERNS, notes_about_files, plan_install
+
+    chosen = patterns or PATTERNS
+    changes = plan_install(chosen, everywhere=everywhere)
+    _carry_out(changes, dry_run=dry_run, report_format=report_format)
+    for note in () if quiet or dry_run else notes_about_files(chosen):
+        print_message(f"ckpt: note: {note}")
+
+
+@git.command()
+@_where_option
+@_dry_run_option
+@report_options
+@quiet_option
+def uninstall(*, everywhere: bool, dry_run: bool, report_format: ReportFormat, quiet: bool) -> None:
+    """Undo ckpt git install.
+
+    \b
+    ckpt git uninstall --dry-run
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.cli.git.installing import plan_uninstall
+
+    changes = plan_uninstall(everywhere=everywhere)
+    _carry_out(changes, dry_run=dry_run, report_format=report_format)
+    for note in () if quiet else changes.notes:
+        print_message(f"ckpt: note: {note}")
+
+
+def _carry_out(changes: Changes, *, dry_run: bool, report_format: ReportFormat) -> None:
+    from ckptkit.cli.git.installing import apply_changes
+    from ckptkit.render.page import Line, Listing
+
+    if not dry_run:
+        apply_changes(changes)
+    lines = changes.said or ("nothing to change",)
+    title = [Line(("dry run: nothing was changed",))] if dry_run and changes.said else []
+    echo_report(
+        report_format,
+        lambda: [*title, Listing(lines)],
+        lambda: {"schema": "ckptkit.git-install/1", "changes": list(changes.said), "dry_run": dry_run},
+    )
+
+
+@git.command()
+@click.argument("file", type=click.Path(readable=False))
+def textconv(file: str) -> None:
+    """Print the text of a file that git diff compares.
+
+    It has a line for each tensor: key, dtype, shape and the start of its digest, as ckpt digest computes it. Every byte
+    is read. A pointer of Git LFS stands for its object. A file that cannot be read has its size, its digest and the
+    reason, and the exit code is 0 all the same.
+
+    \b
+    ckpt git textconv model.safetensors
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.cli.git.texts import text_of_file
+
+    # As bytes, because the text must not depend on the encoding of a terminal.
+    click.echo("".join(f"{line}\n" for line in text_of_file(file)).encode(), nl=False)

@@ -1,0 +1,162 @@
+"""What ``ckpt git install`` and ``ckpt git uninstall`` change: lines of attributes, and settings of git."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ckptkit.cli.git.attributes import DRIVER, with_lines, without_lines
+from ckptkit.cli.git.repository import GitError, NotInRepositoryError, configured, run_git, top_folder
+from ckptkit.core.text import listed, plural, printable
+from ckptkit.formats.writing.outputs import write_small_file
+from ckptkit.formats.writing.targets import prepare_target
+
+__all__ = ["PATTERNS", "Changes", "apply_changes", "plan_install", "plan_uninstall"]
+
+PATTERNS: Final = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt", "*.gguf")
+_SECTION: Final = f"diff.{DRIVER}"
+_CACHE: Final = f"refs/notes/textconv/{DRIVER}"  # where git keeps the texts of files that it has compared
+_FILE: Final = ".gitattributes"
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is to be changed, and what is to be said of the result.
+
+    Attributes:
+        attributes: The path of the file of attributes, and its new text; None if it stays as it is.
+        git: The arguments of each run of git that changes something.
+        said: A sentence for each change.
+        notes: What the user has to know, or to change.
+    """
+
+    attributes: tuple[str, str] | None = None
+    git: tuple[tuple[str, ...], ...] = ()
+    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def plan_install(patterns: Sequence[str], *, everywhere: bool) -> Changes:
+    """Return what makes ``git diff`` compare files of these patterns, for this repository or ``everywhere``.
+
+    Raises ``NotInRepositoryError`` outside of a repository, unless it is for everywhere, and ``GitError``.
+    """
+    where = "--global" if everywhere else "--local"
+    path, name = _attributes_file(everywhere=everywhere)
+    before = _text_of(path)
+    text, added, moved = with_lines(before, patterns, () if everywhere else _overruled(patterns))
+    said = [f"{name}: added {printable(line)}" for line in added]
+    said += [f"{name}: moved to the end {printable(line)}" for line in moved]
+    commands: list[tuple[str, ...]] = []
+    for setting, value in ((f"{_SECTION}.textconv", _command()), (f"{_SECTION}.cachetextconv", "true")):
+        if configured(setting, where) != value:
+            commands.append(("config", where, "--replace-all", setting, value))
+            said.append(f"git config {where}: set {setting} = {printable(value)}")
+    said += _forget(commands)
+    return Changes((path, text) if text != before else None, tuple(commands), tuple(said))
+
+
+def plan_uninstall(*, everywhere: bool) -> Changes:
+    """Return what undoes an installation. Raises as ``plan_install``."""
+    where = "--global" if everywhere else "--local"
+    path, name = _attributes_file(everywhere=everywhere)
+    before = _text_of(path)
+    text, removed, others = without_lines(before)
+    said = [f"{name}: removed {printable(line)}" for line in removed]
+    notes = [f"{name}: left as it is: {printable(line)}" for line in others]
+    commands: list[tuple[str, ...]] = []
+    if run_git("config", where, "--get-regexp", rf"^diff\.{DRIVER}\.", allowed=(1,)):
+        commands.append(("config", where, "--remove-section", _SECTION))
+        said.append(f"git config {where}: removed {_SECTION}")
+    said += _forget(commands)
+    return Changes((path, text) if text != before else None, tuple(commands), tuple(said), tuple(notes))
+
+
+def apply_changes(changes: Changes) -> None:
+    """Write the file of attributes, and run git. Raises ``OutputError`` and ``GitError``."""
+    if changes.attributes is not None:
+        path, text = changes.attributes
+        if text:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_small_file(prepare_target(path, force=True), text.encode(errors="surrogateescape"))
+        else:
+            os.unlink(path)
+    for arguments in changes.git:
+        run_git(*arguments)
+
+
+def notes_about_files(patterns: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for each group of files in the repository that have another driver after an installation.
+
+    Yields nothing outside of a repository.
+    """
+    with contextlib.suppress(GitError):
+        top = top_folder()
+        files = run_git("-C", top, "ls-files", "-z", "--", *patterns).split("\0")[:-1]
+        others: dict[str, list[str]] = {}
+        for file, driver in _drivers(top, files):
+            if driver != DRIVER:
+                others.setdefault(driver, []).append(file)
+        for driver, found in others.items():
+            has = "has" if len(found) == 1 else "have"
+            what = "no driver" if driver in ("unspecified", "unset") else f"diff={printable(driver)}"
+            yield (
+                f"{plural(len(found), 'file')} still {has} {what}: {listed(found, 3)}; another line of attributes "
+                f"decides, in the repository or a deeper folder: write diff={DRIVER} there"
+            )
+
+
+def _attributes_file(*, everywhere: bool) -> tuple[str, str]:
+    """Return the path of the file of attributes, and its name for messages."""
+    if not everywhere:
+        try:
+            return os.path.join(top_folder(), _FILE), _FILE
+        except NotInRepositoryError as error:
+            error.hint = "--global is for all repositories of this user"
+            raise
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    given = run_git("config", "--global", "--type=path", "--get", "core.attributesFile", allowed=(1,))
+    path = os.path.abspath(given.removesuffix("\n") or os.path.join(home, "git", "attributes"))
+    return path, printable(path)
+
+
+def _text_of(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode(errors="surrogateescape")
+    except FileNotFoundError:
+        return ""
+
+
+def _overruled(patterns: Sequence[str]) -> list[str]:
+    """Return the patterns to whose files another line of the repository gives another driver."""
+    samples = [pattern.replace("*", "x").lstrip("/") for pattern in patterns]
+    drivers = _drivers(top_folder(), samples)
+    return [pattern for pattern, (_, driver) in zip(patterns, drivers, strict=True) if driver != DRIVER]
+
+
+def _drivers(top: str, files: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the driver of each file, as git finds it: a name, ``set``, ``unset`` or ``unspecified``."""
+    fields = run_git("-C", top, "check-attr", "-z", "--stdin", "diff", given=files).split("\0")
+    return list(zip(fields[0::3], fields[2::3], strict=False))
+
+
+def _command() -> str:
+    """Return the command that git runs, which works without an active environment and for names with a dash."""
+    program = os.path.join(os.path.dirname(sys.executable), "ckpt")
+    # -P: the current folder is that of a repository, which may have files of other people with the names of modules.
+    words = [program] if os.path.exists(program) else [sys.executable, "-P", "-m", "ckptkit"]
+    return f"{shlex.join(words)} git textconv --"
+
+
+def _forget(commands: list[tuple[str, ...]]) -> Iterator[str]:
+    """Add the command that removes the texts that git keeps, where there are some, and yield what it does."""
+    with contextlib.suppress(GitError):
+        if run_git("rev-parse", "--verify", "--quiet", _CACHE, allowed=(1,)):
+            commands.append(("update-ref", "-d", _CACHE))
+            yield f"git: forgot the texts that it kept in {_CACHE}"
