@@ -119,14 +119,15 @@ def test_folders_are_small() -> None:
     [
         ("click", ("cli",)),
         ("tabulate", ("render",)),
+        ("jinja2", ("render",)),
         ("pickle", ()),
         ("mmap", ()),
         ("fsspec", ("core.files.remote", "formats.writing")),
     ],
-    ids=["click", "tabulate", "pickle", "mmap", "fsspec"],
+    ids=["click", "tabulate", "jinja2", "pickle", "mmap", "fsspec"],
 )
 def test_libraries_are_imported_only_in_their_package(library: str, packages: tuple[str, ...]) -> None:
-    """Only the command line imports click, only reports import tabulate, and nothing imports pickle or mmap.
+    """Only the command line imports click, only reports import tabulate and jinja2, and nothing imports pickle or mmap.
 
     fsspec is for URLs only, so that a command on local files does not wait for it.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_expected_keys
+from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import (
     dequantize_option,
@@ -20,12 +22,19 @@ from ckptkit.cli.common.options import (
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
+from ckptkit.comparison import StateDictDiff
 from ckptkit.comparison import diff as compare
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
+from ckptkit.formats.writing.state import Target
+from ckptkit.quantized.view import DequantizeLike
 from ckptkit.render.diff import answers_first, hints_below
 from ckptkit.render.values import lists_all
 from ckptkit.rules.model import Rules
+
+if TYPE_CHECKING:
+    from ckptkit.render.html.histograms import HistogramRow
 
 __all__ = ["diff"]
 
@@ -70,6 +79,7 @@ def _parse_size(context: click.Context, option: click.Parameter, text: str | Non
 )
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
+@html_option
 @report_options
 @quiet_option
 @click.pass_context
@@ -92,6 +102,7 @@ def diff(
     depth: int | None,
     everything: bool,
     expand: bool,
+    html: Target | None,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -126,6 +137,9 @@ def diff(
                     expect_changed=expect_changed, max_rel_l2=max_rel_l2, progress=progress,
                 )  # fmt: skip
         is_all = expand or everything
+        if html is not None:
+            both = _both_sides(result, left, right, dequantize=dtype or dequantize, quiet=quiet)
+            write_html(html, result, quiet=quiet, both_sides=both)
         if reads:
             for side, path in ((left, expected), (right, found)):
                 note_what_is_beside(side, path, "compared", quiet=quiet)
@@ -152,3 +166,22 @@ def diff(
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
                 print_message(message)
     context.exit(0 if result.ok else 1)
+
+
+def _both_sides(
+    result: StateDictDiff, left: Checkpoint, right: Checkpoint, *, dequantize: DequantizeLike, quiet: bool
+) -> list[HistogramRow]:
+    """Return the statistics of both sides of the tensors whose values differ, which are read once more for them."""
+    if result.values is None:
+        return []
+    from ckptkit.render.html.histograms import MOST_TENSORS, rows_of_both
+    from ckptkit.statistics.state_dict_stats import stats_of_keys
+
+    worst = result.values.different[:MOST_TENSORS]
+    size = sum(one.expected.nbytes + one.found.nbytes for one in worst)
+    with progress_bar(size, "measuring", hidden=quiet) as progress:
+        measured = [
+            stats_of_keys(side, keys, dequantize=dequantize, progress=progress)
+            for side, keys in ((left, [one.expected.key for one in worst]), (right, [one.found.key for one in worst]))
+        ]
+    return rows_of_both(result.values, *measured)

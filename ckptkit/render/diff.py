@@ -9,7 +9,8 @@ from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.comparison.hints import Hint as DiffHint
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable, shell_word
-from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, name_beside, table_rows
+from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, Tone, name_beside, table_rows
+from ckptkit.render.page.head import Fact, Head, Subject
 from ckptkit.render.summary import (
     checkpoint_document,
     dequantized_document,
@@ -17,10 +18,14 @@ from ckptkit.render.summary import (
     describe,
     tensor_document,
 )
-from ckptkit.render.values import values_in_diff, values_page
+from ckptkit.render.values import values_answer, values_facts, values_in_diff, values_page
 
-__all__ = ["answers_first", "diff_document", "diff_page", "hints_below"]
+__all__ = ["answers_first", "diff_document", "diff_head", "diff_page", "hints_below"]
 
+# The mark at the start of each row of the page, and what it says of the key.
+_MARKS = (
+    ("-", "missing"), ("+", "unexpected"), ("~", "another shape"), ("≈", "another dtype"), ("=", "matched"),
+)  # fmt: skip
 _BY_OWN_CODE = ", by the model's own code"
 _AS = "  as "
 _FEW_ROWS = 10  # below an answer that explains all of them
@@ -132,11 +137,10 @@ def diff_page(
     elements = plural(measure_coverage(result.expected, frozenset()).elements, "element")
     unmet = [unmet for unmet in result.unmet if all(unmet is not gate.broken for gate in result.gates)]
     shown = _few_of(rows) if is_short else rows
-    table = Table(("", "key", "expected", "found"), tuple(shown))
+    table = Table(("", "key", "expected", "found"), tuple(shown), title="Keys, dtypes and shapes", marks=_MARKS)
     more = [Line((f"and {plural(len(rows) - len(shown), 'more row')}",))] if len(shown) < len(rows) else []
     return [
-        Line(("expected  ", *describe(result.expected_checkpoint, "expected"))),
-        Line(("found     ", *describe(result.found_checkpoint, "found"))),
+        *(subject.line for subject in _sides(result)),
         *dequantized_lines(result.expected_numbers, "expected"),
         *dequantized_lines(result.found_numbers, "found"),
         *_gate_lines(result),
@@ -151,7 +155,7 @@ def diff_page(
         *([] if _lists_dtypes(result, is_all=expand or everything) else _dtype_lines(result)),
         Line((f"coverage {percent(result.coverage)} of {elements}",)),
         *([_unread_line(result)] if result.values is None and result.matched else []),
-        *(Line(("not met: ", Message(one.message))) for one in unmet),
+        *(Line(("not met: ", Message(one.message)), tone="error") for one in unmet),
         Line((_verdict(result),)),
         *(
             [Line((f"names decided: the model's own code for loading was not tried, because {result.undecided}",))]
@@ -161,6 +165,34 @@ def diff_page(
         *(Line(("hint: ", Hint(message))) for message in (_hints(result, is_first=is_short) if with_hints else ())),
         *([table, *more] if is_short else ()),
     ]
+
+
+def diff_head(result: StateDictDiff) -> Head:
+    """Return the head of a report: both sides, whether values differ or else whether it loads, and the counts."""
+    verdict = Line((_verdict(result),))
+    answer = None if result.values is None else values_answer(result.values, len(result.quantized))
+    counts: tuple[tuple[int, str, Tone], ...] = (
+        (len(result.missing), "missing", "error"),
+        (len(result.unexpected), "unexpected", "warning"),
+        (len(result.shape_mismatched), "with another shape", "error"),
+        (len(result.dtype_mismatched), "with another dtype", "warning"),
+    )
+    facts = [
+        *([] if result.values is None else values_facts(result.values)),
+        Fact(f"{len(result.matched):,}", "matched"),
+        *(Fact(f"{count:,}", name, tone if count else "") for count, name, tone in counts),
+        Fact(percent(result.coverage), "of the elements covered"),
+    ]
+    tone: Tone = "good" if result.ok else "error" if result.unmet or not result.loads else "warning"
+    if answer is None:
+        return Head("ckpt diff", verdict, _sides(result), tuple(facts), tone)
+    text = "".join(answer.parts).removeprefix("values: ")
+    return Head("ckpt diff", Line((text,)), _sides(result), tuple(facts), tone, same_as=answer)
+
+
+def _sides(result: StateDictDiff) -> tuple[Subject, Subject]:
+    expected, found = describe(result.expected_checkpoint, "expected"), describe(result.found_checkpoint, "found")
+    return Subject("expected", Line(("expected  ", *expected))), Subject("found", Line(("found     ", *found)))
 
 
 def _hints(result: StateDictDiff, *, is_first: bool) -> list[str]:
@@ -236,9 +268,10 @@ def _gate_lines(result: StateDictDiff) -> list[Line]:
     for gate in sorted(result.gates, key=lambda gate: gate.broken is None):
         if gate.broken is None:
             left_out = f", {gate.left_out:,} left out by the rules" if gate.left_out else ""
-            lines.append(Line(("gate holds: ", Message(f"{gate.option}, {plural(gate.tensors, 'tensor')}{left_out}"))))
+            holds = f"{gate.option}, {plural(gate.tensors, 'tensor')}{left_out}"
+            lines.append(Line(("gate holds: ", Message(holds)), tone="good"))
             continue
-        lines.append(Line(("gate broken: ", Message(gate.broken.message))))
+        lines.append(Line(("gate broken: ", Message(gate.broken.message)), tone="error"))
         if gate.hint:
             lines.append(Line(("hint: ", Hint(gate.hint)), indented=True))
     return lines

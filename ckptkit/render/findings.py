@@ -50,7 +50,7 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
     """
     joined = list(_joined(findings))
     for number, (message, finding) in enumerate(joined, 1):
-        yield Line((f"{finding.severity}: ", Message(one_line(message)), f"  [{finding.code}]"))
+        yield Line((f"{finding.severity}: ", Message(one_line(message)), f"  [{finding.code}]"), tone=finding.severity)
         following = joined[number][1] if number < len(joined) else None
         is_repeated = following is not None and (following.code, following.hint) == (finding.code, finding.hint)
         if finding.hint and not is_repeated:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
@@ -12,31 +13,44 @@ from ckptkit.errors import hint_for_python, message_for_python
 from ckptkit.render.page import Block, Hint, Line, Message, Page, as_text
 
 if TYPE_CHECKING:
+    from ckptkit.render.html.histograms import HistogramRow
+    from ckptkit.render.page.head import Head
     from ckptkit.render.pictures.model import Picture
 
-__all__ = ["document_of", "html_of", "page_of", "pictures_of", "text_of"]
+__all__ = ["document_of", "html_of", "page_of", "pictures_of", "report_of", "text_of"]
 
 
 class _Renderer(NamedTuple):
     """The module of ``render`` that has the functions ``page`` and ``document`` for a class of results.
 
-    ``pictures`` is a function of ``render.pictures.of_results``, or empty where a result has no pictures.
+    ``pictures`` is a function of ``render.pictures.of_results``, or empty where a result has no pictures. ``head`` is a
+    function of the module, or empty where the head of a report has no more than the name of the class. ``all_rows`` are
+    the options of a page that leaves no row out.
     """
 
     module: str
     page: str
     document: str
     pictures: str = ""
+    head: str = ""
+    all_rows: Mapping[str, object] = MappingProxyType({})
+
+
+_EXPANDED: Final[Mapping[str, object]] = MappingProxyType({"expand": True})
 
 
 # By name, so that a page loads neither the other pages nor the packages of their results.
 _RENDERERS: Final[Mapping[str, _Renderer]] = {
-    "align.model.Alignment": _Renderer("align", "align_page", "align_document"),
+    "align.model.Alignment": _Renderer("align", "align_page", "align_document", all_rows=_EXPANDED),
     "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document"),
     "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
-    "comparison.state_dict_diff.StateDictDiff": _Renderer("diff", "diff_page", "diff_document", "diff_pictures"),
-    "comparison.values.ValueDiff": _Renderer("values", "values_page", "values_document", "values_pictures"),
-    "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures"),
+    "comparison.state_dict_diff.StateDictDiff": _Renderer(
+        "diff", "diff_page", "diff_document", "diff_pictures", "diff_head", {"expand": True, "everything": True}
+    ),
+    "comparison.values.ValueDiff": _Renderer(
+        "values", "values_page", "values_document", "values_pictures", all_rows=_EXPANDED
+    ),
+    "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures", all_rows=_EXPANDED),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
     "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),
     "digests.model.Digests": _Renderer("digests", "digests_page", "digests_document"),
@@ -44,16 +58,22 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "optimizer_state.loading.report.OptimizerLoadReport": _Renderer(
         "loads", "optimizer_load_page", "optimizer_load_document"
     ),
-    "optimizer_state.model.OptimizerState": _Renderer("optim", "state_page", "state_document"),
+    "optimizer_state.model.OptimizerState": _Renderer("optim", "state_page", "state_document", all_rows=_EXPANDED),
     "optimizer_state.write.WrittenState": _Renderer("optim", "written_state_page", "written_state_document"),
     "param_groups.explain.Explanation": _Renderer("groups", "explain_page", "explain_document"),
     "param_groups.lock.ParamGroupsLock": _Renderer("groups", "lock_page", "lock_document"),
     "param_groups.plan.ParamGroupsPlan": _Renderer("groups", "groups_page", "groups_document"),
     "param_groups.spec.ParamGroupSpec": _Renderer("groups", "spec_page", "spec_document"),
-    "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document"),
-    "plans.writing.written.Written": _Renderer("plan", "written_page", "written_document"),
-    "readiness.model.Preflight": _Renderer("preflight", "preflight_page", "preflight_document", "preflight_pictures"),
-    "statistics.state_dict_stats.StateDictStats": _Renderer("stats", "stats_page", "stats_document", "stats_pictures"),
+    "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document", all_rows=_EXPANDED),
+    "plans.writing.written.Written": _Renderer(
+        "plan", "written_page", "written_document", all_rows={"tensors": True, "expand": True}
+    ),
+    "readiness.model.Preflight": _Renderer(
+        "preflight", "preflight_page", "preflight_document", "preflight_pictures", all_rows=_EXPANDED
+    ),
+    "statistics.state_dict_stats.StateDictStats": _Renderer(
+        "stats", "stats_page", "stats_document", "stats_pictures", "stats_head", _EXPANDED
+    ),
 }
 
 
@@ -83,6 +103,42 @@ def pictures_of(result: Result, **options: object) -> tuple[Picture, ...]:
     return pictures
 
 
+def report_of(
+    result: Result,
+    *,
+    both_sides: Iterable[HistogramRow] | None = None,
+    for_python: bool = False,
+    chosen: Mapping[str, object] = MappingProxyType({}),
+) -> str:
+    """Return the report of a result: one HTML file with its page, with all rows, its pictures and its document.
+
+    ``both_sides`` are the statistics of tensors on both sides. ``chosen`` are options of the page and of the document.
+    With ``for_python``, the report names functions and arguments of Python.
+    """
+    from ckptkit.render.html.report import as_report
+
+    renderer = _renderer_of(result)
+    page = page_of(result, **{**renderer.all_rows, **chosen})
+    head = _head_of(result, renderer)
+    document = document_of(result, **chosen)
+    if for_python:
+        page, head = list(map(_block_in_python, page)), _head_in_python(head)
+    return as_report(page, head, document, pictures_of(result), both_sides)
+
+
+def _head_of(result: Result, renderer: _Renderer) -> Head:
+    from ckptkit.render.page.head import Head
+
+    if not renderer.head:
+        return Head(type(result).__name__, Line((Message(result.in_short),)))
+    head: Head = getattr(import_module(f"ckptkit.render.{renderer.module}"), renderer.head)(result)
+    return head
+
+
+def _head_in_python(head: Head) -> Head:
+    return replace(head, verdict=_line_in_python(head.verdict), same_as=head.same_as and _line_in_python(head.same_as))
+
+
 def text_of(result: Result) -> str:
     """Return the page of a result as text; it names functions and arguments of Python."""
     return "\n".join(as_text(_page_in_python(result)))
@@ -100,7 +156,11 @@ def _page_in_python(result: Result) -> Page:
 
 
 def _block_in_python(block: Block) -> Block:
-    return replace(block, parts=tuple(map(_in_python, block.parts))) if isinstance(block, Line) else block
+    return _line_in_python(block) if isinstance(block, Line) else block
+
+
+def _line_in_python(line: Line) -> Line:
+    return replace(line, parts=tuple(map(_in_python, line.parts)))
 
 
 def _in_python(text: str) -> str:

@@ -14,6 +14,7 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
+from ckptkit.render.page.head import Fact, Head, Subject
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import (
     dequantized_document,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = npt.NDArray[Any]
 
-__all__ = ["SORT_KEYS", "StatsView", "stats_document", "stats_page"]
+__all__ = ["SORT_KEYS", "StatsView", "stats_document", "stats_documents", "stats_head", "stats_page"]
 
 _HEIGHT = 8  # of the highest bar of a row
 _BINS = 16
@@ -104,10 +105,32 @@ def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool
         page.append(Line((f"{len(listed):,} of {plural(len(named), noun)} listed",)))
     unmeasured = [(key, (info.dtype, str(list(info.shape)), why)) for key, info, why in _unmeasured(result)]
     if unmeasured:
-        page.append(Table(("not measured", "dtype", "shape", "because"), tuple(table_rows(unmeasured, expand=expand))))
+        rows = tuple(table_rows(unmeasured, expand=expand))
+        page.append(Table(("not measured", "dtype", "shape", "because"), rows, title="Not measured"))
     if tensors.same_as:
         page.append(Line((f"{plural(len(tensors.same_as), 'key')} of tied tensors, counted once in the total",)))
     return [*page, *([Line((_summary(total),))] if measured else [Listing(("no numbers",))])]
+
+
+def stats_head(result: StateDictStats) -> Head:
+    """Return the head of a report: the checkpoint, whether all numbers are finite, and the numbers of all tensors."""
+    total = result.total
+    subjects = (Subject("", Line(describe(result.checkpoint))),)
+    if not total.count:
+        return Head("ckpt stats", Line(("no numbers",)), subjects, tone="warning")
+    not_finite = total.nan + total.posinf + total.neginf
+    measured = plural(len(result.tensors.measured()), "tensor")
+    verdict = f"{measured}, {_not_finite(total)}"
+    facts = (
+        Fact(f"{total.count:,}", "numbers"),
+        Fact(_number(total.mean), "mean"),
+        Fact(_number(total.std), "standard deviation"),
+        Fact(_number(total.min), "smallest"),
+        Fact(_number(total.max), "largest"),
+        Fact(percent(total.zero_share), "zeros"),
+        Fact(f"{not_finite:,}", "NaN and Inf", "error" if not_finite else ""),
+    )
+    return Head("ckpt stats", Line((verdict,)), subjects, facts, "error" if not_finite else "good")
 
 
 def _keys(result: StateDictStats) -> set[str]:
@@ -194,7 +217,8 @@ def _table(result: StateDictStats, listed: StatsTable, view: StatsView, axis: _A
     first_headers = ("key", "dtype") if view.depth is None else ("module", "tensors")
     headers = (*first_headers, "numbers", *_MEASURES, *(column.header for column in columns), "magnitudes")
     right = frozenset(headers[2:-1]) | {"tensors"}
-    return Table(headers, tuple(table_rows(rows, expand=expand)), right, gives_way=_GIVES_WAY)
+    title = "Tensors" if view.depth is None else "Modules"
+    return Table(headers, tuple(table_rows(rows, expand=expand)), right, gives_way=_GIVES_WAY, title=title)
 
 
 class _Axis(NamedTuple):
@@ -263,9 +287,12 @@ def _summary(total: ValueStats) -> str:
         parts += [f"mean {_number(total.mean)}", f"std {_number(total.std)}"]
         parts += [f"from {_number(total.min)} to {_number(total.max)}"]
     parts += [f"{_share(total.zeros, total.count)} zeros"] if total.zeros else []
-    not_finite = {"NaN": total.nan, "Inf": total.posinf, "-Inf": total.neginf}
-    parts += [f"{count:,} {name}" for name, count in not_finite.items() if count] or ["no NaN, no Inf"]
-    return ", ".join(parts)
+    return ", ".join([*parts, _not_finite(total)])
+
+
+def _not_finite(total: ValueStats) -> str:
+    counts = {"NaN": total.nan, "Inf": total.posinf, "-Inf": total.neginf}
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "no NaN, no Inf"
 
 
 @pause_gc()
@@ -290,10 +317,10 @@ def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[
                 "same_as": same_as.get(key),
                 **numbers,
             }
-            for key, numbers in zip(listed, _documents(listed), strict=True)
+            for key, numbers in zip(listed, stats_documents(listed), strict=True)
         ],
         "modules": [
-            {"module": module, **numbers} for module, numbers in zip(modules, _documents(modules), strict=True)
+            {"module": module, **numbers} for module, numbers in zip(modules, stats_documents(modules), strict=True)
         ],
         "not_judged": [
             {"key": key, "dtype": info.dtype, "shape": list(info.shape), "reason": why}
@@ -301,7 +328,7 @@ def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[
         ],
         "quantized": quantized_document(result.quantized, _keys(result)),
         "dequantized": [dequantized_document(weight) for weight in result.dequantized],
-        "total": next(_documents(StatsTable.of({"": result.total}))),
+        "total": next(stats_documents(StatsTable.of({"": result.total}))),
         "summary": totals_document(result.checkpoint),
     }
 
@@ -310,7 +337,7 @@ _COUNTS: Final = ("numbers", "nan", "posinf", "neginf", "zeros", "zero_share", "
 _FINITE: Final = ("min", "max", "mean", "std", "l1", "l2", "abs_max", "constant")
 
 
-def _documents(table: StatsTable) -> Iterator[dict[str, object]]:
+def stats_documents(table: StatsTable) -> Iterator[dict[str, object]]:
     """Yield the numbers of each row as a document."""
     columns = table.columns
     extremes, moments = columns[:2]

@@ -13,10 +13,13 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import listed, percent, plural, printable, quoted, short_number
 from ckptkit.render.page import Code, Hint, Line, Listing, Page, Table
+from ckptkit.render.page.head import Fact
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import describe, json_number
 
-__all__ = ["lists_all", "value_page", "values_document", "values_in_diff", "values_page"]
+__all__ = [
+    "lists_all", "value_page", "values_answer", "values_document", "values_facts", "values_in_diff", "values_page",
+]  # fmt: skip
 
 _SHOWN = 10
 _FEW_LAYERS = 3  # with fewer, the table says it all
@@ -113,6 +116,21 @@ def _side_counts(counts: SideCounts) -> dict[str, int]:
     return {"expected": counts.expected, "found": counts.found}
 
 
+def values_answer(values: ValueDiff, quantized: int) -> Line:
+    """Return the first line of the page: how many tensors differ."""
+    return _answer(values, quantized)[0]
+
+
+def values_facts(values: ValueDiff) -> list[Fact]:
+    """Return how many tensors differ and the largest relative change, for the head of a report."""
+    count = len(values.different)
+    facts = [
+        Fact(f"{count:,}", f"of {plural(values.compared, 'tensor')} with other values", "warning" if count else "")
+    ]
+    sizes = [one.rel_l2 for one in values.different if one.rel_l2 and one.rel_l2 != math.inf and not one.nonfinite]
+    return [*facts, *([Fact(_number(sizes[0]), "largest relative L2")] if sizes else [])]
+
+
 def _answer(values: ValueDiff, quantized: int) -> list[Line]:
     if not values.compared:
         return [Line(("values: no tensor could be compared",))]
@@ -184,9 +202,9 @@ def _table(differences: Sequence[ValueDifference]) -> Table:
     has_beyond = any(one.beyond is not None for one in differences)
     extra = [name for name, needed in ((_BEYOND, has_beyond), (_NAN, has_nan), (_INF, has_inf)) if needed]
     headers = (_HEADERS[0], *extra, *_HEADERS[1:])
-    return Table(
-        headers, tuple(_cells(one, extra) for one in differences), frozenset(headers[1:]), _GIVES_WAY, name_width=_WHOLE
-    )
+    rows = tuple(_cells(one, extra) for one in differences)
+    title = "Tensors with other values"
+    return Table(headers, rows, frozenset(headers[1:]), _GIVES_WAY, name_width=_WHOLE, title=title)
 
 
 def _cells(one: ValueDifference, extra: Sequence[str]) -> tuple[str, ...]:
@@ -220,7 +238,7 @@ def _module_table(values: ValueDiff, depth: int) -> Table:
         (printable(name) or "(the model)", f"{len(ones):,}", *_largest([one for one in ones if one is not None]))
         for name, ones in modules.items()
     )
-    return Table(headers, tuple(rows), frozenset(headers[1:]), ("tensors", "differ"))
+    return Table(headers, tuple(rows), frozenset(headers[1:]), ("tensors", "differ"), title="Changes by module")
 
 
 def _largest(changed: Sequence[ValueDifference]) -> tuple[str, str, str]:

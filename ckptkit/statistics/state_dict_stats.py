@@ -27,7 +27,7 @@ from ckptkit.values.kernels import Tally, computed, computed_together, is_short,
 from ckptkit.values.reading import Source, Span
 from ckptkit.values.workers import Workers
 
-__all__ = ["StateDictStats", "TensorStats", "measure_values", "module_name", "stats"]
+__all__ = ["StateDictStats", "TensorStats", "measure_values", "module_name", "stats", "stats_of_keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +208,22 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
     found.check_unchanged()
     summary = CheckpointSummary.of(found, map(found.__getitem__, renamed))
     return StateDictStats(tensors, quantized, summary)
+
+
+def stats_of_keys(
+    stored: Checkpoint, keys: Iterable[str], *, dequantize: DequantizeLike = False, progress: Progress | None = None
+) -> StatsTable:
+    """Return the statistics of some tensors of an open checkpoint by key, without those that cannot be measured.
+
+    Raises the errors of ``stats``.
+    """
+    found = as_numbers(stored, dequantize).checkpoint
+    measured = [key for key in dict.fromkeys(keys) if key in found and not why_unsupported(found[key])]
+    refuse_endless(found, [found[key] for key in measured])
+    with Workers() as workers, pause_gc():
+        numbers = measure_values(found, measured, workers, progress or (lambda _: None))
+    found.check_unchanged()
+    return numbers
 
 
 def measure_values(checkpoint: Checkpoint, keys: Iterable[str], workers: Workers, progress: Progress) -> StatsTable:

@@ -23,7 +23,7 @@ _SECTIONS: Final = {
     "Output": (
         "--output", "--format", "--max-shard-size", "--force", "--continue", "--carry", "--only-tensors",
         "--keep-unknown", "--metadata", "--drop-metadata", "--reflink", "--allow-overflow",
-        "--verify", "--dry-run", "--plan", "--expand", "--report", "--json", "--markdown", "--wide",
+        "--verify", "--dry-run", "--plan", "--expand", "--report", "--html", "--json", "--markdown", "--wide",
         "--quiet", "--verbose",
     ),
 }  # fmt: skip
@@ -38,6 +38,7 @@ _RARE: Final = (
     "--ignore",
     "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--as-layer", "--depth", "--dtype",
     "--no-recipe", "--print", "--from-mergekit", "--again", "--density", "--param", "--only", "--base",
+    "--atol", "--html",
 )  # fmt: skip
 
 _HELP: Final = ("--help-methods", "--help-all", "--help")  # which have a section of their own

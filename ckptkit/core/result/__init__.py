@@ -53,6 +53,20 @@ class Result:
         html: str = import_module(_RENDERER).html_of(self)
         return html
 
+    def to_html(self) -> str:
+        """Return a report as the text of one HTML file that needs nothing else: the page, its pictures and numbers.
+
+        It is the file that ``--html FILE`` writes, with the names of functions and arguments of Python. Its tables sort
+        and filter in a browser, and it has the document of ``to_dict()``. The same result gives the same text.
+
+        Example:
+            >>> report = ckptkit.stats("fixtures/lenet_10class.pth").to_html()
+            >>> report.splitlines()[0]
+            '<!doctype html>'
+        """
+        html: str = import_module(_RENDERER).report_of(self, for_python=True)
+        return html
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document that the command line prints with ``--json``, with its ``"schema"``.
 

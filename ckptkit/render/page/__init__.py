@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, groupby
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from ckptkit.core.text import printable
 from ckptkit.lazy_patterns import lazy_pattern
@@ -29,6 +29,7 @@ __all__ = [
     "Page",
     "Row",
     "Table",
+    "Tone",
     "as_code",
     "as_markdown",
     "as_text",
@@ -57,12 +58,19 @@ class Message(Code):
     __slots__ = ()
 
 
+Tone: TypeAlias = Literal["", "good", "note", "warning", "error"]
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A sentence: words of ckptkit are ``str``, the rest is ``Code``. An ``indented`` line explains the line above."""
+    """A sentence: words of ckptkit are ``str``, the rest is ``Code``. An ``indented`` line explains the line above.
+
+    Its ``tone`` says what it means to the reader, where a report has colours for that.
+    """
 
     parts: tuple[str | Code, ...]
     indented: bool = False
+    tone: Tone = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +79,9 @@ class Table:
 
     ``gives_way`` names the columns that a narrow terminal leaves out first, the least important first. After them go
     the others from the right, and never the first that has a name. They are left out before a name gets shorter than
-    ``name_width``. A page shows no table without rows, and none that
-    is ``only_tsv``, which has for scripts what the lines of the page say to people.
+    ``name_width``. A page shows no table without rows, and none that is ``only_tsv``, which has for scripts what the
+    lines of the page say to people. An HTML report shows ``title`` above the table, and has in ``marks`` the words for
+    each mark in the first column.
     """
 
     headers: tuple[str, ...]
@@ -81,6 +90,8 @@ class Table:
     gives_way: tuple[str, ...] = ()
     only_tsv: bool = False
     name_width: int = 32
+    title: str = ""
+    marks: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_shown(self) -> bool:

@@ -1,0 +1,209 @@
+"""``--html`` and ``to_html()``: one file that loads nothing, runs only its own script, and takes no name for markup."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from base64 import b64encode
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptkit
+from ckptkit.render.html.report import START_BYTES, is_report
+from tests.helpers_cli import ROOT, run_ckpt
+
+TEN, TUNED, MODEL = "fixtures/lenet_10class.pth", "fixtures/lenet_tuned.safetensors", "py:fixtures.lenet:build"
+DIFF = ["diff", TEN, TUNED, "--values"]
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "</style><img src=x onerror=alert(1)>",
+    "\"'><svg onload=alert(1)>{{ 7 * 7 }}{% raw %}",
+    "javascript:alert(1)",
+    "<!--\u202e\x1b[31m\u2028\x00]]>",
+    "k" * 10_000,
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+class Tree(HTMLParser):
+    """The elements of a file in order, each with its attributes and the text directly in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.open: list[int] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in {"meta", "input", "br", "img", "link"}:
+            self.open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self.open.pop()][0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.elements[self.open[-1]][2].append(data)
+
+    def texts(self, tag: str) -> list[str]:
+        return ["".join(text) for name, _, text in self.elements if name == tag]
+
+
+def hostile_report() -> str:
+    """Return the report of two checkpoints whose names are markup, and code for a template."""
+    one = {name: torch.ones(2) for name in HOSTILE}
+    return ckptkit.diff(one, {name: torch.zeros(2) for name in HOSTILE[1:]}, values=True).to_html()
+
+
+def test_the_policy_allows_one_style_and_one_script() -> None:
+    """The hashes of the policy are those of the only style and the only script that a browser would run."""
+    tree = Tree(hostile_report())
+    (policy,) = [
+        attributes["content"] or ""
+        for name, attributes, _ in tree.elements
+        if name == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    scripts = [("".join(text), attributes) for name, attributes, text in tree.elements if name == "script"]
+    (script,) = [text for text, attributes in scripts if attributes.get("type") != "application/json"]
+    for kind, text in (("style", tree.texts("style")[0]), ("script", script)):
+        digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert len(tree.texts("style")) == 1
+
+
+def test_names_from_files_are_text() -> None:
+    """No name becomes an element, an attribute or the end of the script; names are printed as in the terminal."""
+    report = hostile_report()
+    tree = Tree(report)
+    assert tree.open == []
+    for name, attributes, _ in tree.elements:
+        assert name not in {"img", "iframe", "link", "object"}
+        assert not {key for key in attributes if key.startswith("on") or key in {"style", "src"}}
+        assert not (attributes.get("href") or "#").lower().startswith(("javascript", "http"))
+    assert "49" not in "".join(tree.texts("td"))
+    assert "".join(report.split("\n")).isprintable()
+    assert HOSTILE[0] in tree.texts("td")
+    assert not any("\u202e" in text for text in tree.texts("td"))
+
+
+def test_the_document_is_in_the_file() -> None:
+    """The embedded JSON document is the one of ``to_dict()``, with names that end an element too."""
+    model = {name: torch.ones(2) for name in HOSTILE}
+    result = ckptkit.stats(model)
+    tree = Tree(result.to_html())
+    data = next("".join(text) for _, attributes, text in tree.elements if attributes.get("id") == "document")
+    assert json.loads(data) == result.to_dict()
+    assert "<" not in data
+
+
+def test_nothing_is_loaded_and_a_report_is_the_same_each_time() -> None:
+    """The file has no address that a browser would ask, and two reports of one result are the same text."""
+    result = ckptkit.stats(TEN)
+    report = result.to_html()
+    assert report == result.to_html()
+    assert set(re.findall(r"https?://[^\"' ]*", report)) <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"\burl\(|@import|fetch\(|XMLHttp|innerHTML|outerHTML|insertAdjacent|eval\(", report)
+
+
+def test_all_rows_are_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A report has a row for each tensor, where the terminal shows ten or joins layers."""
+    one = {f"layers.{number}.weight": torch.full((2,), float(number)) for number in range(40)}
+    save_file(one, tmp_path / "a.safetensors")
+    save_file({key: value + 1 for key, value in one.items()}, tmp_path / "b.safetensors")
+    path = tmp_path / "r.html"
+    result = run_ckpt(
+        capsys,
+        "diff",
+        str(tmp_path / "a.safetensors"),
+        str(tmp_path / "b.safetensors"),
+        "--values",
+        "--html",
+        str(path),
+    )
+    assert result.code == 1
+    report = path.read_text(encoding="utf-8")
+    assert report.count(">layers.") == 80
+    assert "and 30 more tensors" not in report
+    assert "--values" not in "".join(Tree(report).texts("li"))
+
+
+def test_both_sides_have_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """``diff --values`` measures both sides: the counts are those of ``stats`` of each file."""
+    path = tmp_path / "r.html"
+    run_ckpt(capsys, *DIFF, "--html", str(path))
+    tree = Tree(path.read_text(encoding="utf-8"))
+    numbers = json.loads(
+        next("".join(text) for _, attributes, text in tree.elements if attributes.get("id") == "histogram-numbers")
+    )
+    assert numbers["sides"] == ["expected", "found"]
+    measured = [ckptkit.stats(side) for side in (TEN, TUNED)]
+    assert len(numbers["tensors"]) == 6
+    for name, *sides in numbers["tensors"]:
+        for (count, zeros, first, counts, _), stats in zip(sides, measured, strict=True):
+            tensor = stats.tensors[name].numbers
+            assert tensor is not None
+            assert (count, zeros) == (tensor.count, tensor.zeros)
+            assert {first + at: times for at, times in enumerate(counts) if times} == dict(tensor.histogram)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["-q"]], ids=["table", "json", "quiet"])
+def test_the_terminal_is_as_without_the_report(
+    capsys: pytest.CaptureFixture[str], more: list[str], tmp_path: Path
+) -> None:
+    """``--html`` changes neither stdout nor the exit code; stderr says what was written, unless ``--quiet``."""
+    path = tmp_path / "r.html"
+    without, beside = run_ckpt(capsys, *DIFF, *more), run_ckpt(capsys, *DIFF, *more, "--html", str(path))
+    assert (beside.out, beside.code) == (without.out, without.code)
+    wrote = f"wrote {path}: HTML, " in beside.err
+    assert wrote == ("-q" not in more)
+
+
+def test_only_an_earlier_report_is_replaced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An earlier report is replaced; any other file stays as it is, and nothing is computed."""
+    path = tmp_path / "r.html"
+    run_ckpt(capsys, *DIFF, "--html", str(path))
+    first = path.read_bytes()
+    assert is_report(first[:START_BYTES])
+    run_ckpt(capsys, "diff", TEN, TEN, "--html", str(path))
+    assert path.read_bytes() != first
+    for text in (b"<!doctype html>\n<title>mine</title>", b"", b"\x80\x02}q\x00."):
+        path.write_bytes(text)
+        result = run_ckpt(capsys, *DIFF, "--html", str(path))
+        assert result.code == 2
+        assert result.out == ""
+        assert f"{path}: already exists and is not a report of ckptkit" in result.err
+        assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("-", "--html needs the name of a file"),
+        ("/no/such/r.html", "the directory /no/such does not exist"),
+        ("/", "is a directory"),
+        ("/dev/null", "is not a regular file"),
+    ],
+)
+def test_a_place_that_cannot_have_a_report_is_refused_first(
+    capsys: pytest.CaptureFixture[str], path: str, message: str
+) -> None:
+    """The place is checked before the checkpoints are opened."""
+    result = run_ckpt(capsys, "diff", "missing.pth", TEN, "--html", path)
+    assert result.code == 2
+    assert message in result.err
+    assert "missing.pth" not in result.err
