@@ -50,6 +50,7 @@ _HOMES = {
     "TensorInfo": "core.checkpoint",
     "ValueDiff": "comparison.values",
     "ValueDifference": "comparison.values",
+    "WorkerError": "errors",
     "Written": "plans.writing.written",
     "assert_param_groups": "param_groups.validate",
     "build_param_groups": "param_groups.build",

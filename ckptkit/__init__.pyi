@@ -30,6 +30,7 @@ from ckptkit.errors import PathError as PathError
 from ckptkit.errors import PlanError as PlanError
 from ckptkit.errors import RecipeError as RecipeError
 from ckptkit.errors import RuleError as RuleError
+from ckptkit.errors import WorkerError as WorkerError
 from ckptkit.formats import open_checkpoint as open_checkpoint
 from ckptkit.formats import open_optimizer as open_optimizer
 from ckptkit.loading import load_into as load_into
@@ -128,6 +129,7 @@ __all__ = [
     "TensorInfo",
     "ValueDiff",
     "ValueDifference",
+    "WorkerError",
     "Written",
     "assert_param_groups",
     "build_param_groups",

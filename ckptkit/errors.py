@@ -13,7 +13,8 @@ Each error has a reason in one sentence, and usually a hint that says what to do
     ├── PlanError          the request would lose or mix up tensors
     ├── RecipeError        a recipe of a merge, or a parameter of its method, is wrong
     ├── OutputError        the output cannot be written
-    └── GroupsError        param groups do not fit the model
+    ├── GroupsError        param groups do not fit the model
+    └── WorkerError        a process or machine that did a part of the work ended
 
 Each class is a public name: ``ckptkit.PathError`` and so on. ``except ckptkit.CkptkitError`` catches all of them.
 Every other exception that leaves ckptkit is a bug.
@@ -44,6 +45,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "RuleError",
+    "WorkerError",
     "hint_for_python",
     "message_for_python",
     "one_line",
@@ -424,4 +426,13 @@ class GroupsError(CkptkitError):
         >>> ckptkit.build_param_groups(torch.nn.Linear(2, 2), {"group": [{"name": "head", "match": "fc.*"}]})
         Traceback (most recent call last):
         ckptkit.errors.GroupsError: ...
+    """
+
+
+class WorkerError(CkptkitError):
+    """Raised where a worker of an executor ended before its task was done, as the system does when memory is short.
+
+    Example:
+        >>> issubclass(ckptkit.WorkerError, ckptkit.CkptkitError)
+        True
     """

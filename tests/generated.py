@@ -45,7 +45,7 @@ _API: dict[str, str] = {
     "write_optimizer_state",
     "Before training": "preflight Preflight Report Finding",
     "Errors": "CkptkitError ArgumentError PathError FormatError ChangedError ModelError LoadError RuleError PlanError "
-    "RecipeError OutputError GroupsError",
+    "RecipeError OutputError GroupsError WorkerError",
 }
 # The public modules, with the names that the page shows of each.
 _API_MODULES = ("ckptkit.testing", "ckptkit.optimizer_state")

@@ -31,6 +31,7 @@ LEVELS = (
     {"adapters"},
     {"rules", "formats"},
     {"inputs"},
+    {"tasks"},
     {"statistics", "param_groups", "digests"},
     {"comparison", "integrations"},
     {"align", "checks", "plans"},

@@ -1,0 +1,1 @@
+"""Work that other processes and machines do: independent tasks on an executor, and the inputs that each opens again."""

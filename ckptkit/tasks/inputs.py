@@ -1,0 +1,84 @@
+"""Inputs that a worker opens again by their paths, and reads only if they are what the caller saw."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.hub_prefix import is_hub_path
+from ckptkit.core.files.places import is_url, version_at
+from ckptkit.core.text import kind_of, printable
+from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, PathError
+from ckptkit.formats import open_checkpoint
+
+__all__ = ["SentInput", "opened_again", "paths_of", "send_input"]
+
+_BY_PATH = "workers of an executor open each input by its path: give a path, or leave out the executor"
+_LEAVE_OUT = "leave out --jobs"
+
+
+@dataclass(frozen=True, slots=True)
+class SentInput:
+    """An input as a task names it: small, and the same on each machine that has its files under this path.
+
+    ``path`` opens the input wherever the worker runs, and ``given`` is how the user wrote it. ``versions`` has the size
+    and the time of the last change of each file, or the ETag where a store has one.
+    """
+
+    path: str
+    given: str
+    versions: tuple[tuple[object, ...], ...]
+
+
+def paths_of(sources: Mapping[str, object]) -> dict[str, str]:
+    """Return the paths of inputs that workers open, by their roles.
+
+    Raises ``ArgumentError`` for an open Checkpoint, a model or a mapping: another process cannot read it.
+    """
+    for role, value in sources.items():
+        if not isinstance(value, str | os.PathLike):
+            what = "an open Checkpoint" if isinstance(value, Checkpoint) else kind_of(value)
+            raise ArgumentError(f"the {printable(role)} is {what}", hint=_BY_PATH)
+    return {role: os.fsdecode(value) for role, value in sources.items() if isinstance(value, str | os.PathLike)}
+
+
+def send_input(given: str, checkpoint: Checkpoint) -> SentInput:
+    """Return the input that ``given`` named when it was opened as ``checkpoint``, for ``opened_again``.
+
+    Raises ``ArgumentError`` where it is only in memory, such as a live model. Raises ``PathError`` where nothing tells
+    the version of a file, and ``ChangedError`` where a path names another file than when it was opened.
+    """
+    if not checkpoint.files:
+        raise ArgumentError(f"{printable(given)} is only in memory", hint=_BY_PATH)
+    versions = tuple(_version(file) for file in checkpoint.files)
+    checkpoint.check_unchanged(by_path=True)
+    is_elsewhere = is_url(given) or is_hub_path(given)
+    return SentInput(given if is_elsewhere else os.path.abspath(given), given, versions)
+
+
+@contextlib.contextmanager
+def opened_again(sent: SentInput) -> Iterator[Checkpoint]:
+    """Give the input in a worker, and close it at the end of the block.
+
+    Raises what ``open_checkpoint`` raises, and ``ChangedError`` where the files are not those that the caller saw.
+    Errors of the block name paths as the user wrote them.
+    """
+    try:
+        with open_checkpoint(sent.path) as checkpoint:
+            if tuple(_version(file) for file in checkpoint.files) != sent.versions:
+                raise ChangedError("the file changed since the work began", hint="run it again", path=sent.path)
+            yield checkpoint
+    except CkptkitError as error:
+        if error.path is not None and error.path.startswith(sent.path):
+            error.path = sent.given + error.path[len(sent.path) :]
+        raise
+
+
+def _version(path: str) -> tuple[object, ...]:
+    found = version_at(path)
+    if found is None:
+        raise PathError("nothing tells the version of this file", hint=_LEAVE_OUT, path=path)
+    return found[:2]  # each machine may give a file of shared storage another inode

@@ -1,0 +1,87 @@
+"""Processes of this machine as an executor, which end with the process that uses them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["local_processes", "threads_of_worker"]
+
+_THREADS: Final = "OMP_NUM_THREADS"  # Ray, Dask and joblib set it in their workers, and torch obeys it
+_NOT_FOR_WORKERS: Final = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to all processes of a command
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def threads_of_worker() -> int:
+    """Return how many threads a task may use in this process: ``OMP_NUM_THREADS``, or 1 where it is not set."""
+    given = os.environ.get(_THREADS, "").split(",")[0].strip()
+    return max(int(given), 1) if given.isdecimal() and given.isascii() else 1
+
+
+@contextlib.contextmanager
+def local_processes(jobs: int) -> Iterator[Executor]:
+    """Give an executor of ``jobs`` processes, which share the cores: each uses as many threads as it has of them.
+
+    A process starts when there is a task for it, in a new interpreter: nothing is forked beside threads. After an
+    error or an interrupt, and where this process is killed, the workers end at once.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_worker,
+        initargs=(reader, threads),
+    )
+    try:
+        yield _Quiet(pool)
+    except BaseException:
+        writer.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        writer.close()
+        reader.close()
+
+
+class _Quiet(Executor):
+    """An executor whose workers never see the signals of the terminal, not even before they can ignore them."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+
+    def submit(
+        self, fn: Callable[_Parameters, _Result], /, *args: _Parameters.args, **kwargs: _Parameters.kwargs
+    ) -> Future[_Result]:
+        """Give a task to the processes, of which one may start now."""
+        # A new process inherits the blocked signals. Python starts with a handler that prints a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        try:
+            return self._pool.submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(reader: Connection, threads: int) -> None:
+    """Prepare a new process: limit its threads, and end it as soon as the other end of the pipe is closed."""
+    given = os.environ.get(_THREADS)
+    os.environ[_THREADS] = str(threads if given is None else min(threads_of_worker(), threads))
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            os.read(reader.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
