@@ -122,7 +122,7 @@ def _rate_table(plan: ParamGroupsPlan) -> Table | None:
     """Return a row for each rate in each layer, from input to output; None if no modifier numbers layers."""
     counts: dict[tuple[int, float], int] = {}
     for group in plan.groups:
-        rate = _rate(group)
+        rate = rate_of(group.options)
         for parameter in group.parameters:
             if parameter.layer is not None and rate is not None:
                 counts[parameter.layer, rate] = counts.get((parameter.layer, rate), 0) + 1
@@ -138,9 +138,10 @@ def _rate_table(plan: ParamGroupsPlan) -> Table | None:
     return Table(headers, rows, frozenset({"layer", "parameters", "lr"}))
 
 
-def _rate(group: PlannedGroup) -> float | None:
-    rate = plain_option(group.options.get("lr"))
-    scale = plain_option(group.options.get("lr_scale", 1.0))
+def rate_of(options: Mapping[str, object]) -> float | None:
+    """Return the learning rate of a group with its scale; None if it is not a number."""
+    rate = plain_option(options.get("lr"))
+    scale = plain_option(options.get("lr_scale", 1.0))
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not isinstance(scale, int | float):
         return None
     return float(rate * scale)

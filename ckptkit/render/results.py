@@ -62,7 +62,7 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "optimizer_state.write.WrittenState": _Renderer("optim", "written_state_page", "written_state_document"),
     "param_groups.explain.Explanation": _Renderer("groups", "explain_page", "explain_document"),
     "param_groups.lock.ParamGroupsLock": _Renderer("groups", "lock_page", "lock_document"),
-    "param_groups.plan.ParamGroupsPlan": _Renderer("groups", "groups_page", "groups_document"),
+    "param_groups.plan.ParamGroupsPlan": _Renderer("groups", "groups_page", "groups_document", "groups_pictures"),
     "param_groups.spec.ParamGroupSpec": _Renderer("groups", "spec_page", "spec_document"),
     "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document", all_rows=_EXPANDED),
     "plans.writing.written.Written": _Renderer(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ckptkit.core.text import percent, plural, printable
 from ckptkit.render.pictures.model import Picture
+from ckptkit.render.pictures.sections import numbered, range_name
 from ckptkit.render.pictures.svg import SMALL, WIDTH, Box, Drawing, Swatch, short
 
 __all__ = ["Part", "ShareRow", "shares_picture"]
@@ -47,6 +48,7 @@ def shares_picture(
     whole = ShareRow(_WHOLE, elements, sum(row.more for row in rows))
     if not sum(elements) and not whole.more:
         return None
+    rows = _joined(rows)
     drawing = Drawing()
     drawing.legend(_swatches(whole, parts, more), 0)
     y = drawing.height + 8
@@ -63,6 +65,22 @@ def shares_picture(
         y += _ROW + 8 * is_whole
     sentences = ". ".join(_sentence(row, parts, more) for row in shown)
     return drawing.picture(kind, title, f"{sentences}.")
+
+
+def _joined(rows: Iterable[ShareRow]) -> list[ShareRow]:
+    """Return the rows with one for layers that follow each other and are wholly of one part."""
+    joined: list[tuple[ShareRow, tuple[str, int, int] | None]] = []
+    for row in rows:
+        layer = numbered(row.name)
+        layers = None if layer is None or sum(map(bool, row.elements)) != 1 or row.more else (*layer, layer[1])
+        before, others = joined[-1] if joined else (row, None)
+        is_alike = list(map(bool, row.elements)) == list(map(bool, before.elements))
+        if layers and others and is_alike and (layers[0], layers[1] - 1) == (others[0], others[2]):
+            together = tuple(map(sum, zip(before.elements, row.elements, strict=True)))
+            joined[-1] = ShareRow("", together), (others[0], others[1], layers[1])
+        else:
+            joined.append((row, layers))
+    return [row if row.name or layers is None else row._replace(name=range_name(*layers)) for row, layers in joined]
 
 
 def _swatches(whole: ShareRow, parts: Sequence[Part], more: Part | None) -> Iterator[Swatch]:

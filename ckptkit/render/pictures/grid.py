@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from ckptkit.align.modules import KeyTemplate, group_into_modules
 from ckptkit.core.checkpoint import TensorInfo
 
-__all__ = ["Band", "Grid", "grids_of"]
+__all__ = ["Band", "Grid", "grids_of", "in_common_order", "layers_of"]
+
+T = TypeVar("T", bound=Hashable)
 
 _MOST_ROWS: Final = 150  # of a grid
 _MOST_MODULES: Final = 48  # of those outside of layers; more are drawn one after the other
@@ -91,6 +93,17 @@ def grids_of(keys: Iterable[str]) -> list[Grid]:
     return [*map(_of_stacks, groups), *_of_modules(sorted(outside, key=place.__getitem__))]
 
 
+def layers_of(keys: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return the stack and the number of the layer of each key that is in one."""
+    return {
+        key: (name, layer)
+        for name, stack in _stacks(keys)[0].items()
+        for layers in stack.rows.values()
+        for layer, keys in layers.items()
+        for key in keys
+    }
+
+
 def _stacks(keys: Sequence[str]) -> tuple[dict[str, _Stack], list[str]]:
     """Return the stacks of layers by name, and the keys outside of them."""
     modules = group_into_modules({key: TensorInfo(key, "", ()) for key in keys})
@@ -128,7 +141,7 @@ def _fits(group: Sequence[tuple[str, _Stack]], stack: _Stack) -> bool:
 
 
 def _of_stacks(group: Sequence[tuple[str, _Stack]]) -> Grid:
-    rows = _rows_in_order([list(stack.rows) for _, stack in group])
+    rows = in_common_order([list(stack.rows) for _, stack in group])
     number = {row: at for at, row in enumerate(rows)}
     cells: dict[tuple[int, int], tuple[str, ...]] = {}
     bands: list[Band] = []
@@ -142,16 +155,18 @@ def _of_stacks(group: Sequence[tuple[str, _Stack]]) -> Grid:
     return Grid(tuple(bands), tuple(rows), cells)
 
 
-def _rows_in_order(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Return all rows, with those that only some stacks have behind the row that is before them there."""
-    rows: list[str] = []
+def in_common_order(lists: Iterable[Sequence[T]]) -> list[T]:
+    """Return what is in any list once, in an order that agrees with the lists as far as they agree; long ones first."""
+    order: list[T] = []
     for names in sorted(lists, key=len, reverse=True):
-        before = -1
+        place = next((order.index(name) for name in names if name in order), len(order))
         for name in names:
-            if name not in rows:
-                rows.insert(before + 1, name)
-            before = rows.index(name)
-    return rows
+            if name in order:
+                place = order.index(name) + 1
+            else:
+                order.insert(place, name)
+                place += 1
+    return order
 
 
 def _of_modules(keys: Sequence[str]) -> Iterator[Grid]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.render.pictures.coverage import Part, ShareRow, shares_picture
 from ckptkit.render.pictures.model import Picture
@@ -17,10 +18,19 @@ if TYPE_CHECKING:
     from ckptkit.comparison.state_dict_diff import StateDictDiff
     from ckptkit.comparison.values import ValueDiff
     from ckptkit.loading.report import LoadReport
+    from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter
     from ckptkit.readiness.model import Preflight
     from ckptkit.statistics.state_dict_stats import StateDictStats
 
-__all__ = ["diff_pictures", "load_pictures", "preflight_pictures", "show_pictures", "stats_pictures", "values_pictures"]
+__all__ = [
+    "diff_pictures",
+    "groups_pictures",
+    "load_pictures",
+    "preflight_pictures",
+    "show_pictures",
+    "stats_pictures",
+    "values_pictures",
+]
 
 _FILLED: Final = "ck-s0"
 _COVERED: Final = "Coverage by elements"
@@ -32,8 +42,14 @@ def show_pictures(checkpoint: Checkpoint) -> tuple[Picture, ...]:
 
 
 def stats_pictures(result: StateDictStats) -> tuple[Picture, ...]:
-    """Return the size of the measured tensors by section and dtype."""
-    return _some(sizes_picture(result.tensors.infos.values()))
+    """Return the magnitudes of all values, and the size of the tensors by section and dtype."""
+    from ckptkit.render.pictures.magnitudes import magnitudes_picture
+
+    return _some(magnitudes_picture([("", result.total)]), sizes_picture(_renamed(result.tensors.infos)))
+
+
+def _renamed(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    return [info if info.key == name else replace(info, key=name) for name, info in infos.items()]
 
 
 def diff_pictures(result: StateDictDiff) -> tuple[Picture, ...]:
@@ -66,15 +82,37 @@ def load_pictures(report: LoadReport) -> tuple[Picture, ...]:
     return _some(shares_picture("coverage", _COVERED, parts, _share_rows(report.modules)))
 
 
+def groups_pictures(plan: ParamGroupsPlan) -> tuple[Picture, ...]:
+    """Return the learning rate of each layer."""
+    from ckptkit.render.pictures.rates import GroupOfNames, rates_picture
+
+    groups = [GroupOfNames(group.rule.name, _names(group.parameters), group.options) for group in plan.groups]
+    layers = {one.name: one.layer for group in plan.groups for one in group.parameters if one.layer is not None}
+    frozen = _names((*plan.freeze, *plan.frozen))
+    groups += [GroupOfNames("frozen", frozen, None)] if frozen else []
+    return _some(rates_picture(groups, sorted(layers, key=layers.__getitem__)))
+
+
+def _names(parameters: Iterable[PlannedParameter]) -> list[str]:
+    return [parameter.name for parameter in parameters]
+
+
 def preflight_pictures(report: Preflight) -> tuple[Picture, ...]:
     """Return the coverage of ``init`` by elements, and what trains."""
+    from ckptkit.render.pictures.rates import GroupOfNames, rates_picture
+
     from_init = (Part("from init", _FILLED), Part("stays at init", HATCHED))
     modules = () if report.init is None else report.init.modules
     trained = [
         ShareRow(one.module, (one.trainable_elements, one.elements - one.trainable_elements)) for one in report.training
     ]
+    named = ([name for name in group.names if name] for group in report.groups)
+    groups = [GroupOfNames(group.name, names, group.options) for group, names in zip(report.groups, named, strict=True)]
+    frozen = [one.module for one in report.training if not one.trainable]
+    groups += [GroupOfNames("frozen", frozen, None)] if frozen and groups else []
     return _some(
         shares_picture("coverage", _COVERED, from_init, _share_rows(modules)),
+        rates_picture(groups, [one.module for one in report.training]) if groups else None,
         shares_picture(
             "training", "What trains, by elements", (Part("trains", "ck-s2"), Part("frozen", "ck-same")), trained
         ),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["OTHERS", "sections_of"]
+__all__ = ["OTHERS", "numbered", "range_name", "sections_of"]
 
 OTHERS: Final = "(others)"  # the name of a section of many small ones
 _MOST: Final = 12
+_LONGEST_NUMBER: Final = 9
 _HEAVY: Final = 0.4  # a section with more than this share is divided
 
 
@@ -18,6 +19,8 @@ def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[s
     A section is a module. The heaviest are divided, but never a list of layers. The lightest of more than ``most``
     sections are one section named ``OTHERS``, the last.
     """
+    if not weights:
+        return []
     total = sum(weights.values())
     sections = _parts("", list(weights))
     done: set[str] = set()
@@ -34,6 +37,18 @@ def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[s
         else:
             sections[at : at + 1] = parts
             done |= {name for name, keys in parts if keys == [name]}
+
+
+def numbered(name: str) -> tuple[str, int] | None:
+    """Return what is before the number at the end of the name of a layer, and the number; None for other names."""
+    stack, dot, end = name.rpartition(".")
+    is_number = bool(dot) and len(end) < _LONGEST_NUMBER and end.isascii() and end.isdigit()
+    return (stack, int(end)) if is_number else None
+
+
+def range_name(stack: str, first: int, last: int) -> str:
+    """Return one name for layers that follow each other, as tables spell it."""
+    return f"{stack}.{first}" if first == last else f"{stack}.{{{first}..{last}}}"
 
 
 def _parts(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:

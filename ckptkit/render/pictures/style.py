@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["RAMP", "SERIES", "fill_of", "picture_style"]
+__all__ = ["OUTLINE", "RAMP", "SERIES", "fill_of", "picture_style"]
 
 
 class _Colour(NamedTuple):
@@ -17,6 +17,7 @@ class _Colour(NamedTuple):
 
 RAMP: Final = tuple(f"ck-r{number}" for number in range(8))  # from a small to a large change
 SERIES: Final = tuple(f"ck-s{number}" for number in range(8))  # kinds without an order, such as dtypes
+OUTLINE: Final = "ck-l1"  # a line, of the second of two series
 
 # The lightness alone gives the order: what changed most is furthest from the page, light or dark.
 _RAMP: Final = (
@@ -32,6 +33,7 @@ _COLOURS: Final[Mapping[str, _Colour]] = {
     **{name: _Colour(*pair) for name, pair in zip(RAMP, _RAMP, strict=True)},
     **{name: _Colour(*pair) for name, pair in zip(SERIES, _SERIES, strict=True)},
     "ck-same": _Colour("#d3d7db", "#454a51"),
+    OUTLINE: _Colour("#c2410c", "#ff9d5c"),
 }
 _RULES: Final = (
     ".ck-picture{display:block;width:100%;max-width:40rem;height:auto}"
@@ -54,7 +56,8 @@ def picture_style(*, in_notebook: bool = False) -> str:
     host where the host tells it.
     """
     rules = [_RULES]
-    rules += [f".ck-picture .{name}{{fill:var(--{name})}}" for name in _COLOURS]
+    rules += [f".ck-picture .{name}{{fill:var(--{name})}}" for name in _COLOURS if name != OUTLINE]
+    rules.append(f".ck-picture .{OUTLINE}{{stroke:var(--{OUTLINE})}}")
     light, dark = _variables(dark=False), _variables(dark=True)
     rules.append(f".ck-picture{{{light}}}@media (prefers-color-scheme:dark){{.ck-picture{{{dark}}}}}")
     if in_notebook:

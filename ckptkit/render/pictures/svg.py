@@ -11,7 +11,7 @@ from ckptkit.core.text import printable
 from ckptkit.render.page.display import display_width
 from ckptkit.render.page.shortening import shortened
 from ckptkit.render.pictures.model import Picture
-from ckptkit.render.pictures.style import fill_of
+from ckptkit.render.pictures.style import OUTLINE, fill_of
 
 __all__ = [
     "CROSSED",
@@ -24,6 +24,7 @@ __all__ = [
     "Box",
     "Drawing",
     "Swatch",
+    "place",
     "short",
     "text_width",
 ]
@@ -138,12 +139,12 @@ class Drawing:
         self._reach(max(y1, y2))
         self._parts.append(
             f'<path d="M{place(x1)} {place(y1)}L{place(x2)} {place(y2)}" class="ck-line" fill="none"'
-            ' stroke="currentColor" stroke-opacity="0.25"/>'
+            ' stroke="currentColor" stroke-opacity="0.2" stroke-width="0.8"/>'
         )
 
-    def raw(self, element: str) -> None:
-        """Add an element that has no text of a file."""
-        self._parts.append(element)
+    def outline(self, path: str) -> None:
+        """Draw the line of a second series over the first."""
+        self._parts.append(f'<path d="{path}" {_look(OUTLINE)}/>')
 
     def legend(self, swatches: Iterable[Swatch], y: float) -> None:
         """Draw a swatch and a text for each entry, in as many lines as they need."""
@@ -181,6 +182,8 @@ def _look(look: str) -> str:
     """Return the attributes of shapes: a colour, or lines over a shape that cannot be seen but has a tooltip."""
     if look == SOLID:
         return 'class="ck-solid" fill="currentColor"'
+    if look == OUTLINE:
+        return f'class="{OUTLINE}" fill="none" stroke="{fill_of(OUTLINE)}" stroke-width="1.6"'
     if look not in MARKS:
         return f'class="{look}" fill="{fill_of(look)}"'
     return (
