@@ -26,6 +26,7 @@ _CODES: dict[str, str] = {
     "ckptkit.optimizer_state.codes": "ckpt optim",
     "ckptkit.readiness.codes": "ckpt preflight",
     "ckptkit.checks.codes": "ckpt check",
+    "ckptkit.cli.git.codes": "ckpt git frozen",
 }
 
 # The public names by the questions that a user has; the page of the Python API lists them in this order.

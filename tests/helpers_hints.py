@@ -12,11 +12,18 @@ import click
 from ckptkit.cli.common.program import ckpt
 from ckptkit.errors import COMMAND, OPTION
 
-__all__ = ["FOREIGN", "all_options", "commands", "commands_in", "options_in", "problems_of_hint"]
+__all__ = ["FOREIGN", "OF_GIT", "all_options", "commands", "commands_in", "options_in", "problems_of_hint"]
 
 FOREIGN = frozenset(  # of other programs, and of all
     {"--dist-ckpt-format", "--dequantize", "--repo-type", "--revision", "--help", "--help-all"}
 )
+OF_GIT = frozenset(  # that the commands of ckpt git give to git
+    {
+        "--end-of-options", "--full-name", "--get", "--get-regexp", "--git-common-dir", "--literal-pathspecs",
+        "--local", "--max-count", "--remove-section", "--replace-all", "--show-toplevel", "--stage", "--stdin",
+        "--type",
+    }
+)  # fmt: skip
 _LONG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 

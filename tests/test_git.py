@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_text_for_git_has_one_line_for_each_thing(tmp_path: Path, capsys: pytest
     lines = run_ckpt(capsys, "git", "textconv", tmp_path / "run.pt").out.splitlines()
     assert [line.partition("  ")[0] for line in lines[1:]] == ["ema.w", "model.w", "other.w", "epoch"]
     assert lines[-1] == "epoch  int  3"
+
+
+def test_frozen_compares_what_is_staged(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The staged version is compared, not the file; a new file has nothing to compare with, and the report says so."""
+    for name in ("a.safetensors", "b.safetensors"):
+        (repository / name).write_bytes(TEN.read_bytes())
+    git("add", "-A")
+    new = run_ckpt(capsys, "git", "frozen", "a.safetensors", "--expect-frozen", "fc*")
+    assert (new.code, "HEAD does not have this file, so nothing was compared" in new.out) == (0, True)
+    git("commit", "-qm", "one")
+    (repository / "a.safetensors").write_bytes(TUNED.read_bytes())
+    same = run_ckpt(capsys, "git", "frozen", "a.safetensors", "--expect-frozen", "fc*")
+    assert (same.code, "HEAD has the same file" in same.out) == (0, True)
+    git("add", "-A")
+    files = ("a.safetensors", "b.safetensors")
+    kept = run_ckpt(capsys, "git", "frozen", *files, "--expect-frozen", "conv*")
+    assert kept.out.startswith("a.safetensors: no findings; 4 tensors that match 'conv*' are equal to HEAD\n")
+    broken = run_ckpt(capsys, "git", "frozen", *files, "--expect-frozen", "conv*", "--expect-frozen", "fc*", "--json")
+    (error,) = [one for one in json.loads(broken.out)["findings"] if one["severity"] == "error"]
+    assert (kept.code, broken.code, error["code"]) == (0, 1, "git.frozen")
+    assert error["message"].startswith("a.safetensors: --expect-frozen 'fc*': 6 of 6 tensors are not frozen")
+    wrong = run_ckpt(capsys, "git", "frozen", *files, "--expect-frozen", "cnv*")
+    assert (wrong.code, wrong.out, "matches none of 10 keys" in wrong.err) == (2, "", True)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\1\2" * 50, b"version https://git-lfs", TEN.read_bytes()[:5000]])

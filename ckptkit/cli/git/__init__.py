@@ -8,7 +8,7 @@ import click
 
 from ckptkit.cli.common.commands import CommandGroup
 from ckptkit.cli.common.options import quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
+from ckptkit.cli.common.printing import ReportFormat, echo_report, echo_result, exit_code, print_message
 
 if TYPE_CHECKING:
     from ckptkit.cli.git.installing import Changes
@@ -106,3 +106,45 @@ def textconv(file: str) -> None:
 
     # As bytes, because the text must not depend on the encoding of a terminal.
     click.echo("".join(f"{line}\n" for line in text_of_file(file)).encode(), nl=False)
+
+
+@git.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(readable=False), metavar="FILE...")
+@click.option(
+    "--expect-frozen", multiple=True, required=True, metavar="PATTERN",
+    help="The values of these keys are equal. Repeatable.",
+)  # fmt: skip
+@click.option("--base", metavar="REV[:PATH]", help="What to compare with. Default: HEAD, or what pre-commit names.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave these keys out. Repeatable.")
+@click.option("--allow-unused", is_flag=True, help="Allow patterns that match no key of any file.")
+@report_options
+@quiet_option
+@click.pass_context
+def frozen(
+    context: click.Context,
+    files: tuple[str, ...],
+    *,
+    expect_frozen: tuple[str, ...],
+    base: str | None,
+    drop: tuple[str, ...],
+    allow_unused: bool,
+    report_format: ReportFormat,
+    quiet: bool,  # noqa: ARG001 - every command takes -q
+) -> None:
+    """Check that a commit does not change tensors that must be frozen.
+
+    Compares what is staged of each FILE with its version in HEAD. A matching tensor must have the same key, shape and
+    values. Where pre-commit compares two revisions, the base is the first of them. Exit code 0 if all are
+    equal, 1 if not, 2 if a file cannot be read.
+
+    \b
+    ckpt git frozen model.safetensors --expect-frozen 'backbone.*'
+    ckpt git frozen tuned.safetensors --expect-frozen 'backbone.*' --base v1.0:base.safetensors
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.checks.report import merge_reports
+    from ckptkit.cli.git.frozen import compare_staged, default_base
+
+    compared = compare_staged(files, base or default_base(), expect_frozen, drop, allow_unused=allow_unused)
+    report = merge_reports(compared.reports)
+    echo_result(report_format, report)
+    context.exit(2 if compared.unread else exit_code(report))

@@ -1,0 +1,176 @@
+"""Compare the staged version of each file with an earlier one: tensors that must be frozen have to be equal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ckptkit.checks.reading import unreadable_finding
+from ckptkit.checks.report import CheckReport
+from ckptkit.cli.common.hints import hint_for_command
+from ckptkit.cli.git import codes
+from ckptkit.cli.git.pointers import object_path, read_pointer
+from ckptkit.cli.git.repository import GitError, run_git, save_blob
+from ckptkit.comparison import diff
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.places import name_of
+from ckptkit.core.findings import Finding
+from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
+from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.core.text import listed, plural, printable, quoted, shell_word
+from ckptkit.errors import CkptkitError, PathError, RuleError
+from ckptkit.formats import open_checkpoint
+from ckptkit.rules.parse import parse_rules
+
+__all__ = ["Comparison", "compare_staged", "default_base"]
+
+_OF_PRE_COMMIT: Final = "PRE_COMMIT_FROM_REF"  # set where pre-commit compares two revisions, as in CI
+_REGULAR: Final = "100"
+_OPTIONS: Final = frozenset({"--drop"})
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The findings about each file, and whether one of the files could not be read."""
+
+    reports: tuple[CheckReport, ...]
+    unread: bool
+
+
+def default_base() -> str:
+    """Return the revision that pre-commit compares with, or HEAD."""
+    return os.environ.get(_OF_PRE_COMMIT) or "HEAD"
+
+
+def compare_staged(
+    files: Sequence[str], base: str, frozen: Sequence[str], drop: Sequence[str], *, allow_unused: bool
+) -> Comparison:
+    """Return the findings about the staged version of each file, compared with its version in ``base``.
+
+    ``base`` is a revision, or ``REV:PATH`` for one file with which all are compared. A tensor that matches a pattern
+    of ``frozen`` and none of ``drop`` must have the same key, shape and values in both.
+
+    Raises:
+        NotInRepositoryError: The current directory is in no repository.
+        GitError: ``base`` is not a revision, a file is not staged, or git cannot read it.
+        RuleError: A pattern is not valid, or matches no key of any file that was compared; ``allow_unused`` allows it.
+    """
+    patterns = [parse_pattern(text) for text in frozen]
+    dropped = [parse_pattern(text) for text in drop]
+    staged = [_staged(file) for file in files]
+    bases = [_base(base, name) for name, _ in staged]
+    reports: list[CheckReport] = []
+    names: dict[str, None] = {}
+    used: set[str] = set()
+    unread = False
+    for file, (_, oid), old in zip(files, staged, bases, strict=True):
+        if old is None or old == oid:
+            code = codes.NEW_FILE if old is None else codes.SAME_FILE
+            text = "does not have this file, so nothing was compared" if old is None else "has the same file"
+            hint = "--base REV:PATH compares with a file of another name" if old is None else ""
+            finding = code.finding("", f"{printable(base)} {text}", hint)
+            reports.append(CheckReport((finding,), checkpoint=CheckpointSummary(file)))
+            continue
+        try:
+            with _content(old, f"{base}:{file}") as left, _content(oid, file) as right:
+                keys = list(dict.fromkeys((*left, *right)))
+                kept = [key for key in keys if not any(pattern.match(key) for pattern in dropped)]
+                names |= dict.fromkeys(keys)
+                matching = [pattern for pattern in patterns if any(map(pattern.match, kept))]
+                used |= {pattern.text for pattern in matching}
+                report = _compared(left, right, matching, drop, base)
+                unmatched = [pattern.text for pattern in patterns if pattern not in matching]
+                notes = [codes.NO_KEY.finding("", f"no key matches {quoted(text)}") for text in unmatched]
+                summary = replace(CheckpointSummary.of(right), path=file)
+                reports.append(replace(report, findings=(*report.findings, *notes), checkpoint=summary))
+        except CkptkitError as error:
+            if isinstance(error, RuleError):
+                raise
+            unread = True
+            reports.append(CheckReport((unreadable_finding(error, file),), checkpoint=CheckpointSummary(file)))
+    if names and not allow_unused:
+        _refuse_unused([pattern for pattern in patterns if pattern.text not in used], names)
+    return Comparison(tuple(reports), unread)
+
+
+def _compared(
+    left: Checkpoint, right: Checkpoint, matching: Sequence[Pattern], drop: Sequence[str], base: str
+) -> CheckReport:
+    if not matching:
+        return CheckReport(())
+    rules = parse_rules(drop=drop, allow_unused=True)
+    found = diff(left, right, rules, expect_frozen=[pattern.text for pattern in matching])
+    findings: list[Finding] = []
+    for gate in found.gates:
+        if gate.broken is not None:
+            hint = hint_for_command(gate.hint, _OPTIONS, ("--rtol", "--rename"))
+            keys = gate.broken.keys
+            findings.append(codes.NOT_FROZEN.finding(keys[0] if keys else "", gate.broken.message, hint, keys=keys))
+    count = sum(gate.tensors for gate in found.gates)
+    shown = listed([pattern.text for pattern in matching], 3)
+    match, same = ("matches", "is") if count == 1 else ("match", "are")
+    proved = f"{plural(count, 'tensor')} that {match} {shown} {same} equal to {printable(base)}"
+    return CheckReport(tuple(findings), proved=proved)
+
+
+def _refuse_unused(unused: Sequence[Pattern], names: Collection[str]) -> None:
+    if unused:
+        first = unused[0]
+        raise RuleError(
+            f"--expect-frozen {shell_word(first.text)} matches none of {plural(len(names), 'key')} of the files",
+            hint=f"{suggest_pattern(first, names, 'FILE')}; --allow-unused allows it",
+        )
+
+
+def _staged(file: str) -> tuple[str, str]:
+    """Return the name of a file in the repository, and the object of its staged version."""
+    arguments = ("--literal-pathspecs", "ls-files", "--stage", "--full-name", "-z", "--", file)
+    found = [entry.partition("\t") for entry in run_git(*arguments).split("\0")[:-1]]
+    if len(found) != 1:
+        what = "has a conflict to resolve" if found else "is not staged"
+        raise GitError(f"{what}, so there is nothing to compare", hint="git add it first", path=file)
+    (about, _, name) = found[0]
+    mode, oid, _ = about.split(" ")
+    if not mode.startswith(_REGULAR):
+        raise GitError("is a link or a submodule in git, not a file", path=file)
+    return name, oid
+
+
+def _base(base: str, name: str) -> str | None:
+    """Return the object that a file is compared with, or None if the base does not have it."""
+    whole = base if ":" in base else f"{base}:{name}"
+    oid = run_git("rev-parse", "--verify", "--quiet", "--end-of-options", whole, allowed=(1, 128)).strip()
+    if oid:
+        return oid
+    is_first = base == "HEAD" and not run_git("rev-list", "--max-count=1", "--all")  # the first commit has no base
+    if ":" in base or not (
+        is_first or run_git("rev-parse", "--verify", "--quiet", f"{base}^{{tree}}", allowed=(1, 128))
+    ):
+        raise GitError(f"{quoted(base)} is not a revision, or a file of one", hint="give --base REV or --base REV:PATH")
+    return None
+
+
+@contextlib.contextmanager
+def _content(oid: str, name: str) -> Iterator[Checkpoint]:
+    """Open the checkpoint that git has under ``oid``; ``name`` is what errors call it."""
+    with tempfile.TemporaryDirectory(prefix="ckpt-git-") as folder:
+        path = os.path.join(folder, f"checkpoint{os.path.splitext(name_of(name))[1]}")
+        save_blob(oid, path)
+        pointer = read_pointer(path)
+        if pointer is not None:
+            found = object_path(pointer)
+            if found is None:
+                raise PathError(
+                    "the Git LFS object is not in this repository", hint="git lfs fetch --all gets it", path=name
+                )
+            path = found
+        try:
+            with open_checkpoint(path) as checkpoint:
+                yield checkpoint
+        except CkptkitError as error:
+            error.path = name if error.path == path else error.path
+            raise
