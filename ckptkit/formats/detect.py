@@ -11,7 +11,7 @@ from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.foreign import is_torch_tar, refuse_selection, unsupported_format
+from ckptkit.formats.foreign import is_torch_tar, refuse_selection, unsupported_archive, unsupported_format
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.wrappers.envelopes import Selection
 
@@ -59,6 +59,8 @@ def open_zip(file: ByteSource, selection: Selection) -> Checkpoint:
             "an archive of torch.export in the layout of an older torch, which is not read",
             hint="torch.export.load reads it, and torch.save writes the state_dict of the program",
         )
+    if not archive.roots("data.pkl") and (error := unsupported_archive(file.path, archive.entries, WEIGHT_SUFFIXES)):
+        raise error
     from ckptkit.formats.torch.zip import open_torch_zip
 
     return open_torch_zip(archive, selection)
@@ -68,6 +70,7 @@ def open_zip(file: ByteSource, selection: Selection) -> Checkpoint:
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
 _SUFFIXES = (
     (".safetensors", "safetensors"), (".pt2", "torch-export"), (".gguf", "gguf"), (".npz", "npz"), (".npy", "npy"),
+    (".jit", "torchscript"), (".torchscript", "torchscript"),
     *((suffix, "torch") for suffix in TORCH_SUFFIXES),
 )  # fmt: skip
 WEIGHT_SUFFIXES = tuple(suffix for suffix, _ in _SUFFIXES)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Collection
 
-from ckptkit.core.files.places import name_of
+from ckptkit.core.files.places import is_url, name_of
 from ckptkit.core.files.source import ByteSource
-from ckptkit.core.text import quoted, shell_word
+from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.lazy_patterns import lazy_pattern
 from ckptkit.wrappers.envelopes import Selection
@@ -20,6 +21,7 @@ __all__ = [
     "is_tensorflow_shard",
     "is_torch_tar",
     "refuse_selection",
+    "unsupported_archive",
     "unsupported_directory",
     "unsupported_format",
 ]
@@ -33,6 +35,8 @@ _IN_GRAPH = (0x0A, 0x12, 0x2A)  # nodes, name, initializers
 _TABLE_END = bytes.fromhex("57fb808b247547db")
 _TENSORFLOW_SHARD = lazy_pattern(r".+\.data-\d{5}-of-\d{5}")
 _NEWEST_ONNX = 63
+_SAVED_MODEL, _SAVED_MODEL_HINT = "a SavedModel of TensorFlow, which is not read", "tf.saved_model.load reads it"
+_CORE_ML, _CORE_ML_HINT = "a Core ML model, which is not read", "coremltools.models.MLModel reads it"
 _FOREIGN_SUFFIXES = (
     ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".ot", ".tflite", ".mlmodel", ".mlpackage",
     ".pdparams", ".nemo", ".engine",
@@ -42,7 +46,9 @@ _FOREIGN_SUFFIXES = (
 def unsupported_directory(names: Collection[str]) -> FormatError | None:
     """Return the error that names the unsupported format of a directory with these file names, or None."""
     if not {"saved_model.pb", "saved_model.pbtxt"}.isdisjoint(names):
-        return FormatError("a SavedModel of TensorFlow, which is not read", hint="tf.saved_model.load reads it")
+        return FormatError(_SAVED_MODEL, hint=_SAVED_MODEL_HINT)
+    if {"Manifest.json", "Data"}.issubset(names):
+        return FormatError(_CORE_ML, hint=_CORE_ML_HINT)
     if not {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}.isdisjoint(names):
         return FormatError("a checkpoint of Orbax (JAX), which is not read", hint="orbax.checkpoint reads it")
     if not {".zarray", ".zgroup", "zarr.json"}.isdisjoint(names):
@@ -167,6 +173,7 @@ def _end_of_scalar(head: bytes, at: int) -> int | None:
 
 TAR_MEMBERS = ("sys_info", "pickle", "tensors", "storages")
 _UNPACK = "unpack it first"
+_SAVE_IT = "load it in the program that wrote it, and use torch.save"
 _TENSORFLOW = "tf.train.load_checkpoint reads it"
 _KNOWN_MAGICS = (
     (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
@@ -203,14 +210,17 @@ def unsupported_format(file: ByteSource, head: bytes) -> FormatError:
     if head[257:262] == b"ustar":
         return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return FormatError(
-            "a bare pickle, not a file of torch.save",
-            hint="load it in the program that wrote it, and use torch.save",
-        )
+        return FormatError("a bare pickle, not a file of torch.save", hint=_SAVE_IT)
     if is_flax(head):
         return FormatError(
             "a msgpack file of flax, which is not read", hint="flax.serialization.msgpack_restore reads it"
         )
+    if head[4:8] == b"TFL3":
+        return FormatError("a TensorFlow Lite model, which is not read", hint="tf.lite.Interpreter reads it")
+    if file.path.endswith(".mlmodel"):
+        return FormatError(_CORE_ML, hint=_CORE_ML_HINT)
+    if name_of(file.path) == "saved_model.pb":
+        return FormatError(_SAVED_MODEL, hint=_SAVED_MODEL_HINT)
     if is_tensorflow_index(file.read, file.size) or is_tensorflow_shard(file.path):
         return FormatError("a file of a TensorFlow checkpoint, which is not read", hint=_TENSORFLOW)
     if not head.strip(b"\0") and not _has_content(file):
@@ -220,7 +230,31 @@ def unsupported_format(file: ByteSource, head: bytes) -> FormatError:
     if file.path.endswith(".py"):
         module = name_of(file.path).removesuffix(".py")
         return FormatError("Python source, not a checkpoint", hint=f"for a live model write py:{module}:callable")
-    return FormatError(f"unknown format: the first bytes are {head[:8].hex(' ')}")
+    if _is_text(head):
+        return FormatError("a text file, which holds no tensors", hint="give the file of weights, or its directory")
+    return FormatError(f"unknown format: the first bytes are {head[:8].hex(' ')}", hint=_SAVE_IT)
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the head can end inside a character
+    except UnicodeDecodeError:
+        return False
+    return all(char.isprintable() or char in "\t\n\r\f" for char in text)
+
+
+def unsupported_archive(path: str, names: Collection[str], suffixes: tuple[str, ...]) -> FormatError | None:
+    """Return the error for a zip archive with files of weights, whose names end with ``suffixes``, or None without."""
+    weights = [name for name in names if name.lower().endswith(suffixes)]
+    is_wheel = any(name.endswith(".dist-info/WHEEL") for name in names)
+    if not weights and not is_wheel:
+        return None
+    what = "a Python wheel" if is_wheel else "a zip archive of other files"
+    held = f"{plural(len(weights), 'file')} of weights: {listed(weights, 3)}" if weights else "no file of weights"
+    name = name_of(path)
+    folder = name.rpartition(".")[0] or f"{name}.unpacked"
+    call = f": python -m zipfile -e {shell_word(path)} {shell_word(folder)}" if weights and not is_url(path) else ""
+    return FormatError(f"{what}, which holds {held}", hint=f"{_UNPACK}{call}" if weights else None)
 
 
 def refuse_selection(selection: Selection, path: str | None = None) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from ckptkit.formats.foreign import is_flax, is_onnx
 from tests.features import has_module
 from tests.helpers_dcp import save as save_distributed
 from tests.helpers_export import small
-from tests.helpers_formats import refusal, zip_of
+from tests.helpers_formats import refusal, safetensors_file, zip_of
 
 # Written by onnx 1.23 (IR 14): a graph of one Add with one initializer, with and without a producer.
 GRAPH = bytes.fromhex(
@@ -42,6 +45,9 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "ONNX with documentation": ("x.bin", LONG_ONNX, "an ONNX model", "onnx.load"),
     "flax": ("flax_model.msgpack", FLAX, "a msgpack file of flax", "flax.serialization"),
     "flax with a step": ("checkpoint_3", FLAX_STATE, "a msgpack file of flax", "flax.serialization"),
+    "TensorFlow Lite": ("x.tflite", b"\x1c\0\0\0TFL3" + bytes(20), "a TensorFlow Lite model", "tf.lite"),
+    "Core ML": ("model.mlmodel", b"\x08\x06\x12\xda\x01\x0a\x18\x0a\x07", "a Core ML model", "coremltools"),
+    "SavedModel": ("saved_model.pb", b"\x08\x01\x12\xe6\x95B\x0a\xc8\x0c", "a SavedModel", "tf.saved_model"),
     "an index of TensorFlow": ("ckpt-1.index", TENSORFLOW_TABLE, "a file of a TensorFlow checkpoint", "tf.train"),
     "a shard of TensorFlow": ("ckpt-1.data-00000-of-00001", b"\x01\x02" * 99, "a file of a Tens", "tf.train"),
     "the state of TensorFlow": (
@@ -82,6 +88,48 @@ def test_an_exported_program_of_an_older_torch_is_named(tmp_path: Path) -> None:
     assert "torch.export.load reads it" in str(error.hint)
 
 
+ARCHIVES = {
+    "a wheel": (
+        ["net-1.dist-info/WHEEL", "net/__init__.py", "net/a.pth", "net/B.SAFETENSORS"],
+        "a Python wheel, which holds 2 files of weights: 'net/a.pth', 'net/B.SAFETENSORS'",
+    ),
+    "a wheel without weights": (
+        ["net-1.dist-info/WHEEL", "net/__init__.py"],
+        "a Python wheel, which holds no file of weights",
+    ),
+    "another archive": (
+        ["a/model.pt", "a/config.json"],
+        "a zip archive of other files, which holds 1 file of weights: 'a/model.pt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_of_files_is_unpacked_by_its_hint(tmp_path: Path, case: str) -> None:
+    names, what = ARCHIVES[case]
+    (tmp_path / "my net.zip").write_bytes(zip_of([(name, b"x") for name in names], zipfile.ZIP_STORED))
+    error = refusal(str(tmp_path / "my net.zip"))
+    assert error.reason.startswith(what)
+    if error.hint is None:
+        assert "no file of weights" in what
+        return
+    *_, archive, folder = shlex.split(error.hint)
+    assert error.hint.startswith("unpack it first: python -m zipfile -e '")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", archive, folder], cwd=tmp_path, check=True)
+    assert [name for name in names if (tmp_path / "my net" / name).read_bytes() == b"x"] == names
+
+
+def test_torchscript_beside_other_weights_is_not_overlooked(tmp_path: Path) -> None:
+    """The directory of silero-vad has one model in safetensors and two in TorchScript."""
+    (tmp_path / "a.safetensors").write_bytes(safetensors_file({}, b""))
+    (tmp_path / "b.jit").write_bytes(zip_of([("m/data.pkl", b"}."), ("m/constants.pkl", b").")]))
+    error = refusal(str(tmp_path))
+    assert error.reason.endswith("2 files of weights and no index: a.safetensors, b.jit")
+    (tmp_path / "b.jit").unlink()
+    (tmp_path / "c.safetensors").write_bytes(b"")
+    assert str(refusal(str(tmp_path)).hint).endswith(f"ckpt show '{tmp_path}'/*.safetensors lists all of them")
+
+
 NOT_ONNX = {
     "no graph": b"\x08\x0e",
     "a graph longer than the file": PLAIN_ONNX[:-8],
@@ -120,6 +168,7 @@ def test_random_bytes_are_not_recognised() -> None:
 
 DIRECTORIES = {
     "SavedModel": (["saved_model.pb", "variables/variables.index"], "a SavedModel of TensorFlow", "tf.saved_model"),
+    "Core ML": (["Manifest.json", "Data/weight.bin"], "a Core ML model", "coremltools"),
     "TensorFlow": (["checkpoint", "a.index", "a.data-00000-of-00001"], "a checkpoint of TensorFlow", "tf.train"),
     "Orbax": (["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "d/0"], "a checkpoint of Orbax", "orbax"),
     "zarr 2": ([".zgroup", "w/.zarray"], "a directory of zarr arrays", "zarr reads"),

@@ -279,13 +279,19 @@ def _only_weights_file(listing: Listing) -> str:
     if len(weights) > 1:
         folders = f" or one of the directories inside: {listed(listing.folders, 4, show=printable)}"
         call = f"give the path of one file{folders if listing.folders else ''}"
-        all_of_them = f"; ckpt show {shell_word(join(folder.path, '*'))} lists all of them"
         raise FormatError(
             f"a directory with {len(weights):,} files of weights and no index: {listed(weights, 4, show=printable)}",
-            hint=call + (all_of_them if is_url(folder.path) else ""),
+            hint=f"{call}; ckpt show {_all_of(weights, folder.path)} lists all of them",
             call=call,
         )
     return weights[0]
+
+
+def _all_of(weights: Sequence[str], path: str) -> str:
+    """Return the pattern of a shell for these files of a folder: the shell expands it, or ckpt in a URL."""
+    suffixes = {name.rpartition(".")[2] for name in weights}
+    pattern = f"*.{suffixes.pop()}" if len(suffixes) == 1 else "*"
+    return shell_word(join(path, pattern)) if is_url(path) else f"{shell_word(path)}/{pattern}"
 
 
 def _only_variant(weights: Sequence[str]) -> str | None:
