@@ -42,6 +42,7 @@ _HOMES = {
     "PlanError": "errors",
     "Preflight": "readiness",
     "RecipeError": "errors",
+    "RayExecutor": "tasks.ray",
     "Report": "core.findings",
     "RuleError": "errors",
     "Rules": "rules.model",

@@ -88,6 +88,7 @@ from ckptkit.rules.parse import parse_rules as parse_rules
 from ckptkit.rules.presets import preset_names as preset_names
 from ckptkit.statistics.state_dict_stats import StateDictStats as StateDictStats
 from ckptkit.statistics.state_dict_stats import stats as stats
+from ckptkit.tasks.ray import RayExecutor as RayExecutor
 
 __version__: str
 
@@ -120,6 +121,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Preflight",
+    "RayExecutor",
     "RecipeError",
     "Report",
     "RuleError",

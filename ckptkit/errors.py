@@ -14,7 +14,7 @@ Each error has a reason in one sentence, and usually a hint that says what to do
     ├── RecipeError        a recipe of a merge, or a parameter of its method, is wrong
     ├── OutputError        the output cannot be written
     ├── GroupsError        param groups do not fit the model
-    └── WorkerError        a process or machine that did a part of the work ended
+    └── WorkerError        a process or machine that did a part of the work ended, or cannot be reached
 
 Each class is a public name: ``ckptkit.PathError`` and so on. ``except ckptkit.CkptkitError`` catches all of them.
 Every other exception that leaves ckptkit is a bug.
@@ -431,6 +431,8 @@ class GroupsError(CkptkitError):
 
 class WorkerError(CkptkitError):
     """Raised where a worker of an executor ended before its task was done, as the system does when memory is short.
+
+    Also raised where no Ray cluster answers at an address, and where a node has another version of ckptkit.
 
     Example:
         >>> issubclass(ckptkit.WorkerError, ckptkit.CkptkitError)

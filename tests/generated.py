@@ -37,7 +37,7 @@ _API: dict[str, str] = {
     "Load into a model": "load_into LoadReport OnMissing OnUnexpected OnMismatch",
     "Convert and merge with one call": "convert merge merge_lora extract_lora convert_adapter Written",
     "Plan, then write": "plan_remap plan_merge plan_recipe plan_lora plan_extract_lora plan_convert_adapter "
-    "AsLayer Plan choose_output Output execute save_plan load_plan",
+    "AsLayer Plan choose_output Output execute save_plan load_plan RayExecutor",
     "Rules": "load_rules parse_rules preset_rules preset_names Rules",
     "Param groups": "build_param_groups plan_param_groups validate_param_groups assert_param_groups "
     "explain_param_group Explanation param_group_preset param_group_preset_names param_group_phases ParamGroupSpec "

@@ -124,13 +124,14 @@ def test_folders_are_small() -> None:
         ("pickle", ()),
         ("mmap", ()),
         ("fsspec", ("core.files.remote", "formats.writing")),
+        ("ray", ("tasks.ray",)),
     ],
-    ids=["click", "tabulate", "jinja2", "pickle", "mmap", "fsspec"],
+    ids=["click", "tabulate", "jinja2", "pickle", "mmap", "fsspec", "ray"],
 )
 def test_libraries_are_imported_only_in_their_package(library: str, packages: tuple[str, ...]) -> None:
     """Only the command line imports click, only reports import tabulate and jinja2, and nothing imports pickle or mmap.
 
-    fsspec is for URLs only, so that a command on local files does not wait for it.
+    fsspec is for URLs only, so that a command on local files does not wait for it, and ray for its executor only.
     """
     users = [name for name, path in FILES.items() if library in {top.partition(".")[0] for top in imports_of(path)}]
     assert [name for name in users if not name.startswith(packages or ("none",))] == []

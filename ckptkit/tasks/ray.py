@@ -1,0 +1,296 @@
+"""``RayExecutor``: the tasks of an executor as tasks of Ray, which schedules them and repeats them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, InvalidStateError
+from concurrent.futures import wait as wait_for
+from typing import Any, Final, ParamSpec, TypeVar
+
+from ckptkit.core.arguments import require_number
+from ckptkit.core.text import quoted
+from ckptkit.errors import ArgumentError, WorkerError, one_line
+from ckptkit.tasks.same_code import Code, code_here
+
+__all__ = ["RayExecutor"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_ANSWER_WITHIN: Final = 5.0  # seconds, of a machine that is asked for a connection
+_CONNECT_WITHIN: Final = 30  # seconds; Ray itself asks for minutes
+# Ray prints on stdout that a worker died, which it then repeats; its modules read this when they are imported.
+_QUIET: Final = {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": ".*"}
+_QUIET_OPTIONS: Final = {"log_to_driver": False, "logging_level": logging.ERROR}
+_MORE_MEMORY: Final = "give each worker more memory, or use fewer workers at a time (--jobs)"
+_DONE: Final = "done"
+
+
+class RayExecutor(Executor):
+    """An executor whose tasks are tasks of Ray, on this machine or on a cluster.
+
+    Ray schedules the tasks, one to a CPU, and spreads them over the nodes. It repeats a task whose worker or node died;
+    an error of the task itself is raised at once, as it is, with the error of Ray as its cause. Functions, arguments
+    and results must be picklable, and ckptkit must be the same on all nodes.
+
+    Attributes:
+        workers: How many tasks can run at a time.
+
+    Example:
+        >>> import concurrent.futures
+        >>> issubclass(ckptkit.RayExecutor, concurrent.futures.Executor)
+        True
+    """
+
+    def __init__(self, address: str | None = None, *, workers: int | None = None, max_retries: int = 3) -> None:
+        """Connect to Ray.
+
+        A program that has called ``ray.init`` stays connected as it is. Otherwise this connects to ``address``, by
+        default to that in the environment variable ``RAY_ADDRESS``. Without any, a Ray of this machine is started,
+        with ``workers`` CPUs, by default one for each processor, and is ended by ``shutdown``.
+
+        Args:
+            address: The ``host:port`` of a cluster, ``ray://host:port``, ``"auto"`` or ``"local"``.
+            workers: The largest number of tasks at a time; by default one for each CPU of the cluster.
+            max_retries: How often Ray repeats a task whose worker or node died.
+
+        Raises:
+            ArgumentError: Ray is not installed, or ``workers`` or ``max_retries`` is not a number that it can be.
+            WorkerError: No cluster answers at ``address``.
+        """
+        if workers is not None:
+            require_number(workers, "workers", "an int of at least 1, or None", at_least=1, whole=True)
+        require_number(max_retries, "max_retries", "an int of at least 0", at_least=0, whole=True)
+        self._wanted = workers
+        self._lock = threading.Lock()
+        self._waiting: set[Future[Any]] = set()
+        self._is_shut = False
+        self._ray, self._is_ours = _connected(address, workers)
+        self._cpus = max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
+        # A task is done again only where its worker died: an error of its own would come again.
+        self._task = self._ray.remote(
+            num_cpus=1, max_retries=max_retries, retry_exceptions=False, scheduling_strategy="SPREAD"
+        )(_task_function())
+
+    @property
+    def workers(self) -> int:
+        """How many tasks can run at a time."""
+        return self._wanted or self._cpus
+
+    def submit(
+        self, fn: Callable[_Arguments, _Result], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> Future[_Result]:
+        """Return the future of a task of Ray. Cancelling it also stops a task that runs.
+
+        Raises ``RuntimeError`` after ``shutdown``.
+        """
+        with self._lock:
+            if self._is_shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            reference = self._task.remote(code_here(), self._ray.cloudpickle.dumps((fn, args, kwargs)))
+            future: _RayFuture[_Result] = _RayFuture(self._ray, reference)
+            self._waiting.add(future)
+        future.add_done_callback(self._forget)
+        reference.future().add_done_callback(future.finish)
+        return future
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._waiting.discard(future)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, wait for those that run, and end a Ray that this object has started."""
+        with self._lock:
+            self._is_shut = True
+            waiting = list(self._waiting)
+        if cancel_futures:
+            for future in waiting:
+                future.cancel()
+        if wait:
+            wait_for(waiting)
+        if self._is_ours:
+            self._is_ours = False
+            self._ray.shutdown()
+
+
+class _RayFuture(Future[_Result]):
+    """The future of a task of Ray, with the errors of the task as they were raised."""
+
+    def __init__(self, ray: Any, reference: Any) -> None:
+        super().__init__()
+        self._ray, self._reference = ray, reference
+
+    def cancel(self) -> bool:
+        """Cancel the task, also while it runs."""
+        is_cancelled = super().cancel()
+        if is_cancelled and (reference := self._reference) is not None:
+            self._reference = None
+            self.set_running_or_notify_cancel()  # whoever waits for it knows that no result comes
+            with contextlib.suppress(Exception):  # Ray may have ended
+                self._ray.cancel(reference, force=False)
+        return is_cancelled
+
+    def finish(self, done: Future[Any]) -> None:
+        """Take the result of Ray's own future."""
+        self._reference = None  # Ray keeps a result as long as something refers to it
+        with contextlib.suppress(InvalidStateError):
+            try:
+                answer, value = done.result()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+                self.set_exception(_as_raised(error))
+                return
+            if answer == _DONE:
+                self.set_result(value)
+            else:
+                self.set_exception(_other_code(*value))
+
+
+def _task_function() -> Callable[..., tuple[str, Any]]:
+    """Return the function that workers run.
+
+    It is inside another function, so that Ray sends its code and not its name: a worker without ckptkit can answer.
+    """
+
+    def run_task(wanted: tuple[str, str], call: bytes) -> tuple[str, object]:
+        import socket
+
+        from ray import cloudpickle
+
+        try:
+            from ckptkit.tasks.same_code import code_here
+        except ImportError:
+            return "other code", (socket.gethostname(), None)
+        found = code_here()
+        if tuple(found) != tuple(wanted):
+            return "other code", (socket.gethostname(), tuple(found))
+        function, args, kwargs = cloudpickle.loads(call)  # of the process that gave the task to Ray
+        return "done", function(*args, **kwargs)
+
+    return run_task
+
+
+def _other_code(node: str, found: tuple[str, str] | None) -> WorkerError:
+    if found is None:
+        return WorkerError(f"ckptkit is not installed on node {node}", hint="install the same ckptkit on every node")
+    return WorkerError(
+        f"node {node} has another ckptkit ({Code(*found)}) than this process ({code_here()})",
+        hint="install the same ckptkit on every node, and start Ray there again",
+    )
+
+
+def _as_raised(error: BaseException) -> BaseException:
+    """Return the error of a task as the task raised it, or one of an executor where Ray could not run the task."""
+    from ray import exceptions
+
+    if isinstance(error, exceptions.RayTaskError):
+        cause: object = error.cause
+        if isinstance(cause, BaseException) and not isinstance(cause, exceptions.RayError):
+            cause.__cause__ = error
+            return cause
+    if isinstance(error, exceptions.RayError):
+        ended = WorkerError(_why_ended(error, exceptions), hint=_MORE_MEMORY)
+        ended.__cause__ = error
+        return ended
+    return error
+
+
+def _why_ended(error: BaseException, exceptions: Any) -> str:
+    """Return why Ray could not finish a task; its own texts have many lines."""
+    for kind, reason in (
+        ("OutOfMemoryError", "Ray ended its worker each time, because the node had no memory left"),
+        ("NodeDiedError", "its node ended each time that Ray ran it"),
+        ("WorkerCrashedError", "its worker ended each time that Ray ran it"),
+    ):
+        if isinstance(error, getattr(exceptions, kind, ())):
+            return reason
+    return f"Ray could not run it: {_first_line(error)}"
+
+
+def _connected(address: str | None, workers: int | None) -> tuple[Any, bool]:
+    """Return the module ray, connected, and whether this has connected it."""
+    with _environment(_QUIET):
+        try:
+            import ray
+        except ImportError:
+            raise ArgumentError(
+                "the engine ray needs ray, which is not installed", hint="install the extra [ray]"
+            ) from None
+        if ray.is_initialized():
+            return ray, False
+        given = address or os.environ.get("RAY_ADDRESS") or "local"
+        if given == "local":
+            _start(ray, workers)
+        else:
+            _refuse_silence(given)
+            _connect(ray, given)
+    return ray, True
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set those variables of the environment that the user has not set."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise ``WorkerError`` where nothing listens at ``host:port``, which Ray would ask for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # such as auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_WITHIN).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise _no_cluster(address, reason.lower()) from None
+
+
+def _no_cluster(address: str, reason: str) -> WorkerError:
+    hint = "ray start --head starts a cluster; without RAY_ADDRESS, Ray is started on this machine"
+    return WorkerError(f"no Ray cluster answers at {quoted(address)}: {reason}", hint=hint)
+
+
+def _start(ray: Any, workers: int | None) -> None:
+    """Start Ray on this machine. Its processes end with the thread that starts them, so it is that of the caller."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if is_main else None
+    try:
+        ray.init("local", num_cpus=workers, include_dashboard=False, **_QUIET_OPTIONS)
+    except Exception as error:
+        raise WorkerError(f"Ray does not start on this machine: {_first_line(error)}") from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)  # Ray's handler exits with another status
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect to a cluster, in a thread that can be left behind: Ray may wait for minutes."""
+    errors: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address, **_QUIET_OPTIONS)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True, name="ckptkit-ray")
+    thread.start()
+    thread.join(_CONNECT_WITHIN)
+    if thread.is_alive():
+        raise _no_cluster(address, f"no answer within {_CONNECT_WITHIN} seconds")
+    if errors:
+        raise _no_cluster(address, _first_line(errors[0])) from errors[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return one_line(str(error).strip().partition("\n")[0]).rstrip(".")
