@@ -112,11 +112,11 @@ class BlockPayload(ThreadedPayload, Generic[_Block]):
 
     def read_range(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from byte ``start`` on."""
-        itemsize = DTYPES[self.out.dtype].bits // 8
+        bits = DTYPES[self.out.dtype].bits
         if not len(buffer):
             return
         stop = start + len(buffer)
-        for block in self.blocks(start // itemsize, -(-stop // itemsize)):
+        for block in self.blocks(start * 8 // bits, -(-stop * 8 // bits)):
             made, _ = self.make(block, self.workers)
             place = self._place(block)
             begin, end = max(start, place), min(stop, place + len(made))

@@ -11,8 +11,9 @@ from typing import Final, NamedTuple
 from ckptkit.core.checkpoint.info import TensorInfo
 from ckptkit.core.checkpoint.payload import Payload
 from ckptkit.core.progress import Progress
-from ckptkit.values.delta.blocks import BLOCK, pack_block, plane_count
+from ckptkit.values.delta.blocks import BLOCK, pack_block
 from ckptkit.values.delta.coding import Compression
+from ckptkit.values.delta.resized import resized, zeros
 from ckptkit.values.delta.spool import Spool
 from ckptkit.values.difference.reading import Pair, Piece, read_block, read_together, tasks
 from ckptkit.values.workers import Workers, pieces
@@ -26,7 +27,8 @@ _BYTES: Final = "U8"
 class Change(NamedTuple):
     """A tensor that may have changed: its description, and its bytes before and after.
 
-    ``base`` is None for a tensor that is new, or whose dtype or shape was another one.
+    ``base`` is None for a tensor that is new, or whose dtype was another one. It may have another number of bytes than
+    ``new``: then it is cut, or has zeros behind it.
     """
 
     info: TensorInfo
@@ -64,9 +66,9 @@ def pack_changes(
 ) -> Iterator[tuple[Change, Packed | None]]:
     """Yield each change with its packed bytes, or with None where the bytes are the same before and after.
 
-    A tensor without ``base`` is always packed. The order is that of the changes, but short tensors may come later. The
-    packed bytes are written to ``spool``, and are the same with any number of threads. ``progress`` is called with the
-    number of bytes that were read. Raises what reading raises.
+    A tensor without ``base``, or with one of another size, is always packed. The order is that of the changes, but
+    short tensors may come later. The packed bytes are written to ``spool``, and are the same with any number of
+    threads. ``progress`` is called with the number of bytes that were read. Raises what reading raises.
     """
     known: dict[int, Change] = {}
     started: dict[int, _Started] = {}
@@ -75,7 +77,7 @@ def pack_changes(
         for number, change in enumerate(changes):
             known[number] = change
             nbytes = change.new.nbytes
-            base = _Zeros(nbytes) if change.base is None else change.base
+            base = zeros(nbytes) if change.base is None else resized(change.base, nbytes)
             yield Pair(number, base, change.new, _BYTES, _BYTES, _BYTES, nbytes)
 
     def work(task: Piece | list[Pair]) -> tuple[Piece | list[Pair], list[list[tuple[int, bytes]]]]:
@@ -94,7 +96,7 @@ def pack_changes(
                 del started[pair.number]
                 change = known.pop(pair.number)
                 size = spool.size - one.start
-                is_equal = change.base is not None and not size
+                is_equal = change.base is not None and change.base.nbytes == change.new.nbytes and not size
                 yield change, None if is_equal else Packed(b"".join(one.rows), spool, one.start, size)
         if progress is not None:
             nbytes = sum(task.nbytes) if isinstance(task, Piece) else 2 * sum(pair.elements for pair in task)
@@ -139,23 +141,4 @@ def _pack_together(
 def _pack(
     base: memoryview | None, new: memoryview, dtype: str, compression: Compression, workers: Workers
 ) -> tuple[int, bytes]:
-    packed = pack_block(base, new, plane_count(dtype), compression, workers)
-    return zlib.crc32(new), packed
-
-
-@dataclass(frozen=True, slots=True)
-class _Zeros:
-    """A payload of zeros, which is never read."""
-
-    nbytes: int
-
-    @property
-    def is_seekable(self) -> bool:
-        return True
-
-    def chunks(self) -> Iterator[bytes]:
-        for start in range(0, self.nbytes, BLOCK):
-            yield bytes(min(BLOCK, self.nbytes - start))
-
-    def slice(self, start: int, nbytes: int) -> _Zeros:  # noqa: ARG002 - all parts are alike
-        return _Zeros(nbytes)
+    return zlib.crc32(new), pack_block(base, new, dtype, compression, workers)

@@ -16,8 +16,9 @@ from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.computed import BlockPayload, HeldBytes, JoinedPayload, bytes_of
-from ckptkit.values.delta.blocks import BLOCK, most_packed, plane_count, unpack_block
+from ckptkit.values.delta.blocks import BLOCK, most_packed, unpack_block
 from ckptkit.values.delta.packing import ROW
+from ckptkit.values.delta.resized import resized
 from ckptkit.values.losses import Losses
 from ckptkit.values.workers import Workers
 
@@ -52,7 +53,7 @@ class _Held:
 class PatchedPayload(BlockPayload[_Block]):
     """A payload that makes the new tensor ``out`` of its base and of the packed bytes of ``pack_changes``.
 
-    ``base`` has the bytes of a tensor of the same dtype and shape; it is None for a tensor that was packed without one.
+    ``base`` has the bytes of the tensor that it was packed with, and is None for a tensor that was packed without one.
     Reading raises ``FormatError`` for damaged packed bytes, and for another base than the packed bytes were made with:
     there it raises the error that ``refusal`` returns, if that is given. The threads are those of ``workers``, which
     may be shared.
@@ -81,9 +82,8 @@ class PatchedPayload(BlockPayload[_Block]):
         inputs = self._inputs()
         packed = workers.read("packed", inputs.packed, block.packed_start, block.packed_nbytes)
         base = None if inputs.base is None else workers.read("base", inputs.base, block.start, block.nbytes)
-        planes = plane_count(self.out.dtype)
         try:
-            made = unpack_block(base, packed, planes, block.nbytes, workers)
+            made = unpack_block(base, packed, self.out.dtype, block.nbytes, workers)
         except FormatError as error:
             raise self._damaged(error.reason, error.hint) from None
         if zlib.crc32(made) != block.crc:
@@ -109,15 +109,13 @@ class PatchedPayload(BlockPayload[_Block]):
         held = self._held
         with held.lock:
             if held.inputs is None:
-                base = None if self.base is None else _in_any_order(self.base)
+                base = None if self.base is None else _in_any_order(resized(self.base, self.nbytes))
                 held.inputs = _Inputs(self._read_blocks(), base, _in_any_order(self.packed))
             return held.inputs
 
     def _read_blocks(self) -> Sequence[_Block]:
-        nbytes, planes = self.nbytes, plane_count(self.out.dtype)
+        nbytes = self.nbytes
         count = -(-nbytes // BLOCK)
-        if self.base is not None and self.base.nbytes != nbytes:
-            raise self._damaged(f"its base has {self.base.nbytes:,} bytes in place of {nbytes:,}")
         if self.packed.nbytes < count * ROW.size:
             raise self._damaged("its packed bytes end early")
         data = bytearray(count * ROW.size)
@@ -130,7 +128,7 @@ class PatchedPayload(BlockPayload[_Block]):
         for number, (crc, size) in enumerate(rows):
             start = number * BLOCK
             length = min(BLOCK, nbytes - start)
-            if size > most_packed(length, planes):
+            if size > most_packed(length):
                 raise self._damaged("a packed block has more bytes than its numbers")
             blocks.append(_Block(start, length, crc, ends[number], size))
         return blocks
