@@ -224,6 +224,9 @@ EQUAL: dict[str, dict[str, torch.Tensor]] = {
     "masks of windows": {f"l{n}.attn": torch.full((64, 64), -100.0).triu(1) for n in range(2)},
     "positions": {f"l{n}.relative_position_index": torch.arange(4096) for n in range(2)},
     "rotations": {f"l{n}.rotary.cos_cached": NOISE.cos() for n in range(2)},
+    "biases of an LSTM": {f"m.bias_{side}_l{n}": NOISE[n].repeat(9) for n in range(4) for side in ("ih", "hh")},
+    "biases of both ways": {f"bias_{side}_l0_reverse": NOISE[0].repeat(9) for side in ("ih", "hh")},
+    "biases of a cell": {"bias_ih": NOISE[0].repeat(9), "bias_hh": NOISE[0].repeat(9)},
     "norms": {f"l{n}.weight": torch.ones(1024) for n in range(2)},
 }
 
@@ -232,6 +235,13 @@ EQUAL: dict[str, dict[str, torch.Tensor]] = {
 def test_tensors_that_are_usually_equal_are_not_duplicates(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Masks, computed buffers and small tensors are often equal, and are not duplicates."""
     assert found(state, tmp_path) == []
+
+
+def test_biases_of_two_layers_are_duplicates(tmp_path: Path) -> None:
+    """Only the two biases of one layer have the same gradient."""
+    state = {f"rnn.bias_{side}_l{layer}": NOISE[0].repeat(9) for layer in range(2) for side in ("ih", "hh")}
+    (finding,) = found(state, tmp_path)
+    assert finding.message.endswith("'rnn.bias_ih_l0', 'rnn.bias_ih_l1'")
 
 
 def test_ties_in_the_metadata(tmp_path: Path) -> None:

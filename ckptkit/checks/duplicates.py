@@ -21,6 +21,7 @@ _LARGEST_NUMBER = 8  # bytes
 _MAX_COMPARED = 8  # distinct tensors with one fingerprint; further tensors are skipped
 # Buffers that every module computes for itself.
 _COMPUTED = re.compile(r"(?:cos|sin)_?cached?|inv_freq|freqs|coords|grid|anchor|kernel|window|sinusoid|A_log")
+_SECOND_BIAS = re.compile(r"(?:^|(?<=\.))bias_hh(?=_l\d+(?:_reverse)?$|$)")
 _EMBEDDING = re.compile(r"(?:^|[._])(?:embed\w*|wte|word_embeddings|tok_embeddings|token_embedding|shared)\.weight")
 _HEAD = re.compile(r"(?:^|[._])(?:lm_head|head|output|embed_out|decoder|proj_out|generator|classifier)\.weight")
 _TIE_HINT = "tie them in the model before training (tie_weights): otherwise they diverge"
@@ -71,7 +72,8 @@ def equal_groups(infos: Mapping[str, TensorInfo], stats: Mapping[str, Extremes],
                     break
             else:
                 distinct.append([key])
-        groups += [separate for group in distinct if len(separate := _without_tied_keys(infos, group)) > 1]
+        separate = (_without_twins(_without_tied_keys(infos, group)) for group in distinct)
+        groups += [group for group in separate if len(group) > 1]
     return groups
 
 
@@ -98,6 +100,14 @@ def _without_tied_keys(infos: Mapping[str, TensorInfo], keys: list[str]) -> list
     for key in keys:
         places.setdefault(infos[key].view or key, key)
     return list(places.values())
+
+
+def _without_twins(keys: list[str]) -> list[str]:
+    """Return the keys without the second bias of an LSTM or RNN that is equal to the first of the same layer.
+
+    The two are added, so they have the same gradient: where both began with zeros, training keeps them equal.
+    """
+    return [key for key in keys if _SECOND_BIAS.sub("bias_ih", key) not in keys or not _SECOND_BIAS.search(key)]
 
 
 def _may_have_one_magnitude(found: Extremes) -> bool:

@@ -173,14 +173,14 @@ def known_entries(
 
 
 def unknown_tensors(tree: Mapping[object, object], is_tensor: IsTensor) -> list[str]:
-    """Return the keys of ``tree`` with tensors that can be weights. Single numbers are never weights."""
+    """Return the keys of ``tree`` with tensors that can be weights, which single numbers and empty tensors are not."""
     nested = {
         key: value for key, value in tree.items() if not is_tensor(value) and isinstance(value, Mapping | list | tuple)
     }
     unknown = {
         key
         for key, content, tensors in _described(nested, is_tensor, {})
-        if not content and not all(map(_is_single, tensors))
+        if not content and not all(_is_single(tensor) or 0 in tensor.shape for tensor in tensors)
     }
     for key, value in tree.items():
         if is_tensor(value) and not (isinstance(key, str) and _tensor_content(key, value)):

@@ -92,6 +92,16 @@ def net() -> Net:
     return Net().eval()
 
 
+NO_ROWS = torch.zeros(0, 2)
+
+
+class Empty(nn.Module):
+    """A module whose traced code has one constant, which is empty."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, NO_ROWS])
+
+
 @functools.cache
 def scripted() -> bytes:
     return saved(jit.script(net()))
@@ -145,7 +155,7 @@ def test_a_module_is_the_state_dict_that_torch_loads(tmp_path: Path, data: Any) 
 def test_attributes_outside_the_state_dict_are_named(tmp_path: Path) -> None:
     """A warning names the attributes, and no warning concerns the compressed code."""
     with opened(tmp_path, scripted()) as checkpoint:
-        assert checkpoint.warnings == ("2 tensor attributes not in the state_dict: part.plain",)
+        assert checkpoint.warnings == ("2 tensor attributes not in the state_dict: part.plain, again.plain",)
     with opened(tmp_path, rezip(scripted(), method=zipfile.ZIP_DEFLATED)) as checkpoint:
         assert any("the archive is compressed" in line for line in checkpoint.warnings)
 
@@ -155,11 +165,19 @@ def test_constants_of_the_code_lie_beside_the_state_dict(tmp_path: Path) -> None
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.envelope == "state_dict"
         assert [entry.path for entry in checkpoint.entries] == ["CONSTANTS"]
+        assert any("and no other tensors: 'CONSTANTS'" in line for line in checkpoint.warnings)
     expected = {
         tuple(value.shape): bits(value) for value in jit.load(path).code_with_constants[1].const_mapping.values()
     }
     with open_checkpoint(f"{path}::CONSTANTS") as checkpoint:
         assert {info.shape: checkpoint.read_bytes(key) for key, info in checkpoint.items()}.items() >= expected.items()
+
+
+def test_an_empty_constant_is_not_said_to_be_unread(tmp_path: Path) -> None:
+    """An empty tensor holds no weights, so there is nothing to choose."""
+    with opened(tmp_path, saved(jit.trace(nn.Sequential(nn.Linear(2, 2), Empty()), torch.ones(2, 2)))) as checkpoint:
+        assert checkpoint.envelope == "state_dict"
+        assert checkpoint.warnings == ()
 
 
 def test_a_frozen_module_is_its_constants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

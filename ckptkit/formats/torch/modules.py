@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder
@@ -106,6 +106,6 @@ class ModuleWalker:
             stack.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(own.children))
         for keys, noun in ((non_persistent, "non-persistent buffer"), (attributes, "tensor attribute")):
             if keys:
-                text = f"{plural(len(keys), noun)} not in the state_dict: {printable(keys[0])}"
+                text = f"{plural(len(keys), noun)} not in the state_dict: {listed(keys, 3, show=printable)}"
                 self.notes.append(ReaderWarning(text, codes.NOT_IN_STATE_DICT))
         return result
