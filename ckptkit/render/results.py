@@ -145,10 +145,12 @@ def text_of(result: Result) -> str:
 
 
 def html_of(result: Result) -> str:
-    """Return the page of a result as HTML for a notebook; it names functions and arguments of Python."""
+    """Return the page and the pictures of a result for a notebook; it names functions and arguments of Python."""
     from ckptkit.render.page.html import as_html
+    from ckptkit.render.pictures.style import picture_style
 
-    return as_html(_page_in_python(result))
+    pictures = pictures_of(result)
+    return as_html(_page_in_python(result), pictures, picture_style(in_notebook=True) if pictures else "")
 
 
 def _page_in_python(result: Result) -> Page:

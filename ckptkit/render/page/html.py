@@ -1,33 +1,62 @@
-"""Pages as HTML, for notebooks: the same lines and tables as in a terminal."""
+"""Pages as HTML, for notebooks: the same lines and tables as in a terminal, and pictures."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, takewhile
+from typing import Final, Protocol
 
 from ckptkit.core.text import plural
-from ckptkit.render.page import Code, Line, Listing, Page, Table
+from ckptkit.render.page import Block, Code, Line, Listing, Page, Table
 
 __all__ = ["as_html"]
 
-_MOST_ROWS = 500  # a browser takes long for a table of all tensors of a large model
-_STYLE = (
-    "<style>.ckptkit th,.ckptkit td{text-align:left;white-space:pre-wrap}.ckptkit .right{text-align:right}"
-    ".ckptkit p{white-space:pre-wrap}</style>"
+_MOST_ROWS: Final = 500  # a browser takes long for a table of all tensors of a large model
+_MOST_LINES: Final = 2000  # of a listing
+# The colours of text are those of the notebook. A long table has its own place to scroll.
+_STYLE: Final = (
+    ".ckptkit{line-height:1.45}.ckptkit th,.ckptkit td{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}"
+    ".ckptkit .right{text-align:right;overflow-wrap:normal}.ckptkit p{white-space:pre-wrap;margin:.5em 0}"
+    ".ckptkit .rows{max-height:26em;overflow:auto;margin:.5em 0}.ckptkit table{margin:0}"
+    ".ckptkit .pictures{display:flex;flex-wrap:wrap;gap:1em 2em;margin:1em 0}"
+    ".ckptkit figure{flex:1 1 22em;max-width:40em;min-width:0;margin:0}"
+    ".ckptkit figcaption{font-weight:600;margin:0 0 .5em}"
 )
 
 
-def as_html(page: Page) -> str:
-    """Return a page as one HTML element; tables without rows are left out and names are escaped."""
-    blocks: list[str] = []
+class _Picture(Protocol):
+    """What a page needs of a picture: a title, and an element in which every name is escaped."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def svg(self) -> str: ...
+
+
+def as_html(page: Page, pictures: Sequence[_Picture] = (), picture_style: str = "") -> str:
+    """Return a page as one HTML element; tables without rows are left out and names are escaped.
+
+    The pictures stand behind the first lines. ``picture_style`` are the rules of CSS that they need.
+    """
+    page = list(page)
+    first = list(takewhile(lambda block: isinstance(block, Line), page))
+    figures = "".join(
+        f"<figure><figcaption>{html.escape(picture.title)}</figcaption>{picture.svg}</figure>" for picture in pictures
+    )
+    shown = f'<div class="pictures">{figures}</div>' if figures else ""
+    # A page of lines alone ends with its verdict, and pictures follow it.
+    blocks = [*_blocks(first), shown, *_blocks(page[len(first) :])]
+    return f'<div class="ckptkit"><style>{_STYLE}{picture_style}</style>{"".join(blocks)}</div>'
+
+
+def _blocks(page: Sequence[Block]) -> Iterator[str]:
     for kind, group in groupby(page, type):
         if kind is Line:
-            lines = [block for block in group if isinstance(block, Line)]
-            blocks += _paragraphs(lines)
+            yield from _paragraphs([block for block in group if isinstance(block, Line)])
         else:
-            blocks += [_block(block) for block in group]
-    return f'<div class="ckptkit">{_STYLE}{"".join(blocks)}</div>'
+            yield from map(_block, group)
 
 
 def _paragraphs(lines: list[Line]) -> Iterator[str]:
@@ -47,8 +76,14 @@ def _line(line: Line) -> str:
 
 def _block(block: object) -> str:
     if isinstance(block, Listing):
-        return f"<pre>{html.escape(chr(10).join(block.lines))}</pre>"
+        lines = block.lines[:_MOST_LINES]
+        text = html.escape("\n".join(lines))
+        return f'<div class="rows"><pre>{text}</pre></div>{_more(len(block.lines) - len(lines), "line")}'
     return _table(block) if isinstance(block, Table) and block.is_shown else ""
+
+
+def _more(count: int, noun: str) -> str:
+    return f"<p>and {plural(count, noun)} more</p>" if count > 0 else ""
 
 
 def _table(table: Table) -> str:
@@ -58,6 +93,5 @@ def _table(table: Table) -> str:
         "<tr>" + "".join(f"<td{mark}>{html.escape(cell)}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>"
         for row in table.rows[:_MOST_ROWS]
     )
-    more = len(table.rows) - _MOST_ROWS
-    note = f"<p>and {plural(more, 'row')} more</p>" if more > 0 else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+    rows = f'<div class="rows"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return rows + _more(len(table.rows) - _MOST_ROWS, "row")

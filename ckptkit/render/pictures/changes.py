@@ -33,7 +33,7 @@ from ckptkit.render.pictures.svg import (
 
 __all__ = ["MISSING", "OTHER_SHAPE", "UNEXPECTED", "State", "changes_picture", "states_of_values"]
 
-_NAMES: Final = 150
+_NAMES: Final = 146
 _ROW: Final = 14
 _MODULE_ROW: Final = 17
 _NAMED_ROWS: Final = 48
@@ -215,7 +215,7 @@ def _draw_modules(cells: _Cells, grid: Grid, top: float) -> None:
     drawing = cells.drawing
     columns = grid.bands[0].columns
     width = (WIDTH - _NAMES) / max(len(columns), 3)
-    for at, label in enumerate(short(columns, width - 6, SMALL)):
+    for at, label in enumerate(short(columns, width - 12, SMALL)):
         drawing.text(_NAMES + at * width, top + 11, label, size=SMALL, bold=True, tip=printable(columns[at]))
     top += 17
     for at, (name, label) in enumerate(zip(grid.rows, short(grid.rows, _NAMES - 8, SMALL), strict=True)):

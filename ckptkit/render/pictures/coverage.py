@@ -7,19 +7,18 @@ from typing import Final, NamedTuple
 
 from ckptkit.core.text import percent, plural, printable
 from ckptkit.render.pictures.model import Picture
-from ckptkit.render.pictures.sections import numbered, range_name
+from ckptkit.render.pictures.sections import WHOLE, numbered, range_name
 from ckptkit.render.pictures.svg import SMALL, WIDTH, Box, Drawing, Swatch, short
 
 __all__ = ["Part", "ShareRow", "shares_picture"]
 
-_NAMES: Final = 130
+_NAMES: Final = 124
 _SHARE: Final = 52
-_COUNT: Final = 96
+_COUNT: Final = 84
 _BARS: Final = WIDTH - _NAMES - _SHARE - _COUNT
 _ROW: Final = 22
 _BAR: Final = 14
 _THIN: Final = 3.5
-_WHOLE: Final = "in all"
 
 
 class Part(NamedTuple):
@@ -45,7 +44,7 @@ def shares_picture(
     A thin bar below has the elements that are ``more``, in the same scale. None without elements.
     """
     elements = tuple(map(sum, zip(*(row.elements for row in rows), strict=True)))
-    whole = ShareRow(_WHOLE, elements, sum(row.more for row in rows))
+    whole = ShareRow(WHOLE, elements, sum(row.more for row in rows))
     if not sum(elements) and not whole.more:
         return None
     rows = _joined(rows)
@@ -53,7 +52,7 @@ def shares_picture(
     drawing.legend(_swatches(whole, parts, more), 0)
     y = drawing.height + 8
     shown = [whole, *(rows if len(rows) > 1 else ())]
-    labels = [_WHOLE, *short([row.name for row in shown[1:]], _NAMES - 8)]
+    labels = [WHOLE, *short([row.name for row in shown[1:]], _NAMES - 8)]
     for row, label in zip(shown, labels, strict=True):
         count, is_whole = sum(row.elements), row is whole
         drawing.text(_NAMES - 8, y + 11, label, anchor="end", bold=is_whole, tip=_sentence(row, parts, more))
@@ -61,10 +60,11 @@ def shares_picture(
         if count:
             share = percent(row.elements[0] / count)
             drawing.text(_NAMES + _BARS + _SHARE, y + 11, share, anchor="end", bold=is_whole)
-            drawing.text(WIDTH, y + 11, f"{count:,}", anchor="end", size=SMALL, faint=True)
+        text = f"{count:,}" if count else f"+{row.more:,}"
+        drawing.text(WIDTH, y + 11, text, anchor="end", size=SMALL, faint=True)
         y += _ROW + 8 * is_whole
-    sentences = ". ".join(_sentence(row, parts, more) for row in shown)
-    return drawing.picture(kind, title, f"{sentences}.")
+    first, *others = (f"{_sentence(row, parts, more)}." for row in shown)
+    return drawing.picture(kind, title, f"{first[0].upper()}{first[1:]}", " ".join(others))
 
 
 def _joined(rows: Iterable[ShareRow]) -> list[ShareRow]:
@@ -102,7 +102,8 @@ def _draw_bars(drawing: Drawing, row: ShareRow, parts: Sequence[Part], more: Par
     if more is not None and row.more:
         width = min(row.more / count, 1) * _BARS if count else _BARS
         tip = f"{printable(row.name)}: {more.text} {plural(row.more, 'element')}"
-        drawing.cell(more.look, Box(_NAMES, y + _BAR + 1.5, max(width, 1), _THIN), tip)
+        top = y + _BAR + 1.5 if count else y + (_BAR - _THIN) / 2
+        drawing.cell(more.look, Box(_NAMES, top, max(width, 1), _THIN), tip)
 
 
 def _sentence(row: ShareRow, parts: Sequence[Part], more: Part | None) -> str:

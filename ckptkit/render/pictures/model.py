@@ -12,15 +12,17 @@ class Picture:
     """One picture of a result.
 
     Attributes:
-        kind: What the picture shows: ``coverage``, ``changes``, ``rates``, ``sizes`` or ``magnitudes``. It is also a
-            class of the ``<svg>``.
+        kind: What the picture shows: ``coverage``, ``training``, ``changes``, ``rates``, ``sizes`` or
+            ``magnitudes``. The ``<svg>`` has the class ``ck-`` and this name.
         title: A heading, without markup.
-        description: The most important numbers as sentences, without markup.
+        summary: The most important numbers as one or two sentences, without markup.
+        description: All numbers as sentences, without markup; it is the ``<desc>`` of the ``<svg>``.
         svg: The ``<svg>`` element. It has no ids, no scripts and no ``style``, so that several stand on one page. Its
             colours are attributes, which the rules of ``picture_style`` override.
     """
 
     kind: str
     title: str
+    summary: str
     description: str
     svg: str

@@ -38,14 +38,14 @@ _COVERED: Final = "Coverage by elements"
 
 def show_pictures(checkpoint: Checkpoint) -> tuple[Picture, ...]:
     """Return the size of a checkpoint by section and dtype."""
-    return _some(sizes_picture(checkpoint.values()))
+    return _some(sizes_picture([("", checkpoint.values())]))
 
 
 def stats_pictures(result: StateDictStats) -> tuple[Picture, ...]:
     """Return the magnitudes of all values, and the size of the tensors by section and dtype."""
     from ckptkit.render.pictures.magnitudes import magnitudes_picture
 
-    return _some(magnitudes_picture([("", result.total)]), sizes_picture(_renamed(result.tensors.infos)))
+    return _some(magnitudes_picture([("", result.total)]), sizes_picture([("", _renamed(result.tensors.infos))]))
 
 
 def _renamed(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
@@ -53,8 +53,10 @@ def _renamed(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
 
 
 def diff_pictures(result: StateDictDiff) -> tuple[Picture, ...]:
-    """Return the coverage by elements, and how much each tensor changed where values were compared."""
-    return _some(_coverage(result), _changes(result))
+    """Return coverage by elements, how much each tensor changed where values were compared, and the sizes."""
+    found = {result.names.get(key, key): info for key, info in result.found.items()}
+    sides = [("expected", result.expected.values()), ("found", _renamed(found))]
+    return _some(_coverage(result), _changes(result), sizes_picture(sides))
 
 
 def values_pictures(result: ValueDiff) -> tuple[Picture, ...]:

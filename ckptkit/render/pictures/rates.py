@@ -19,8 +19,8 @@ from ckptkit.render.pictures.svg import HATCHED, SMALL, WIDTH, Box, Drawing, Swa
 
 __all__ = ["GroupOfNames", "rates_picture"]
 
-_NAMES: Final = 140
-_GROUPS: Final = 112
+_NAMES: Final = 130
+_GROUPS: Final = 104
 _LEFT: Final = _NAMES + 8
 _RIGHT: Final = WIDTH - _GROUPS - 12
 _ROW: Final = 18
@@ -87,8 +87,8 @@ def rates_picture(groups: Iterable[GroupOfNames], order: Sequence[str] = ()) -> 
     _draw(drawing, rows, _Axis.of(numbers), look)
     low, high = short_number(min(numbers)), short_number(max(numbers))
     spread = f"The learning rate is {low}" if low == high else f"Learning rates are from {low} to {high}"
-    texts = ". ".join(f"{printable(row.name)}: {_words(row)}" for row in rows[:_MANY_ROWS])
-    return drawing.picture("rates", "Learning rate by layer", f"{spread}. {texts}.")
+    texts = " ".join(f"{printable(row.name)}: {_words(row)}." for row in rows[:_MANY_ROWS])
+    return drawing.picture("rates", "Learning rate by layer", f"{spread}.", texts)
 
 
 def _mark(group: GroupOfNames, rate: float | None) -> _Mark:

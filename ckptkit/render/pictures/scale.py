@@ -15,6 +15,7 @@ from ckptkit.render.pictures.svg import SMALL, Box, Drawing, text_width
 __all__ = ["LogScale"]
 
 _MOST_BINS: Final = len(RAMP)
+_ENDS: Final = {1: (4, 4), 2: (3, 5), 3: (2, 6)}  # the colours of the first and of the last of few bins
 _BIN: Final = 38  # width in a legend
 _MOST_DIGITS: Final = 5
 _STEPS: Final = ((2, (1, 2, 5)), (3, (1, 3)), (math.inf, (1,)))  # of each decade, by the number of decades
@@ -47,8 +48,9 @@ class LogScale:
         return self._look_of(max(bisect_right(self.edges, number) - 1, 0))
 
     def _look_of(self, place: int) -> str:
-        steps = len(self.edges) - 1
-        return RAMP[round(place * (len(RAMP) - 1) / steps)] if steps else RAMP[len(RAMP) // 2]
+        # Few bins are near each other in size, and so in colour.
+        first, last = _ENDS.get(len(self.edges), (0, len(RAMP) - 1))
+        return RAMP[first + round(place * (last - first) / max(len(self.edges) - 1, 1))]
 
     def draw(self, drawing: Drawing, name: str, y: float) -> None:
         """Draw the legend: the bins beside each other, with their edges below."""
@@ -59,7 +61,7 @@ class LogScale:
         for place, edge in enumerate(self.edges):
             drawing.rect(Box(x, y, _BIN - 1, 11), self._look_of(place))
             text = _edge_text(edge)
-            drawing.text(x, y + 23, f"≤ {text}" if self.is_open and not place else text, size=SMALL, faint=True)
+            drawing.text(x, y + 23, "less" if self.is_open and not place else text, size=SMALL, faint=True)
             x += _BIN
 
 

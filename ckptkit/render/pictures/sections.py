@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["OTHERS", "numbered", "range_name", "sections_of"]
+__all__ = ["OTHERS", "WHOLE", "numbered", "range_name", "sections_of"]
 
 OTHERS: Final = "(others)"  # the name of a section of many small ones
+WHOLE: Final = "in all"
 _MOST: Final = 12
 _LONGEST_NUMBER: Final = 9
 _HEAVY: Final = 0.4  # a section with more than this share is divided
@@ -17,7 +18,7 @@ def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[s
     """Return the sections with their keys, in the order of the keys; ``weights`` has the weight of each key.
 
     A section is a module. The heaviest are divided, but never a list of layers. The lightest of more than ``most``
-    sections are one section named ``OTHERS``, the last.
+    sections are one section named ``OTHERS``, the last; where they outweigh the others, all keys are one section.
     """
     if not weights:
         return []
@@ -74,4 +75,6 @@ def _bounded(
     sizes = {name: sum(map(weights.__getitem__, keys)) for name, keys in sections}
     kept = set(sorted(sizes, key=lambda name: -sizes[name])[: most - 1])
     others = [key for name, keys in sections if name not in kept for key in keys]
+    if sum(map(sizes.__getitem__, kept)) < sum(map(weights.__getitem__, others)):
+        return [(WHOLE, list(weights))]  # a few of many equal sections say nothing
     return [*(section for section in sections if section[0] in kept), (OTHERS, others)]

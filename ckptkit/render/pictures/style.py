@@ -36,7 +36,7 @@ _COLOURS: Final[Mapping[str, _Colour]] = {
     OUTLINE: _Colour("#c2410c", "#ff9d5c"),
 }
 _RULES: Final = (
-    ".ck-picture{display:block;width:100%;max-width:40rem;height:auto}"
+    ".ck-picture{display:block;width:100%;max-width:36rem;height:auto}"
     ".ck-picture text{fill:currentColor;font-family:system-ui,-apple-system,'Segoe UI',sans-serif}"
 )
 # What hosts of notebooks say about their theme; a browser's wish for dark pages says nothing about it.

@@ -29,7 +29,7 @@ __all__ = [
     "text_width",
 ]
 
-WIDTH: Final = 480  # of every picture, in its own units: a text of 12 can be read where only 400 px are left
+WIDTH: Final = 440  # of every picture, in its own units: a text of 12 can be read where only 400 px are left
 FONT: Final = 12
 SMALL: Final = 11
 _CHAR: Final = 0.62  # the mean width of a character of system fonts, as a share of the size of the font
@@ -157,15 +157,16 @@ class Drawing:
             self.text(x + 16, y + 10.5, swatch.text, size=SMALL)
             x += width + 14
 
-    def picture(self, kind: str, title: str, description: str) -> Picture:
-        """Return the picture."""
+    def picture(self, kind: str, title: str, summary: str, details: str = "") -> Picture:
+        """Return the picture; the details follow the summary in its description."""
+        description = f"{summary} {details}".rstrip()
         # A title as the first child is the name of the picture for screen readers, which read the description too.
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" class="ck-picture ck-{kind}" width="100%"'
             f' viewBox="0 0 {WIDTH} {place(math.ceil(self.height + 2))}" font-family="system-ui,sans-serif">'
             f"<title>{html.escape(title)}</title><desc>{html.escape(description)}</desc>{''.join(self._parts)}</svg>"
         )
-        return Picture(kind, title, description, svg)
+        return Picture(kind, title, summary, description, svg)
 
     def _add(self, start: str, element: str, tip: str) -> None:
         self._parts.append(f"{start}>{_title(tip)}</{element}>" if tip else f"{start}/>")
