@@ -13,6 +13,7 @@ from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
 from ckptkit.checks.report import CheckReport, merge_reports
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, progress_bar
@@ -24,6 +25,7 @@ from ckptkit.core.findings.codes import IGNORE_UNUSED
 from ckptkit.core.findings.ignoring import IgnoreEntry, ignore_findings, parse_ignore
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, RuleError
+from ckptkit.formats.writing.state import Target
 from ckptkit.rules.model import Rules
 
 __all__ = ["check"]
@@ -37,6 +39,7 @@ __all__ = ["check"]
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")
 @click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers.")
 @ignore_option
+@html_option
 @report_options
 @quiet_option
 @click.pass_context
@@ -49,6 +52,7 @@ def check(
     fast: bool,
     no_values: bool,
     ignore: tuple[str, ...],
+    html: Target | None,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -71,6 +75,7 @@ def check(
         run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values, ignore=ignore)
         checked, unopened = _check_all(paths, run, entries, hidden=fast or quiet)
         report = merge_reports(_without_used_entries(checked))
+    write_html(html, report, quiet=quiet)
     echo_result(report_format, report)
     context.exit(2 if unopened else exit_code(report))
 

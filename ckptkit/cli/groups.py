@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from ckptkit.cli.common.commands import CommandGroup
+from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
 from ckptkit.cli.common.spec_options import (
@@ -22,6 +23,7 @@ from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.formats.live import build_module
+from ckptkit.formats.writing.state import Target
 
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
@@ -40,9 +42,10 @@ def groups() -> None:
 @click.option("--model", required=True, metavar="PATH",
               help="py:MODULE:CALLABLE, or a checkpoint that gives names and shapes.")  # fmt: skip
 @spec_options
+@html_option
 @report_options
 @quiet_option
-def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet: bool) -> None:
+def table(source: SpecSource, *, model: str, html: Target | None, report_format: ReportFormat, quiet: bool) -> None:
     """Show each group with its parameters and options.
 
     The table has the elements and layers of each group too, and the learning rate of each layer.
@@ -60,6 +63,7 @@ def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet:
             assignment = assign(parameter_table(found), spec)
             assignment.report.raise_for_errors()
     plan = assignment.plan
+    write_html(html, plan, quiet=quiet)
     echo_result(report_format, plan)
     for finding in () if quiet else assignment.report.findings:
         print_message(f"ckpt: {finding.severity}: {finding.message}")

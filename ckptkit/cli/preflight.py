@@ -10,6 +10,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
+from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import (
     PATH_TYPE,
@@ -30,6 +31,7 @@ from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.formats import LIVE_PREFIX, open_optimizer
 from ckptkit.formats.live import build_module
+from ckptkit.formats.writing.state import Target
 from ckptkit.rules.model import Rules
 
 __all__ = ["preflight"]
@@ -57,6 +59,7 @@ __all__ = ["preflight"]
 @rule_options(beside="init", or_beside="resume")
 @ignore_option
 @expand_option
+@html_option
 @report_options
 @quiet_option
 @click.pass_context
@@ -77,6 +80,7 @@ def preflight(
     rules: Rules,
     ignore: tuple[str, ...],
     expand: bool,
+    html: Target | None,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -140,6 +144,7 @@ def preflight(
                 dry_step=loss,
                 ignore=ignore,
             )
+    write_html(html, report, quiet=quiet)
     echo_result(report_format, report, expand=expand)
     context.exit(exit_code(report))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import (
     dequantize_option,
@@ -17,6 +18,7 @@ from ckptkit.cli.common.options import (
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, progress_bar
 from ckptkit.core.config_files import default_error_path
+from ckptkit.formats.writing.state import Target
 from ckptkit.render.stats import SORT_KEYS, StatsView
 from ckptkit.rules.parse import parse_rules
 from ckptkit.statistics.state_dict_stats import stats as stats_of
@@ -35,6 +37,7 @@ __all__ = ["stats"]
 @dequantize_option
 @numbers_dtype_option
 @expand_option
+@html_option
 @report_options
 @quiet_option
 def stats(
@@ -48,6 +51,7 @@ def stats(
     dequantize: bool,
     dtype: str | None,
     expand: bool,
+    html: Target | None,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -69,4 +73,5 @@ def stats(
                 checkpoint, parse_rules(keep=keep, drop=drop), dequantize=dtype or dequantize, progress=progress
             )
         view = StatsView(depth, sort, top)
+        write_html(html, result, quiet=quiet, chosen={"view": view})
         echo_result(report_format, result, chosen={"view": view}, expand=expand or sort is not None)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from ckptkit.checks.codes import NOT_SCANNED
 from ckptkit.checks.report import CheckReport, CheckReports, merge_reports
+from ckptkit.core.text import human_bytes, plural
 from ckptkit.formats.codes import NO_CHECKSUM
-from ckptkit.render.findings import finding_lines, findings_document, findings_table
+from ckptkit.render.findings import finding_facts, finding_lines, findings_document, findings_table, tone_of
 from ckptkit.render.page import Line, Page, as_code
+from ckptkit.render.page.head import Fact, Head, Subject
 from ckptkit.render.summary import describe
 
-__all__ = ["check_document", "check_page", "checks_document", "checks_page"]
+__all__ = ["check_document", "check_head", "check_page", "checks_document", "checks_head", "checks_page"]
 
+_MOST_SUBJECTS = 5  # checkpoints that the head of a report names
 _WHAT_WAS_READ = frozenset({NOT_SCANNED.name, NO_CHECKSUM.name})
 
 
@@ -24,17 +27,41 @@ def check_document(report: CheckReport) -> dict[str, object]:
     return checks_document(merge_reports([report]))
 
 
+def check_head(report: CheckReport) -> Head:
+    """Return the head of a report about one checkpoint."""
+    return checks_head(merge_reports([report]))
+
+
+def checks_head(merged: CheckReports) -> Head:
+    """Return the head of a report: the checkpoints, how many findings there are, and how much was checked."""
+    checkpoints = [report.checkpoint for report in merged.reports]
+    shown = [Subject("", _title(report)) for report in merged.reports[:_MOST_SUBJECTS]]
+    if len(checkpoints) > len(shown):
+        shown.append(Subject("", Line((f"and {plural(len(checkpoints) - len(shown), 'more checkpoint')}",))))
+    is_clean = all(map(_is_clean, merged.reports))
+    facts = (
+        *(() if is_clean else finding_facts(merged)),
+        Fact(f"{sum(one.tensors for one in checkpoints):,}", "tensors"),
+        Fact(human_bytes(sum(one.nbytes for one in checkpoints)), "in tensors"),
+    )
+    verdict = Line(("no findings",)) if is_clean else Line((merged.counts,))
+    return Head("ckpt check", verdict, tuple(shown), facts, tone_of(merged))
+
+
+def _title(report: CheckReport) -> Line:
+    return Line(describe(report.checkpoint) if report.checkpoint.format else (as_code(report.checkpoint.path),))
+
+
 def checks_page(merged: CheckReports) -> Page:
     """Return a line for each checkpoint that is clean; for others a title with the findings below, and their number."""
     lines: list[Line] = []
     for report in merged.reports:
-        checkpoint = report.checkpoint
-        title = describe(checkpoint) if checkpoint.format else (as_code(checkpoint.path),)
+        title = _title(report)
         if _is_clean(report):
-            lines.append(Line((*title[:-1], f": no findings; {report.proved}")))
+            lines.append(Line((*title.parts[:-1], f": no findings; {report.proved}"), tone="good"))
         else:
             gap = [Line(())] if lines and lines[-1].parts else []
-            lines += [*gap, Line(title), *finding_lines(report.findings), Line(())]
+            lines += [*gap, title, *finding_lines(report.findings), Line(())]
     if all(map(_is_clean, merged.reports)):
         return [*lines, findings_table(merged.findings)]
     gap = [Line(())] if lines[-1].parts else []

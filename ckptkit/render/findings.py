@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import in_quotes, printable, quoted
+from ckptkit.core.text import in_quotes, plural, printable, quoted
 from ckptkit.errors import one_line
-from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, join_rows
+from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, Tone, join_rows
+from ckptkit.render.page.head import Fact, Head
 
-__all__ = ["finding_lines", "findings_document", "findings_page", "findings_table"]
+__all__ = [
+    "finding_facts", "finding_lines", "findings_document", "findings_head", "findings_page", "findings_table",
+    "tone_of",
+]  # fmt: skip
 
 
 def findings_document(report: Report) -> dict[str, object]:
@@ -35,6 +39,30 @@ def findings_page(report: Report) -> Page:
     if report.proved and not report.findings and not report.ignored:
         return [Line((report.proved,)), findings_table(())]
     return [*finding_lines(report.findings), Line((report.counts,)), findings_table(report.findings)]
+
+
+def findings_head(report: Report) -> Head:
+    """Return the head of a report: what the check proved, or the number of findings."""
+    is_proved = report.proved and not report.findings and not report.ignored
+    verdict = Line((report.proved if is_proved else report.counts,))
+    return Head("Findings", verdict, (), tuple(finding_facts(report)), tone_of(report))
+
+
+def finding_facts(report: Report) -> list[Fact]:
+    """Return the number of errors, warnings and notes for the head of a report."""
+    counts: list[tuple[int, str, Tone]] = [
+        (len(report.errors), "error", "error"),
+        (len(report.warnings), "warning", "warning"),
+        (len(report.notes), "note", "note"),
+    ]
+    return [
+        Fact(f"{count:,}", plural(count, noun).partition(" ")[2], tone if count else "") for count, noun, tone in counts
+    ]
+
+
+def tone_of(report: Report) -> Tone:
+    """Return whether a report is good: it has errors, warnings, or neither."""
+    return "error" if report.errors else "warning" if report.warnings else "good"
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:

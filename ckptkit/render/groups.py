@@ -12,6 +12,7 @@ from ckptkit.core.text import option_text, plural, printable, quoted, short_numb
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.lock import lock_document, plain_option
 from ckptkit.render.page import Code, Line, Listing, Page, Table, as_code
+from ckptkit.render.page.head import Fact, Head
 from ckptkit.render.summary import share_cell
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from ckptkit.param_groups.spec.fields import GroupRule
 
 __all__ = [
-    "explain_document", "explain_page", "groups_document", "groups_page", "groups_rows", "lock_document", "lock_page",
-    "spec_document", "spec_page",
+    "explain_document", "explain_page", "groups_document", "groups_head", "groups_page", "groups_rows", "lock_document",
+    "lock_page", "spec_document", "spec_page",
 ]  # fmt: skip
 
 _RIGHT = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
@@ -34,16 +35,15 @@ _EXAMPLES = 2
 _LONGEST_RULE = 48  # a longer rule is cut on the page; the JSON document has all of it
 
 
-def groups_page(plan: ParamGroupsPlan) -> Page:
+def groups_page(plan: ParamGroupsPlan, *, expand: bool = False) -> Page:
     """Return the page of ``ckpt groups table``.
 
     It has a row per group, the rate of each layer, the number of trainable and frozen parameters, and empty groups.
+    With ``expand``, it also has a row per parameter.
     """
     headers, rows = groups_rows(plan)
     rates = _rate_table(plan)
-    trained = sum(len(group.parameters) for group in plan.groups)
-    counts = [plural(trained, "parameter"), plural(len(plan.groups), "group"), plural(plan.elements, "element")]
-    lines = [Line((f"{counts[0]} in {counts[1]}, {counts[2]}",))]
+    lines = [_counts(plan)]
     for noun, what, parameters in (
         ("frozen parameter", "in no group", plan.frozen),
         ("parameter", "that the spec freezes", plan.freeze),
@@ -55,7 +55,49 @@ def groups_page(plan: ParamGroupsPlan) -> Page:
         Line(("optional group " if rule.optional else "group ", Code(quoted(rule.name)), " owns nothing"))
         for rule in plan.idle
     )
-    return [Table(headers, tuple(rows), _RIGHT, gives_way=_GIVES_WAY), *([] if rates is None else [rates]), *lines]
+    groups = Table(headers, tuple(rows), _RIGHT, gives_way=_GIVES_WAY, title="Groups")
+    more = [_parameter_table(plan)] if expand else []
+    return [groups, *([] if rates is None else [rates]), *more, *lines]
+
+
+def groups_head(plan: ParamGroupsPlan) -> Head:
+    """Return the head of a report: how many parameters are in groups, which are frozen, and the range of rates."""
+    frozen = len(plan.frozen) + len(plan.freeze)
+    rates = sorted({rate for group in plan.groups if (rate := rate_of(group.options)) is not None})
+    ends = dict.fromkeys((rates[0], rates[-1])) if rates else {}
+    facts = [
+        Fact(f"{sum(len(group.parameters) for group in plan.groups):,}", "parameters in groups"),
+        Fact(f"{len(plan.groups):,}", "groups"),
+        Fact(f"{plan.elements:,}", "elements train"),
+        Fact(f"{frozen:,}", "parameters are frozen"),
+        *([Fact(" to ".join(map(short_number, ends)), "learning rate")] if rates else []),
+    ]
+    idle = any(not rule.optional for rule in plan.idle)
+    return Head("ckpt groups table", _counts(plan), (), tuple(facts), "warning" if idle else "good")
+
+
+def _counts(plan: ParamGroupsPlan) -> Line:
+    trained = sum(len(group.parameters) for group in plan.groups)
+    counts = [plural(trained, "parameter"), plural(len(plan.groups), "group"), plural(plan.elements, "element")]
+    return Line((f"{counts[0]} in {counts[1]}, {counts[2]}",))
+
+
+def _parameter_table(plan: ParamGroupsPlan) -> Table:
+    """Return a row for each parameter with its group; frozen ones have none."""
+    rows = [
+        (one.name, printable(group.name), one, _option_cell(group.options, "lr"))
+        for group in plan.groups
+        for one in group.parameters
+    ]
+    rows += [(one.name, "(frozen)", one, "") for one in plan.frozen]
+    rows += [(one.name, "(frozen by the spec)", one, "") for one in plan.freeze]
+    cells = tuple(
+        (printable(name), group, "" if one.layer is None else str(one.layer), str(list(one.shape)),
+         f"{one.elements:,}", rate)
+        for name, group, one, rate in rows
+    )  # fmt: skip
+    headers = ("parameter", "group", "layer", "shape", "elements", "lr")
+    return Table(headers, cells, frozenset({"layer", "elements", "lr"}), title="Parameters")
 
 
 def groups_rows(plan: ParamGroupsPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -135,7 +177,7 @@ def _rate_table(plan: ParamGroupsPlan) -> Table | None:
         for (layer, rate), count in sorted(counts.items())
     )
     headers = ("layer", "parameters", "lr", "log scale" if log else "")
-    return Table(headers, rows, frozenset({"layer", "parameters", "lr"}))
+    return Table(headers, rows, frozenset({"layer", "parameters", "lr"}), title="Learning rate by layer")
 
 
 def rate_of(options: Mapping[str, object]) -> float | None:

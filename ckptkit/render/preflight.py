@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from ckptkit.core.text import human_bytes, option_text, percent, plural, printable, short_number
 from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
-from ckptkit.render.findings import finding_lines, findings_document
+from ckptkit.render.findings import finding_facts, finding_lines, findings_document, tone_of
 from ckptkit.render.page import Block, Code, Line, Message, Page, Table, table_rows
+from ckptkit.render.page.head import Fact, Head
 from ckptkit.render.summary import coverage_documents, json_number, share_cell
 
-__all__ = ["preflight_document", "preflight_page"]
+__all__ = ["preflight_document", "preflight_head", "preflight_page"]
 
 _RIGHT = frozenset({"tensors", "elements", "parameters", "share", "lr", "weight_decay", "bytes"})
 _MOST_KEPT = 24  # rows of tensors that stay at init; the JSON document has all of them
@@ -38,9 +39,27 @@ def preflight_page(report: Preflight, *, expand: bool = False) -> Page:
     page += finding_lines(report.findings)
     if report.ignored:
         page.append(Line((report.ignored_counts,)))
-    reason = report.not_ready_reason
-    page.append(Line(("not ready: ", Message(printable(reason)))) if reason else Line((report.verdict,)))
+    page.append(_verdict(report))
     return page
+
+
+def preflight_head(report: Preflight) -> Head:
+    """Return the head of a report: the verdict, and what loads, trains and takes memory."""
+    trainable = sum(module.trainable_elements for module in report.training)
+    elements = sum(module.elements for module in report.training)
+    facts = [
+        *finding_facts(report),
+        *([] if report.init is None else [Fact(percent(report.init.coverage), "of the elements from init")]),
+        *([Fact(share_cell(trainable, elements), "of the elements train")] if elements else []),
+        *([Fact(f"{len(report.groups):,}", "param groups")] if report.groups else []),
+        *([] if report.memory is None else [Fact(human_bytes(report.memory.total), "without activations")]),
+    ]
+    return Head("ckpt preflight", _verdict(report), (), tuple(facts), tone_of(report))
+
+
+def _verdict(report: Preflight) -> Line:
+    reason = report.not_ready_reason
+    return Line(("not ready: ", Message(printable(reason)))) if reason else Line((report.verdict,))
 
 
 def _init_blocks(init: Init, *, expand: bool) -> Iterator[Block]:
@@ -53,7 +72,7 @@ def _init_blocks(init: Init, *, expand: bool) -> Iterator[Block]:
         )
         for module in init.modules
     )
-    yield Table(("from init", "tensors", "elements", "share"), rows, _RIGHT)
+    yield Table(("from init", "tensors", "elements", "share"), rows, _RIGHT, title="What init fills")
     in_model = {
         "all": ", and the model has its values",
         "part": ", of which the model has some",
@@ -65,7 +84,7 @@ def _init_blocks(init: Init, *, expand: bool) -> Iterator[Block]:
     if init.kept:
         kept = table_rows([(one.key, (one.why, one.looks or "not measured")) for one in init.kept], expand=expand)
         most = len(kept) if expand else _MOST_KEPT
-        yield Table(("stays at init", "because", "looks"), tuple(kept[:most]))
+        yield Table(("stays at init", "because", "looks"), tuple(kept[:most]), title="What stays at init")
         if len(kept) > most:
             yield Line((f"and {plural(len(kept) - most, 'more row')}",))
 
@@ -77,7 +96,7 @@ def _training_table(report: Preflight) -> Iterator[Block]:
         trainable = _some_of(module.trainable, module.parameters)
         rows.append((printable(module.module), state, trainable, f"{module.trainable_elements:,}"))
     if rows:
-        yield Table(("module", "", "parameters", "elements"), tuple(rows), _RIGHT)
+        yield Table(("module", "", "parameters", "elements"), tuple(rows), _RIGHT, title="What trains")
 
 
 def _groups_table(report: Preflight) -> Iterator[Block]:
@@ -95,7 +114,8 @@ def _groups_table(report: Preflight) -> Iterator[Block]:
         for group in report.groups
     )
     if rows:
-        yield Table(("group", "optimizer", "parameters", "elements", "lr", "weight_decay"), rows, _RIGHT)
+        headers = ("group", "optimizer", "parameters", "elements", "lr", "weight_decay")
+        yield Table(headers, rows, _RIGHT, title="Param groups")
 
 
 def _memory_table(memory: Memory) -> Iterator[Block]:
@@ -108,7 +128,7 @@ def _memory_table(memory: Memory) -> Iterator[Block]:
         size = "not known for this class" if state.nbytes is None else human_bytes(state.nbytes)
         rows.append((f"{printable(state.optimizer)} state{slots}", size))
     rows.append(("total, without activations", human_bytes(memory.total)))
-    yield Table(("memory", "bytes"), tuple(rows), _RIGHT)
+    yield Table(("memory", "bytes"), tuple(rows), _RIGHT, title="Memory")
 
 
 def _resume_line(resume: Resume) -> Line:

@@ -42,8 +42,8 @@ _EXPANDED: Final[Mapping[str, object]] = MappingProxyType({"expand": True})
 # By name, so that a page loads neither the other pages nor the packages of their results.
 _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "align.model.Alignment": _Renderer("align", "align_page", "align_document", all_rows=_EXPANDED),
-    "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document"),
-    "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
+    "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document", head="check_head"),
+    "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document", head="checks_head"),
     "comparison.state_dict_diff.StateDictDiff": _Renderer(
         "diff", "diff_page", "diff_document", "diff_pictures", "diff_head", {"expand": True, "everything": True}
     ),
@@ -51,7 +51,7 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
         "values", "values_page", "values_document", "values_pictures", all_rows=_EXPANDED
     ),
     "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures", all_rows=_EXPANDED),
-    "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
+    "core.findings.Report": _Renderer("findings", "findings_page", "findings_document", head="findings_head"),
     "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),
     "digests.model.Digests": _Renderer("digests", "digests_page", "digests_document"),
     "loading.report.LoadReport": _Renderer("loads", "load_page", "load_document", "load_pictures"),
@@ -62,14 +62,16 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "optimizer_state.write.WrittenState": _Renderer("optim", "written_state_page", "written_state_document"),
     "param_groups.explain.Explanation": _Renderer("groups", "explain_page", "explain_document"),
     "param_groups.lock.ParamGroupsLock": _Renderer("groups", "lock_page", "lock_document"),
-    "param_groups.plan.ParamGroupsPlan": _Renderer("groups", "groups_page", "groups_document", "groups_pictures"),
+    "param_groups.plan.ParamGroupsPlan": _Renderer(
+        "groups", "groups_page", "groups_document", "groups_pictures", "groups_head", _EXPANDED
+    ),
     "param_groups.spec.ParamGroupSpec": _Renderer("groups", "spec_page", "spec_document"),
     "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document", all_rows=_EXPANDED),
     "plans.writing.written.Written": _Renderer(
         "plan", "written_page", "written_document", all_rows={"tensors": True, "expand": True}
     ),
     "readiness.model.Preflight": _Renderer(
-        "preflight", "preflight_page", "preflight_document", "preflight_pictures", all_rows=_EXPANDED
+        "preflight", "preflight_page", "preflight_document", "preflight_pictures", "preflight_head", _EXPANDED
     ),
     "statistics.state_dict_stats.StateDictStats": _Renderer(
         "stats", "stats_page", "stats_document", "stats_pictures", "stats_head", _EXPANDED

@@ -22,7 +22,7 @@ _BESIDE_HEADER = 3  # the sign of the order
 _FEW = 12  # rows that need no filter
 _MOST_CHOICES = 8
 _ROWS_FOR_CHOICE = 3
-_BARS = re.compile(r"[▁▂▃▄▅▆▇█· ]*")
+_BARS = re.compile(r"[▁▂▃▄▅▆▇█· ]*")  # also the cell of a row without bars
 _MARK_HEADER = "status"
 
 
@@ -55,7 +55,12 @@ class Column:
     width: int
     least: int
     order: str
-    is_wide: bool = False  # it has names or sentences
+    is_wide: bool = False  # it has long names or sentences
+
+    @property
+    def kind(self) -> str:
+        """The class of the cells, or an empty string."""
+        return "number" if self.order == "number" else "bars" if not self.order else "wide" if self.is_wide else ""
 
     @property
     def size(self) -> str:
@@ -89,6 +94,13 @@ class TableView:
     notes: tuple[Sentence, ...]
     marks: dict[str, str]
     picks: bool = False
+
+    @property
+    def cell_attributes(self) -> list[str]:
+        """The attributes of the cells of each column: its class, as markup."""
+        from markupsafe import Markup
+
+        return [Markup(f' class="{column.kind}"') if column.kind else "" for column in self.columns]  # noqa: S704
 
     @property
     def has_filter(self) -> bool:
@@ -181,7 +193,7 @@ def _table_view(table: Table, notes: Sequence[Line], name: str, *, picks: bool) 
 def _columns(table: Table, rows: Sequence[tuple[str, ...]], marks: dict[str, str]) -> Iterator[Column]:
     cells = list(zip(*rows, strict=True))
     for at, (header, column) in enumerate(zip(table.headers, cells, strict=True)):
-        is_bars = all(map(_BARS.fullmatch, column))
+        is_bars = any(column) and all(map(_BARS.fullmatch, column))
         name = header or ("" if is_bars else _MARK_HEADER)
         if at == 0 and marks:
             width = max(len(word) for word in marks.values()) + 2

@@ -33,6 +33,7 @@ _START = re.compile(
     rb'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="ckptkit[ "]'
 )
 _MOST_DOCUMENT: Final = 64_000_000  # bytes of the JSON document: browsers open larger files slowly, or not at all
+_FINDINGS: Final = frozenset({"note", "warning", "error"})
 _SIDES: Final = ("expected", "found")
 
 
@@ -73,7 +74,7 @@ def as_report(
         verdict=sentence_of(head.verdict),
         subjects=[(subject.label, sentence_of(subject.description)) for subject in head.subjects],
         pictures=[(picture, Markup(picture.svg)) for picture in pictures],  # noqa: S704 - they escape every name
-        has_findings=any(line.tone for line in lines),
+        has_findings=any(line.tone in _FINDINGS for line in lines),
         paragraphs=sentences_of(lines),
         listings=texts_of(page),
         tables=[(table, rows_left_out(table)) for table in tables],

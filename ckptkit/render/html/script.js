@@ -117,7 +117,7 @@
       this.bodies = [...this.table.tBodies];
       this.rows = [...this.table.querySelectorAll("tbody > tr")];
       this.order = this.rows.map((_, place) => place);
-      this.keys = new Map();
+      this.orders = new Map();
       this.headers = [...this.table.tHead.rows[0].cells];
       this.sorted = null;
       this.matches = section.querySelector(".matches");
@@ -128,6 +128,7 @@
       this.headers.forEach((header, column) => this.addButton(header, column));
       if (this.box) this.box.addEventListener("input", () => this.show());
       for (const choice of this.choices) choice.addEventListener("change", () => this.show());
+      if (this.box && window.requestIdleCallback) requestIdleCallback(() => this.prepare());
     }
 
     addButton(header, column) {
@@ -151,31 +152,46 @@
         if (place === column && direction) header.setAttribute("aria-sort", direction);
         else header.removeAttribute("aria-sort");
       });
-      this.order = this.rows.map((_, place) => place);
-      if (direction) {
-        const keys = this.keysOf(column, isNumber);
-        const sign = direction === "ascending" ? 1 : -1;
-        this.order.sort((a, b) => (keys[a] < keys[b] ? -sign : keys[a] > keys[b] ? sign : a - b));
-      }
+      this.order = direction ? this.ordered(column, isNumber)[direction] : this.rows.map((_, place) => place);
       this.show();
     }
 
-    keysOf(column, isNumber) {
-      if (!this.keys.has(column)) {
+    // Rows with equal cells stay in their first order, in both directions.
+    ordered(column, isNumber) {
+      if (!this.orders.has(column)) {
         const key = isNumber ? numeric : natural;
-        this.keys.set(column, this.rows.map((row) => key(this.cell(row, column))));
+        const keys = this.rows.map((row) => key(this.cell(row, column)));
+        const ascending = this.rows.map((_, place) => place);
+        ascending.sort((a, b) => (keys[a] < keys[b] ? -1 : keys[a] > keys[b] ? 1 : a - b));
+        const descending = [];
+        for (let end = ascending.length; end > 0; ) {
+          let start = end - 1;
+          while (start > 0 && keys[ascending[start - 1]] === keys[ascending[end - 1]]) start--;
+          for (let place = start; place < end; place++) descending.push(ascending[place]);
+          end = start;
+        }
+        this.orders.set(column, { ascending, descending });
       }
-      return this.keys.get(column);
+      return this.orders.get(column);
     }
 
     // The cell of a mark also has the word for it.
     cell(row, column) {
       const cell = row.cells[column];
-      return (cell.querySelector(".mark") || cell).textContent;
+      return (cell.firstElementChild || cell).textContent;
+    }
+
+    // Done while nothing else happens, so that the first key press and the first click need not wait for it.
+    prepare() {
+      this.texts();
+      const column = this.headers.findIndex((header) => header.dataset.order === "text" && header.firstElementChild);
+      if (column >= 0) this.ordered(column, false);
     }
 
     texts() {
-      if (!this.known) this.known = this.rows.map((row) => row.textContent.toLowerCase());
+      if (!this.known) {
+        this.known = this.rows.map((row) => Array.from(row.cells, (cell) => cell.textContent).join("\n").toLowerCase());
+      }
       return this.known;
     }
 
@@ -197,13 +213,14 @@
         const some = places.slice(number * ROWS_AT_ONCE, (number + 1) * ROWS_AT_ONCE).map((place) => this.rows[place]);
         body.replaceChildren(...some);
         body.hidden = !some.length;
+        body.style.containIntrinsicBlockSize = some.length < ROWS_AT_ONCE ? `auto ${some.length * 29}px` : "";
       });
       this.table.parentNode.scrollTop = 0;
       this.shown = places;
       const isAll = places.length === this.rows.length;
-      this.matches.textContent = isAll ? "" : `${grouped(places.length)} of ${grouped(this.rows.length)} rows`;
-      if (isAll && this.box && this.wasFiltered) this.matches.textContent = `all ${grouped(places.length)} rows`;
-      this.wasFiltered = !isAll || this.wasFiltered;
+      this.isUsed = this.isUsed || !isAll; // a table that is only sorted needs no count
+      const count = isAll ? "all" : `${grouped(places.length)} of`;
+      this.matches.textContent = this.isUsed ? `${count} ${grouped(this.rows.length)} rows` : "";
       this.table.dispatchEvent(new Event("rows"));
     }
   }
@@ -341,7 +358,7 @@
       if (this.sides.length > 1) {
         present.forEach(([, place]) => {
           element("span", "", caption).className = `key-${place}`;
-          caption.append(`${this.sides[place]}  `);
+          element("b", this.sides[place], caption);
         });
       }
       const cut = found.isCut ? `; the first bar has all below ${power(found.low + 1)}` : "";
