@@ -261,11 +261,17 @@ def test_a_regex_with_an_unusual_set_causes_no_warning() -> None:
     [
         ("h.[23].w", "did you mean 'h.{2,3}.w'?"),
         ("h.[0-1].*", "did you mean 'h.{0..1}.*'?"),
+        ("conv", "did you mean '*conv*'?"),
+        ("haed", "did you mean 'head.*'?"),
+        ("model.layers.*.mpl.*", "did you mean 'model.layers.*.mlp.*'?"),
+        ("model.layer.*.mlp.*", "did you mean 'model.layers.*.mlp.*'?"),
+        ("model.layers.*.attention.*", "the nearest name is 'model.layers.0.reparam_conv.w'"),
         ("h.*,head.*", "these are 2 patterns, and each needs its own option: 'h.*', 'head.*'"),
     ],
 )
 def test_a_hint_has_the_pattern_that_was_meant(pattern: str, hint: str) -> None:
-    names = [f"h.{number}.w" for number in range(12)] + ["head.w"]
+    names = [f"h.{number}.w" for number in range(12)]
+    names += ["head.w", "model.layers.0.mlp.w", "model.layers.0.reparam_conv.w"]
     assert suggest_pattern(parse_pattern(pattern), names) == hint
 
 

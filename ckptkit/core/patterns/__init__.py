@@ -57,6 +57,7 @@ _SPECIAL = re.compile(r"[*{}]|^re:")  # not literal in a pattern
 _DIGIT_SET = re.compile(r"\[((?:[0-9](?:-[0-9])?)+)\]")
 _OUTSIDE_BRACES = re.compile(r",\s*(?![^{]*\})")
 _MOST_COMPARED = 10_000  # names that are compared with a pattern that matches none
+_SHORTEST_INSIDE = 3  # characters that are searched inside of names
 _MOST_NUMBERS = 1000  # of a range that the regex of a pattern spells
 _NAMED_NUMBER = "to keep a number, name it on both sides, as in 'h.{i:int}.*=layers.{i}.*'"
 _RANGES = "several numbers are written {0..5} or {2,3}; "
@@ -346,7 +347,7 @@ def suggest_pattern(
 
 
 def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
-    """Yield similar patterns: for the children of a module, with or without a prefix, or with a typo corrected."""
+    """Yield similar patterns: for the children of a module, for a part of a name, with typos corrected."""
     text = pattern.text
     if pattern.is_regex:
         body = f"(?:{text[3:]})"
@@ -359,11 +360,20 @@ def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
     prefix, _, inner = text.partition(".")
     if inner[:1] not in ("", "*", "{") and not {"*", "{"} & set(prefix):
         yield inner
+    if len(text) >= _SHORTEST_INSIDE and text == text.strip("*"):
+        yield f"*{text}*"
+    known = {segment for name in islice(names, _MOST_COMPARED) for segment in name.split(".")}
+    segments = text.split(".")
+    for at, segment in enumerate(segments):
+        if segment not in known and not {"*", "{"} & set(segment):
+            for close in difflib.get_close_matches(segment, known, n=3):
+                yield ".".join([*segments[:at], close, *segments[at + 1 :]])
     stem = text[: min((text.find(mark) for mark in "*{" if mark in text), default=len(text))].rstrip(".")
     prefixes = {name[:end] for name in islice(names, _MOST_COMPARED) for end in _ends(name)}
     for close in difflib.get_close_matches(stem, prefixes, n=3):
         yield close + text[len(stem) :]
-        yield f"{close}.*"
+        if stem == text:  # else the pattern would match far more than what was meant
+            yield f"{close}.*"
 
 
 def _as_numbers(found: re.Match[str]) -> str:
