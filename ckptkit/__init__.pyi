@@ -14,6 +14,10 @@ from ckptkit.core.checkpoint import Checkpoint as Checkpoint
 from ckptkit.core.checkpoint import TensorInfo as TensorInfo
 from ckptkit.core.findings import Finding as Finding
 from ckptkit.core.findings import Report as Report
+from ckptkit.deltas.applying import apply_delta as apply_delta
+from ckptkit.deltas.delta import Delta as Delta
+from ckptkit.deltas.making import make_delta as make_delta
+from ckptkit.deltas.planning import plan_apply_delta as plan_apply_delta
 from ckptkit.digests import digest as digest
 from ckptkit.digests.check import DigestCheck as DigestCheck
 from ckptkit.digests.check import check_digests as check_digests
@@ -99,6 +103,7 @@ __all__ = [
     "ChangedError",
     "Checkpoint",
     "CkptkitError",
+    "Delta",
     "DigestCheck",
     "Digests",
     "Explanation",
@@ -133,6 +138,7 @@ __all__ = [
     "ValueDifference",
     "WorkerError",
     "Written",
+    "apply_delta",
     "assert_param_groups",
     "build_param_groups",
     "check_digests",
@@ -153,6 +159,7 @@ __all__ = [
     "lock_document",
     "lock_optimizer",
     "lock_param_groups",
+    "make_delta",
     "merge",
     "merge_lora",
     "open_checkpoint",
@@ -163,6 +170,7 @@ __all__ = [
     "param_group_preset_names",
     "parse_lock",
     "parse_rules",
+    "plan_apply_delta",
     "plan_convert_adapter",
     "plan_extract_lora",
     "plan_lora",

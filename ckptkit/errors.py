@@ -62,7 +62,8 @@ def one_line(sentence: str) -> str:
 # What a Python call has in place of each command that hints name.
 _FUNCTIONS: Final[Mapping[str, str]] = {
     "show": "open_checkpoint", "check": "run_checks", "diff": "diff", "align": "suggest_rules", "remap": "plan_remap",
-    "merge": "merge", "convert": "convert", "stats": "stats", "digest": "digest", "preflight": "preflight",
+    "merge": "merge", "convert": "convert", "stats": "stats", "digest": "digest",
+    "delta": "make_delta", "apply": "apply_delta", "preflight": "preflight",
     "groups table": "plan_param_groups", "groups validate": "validate_param_groups",
     "groups explain": "explain_param_group", "groups lock": "lock_param_groups", "groups diff": "diff_locks",
     "optim show": "open_optimizer", "optim remap": "optimizer_state.remap",
@@ -215,7 +216,7 @@ def _call(match: re.Match[str]) -> str:
         others += ["rank=8"] if name == "plan_extract_lora" else []
     if name == "merge":
         inputs = [inputs[0], f"[{', '.join(inputs[1:])}]"] if len(inputs) > 2 else inputs
-    if name in ("merge", "convert", *_METHODS.values()) and out:
+    if name in ("merge", "convert", "make_delta", "apply_delta", *_METHODS.values()) and out:
         inputs.append(out)
     lists = _rule_lists(rules)
     is_state = name.startswith(_OPTIMIZER)

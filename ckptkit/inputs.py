@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import printable
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer
-from ckptkit.formats.codes import is_more_than_a_note
+from ckptkit.formats.codes import PATCH, is_more_than_a_note
 
 if TYPE_CHECKING:
     from ckptkit.rules.model import Rules, RulesLike
@@ -32,8 +33,8 @@ def opened(value: CheckpointLike, role: str, *, warn: bool = True) -> Iterator[C
     mapping of tensors or of ``TensorInfo``, is described. Messages call the argument ``role``, such as ``base``.
 
     The warnings of the reader become warnings of Python, since the caller does not see the Checkpoint of a path:
-    ``UserWarning`` with the path, at the line that called ckptkit. Notes are left out. A caller that reports them all
-    turns this off with ``warn=False``.
+    ``UserWarning`` with the path, at the line that called ckptkit. Notes are left out, and of the role ``patch`` that
+    it is a patch. A caller that reports them all turns this off with ``warn=False``.
 
     Raises:
         PathError: The path cannot be read.
@@ -48,7 +49,7 @@ def opened(value: CheckpointLike, role: str, *, warn: bool = True) -> Iterator[C
     if isinstance(value, str | os.PathLike):
         with open_checkpoint(value) as checkpoint:
             if warn:
-                _warn_about(checkpoint)
+                _warn_about(checkpoint, expected=PATCH.name if role == PATCH.name else "")
             yield checkpoint
     else:
         yield as_checkpoint(value, role)
@@ -96,11 +97,14 @@ def opened_optimizer(value: object) -> Iterator[object]:
         yield value
 
 
-def _warn_about(checkpoint: Checkpoint) -> None:
+def _warn_about(checkpoint: Checkpoint, expected: str = "") -> None:
+    """Give the warnings of a reader, but for those with the ``expected`` code."""
     level, frame = 2, sys._getframe(1)  # noqa: SLF001 - skip_file_prefixes needs Python 3.12
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("ckptkit", "contextlib"):
         level, frame = level + 1, frame.f_back
     for warning in filter(is_more_than_a_note, checkpoint.warnings):
+        if expected and isinstance(warning, ReaderWarning) and warning.code.name == expected:
+            continue
         warnings.warn(f"{printable(checkpoint.path)}: {warning}", stacklevel=level)
 
 

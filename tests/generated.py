@@ -36,6 +36,7 @@ _API: dict[str, str] = {
     "Compare": "diff StateDictDiff compare_values ValueDiff ValueDifference suggest_rules Alignment",
     "Load into a model": "load_into LoadReport OnMissing OnUnexpected OnMismatch",
     "Convert and merge with one call": "convert merge merge_lora extract_lora convert_adapter Written",
+    "Patches": "make_delta apply_delta plan_apply_delta Delta",
     "Plan, then write": "plan_remap plan_merge plan_recipe plan_lora plan_extract_lora plan_convert_adapter "
     "AsLayer Plan choose_output Output execute save_plan load_plan RayExecutor",
     "Rules": "load_rules parse_rules preset_rules preset_names Rules",

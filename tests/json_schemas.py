@@ -138,6 +138,62 @@ _SKIPPED = _list(
     _object("A tensor.", {"key": _KEY, "reason": _text("Why it has no digest.")}),
 )
 _TIES = _texts("The other names of the same tied parameter.")
+_DELTA_SIDE = {
+    "name": _text_or_null("The last part of its path; null where that is not known."),
+    **_TOTALS,
+    "contents": _text("The digest of all contents, as ckpt digest prints it: ALGORITHM:HEX."),
+}
+_DELTA = {
+    "base": _object("The checkpoint that the patch is applied to.", _DELTA_SIDE),
+    "new": _object("The checkpoint that the patch makes of it.", _DELTA_SIDE),
+    "tensors": _list(
+        "The tensors of new, in its order.",
+        _object(
+            "A tensor.",
+            {
+                "key": _KEY,
+                **_LOOKS,
+                "state": _one_of(
+                    "What happened to it. replaced: by another dtype or shape. renamed: its bytes are equal.",
+                    "equal", "renamed", "changed", "replaced", "new",
+                ),
+                "base_key": _text_or_null("The key in the base, or null."),
+                "tied_to": _text_or_null("The first key of the same tied tensor of new, or null."),
+                "bytes": _count("The bytes of the tensor."),
+                "packed_bytes": _count("The bytes that the patch has of it."),
+            },
+        ),
+    ),
+    "dropped": _list(
+        "The tensors of the base that new does not have.",
+        _object("A tensor.", {"key": _KEY, **_LOOKS, "bytes": _count("The bytes of the tensor.")}),
+    ),
+    "left_out": _texts("The entries of new that are not tensors, and that the patch does not hold."),
+    "metadata": _table("The metadata of new.", {"type": "string"}),
+    "notes": _texts("What a user should know beside this."),
+    "summary": _object(
+        "How many tensors are in each state, and the size.",
+        {
+            "equal": _count("How many are equal."),
+            "renamed": _count("How many are equal under another key."),
+            "changed": _count("How many have other values."),
+            "replaced": _count("How many have another dtype or shape."),
+            "new": _count("How many the base does not have."),
+            "dropped": _count("How many new does not have."),
+            "share": {"description": "The bytes of the patch by those of the tensors of new.", "type": "number",
+                      "minimum": 0},
+        },
+    ),
+    "patch": _object(
+        "The patch.",
+        {
+            "path": _text_or_null("Its path; null if nothing was written."),
+            "bytes": _count("Its bytes."),
+            "compression": _one_of("The compression.", "zlib", "zstd"),
+            "library": _text("What wrote it."),
+        },
+    ),
+}  # fmt: skip
 _MODIFIERS = _texts("The names of the modifiers of the spec that change its options.")
 _LAYER = _count_or_null("Its layer, counted from 0 at the input, where a modifier numbers layers; else null.")
 
@@ -567,6 +623,19 @@ SCHEMAS: dict[str, Schema] = dict(
                     "description": "What the metadata or a file beside it says about the merge that made it, or null.",
                     "anyOf": [_table("The text, parsed as JSON.", _any("One field.")), {"type": "null"}],
                 },
+                "delta": {
+                    "description": "What a patch of ckpt delta holds; null for every other file.",
+                    "anyOf": [
+                        _object(
+                            "The document of ckpt delta --json.",
+                            {
+                                "schema": {"description": "Its name and version.", "const": "ckptkit.delta/1"},
+                                **_DELTA,
+                            },
+                        ),
+                        {"type": "null"},
+                    ],
+                },
                 "warnings": _texts("What is unusual about the file."),
                 "summary": _object("Totals of the listed tensors.", _TOTALS),
             },
@@ -717,6 +786,8 @@ SCHEMAS: dict[str, Schema] = dict(
         _edit("merge", "A merge, or with --dry-run its plan. Also the to_dict() of its Plan and its Written."),
         _edit("remap", "A remap, or with --dry-run its plan. Also the to_dict() of its Plan and its Written."),
         _edit("convert", "A conversion, or with --dry-run its plan. Also the to_dict() of its Plan and its Written."),
+        _edit("apply", "A patch that was applied, or its plan. Also the to_dict() of its Plan and its Written."),
+        _schema("delta", "ckpt delta --json", "What a patch holds, or would hold. Also Delta.to_dict().", _DELTA),
         _schema(
             "stats",
             "ckpt stats --json",

@@ -273,6 +273,7 @@ NUMPY_COMMANDS = {
     "check": "main(['check', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
     "stats": "main(['stats', 'fixtures/lenet_10class.pth'])",
     "diff": "main(['diff', 'fixtures/lenet_10class.pth', 'fixtures/lenet_ddp.pt', '--strip', 'auto', '--values'])",
+    "delta": "main(['delta', 'fixtures/lenet_10class.pth', 'fixtures/lenet_tuned.safetensors', '--dry-run'])",
 }
 
 

@@ -25,6 +25,7 @@ from ckptkit.errors import CkptkitError
 from tests.helpers_cli import ROOT, run_ckpt
 
 TEN, DDP, MODEL = "fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", "py:fixtures.lenet:build"
+TUNED = "fixtures/lenet_tuned.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,15 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),
     "missing argument": (["diff", TEN], 2, "", "hint: see ckpt diff --help"),
+    "delta": (["delta", TEN, TUNED, "-n"], 0, "4 equal, 6 changed, 0 dropped\n", ""),
+    "delta without output": (["delta", TEN, TUNED], 2, "", "name the patch, or give --dry-run"),
+    "delta of a training checkpoint": (
+        ["delta", TEN, DDP, "-n"],
+        2,
+        "",
+        "cannot hold 'epoch', 'optimizer', 'best_acc'",
+    ),
+    "apply without patch": (["apply", TEN, TUNED, "-o", "o.pt"], 2, "", "not a patch"),
     "show": (["show", TEN], 0, "fc3.weight    F32      [10, 84]", ""),
     "show not scanned": (["show", TEN], 0, "\nheaders only: no tensor value was read\n", ""),
     "show tree not scanned": (["show", "--tree", TEN], 0, "\nheaders only: no tensor value was read\n", ""),
@@ -416,7 +426,8 @@ def test_show_document(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(run_ckpt(capsys, "show", "fixtures/encoder_tied.pt", "--json").out)
     assert document["schema"] == "ckptkit.show/1"
     assert list(document) == [
-        "schema", "path", "format", "tensors", "quantized", "entries", "metadata", "merge", "warnings", "summary",
+        "schema", "path", "format", "tensors", "quantized", "entries", "metadata", "merge", "delta", "warnings",
+        "summary",
     ]  # fmt: skip
     assert document["tensors"][0] == {
         "key": "embed.weight", "dtype": "F32", "shape": [32, 16], "elements": 512, "bytes": 2048,

@@ -29,7 +29,7 @@ from tests.helpers_cli import ROOT, run_ckpt
 
 MODEL = "py:fixtures.lenet:build"
 PTH, DDP, TIED = "fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", "fixtures/encoder_tied.pt"
-SPEC = "fixtures/groups.toml"
+TUNED, SPEC = "fixtures/lenet_tuned.safetensors", "fixtures/groups.toml"
 RENAME = "module.*=*"
 
 
@@ -116,6 +116,13 @@ CASES: dict[str, Case] = {
     "StateDictStats": Case(lambda _: ckptkit.stats(PTH), f"stats {PTH}"),
     "Digests": Case(lambda _: ckptkit.digest(PTH), f"digest {PTH}"),
     "DigestCheck": Case(check_of_digests, f"digest {DDP} --check OUT/d.digest"),
+    "Delta": Case(
+        lambda out: ckptkit.make_delta(PTH, TUNED, out / "d.safetensors", force=True),
+        f"delta {PTH} {TUNED} -o OUT/d.safetensors --force",
+    ),
+    "Delta that was not written": Case(
+        lambda _: ckptkit.make_delta(PTH, DDP, only_tensors=True), f"delta {PTH} {DDP} --only-tensors --dry-run"
+    ),
     "Checkpoint": Case(lambda _: ckptkit.open_checkpoint(DDP), f"show {DDP}"),
     "Checkpoint with ties": Case(lambda _: ckptkit.open_checkpoint(TIED), f"show {TIED}"),
     "Alignment": Case(lambda _: ckptkit.suggest_rules(MODEL, DDP), f"align {MODEL} {DDP}"),

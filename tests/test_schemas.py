@@ -55,6 +55,9 @@ COMMANDS = f"""
 0 remap OUT/plain.safetensors --rules OUT/equal.toml -o OUT/equal.safetensors --plan OUT/equal.json
 0 convert OUT/hub -o OUT/half/model.safetensors --dtype float16 --carry --verify --allow-overflow
 0 convert {TIED} -o OUT/none.pt --dry-run
+0 delta OUT/plain.safetensors OUT/odd.safetensors -o OUT/patch.safetensors
+0 show OUT/patch.safetensors
+0 apply OUT/plain.safetensors OUT/patch.safetensors -o OUT/applied.safetensors
 0 stats OUT/odd.safetensors --depth 1
 0 stats {TIED} --top 2
 0 stats OUT/quantised.safetensors
@@ -88,7 +91,7 @@ COMMANDS = f"""
 0 optim resplit OUT/optim.pt --groups {SPEC} --model {MODEL} -o OUT/resplit.pt
 0 optim diff {DDP} {DDP}
 """
-EDITS = ("merge", "remap", "convert")
+EDITS = ("merge", "remap", "convert", "apply")
 FILES = ("plan.json", "merge.json", "equal.json", "one.lock.json", "two.lock.json")  # that the commands write
 
 NET = """
@@ -256,18 +259,18 @@ def test_documents_follow_their_schemas_and_fill_them(documents: list[Any]) -> N
     for document in documents:
         assert problems_of(document) == [], document["schema"]
         found[document["schema"].removeprefix("ckptkit.").removesuffix("/1")].update(fields_of(document))
-    edited = found["merge"] | found["remap"] | found["convert"]
+    edited = set().union(*(found[name] for name in EDITS))
     for name in SCHEMA_FILES:
         schema = read_schema(name)
         assert set(fields_in(schema, schema)) <= (edited if name in EDITS else found[name]), name
 
 
 def test_the_commands_that_write_print_one_form() -> None:
-    """The schemas of merge, remap and convert differ in nothing but their names."""
+    """The schemas of merge, remap, convert and apply differ in nothing but their names."""
     schemas = [read_schema(name) for name in EDITS]
     for schema in schemas:
         del schema["title"], schema["description"], schema["properties"]["schema"]
-    assert schemas[0] == schemas[1] == schemas[2]
+    assert all(schema == schemas[0] for schema in schemas)
 
 
 def test_another_field_and_a_missing_field_are_found(documents: list[Any]) -> None:

@@ -98,6 +98,14 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
             "out": ckptkit.choose_output(folder / "b.safetensors", force=True),
         },
         "explain_param_group": lambda: {"model": model, "spec": SPEC, "name": "bias"},
+        "apply_delta": lambda: {
+            "base": state,
+            "patch": _patch(state, folder),
+            "out": folder / "h.safetensors",
+            "force": True,
+        },
+        "make_delta": lambda: {"base": state, "new": state, "out": folder / "i.safetensors", "force": True},
+        "plan_apply_delta": lambda: {"base": state, "patch": _patch(state, folder)},
         "digest": lambda: {"checkpoint": state},
         "check_digests": lambda: {"recorded": ckptkit.digest(state), "checkpoint": state},
         "extract_lora": lambda: {**_tuned(), "out": folder / "adapter_model.safetensors", "rank": 1, "force": True},
@@ -166,6 +174,12 @@ def _saved_plan(folder: Path) -> Path:
     path = folder / "plan.json"
     if not path.exists():
         assert main(["remap", str(LENET), "-o", str(folder / "c.safetensors"), "--plan", str(path), "-q"]) == 0
+    return path
+
+
+def _patch(base: dict[str, torch.Tensor], folder: Path) -> Path:
+    path = folder / "patch.safetensors"
+    ckptkit.make_delta(base, base, path, force=True)
     return path
 
 

@@ -14,7 +14,7 @@ from ckptkit.cli.common.options import expand_option, filter_options, path_argum
 from ckptkit.cli.common.printing import ReportFormat, echo_report, echo_result, print_message, progress_bar
 from ckptkit.cli.common.wildcards import expand_urls
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.checkpoint.provenance import PROVENANCE, provenance_beside
+from ckptkit.core.checkpoint.provenance import DELTA, PROVENANCE, provenance_beside
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path, read_text_file
 from ckptkit.core.files.places import is_url
@@ -47,8 +47,8 @@ def show(
 ) -> None:
     """Show the content of a checkpoint: tensors, other entries, metadata and warnings.
 
-    Reads headers only, but for --digests. Does not import or run any code that the file names. Several paths are listed
-    with one row each; if one of them cannot be read, the exit code is 2.
+    Of a patch, it prints what changed. Reads headers only, but for --digests. Does not import or run any code that the
+    file names. Several paths are listed with one row each; if one of them cannot be read, the exit code is 2.
 
     \b
     ckpt show model.safetensors
@@ -66,6 +66,10 @@ def show(
         chosen: dict[str, object] = {"infos": _chosen(checkpoint, keep, drop)} if keep or drop else {}
         if (merge := _merge_beside(checkpoint)) is not None:
             chosen["merge"] = merge
+        if DELTA in checkpoint.metadata and not tree and not digests:
+            from ckptkit.deltas.delta import delta_of_patch
+
+            chosen["delta"] = delta_of_patch(checkpoint)
         if digests:
             chosen["digests"] = _digests(checkpoint, _chosen(checkpoint, keep, drop), quiet=quiet)
         echo_result(report_format, checkpoint, chosen=chosen, tree=tree, expand=expand)

@@ -15,7 +15,7 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.files.source import ByteSource
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.core.text import first_line, quoted, shell_word
+from ckptkit.core.text import first_line, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.safetensors_header import METADATA, read_header
 
@@ -87,9 +87,11 @@ def open_safetensors(file: ByteSource) -> Checkpoint:
 
 def _patch_warning(path: str) -> str:
     from ckptkit.core.findings import ReaderWarning
+    from ckptkit.core.result.summary import CheckpointSummary
     from ckptkit.formats.codes import PATCH
 
-    way = f"ckpt apply BASE {shell_word(path)} -o OUT makes the checkpoint that it stands for"
+    argument = CheckpointSummary(path, "safetensors").argument
+    way = f"ckpt apply BASE {argument} -o OUT makes a checkpoint of it"
     return ReaderWarning(f"is a patch, and its tensors are not weights; {way}", PATCH)
 
 

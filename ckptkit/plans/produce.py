@@ -20,6 +20,7 @@ from ckptkit.plans.steps import describe_step
 from ckptkit.rules.model import describe_output
 
 if TYPE_CHECKING:
+    from ckptkit.digests.checked import CheckedPayload
     from ckptkit.plans.methods.limits import Limits
     from ckptkit.plans.methods.operation import Merge
     from ckptkit.tensor_ops.casting import RecipeCounter
@@ -84,6 +85,8 @@ class Producer:
         merge = _only_merge(step)
         if merge is not None:
             return self._merged(step, merge, losses)
+        if step.is_patched:
+            return self._patched(step)
         operation, numbers = self._only_dequantize(step)
         if operation is not None and found.dtype == step.out.dtype:
             return self._dequantized(step, operation, numbers, step.out, losses)
@@ -106,6 +109,9 @@ class Producer:
         if merge is not None:
             merged = self._merged(step, merge, self.losses)
             return read_tensor(step.out, lambda _: merged)
+        if step.is_patched:
+            patched = self._patched(step)
+            return read_tensor(step.out, lambda _: patched)
         operation, numbers = self._only_dequantize(step)
         if operation is not None:
             tensor = self._dequantized_tensor(step, operation, numbers, self.losses)
@@ -185,6 +191,11 @@ class Producer:
         if merge.method.shares():
             limits = self._all_limits().of(merge, self._unlimited, self._shared_workers())
         return merge.payload(inputs, step.out, losses, self.merged, self._shared_workers(), limits=limits)
+
+    def _patched(self, step: Step) -> CheckedPayload:
+        from ckptkit.plans.deltas.operation import patched_tensor
+
+        return patched_tensor(step, self.roles).payload(self._shared_workers())
 
     def _unlimited(self, step: Step, merge: Merge) -> MergedPayload:
         """Return a merge whose inputs are read before its limits are known."""

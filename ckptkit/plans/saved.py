@@ -20,6 +20,7 @@ from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.plan.step import PATCH_OPERATION
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
     check_steps,
@@ -167,12 +168,16 @@ def _recipe(item: Mapping[str, Any], depth: int = 1) -> Recipe:
 
 
 def _operation(item: Mapping[str, Any]) -> Operation:
-    """Return an operation of a recipe: of the registry, or a merge, which rule files do not know."""
-    if list(item) != ["merge"]:
-        return parse_operation(item)
-    from ckptkit.plans.methods.operation import Merge
+    """Return an operation of a recipe: of the registry, or a merge or a patch, which rule files do not know."""
+    if list(item) == ["merge"]:
+        from ckptkit.plans.methods.operation import Merge
 
-    return Merge.parse(item["merge"])
+        return Merge.parse(item["merge"])
+    if list(item) == [PATCH_OPERATION]:
+        from ckptkit.plans.deltas.operation import Patched
+
+        return Patched.parse(item[PATCH_OPERATION])
+    return parse_operation(item)
 
 
 def _size(value: object) -> int:

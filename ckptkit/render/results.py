@@ -52,6 +52,7 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     ),
     "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures", all_rows=_EXPANDED),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document", head="findings_head"),
+    "deltas.delta.Delta": _Renderer("delta", "delta_page", "delta_document", all_rows=_EXPANDED),
     "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),
     "digests.model.Digests": _Renderer("digests", "digests_page", "digests_document"),
     "loading.report.LoadReport": _Renderer("loads", "load_page", "load_document", "load_pictures"),

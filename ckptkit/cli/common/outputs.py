@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OutputOptions",
+    "applied_output_options",
     "output_options",
     "plan_output_options",
     "quantize_option",
@@ -83,18 +84,26 @@ def plan_output_options(command: CommandFunction, *, is_required: bool = True) -
     )  # fmt: skip
 
 
+def applied_output_options(command: CommandFunction) -> CommandFunction:
+    """Add the options of a command whose output is known bit by bit, and pass them to the command as ``options``."""
+    return add_options(
+        _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
+        _continue_option, _dry_run_option, _verify_option, expand_option, output_report_options, quiet_option,
+    )  # fmt: skip
+
+
 def _with_output_options(command: CommandFunction) -> CommandFunction:
     @functools.wraps(command)
     def with_options(
         *args: object,
         output: str,
         force: bool,
-        only_tensors: bool,
-        keep_unknown: bool,
         dry_run: bool,
         report_format: ReportFormat,
         quiet: bool,
         expand: bool,
+        only_tensors: bool = False,
+        keep_unknown: bool = False,
         output_format: str | None = None,
         max_shard_size: str | None = None,
         plan_file: str | None = None,

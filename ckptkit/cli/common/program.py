@@ -45,6 +45,8 @@ _SUMMARIES = {
     "remap": "Rename, keep, drop and cast tensors, and write the result.",
     "merge": "Copy the values of other checkpoints into a base where they fit.",
     "convert": "Write another format, shards, or another dtype.",
+    "delta": "Write what changed between two checkpoints as a small patch.",
+    "apply": "Make a checkpoint of its base and a patch, bit by bit.",
     "optim": "Show and edit the state of an optimizer by parameter name.",
     "preflight": "Check a run before training: what loads, what trains, a verdict.",
     "groups": "Check param groups against the live model.",
@@ -52,6 +54,8 @@ _SUMMARIES = {
     "doctor": "Show the versions that ckpt runs with, and what is missing.",
     "completion": "Print the script that completes ckpt in a shell.",
 }
+
+_FILES = {"apply": "deltas", "delta": "deltas"}  # of the commands that are not in a file of their own
 
 
 class _Commands(CommandGroup):
@@ -63,7 +67,7 @@ class _Commands(CommandGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in _SUMMARIES:
             return None
-        command: click.Command = getattr(import_module(f"ckptkit.cli.{cmd_name}"), cmd_name)
+        command: click.Command = getattr(import_module(f"ckptkit.cli.{_FILES.get(cmd_name, cmd_name)}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature

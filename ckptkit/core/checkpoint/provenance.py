@@ -9,10 +9,20 @@ from ckptkit.core.files.places import is_file, join, kind_at
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
 
-__all__ = ["DELTA", "PROVENANCE", "provenance_beside", "provenance_name"]
+__all__ = ["DELTA", "PROVENANCE", "own_version", "provenance_beside", "provenance_name"]
 
 PROVENANCE: Final = "ckptkit.merge"  # the metadata that says how an output was merged
 DELTA: Final = "ckptkit.delta"  # the metadata of a patch, which is not a checkpoint of weights
+
+
+def own_version() -> str:
+    """Return the version of ckptkit, which outputs name; it is empty in a checkout that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ckptkit")
+    except PackageNotFoundError:
+        return ""
 
 
 def provenance_name(path: str) -> str:

@@ -1,1 +1,1 @@
-"""Deltas: how a patch is made of two checkpoints, and the plan that makes one of them of the other and the patch."""
+"""What a plan does with a patch: each tensor of the result, compared with its digest while it is written."""

@@ -182,7 +182,7 @@ def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
     first stands for all.
     """
     by_role: dict[str, list[TensorInfo]] = {}
-    by_source: dict[tuple[str, str], list[str]] = {}
+    by_source: dict[object, list[str]] = {}
     read: set[tuple[str, str]] = set()
     for step in plan.steps:
         source = step.sources[0]
@@ -192,8 +192,8 @@ def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
         read.add(place)
         if step.out.view is not None:
             by_role.setdefault(source.role, []).append(step.out)
-        if step.recipe is None:
-            by_source.setdefault(place, []).append(step.out.key)
+        if step.recipe is None or step.is_patched:
+            by_source.setdefault((place, step.recipe), []).append(step.out.key)
     groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping_tensors(infos)]
     known = {key for group in groups for key in group}
     return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ckptkit.core.arguments import refuse, require_type
 from ckptkit.core.checkpoint import TensorInfo
@@ -14,7 +14,9 @@ from ckptkit.errors import ArgumentError
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["Dropped", "Source", "Step"]
+__all__ = ["PATCH_OPERATION", "Dropped", "Source", "Step"]
+
+PATCH_OPERATION: Final = "patch"  # the name of the operation that makes a tensor of a base and a patch
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -103,6 +105,11 @@ class Step:
     def is_copy(self) -> bool:
         """Whether the tensor has the bytes of its source."""
         return self.recipe is None and not self.is_cast
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether the tensor is made of a base and a patch, and has a digest that is known."""
+        return self.recipe is not None and self.recipe.operations[-1].name == PATCH_OPERATION
 
 
 _set_out, _set_sources, _set_operation, _set_rule, _set_recipe, _set_equals, _set_is_cast, _set_tied_to = slot_setters(

@@ -144,11 +144,12 @@ class QuantizedInputs:
     def problems(self, steps: Iterable[Step]) -> Iterator[QuantizedProblem]:
         """Yield a problem for each quantised weight that the steps cast, compute with, take apart, or overlay.
 
-        Plain numbers may replace a weight of the target if the output has none of its parts.
+        Plain numbers may replace a weight of the target if the output has none of its parts. A patch makes whole
+        weights of other bytes, which its digests prove.
         """
-        if not self:
+        steps = [step for step in steps if not step.is_patched] if self else []
+        if not steps:
             return
-        steps = list(steps)
         used = self._uses(steps)
         names = self._find_new_names(used)
         for (role, weight), uses in used.items():

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.checkpoint.provenance import PROVENANCE, provenance_beside
+from ckptkit.core.checkpoint.provenance import PROVENANCE, own_version, provenance_beside
 from ckptkit.core.config_files import json_value, read_table_file
 from ckptkit.core.files.places import name_of, size_at
 from ckptkit.errors import CkptkitError, RecipeError
@@ -34,7 +34,7 @@ def with_provenance(
 
     Without ``has_recipe``, it has only the sizes and digests of the inputs. Paths are only their last names.
     """
-    document: dict[str, Any] = {"ckptkit": _version()}
+    document: dict[str, Any] = {"ckptkit": own_version()}
     if has_recipe:
         document["recipe"] = recipe_table(_with_names_only(recipe))
         document["defaults"] = {
@@ -88,15 +88,6 @@ def recorded_recipe(checkpoint: Checkpoint) -> MergeRecipe:
         return recipe_from_table(table, Places())
     except CkptkitError as error:
         raise RecipeError(f"its recipe is not valid: {error.reason}", hint=error.hint, path=checkpoint.path) from None
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("ckptkit")
-    except PackageNotFoundError:
-        return ""
 
 
 def _with_names_only(recipe: MergeRecipe) -> MergeRecipe:

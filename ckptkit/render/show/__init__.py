@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.checkpoint.provenance import PROVENANCE
@@ -13,6 +14,9 @@ from ckptkit.core.ties import shared_keys
 from ckptkit.quantized import quantized_weights
 from ckptkit.render.page import Block, Line, Listing, Page, Table, name_beside, table_rows
 from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document, value_cell
+
+if TYPE_CHECKING:
+    from ckptkit.deltas.delta import Delta
 
 __all__ = ["show_document", "show_page"]
 
@@ -27,10 +31,11 @@ def show_document(
     infos: Mapping[str, TensorInfo] | None = None,
     digests: Mapping[str, str] | None = None,
     merge: Mapping[str, object] | None = None,
+    delta: Delta | None = None,
 ) -> dict[str, object]:
     """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint, by default all.
 
-    ``merge`` is what a file beside the checkpoint says about its merge.
+    ``merge`` is what a file beside the checkpoint says about its merge, and ``delta`` what a patch holds.
     """
     recorded = _recorded(checkpoint, merge)
     infos = checkpoint if infos is None else infos
@@ -58,6 +63,7 @@ def show_document(
         ],
         "metadata": dict(checkpoint.metadata),
         "merge": None if recorded is None else dict(recorded),
+        "delta": None if delta is None else delta.to_dict(),
         "warnings": list(checkpoint.warnings),
         "summary": totals_document(CheckpointSummary.of(checkpoint, infos.values())),
     }
@@ -69,6 +75,7 @@ def show_page(
     infos: Mapping[str, TensorInfo] | None = None,
     digests: Mapping[str, str] | None = None,
     merge: Mapping[str, object] | None = None,
+    delta: Delta | None = None,
     tree: bool = False,
     expand: bool = False,
 ) -> Page:
@@ -76,8 +83,12 @@ def show_page(
 
     Without ``infos``, all tensors are listed. With ``tree``, they are listed as a tree of modules. With ``digests`` by
     key, each tensor has the first digits of its digest. ``merge`` is what a file beside the checkpoint says about its
-    merge.
+    merge. The page of a patch says what it holds, ``delta``, and lists none of its own tensors.
     """
+    if delta is not None:
+        from ckptkit.render.delta import delta_page
+
+        return [Line(describe(CheckpointSummary.of(checkpoint))), *delta_page(delta, expand=expand)]
     infos = checkpoint if infos is None else infos
     recorded = _recorded(checkpoint, merge)
     if tree:
