@@ -144,6 +144,11 @@ def _tensor_without_digest(folder: Path) -> list[str]:
     return ["digest", *save(folder, sparse={"a": torch.zeros(2), "s": torch.eye(2).to_sparse()})]
 
 
+@situation("deltas/making.py: --only-tensors leaves out what is not a tensor")
+def _entries_beside_tensors(folder: Path) -> list[str]:
+    return ["delta", TEN, DDP, "-o", str(folder / "patch.safetensors")]
+
+
 @situation("digests/check.py: a digest file has all lines that ckpt digest PATH prints", ends=True)
 def _lines_lost(folder: Path) -> list[str]:
     (folder / "a.digest").write_text(f'sha256:{"0" * 64}  "a"', encoding="ascii")

@@ -182,9 +182,14 @@ def kind_of(value: object) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share between 0 and 1 as a percentage; only shares of exactly 0 and 1 give 0.0 % and 100 %."""
+    """Return a share as a percentage; only shares of exactly 0 and 1 give 0.0 % and 100 %.
+
+    A size can be more than the whole: of two files, the second may be larger.
+    """
     if share == 1:
         return "100 %"
+    if share > 1:
+        return f"{short_number(max(100 * share, 101), 3)} %"
     text = f"{min(100 * share, 99.9):.1f} %"
     return "< 0.1 %" if share and text == "0.0 %" else text
 

@@ -10,11 +10,11 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.files.places import size_at
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import totals
-from ckptkit.core.text import human_bytes, percent, plural, short_number
+from ckptkit.core.text import human_bytes, percent, plural
 from ckptkit.deltas.patch import Patch, Side, packed_key
 from ckptkit.deltas.patch_file import read_patch
 
-__all__ = ["STATES", "Delta", "DeltaSide", "State", "TensorDelta", "delta_of_patch", "make_result", "share_text"]
+__all__ = ["STATES", "Delta", "DeltaSide", "State", "TensorDelta", "delta_of_patch", "make_result"]
 
 State: TypeAlias = Literal["equal", "renamed", "changed", "replaced", "new"]
 STATES: Final[tuple[State, ...]] = ("equal", "renamed", "changed", "replaced", "new")
@@ -107,17 +107,8 @@ class Delta(Result):
         """The most important numbers, on one line."""
         counts = self.counts
         changed = len(self.tensors) - counts["equal"] - counts["renamed"]
-        size = (
-            f"{human_bytes(self.nbytes)}, {share_text(self.nbytes, self.new.nbytes)} of {human_bytes(self.new.nbytes)}"
-        )
+        size = f"{human_bytes(self.nbytes)}, {percent(self.share)} of {human_bytes(self.new.nbytes)}"
         return f"{changed:,} of {plural(len(self.tensors), 'tensor')} packed, {size}"
-
-
-def share_text(part: int, whole: int) -> str:
-    """Return a number of bytes as a percentage of another one, which it may exceed; empty if ``whole`` is 0."""
-    if part > whole > 0:
-        return f"{short_number(100 * part / whole, 3)} %"
-    return percent(part / whole) if whole else ""
 
 
 def make_result(

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.text import human_bytes, listed, plural, printable
-from ckptkit.deltas.delta import STATES, Delta, DeltaSide, TensorDelta, share_text
+from ckptkit.core.text import human_bytes, listed, percent, plural, printable
+from ckptkit.deltas.delta import STATES, Delta, DeltaSide, TensorDelta
 from ckptkit.render.page import Block, Line, Message, Page, Table, as_code, name_beside, table_rows
-from ckptkit.render.summary import tensor_document
+from ckptkit.render.summary import share_cell, tensor_document
 
 __all__ = ["delta_document", "delta_page"]
 
@@ -55,7 +55,7 @@ def _cells(tensor: TensorDelta, delta: Delta) -> tuple[str, ...]:
     if not tensor.packed:
         return str(tensor.info), state, "", "", ""
     packed, nbytes = tensor.packed, tensor.info.nbytes
-    return str(tensor.info), state, human_bytes(packed), share_text(packed, nbytes), share_text(packed, delta.nbytes)
+    return str(tensor.info), state, human_bytes(packed), share_cell(packed, nbytes), share_cell(packed, delta.nbytes)
 
 
 def _by_dtype(delta: Delta) -> Table:
@@ -72,7 +72,7 @@ def _by_dtype(delta: Delta) -> Table:
             f"{packed:,}",
             human_bytes(nbytes),
             human_bytes(size),
-            share_text(size, nbytes),
+            share_cell(size, nbytes),
         )
         for dtype, (tensors, packed, nbytes, size) in sums.items()
     ]
@@ -93,7 +93,7 @@ def _sentences(delta: Delta, *, expand: bool) -> Iterator[str]:
         yield f"dropped: {listed([info.key for info in delta.dropped], _MOST_NAMED, show=printable)}"
     if delta.left_out:
         yield f"left out, because a patch holds only tensors: {listed(delta.left_out, _MOST_NAMED, show=printable)}"
-    whole = f"{share_text(delta.nbytes, delta.new.nbytes)} of the {human_bytes(delta.new.nbytes)} of new"
+    whole = f"{percent(delta.share)} of the {human_bytes(delta.new.nbytes)} of new"
     size = f"{human_bytes(delta.nbytes)} ({delta.compression}), {whole}"
     yield f"the patch has {size}" if delta.path else f"the patch would have {size}; nothing was written"
 

@@ -20,7 +20,7 @@ from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.core.gc_pause import rare_gc
 from ckptkit.errors import CkptkitError
 
-__all__ = ["ckpt", "main"]
+__all__ = ["FILES", "ckpt", "main"]
 
 
 def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -55,7 +55,7 @@ _SUMMARIES = {
     "completion": "Print the script that completes ckpt in a shell.",
 }
 
-_FILES = {"apply": "deltas", "delta": "deltas"}  # of the commands that are not in a file of their own
+FILES = {"apply": "deltas", "delta": "deltas"}  # of the commands that are not in a file of their own
 
 
 class _Commands(CommandGroup):
@@ -67,7 +67,7 @@ class _Commands(CommandGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in _SUMMARIES:
             return None
-        command: click.Command = getattr(import_module(f"ckptkit.cli.{_FILES.get(cmd_name, cmd_name)}"), cmd_name)
+        command: click.Command = getattr(import_module(f"ckptkit.cli.{FILES.get(cmd_name, cmd_name)}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
