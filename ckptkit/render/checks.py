@@ -11,10 +11,18 @@ from ckptkit.render.page import Line, Page, as_code
 from ckptkit.render.page.head import Fact, Head, Subject
 from ckptkit.render.summary import describe
 
-__all__ = ["check_document", "check_head", "check_page", "checks_document", "checks_head", "checks_page"]
+__all__ = [
+    "WHAT_WAS_READ",
+    "check_document",
+    "check_head",
+    "check_page",
+    "checks_document",
+    "checks_head",
+    "checks_page",
+]
 
+WHAT_WAS_READ = frozenset({NOT_SCANNED.name, NO_CHECKSUM.name})  # the codes of findings that are no faults
 _MOST_SUBJECTS = 5  # checkpoints that the head of a report names
-_WHAT_WAS_READ = frozenset({NOT_SCANNED.name, NO_CHECKSUM.name})
 
 
 def check_page(report: CheckReport) -> Page:
@@ -70,7 +78,7 @@ def checks_page(merged: CheckReports) -> Page:
 
 def _is_clean(report: CheckReport) -> bool:
     """Return whether the findings only say what was read, which ``proved`` says in short."""
-    return not report.ignored and all(finding.code in _WHAT_WAS_READ for finding in report.findings)
+    return not report.ignored and all(finding.code in WHAT_WAS_READ for finding in report.findings)
 
 
 def checks_document(merged: CheckReports) -> dict[str, object]:

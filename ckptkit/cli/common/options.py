@@ -82,7 +82,7 @@ ignore_option: Decorator = click.option(
 expand_option: Decorator = click.option("--expand", is_flag=True, help="List every tensor; do not join layers.")
 _FORMAT_HELP = (
     "Format of the report. table: fitted to the terminal. plain: whole names and all columns, as in a pipe. github: "
-    "Markdown. tsv: the first table, without joined rows. json: one document."
+    "Markdown. actions: for a job of GitHub Actions. tsv: the first table, without joined rows. json: one document."
 )
 _SHORT_FORMS: Final = {"--json": ReportFormat.JSON, "--markdown": ReportFormat.GITHUB, "--wide": ReportFormat.PLAIN}
 _short_options = (

@@ -45,6 +45,7 @@ class ReportFormat(Enum):
     TABLE = "table"
     GITHUB = "github"
     PLAIN = "plain"
+    ACTIONS = "actions"
     TSV = "tsv"
     JSON = "json"
 
@@ -93,6 +94,10 @@ def echo_result(
         lambda: document_of(result, **chosen),
         colours,
     )
+    if report_format is ReportFormat.ACTIONS:
+        from ckptkit.render.github import annotations_of, command_lines
+
+        _print_lines(command_lines(annotations_of(result)))
 
 
 def echo_report(
@@ -115,6 +120,12 @@ def echo_report(
     blocks = page()
     if report_format is ReportFormat.GITHUB:
         _print_lines(as_markdown(blocks))
+        return
+    if report_format is ReportFormat.ACTIONS:
+        from ckptkit.render.github import append_summary, log_lines
+
+        append_summary(blocks)
+        _print_lines(log_lines(blocks))
         return
     if report_format is ReportFormat.TSV:
         if not any(isinstance(block, Table) for block in blocks):
