@@ -25,6 +25,7 @@ _TINY: Final = 48  # bytes of a block that is stored as it is
 _WHOLE, _XOR, _STEPS = range(3)
 _SORTED: Final = 4  # added where the numbers are in the order of ``by_exponent``
 _SPARSE: Final = 8  # added where the first plane has a bit for each number, and the others only numbers that are not 0
+_SPARSE_FROM: Final = 0.6  # zeros per number and byte of it, from which a bit for each number saves more than it takes
 _PLANE: Final = struct.Struct("<BI")  # how a plane is stored, and in how many bytes
 
 
@@ -128,7 +129,8 @@ def _pack_numbers(
         form |= _SORTED
         numbers = np.take(numbers, order, out=workers.buffer("sorted", numbers.dtype, len(numbers)), mode="clip")
     parts = [b""]
-    if np.count_nonzero(numbers) * 2 < len(numbers):
+    zeros = len(numbers) - int(np.count_nonzero(numbers))
+    if zeros * numbers.itemsize > _SPARSE_FROM * len(numbers):
         form |= _SPARSE
         is_other = numbers != 0
         _add_plane(parts, np.packbits(is_other), compression, can_repeat=can_repeat)
