@@ -20,7 +20,7 @@ from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.torch_bridge import as_checkpoint, torch_dtype
 from ckptkit.statistics.columns import StatsTable
-from ckptkit.statistics.state_dict_stats import measure_values
+from ckptkit.statistics.measured import measure_values
 from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.values.extremes import Extremes, extremes_of
 from ckptkit.values.float_formats import FLOAT_FORMATS

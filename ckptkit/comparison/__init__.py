@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ckptkit.comparison.gates import Gates, Subject, judge, parse_gates, refuse_unmatched
 from ckptkit.comparison.hints import joined_hint
@@ -28,9 +31,13 @@ from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
-from ckptkit.quantized.view import DequantizeLike, as_numbers, parse_dequantize
+from ckptkit.quantized.view import DequantizedView, DequantizeLike, as_numbers, parse_dequantize
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, Rule, Rules, RulesLike
+from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
+
+if TYPE_CHECKING:
+    from ckptkit.comparison.values import ComparePairs
 
 __all__ = ["KeyPair", "StateDictDiff", "diff", "diff_checkpoints", "find_unmet_in", "loaded_keys"]
 
@@ -51,6 +58,7 @@ def diff(
     expect_changed: str | Sequence[str] = (),
     max_rel_l2: float | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> StateDictDiff:
     """Return the differences between two state_dicts that ``load_state_dict`` would report, and those of their values.
 
@@ -79,9 +87,12 @@ def diff(
         expect_changed: As ``expect_frozen``, for tensors whose values must differ.
         max_rel_l2: The largest relative L2 change that a tensor of both sides may have.
         progress: Called with the number of bytes of each step while values are compared.
+        executor: Shares the comparison of values among its workers, as in ``stats``.
 
     Raises:
-        ArgumentError: ``min_coverage`` is not a share, or a tolerance or ``max_rel_l2`` is negative.
+        ArgumentError: ``min_coverage`` is not a share, a tolerance or ``max_rel_l2`` is negative, or a side is not a
+            path, but there is an executor.
+        WorkerError: A worker ended before its task was done.
         PathError: A path cannot be read.
         FormatError: A file is not a valid checkpoint.
         ModelError: One side is not a state_dict, or has no values to compare.
@@ -100,6 +111,8 @@ def diff(
         if tolerance is not None:
             require_number(tolerance, name, "a number of at least 0, such as 1e-5", at_least=0)
     require_progress(progress)
+    reads = values or bool(gates) or rtol is not None or atol is not None
+    require_shareable(executor, {"expected": expected, "found": found} if reads else {})
     with opened(expected, "expected") as stored_expected, opened(found, "found") as stored_found:
         views = as_numbers(stored_expected, dequantize), as_numbers(stored_found, dequantize)
         expected_side, found_side = (view.checkpoint for view in views)
@@ -126,19 +139,28 @@ def diff(
             result = replace(result, same_ranges=keys_with_same_range(expected_side, found_side, sources))
         if unmet:
             result = replace(result, unmet=tuple(unmet))
-        if not (values or gates or rtol is not None or atol is not None):
+        if not reads:
             return result
         keys = _keys_of_both(result)
         ties = _ties_to_compared(result, {pair.key for pair in result.matched}) if result.left_out else {}
         refuse_unmatched(gates, keys, result.left_out - ties.keys())
         names = {pair.key: result.moved.get(pair.key, pair.key) for pair in result.matched}
         stated = parse_dequantize(dequantize)[1]
+        sharing = sharing_of(executor, [(expected, stored_expected), (found, stored_found)])
         compared = compare_named(
             expected_side, found_side, key_map, names,
             dtypes={} if stated is None else dict.fromkeys(numbers_of_either(*views, key_map, names), stated),
-            rtol=rtol, atol=atol, progress=progress,
+            rtol=rtol, atol=atol, progress=progress, compare=_compare_in_workers(sharing, views),
         )  # fmt: skip
     return _with_values(result, gates, compared, keys)
+
+
+def _compare_in_workers(sharing: Sharing | None, views: Sequence[DequantizedView]) -> ComparePairs | None:
+    if sharing is None:
+        return None
+    from ckptkit.comparison.shared import SharedSides, compare_shared
+
+    return partial(compare_shared, SharedSides.of(sharing, views))
 
 
 def _unchanged_sources(result: StateDictDiff, key_map: KeyMap) -> dict[str, str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+from functools import partial
+
 from ckptkit.comparison import diff_checkpoints
+from ckptkit.comparison.shared import SharedSides, compare_shared
 from ckptkit.comparison.values import ValueDiff, compare_named, require_tolerances
 from ckptkit.core.arguments import require_progress
 from ckptkit.core.progress import Progress
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
+from ckptkit.tasks.sharing import require_shareable, sharing_of
 
 __all__ = ["compare_values"]
 
@@ -21,6 +26,7 @@ def compare_values(
     rtol: float | None = None,
     atol: float | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> ValueDiff:
     """Return how the values of two checkpoints differ, among the keys that both have with one shape.
 
@@ -35,9 +41,11 @@ def compare_values(
         rtol: The relative tolerance of ``torch.allclose(found, expected)``; None is 0 beside another tolerance.
         atol: The absolute tolerance, likewise.
         progress: Called with the number of bytes after each piece, those of both sides.
+        executor: Shares the work among its workers, as in ``stats``.
 
     Raises:
-        ArgumentError: A tolerance is not a number of at least 0.
+        ArgumentError: A tolerance is not a number of at least 0, or a side is not a path, but there is an executor.
+        WorkerError: A worker ended before its task was done.
         PathError: A path cannot be read.
         FormatError: A file is not a valid checkpoint, or its bytes do not agree with its header.
         ModelError: A side is not a state_dict, or a tensor is on the meta device.
@@ -53,8 +61,13 @@ def compare_values(
     """
     require_tolerances(rtol, atol)
     require_progress(progress)
+    require_shareable(executor, {"expected": expected, "found": found})
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
         key_map = apply_rules(rules_for(rules, found_side, expected_side), found_side, expected_side)
         result = diff_checkpoints(expected_side, found_side, key_map)
         names = {pair.key: result.moved.get(pair.key, pair.key) for pair in result.matched}
-        return compare_named(expected_side, found_side, key_map, names, rtol=rtol, atol=atol, progress=progress)
+        sharing = sharing_of(executor, [(expected, expected_side), (found, found_side)])
+        compare = None if sharing is None else partial(compare_shared, SharedSides(sharing))
+        return compare_named(
+            expected_side, found_side, key_map, names, rtol=rtol, atol=atol, progress=progress, compare=compare
+        )

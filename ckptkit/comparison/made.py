@@ -35,6 +35,10 @@ class MadeTensors:
         old = self._plain.get(name)
         return Derivation((old,)) if old is not None else self._others[name]
 
+    def is_renamed(self, name: str) -> bool:
+        """Return whether the tensor with this new name is one of the checkpoint, under its first new name."""
+        return name in self._plain
+
     def describe(self, name: str) -> TensorInfo:
         """Return the description of a tensor by its new name, under the keys of its sources."""
         old = self._plain.get(name)

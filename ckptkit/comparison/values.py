@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from ckptkit.comparison.made import MadeTensors
 from ckptkit.core.arguments import require_number
@@ -25,7 +25,20 @@ from ckptkit.rules.model import KeyMap
 if TYPE_CHECKING:
     from ckptkit.values.difference import BytesDiffer, Pair, Part, Tolerance
 
-__all__ = ["SideCounts", "SkippedValue", "ValueDiff", "ValueDifference", "compare_named", "require_tolerances"]
+    ComparePairs: TypeAlias = Callable[
+        ["Comparison", Sequence[Pair], Tolerance | None, Progress], dict[int, Part | BytesDiffer]
+    ]
+
+__all__ = [
+    "Comparison",
+    "SideCounts",
+    "SkippedValue",
+    "ValueDiff",
+    "ValueDifference",
+    "compare_named",
+    "compare_pairs",
+    "require_tolerances",
+]
 
 _NO_VALUES = ("meta", UNINITIALISED)  # their payloads raise and say why
 
@@ -183,6 +196,7 @@ def compare_named(
     rtol: float | None = None,
     atol: float | None = None,
     progress: Progress | None = None,
+    compare: ComparePairs | None = None,
 ) -> ValueDiff:
     """Compare the values of tensors that both sides have with one number of elements.
 
@@ -190,7 +204,8 @@ def compare_named(
     the two tensors of an expected key are compared, where it is not that of the expected one. Without tolerances, bits
     must be equal. Otherwise an element differs where its bits do and ``torch.isclose(found, expected, rtol, atol)`` is
     false; a tolerance of None counts as 0 beside another. The threads read pieces of bounded size. A tensor that an
-    operation makes is made in memory.
+    operation makes is made in memory. ``compare`` reads and compares the pairs, by
+    default in the threads of this process.
 
     Raises:
         ArgumentError: A tolerance is not a number of at least 0.
@@ -201,10 +216,18 @@ def compare_named(
     """
     require_tolerances(rtol, atol)
     with pause_gc():
-        return _Comparison(expected, found, key_map, names, dtypes).run(rtol, atol, progress or (lambda _: None))
+        comparison = Comparison(expected, found, key_map, names, dtypes)
+        return comparison.run(tolerance_of(rtol, atol), progress or (lambda _: None), compare or compare_pairs)
 
 
-class _Comparison:
+def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:
+    """Return both tolerances, or None if there is none."""
+    from ckptkit.values.difference import Tolerance
+
+    return None if rtol is None and atol is None else Tolerance(float(rtol or 0), float(atol or 0))
+
+
+class Comparison:
     """The pairs of tensors to compare, and what is known of them."""
 
     def __init__(
@@ -223,21 +246,11 @@ class _Comparison:
         self._stored = StoredBytes(expected), StoredBytes(found)
         self._blocks: set[str] = set()  # the keys of tensors in blocks, such as those of GGUF
 
-    def run(self, rtol: float | None, atol: float | None, progress: Progress) -> ValueDiff:
-        from ckptkit.values.difference import Tolerance, differences
-        from ckptkit.values.workers import Workers
-
+    def run(self, tolerance: Tolerance | None, progress: Progress, compare: ComparePairs) -> ValueDiff:
+        """Return the result, after all values were read."""
         self._refuse_endless()
-        tolerance = None if rtol is None and atol is None else Tolerance(float(rtol or 0), float(atol or 0))
-        pairs = sorted(self._pairs(), key=lambda pair: place_of(pair.expected))
-        announce(pair.expected for pair in pairs)
-        announce(pair.found for pair in pairs)
-        found: dict[int, Part | BytesDiffer] = {}
-        with Workers() as workers:
-            for pair, part, nbytes in differences(pairs, workers, tolerance):
-                progress(nbytes)
-                if part is not None:
-                    found[pair.number] = part
+        pairs = self.pairs()
+        found = compare(self, pairs, tolerance, progress)
         for side in (self._expected, self._found):
             side.check_unchanged()
         del pairs
@@ -256,6 +269,21 @@ class _Comparison:
             None if tolerance is None else tolerance.rtol,
             None if tolerance is None else tolerance.atol,
         )
+
+    def pairs(self) -> list[Pair]:
+        """Return the pairs of tensors whose values must be read, in the order of the expected file."""
+        return sorted(self._pairs(), key=lambda pair: place_of(pair.expected))
+
+    def for_worker(self, numbers: Sequence[int]) -> tuple[dict[str, str], KeyMap, dict[str, str]]:
+        """Return the names, the rules and the dtypes that a worker needs to make the pairs with these numbers again."""
+        names = {key: self._names[key] for key in (self._keys[number][0] for number in numbers)}
+        origins = {name: self._made.origin(name) for name in names.values()}
+        is_plain = {name: self._made.is_renamed(name) for name in origins}
+        key_map = KeyMap(
+            {origin.sources[0]: name for name, origin in origins.items() if is_plain[name]},
+            {name: origin for name, origin in origins.items() if not is_plain[name]},
+        )
+        return names, key_map, {key: self._dtypes[key] for key in names if key in self._dtypes}
 
     def _refuse_endless(self) -> None:
         """Raise ``PlanError`` if views on both sides repeat a few bytes for hours; one side alone may."""
@@ -348,6 +376,24 @@ class _Comparison:
     def _compared_keys(self) -> Iterator[str]:
         skipped = {one.key for one in self._skipped}
         return (key for key in self._names if key not in skipped)
+
+
+def compare_pairs(
+    _: Comparison, pairs: Sequence[Pair], tolerance: Tolerance | None, progress: Progress, *, threads: int | None = None
+) -> dict[int, Part | BytesDiffer]:
+    """Return the differences of the pairs that differ, by their numbers. Raises what reading raises."""
+    from ckptkit.values.difference import differences
+    from ckptkit.values.workers import Workers
+
+    announce(pair.expected for pair in pairs)
+    announce(pair.found for pair in pairs)
+    found: dict[int, Part | BytesDiffer] = {}
+    with Workers(threads) as workers:
+        for pair, part, nbytes in differences(pairs, workers, tolerance):
+            progress(nbytes)
+            if part is not None:
+                found[pair.number] = part
+    return found
 
 
 def _why_skipped(expected: TensorInfo, found: TensorInfo) -> str:

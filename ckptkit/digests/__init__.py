@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 
 from ckptkit.core.arguments import require_choice, require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint, under_key
-from ckptkit.core.checkpoint.stored import StoredBytes, has_stored_bytes
-from ckptkit.core.gc_pause import pause_gc
+from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.progress import Progress
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.ties import first_of_ties
-from ckptkit.digests.hashing import ALGORITHMS, hash_function, hash_tensors
+from ckptkit.digests.by_key import hash_each
+from ckptkit.digests.hashing import ALGORITHMS, hash_function
 from ckptkit.digests.model import Digests, TensorDigest
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 from ckptkit.values.endless import refuse_endless
 from ckptkit.values.workers import Workers
 
-__all__ = ["Digests", "TensorDigest", "digest", "digests_by_key"]
+__all__ = ["Digests", "TensorDigest", "digest", "digest_opened", "digests_by_key"]
 
 
 def digest(
@@ -31,6 +33,7 @@ def digest(
     algorithm: str = "sha256",
     skip_unread: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Digests:
     """Return a digest of each tensor, which depends on its dtype, its shape and its bytes, and on nothing else.
 
@@ -46,9 +49,12 @@ def digest(
             not protect from someone who wants two checkpoints to have one digest.
         skip_unread: Leave out tensors without bytes that can be read, such as sparse tensors, instead of an error.
         progress: Called with the number of bytes after each piece.
+        executor: As in ``stats``.
 
     Raises:
-        ArgumentError: ``algorithm`` is unknown, or needs a package that is not installed.
+        ArgumentError: ``algorithm`` is unknown, or needs a package that is not installed; or ``checkpoint`` is not a
+            path, but there is an executor.
+        WorkerError: A worker ended before its task was done.
         RuleError: A rule cannot be applied, or computes a new tensor.
         ModelError: ``checkpoint`` is not a state_dict.
         PlanError: A tensor cannot be read, or ``checkpoint`` has descriptions of tensors, without bytes.
@@ -64,14 +70,23 @@ def digest(
     require_choice(algorithm, ALGORITHMS, "algorithm")
     require_flags(skip_unread=skip_unread)
     require_progress(progress)
+    require_shareable(executor, {"checkpoint": checkpoint})
     hash_function(algorithm)  # a package that is missing is reported before a file is opened
     with opened(checkpoint, "checkpoint") as found:
-        return _digest(found, rules_for(rules, found), algorithm, progress, skip_unread=skip_unread)
+        sharing = sharing_of(executor, [(checkpoint, found)])
+        return digest_opened(found, rules_for(rules, found), algorithm, progress, sharing, skip_unread=skip_unread)
 
 
-def _digest(
-    found: Checkpoint, rules: Rules, algorithm: str, progress: Progress | None, *, skip_unread: bool
+def digest_opened(
+    found: Checkpoint,
+    rules: Rules,
+    algorithm: str,
+    progress: Progress | None,
+    sharing: Sharing | None,
+    *,
+    skip_unread: bool,
 ) -> Digests:
+    """Return the digests of an open checkpoint, as ``digest`` does."""
     renamed = renamed_keys(rules, found)
     skipped = {key: f"it is a {found[key].kind} tensor" for key in renamed if not has_stored_bytes(found[key])}
     if skipped and not skip_unread:
@@ -80,7 +95,8 @@ def _digest(
         raise PlanError(
             f"{quoted(key)} has no digest: {reason}{more}", hint="--skip-unread leaves out all such tensors"
         )
-    digests = digests_by_key(found, [key for key in renamed if key not in skipped], algorithm, progress)
+    keys = [key for key in renamed if key not in skipped]
+    digests = digests_by_key(found, keys, algorithm, progress, sharing=sharing)
     found.check_unchanged()
     tensors = [TensorDigest(under_key(found[key], renamed[key]), found_digest) for key, found_digest in digests.items()]
     summary = CheckpointSummary.of(found, (tensor.info for tensor in tensors))
@@ -88,18 +104,23 @@ def _digest(
 
 
 def digests_by_key(
-    checkpoint: Checkpoint, keys: Iterable[str], algorithm: str = "sha256", progress: Progress | None = None
+    checkpoint: Checkpoint,
+    keys: Iterable[str],
+    algorithm: str = "sha256",
+    progress: Progress | None = None,
+    *,
+    sharing: Sharing | None = None,
 ) -> Mapping[str, str]:
     """Return the digest of the tensor at each key; tied tensors are read once. Raises what reading raises."""
     infos = [checkpoint[key] for key in keys]
     refuse_endless(checkpoint, infos)
     first_of_tie = first_of_ties(infos, checkpoint.span)
-    found: dict[str, str] = {}
-    stored = StoredBytes(checkpoint)
-    tensors = ((info, stored.payload(info.key)) for info in infos if info.key not in first_of_tie)
-    with Workers() as workers, pause_gc():
-        for hashed, nbytes in hash_tensors(tensors, algorithm, workers):
-            found |= {key: f"{algorithm}:{digits}" for key, digits in hashed}
-            if progress is not None and nbytes:
-                progress(nbytes)
+    firsts = [info for info in infos if info.key not in first_of_tie]
+    if sharing is None:
+        with Workers() as workers:
+            found = hash_each(checkpoint, firsts, algorithm, workers, progress)
+    else:
+        from ckptkit.digests.shared import hash_shared
+
+        found = hash_shared(checkpoint, firsts, algorithm, sharing, progress)
     return {info.key: found[first_of_tie.get(info.key, info.key)] for info in infos}

@@ -7,12 +7,13 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple
 
-from ckptkit.core.arguments import refuse
+from ckptkit.core.arguments import refuse, require_flags, require_progress
 from ckptkit.core.checkpoint import MOST_TENSORS, Checkpoint
 from ckptkit.core.config_files import default_error_path, read_text_file
 from ckptkit.core.files.places import clean_path, is_file, open_source
@@ -20,14 +21,15 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
 from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import listed, quoted, shared_start
-from ckptkit.digests import digest
-from ckptkit.digests.hashing import ALGORITHMS, HEX_DIGITS
+from ckptkit.digests import digest_opened
+from ckptkit.digests.hashing import ALGORITHMS, HEX_DIGITS, hash_function
 from ckptkit.digests.model import CONTENTS, NAMES_AND_SHAPES, Digests, contents_digest
 from ckptkit.errors import CkptkitError, FormatError, RuleError
 from ckptkit.formats import open_checkpoint
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.tasks.sharing import require_shareable, sharing_of
 
 __all__ = ["DigestCheck", "check_digests", "is_digest_file", "refuse_checkpoint"]
 
@@ -113,6 +115,7 @@ def check_digests(
     *,
     skip_unread: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> DigestCheck:
     """Return which tensors of a checkpoint have the recorded digests; the recorded checkpoint is not needed.
 
@@ -124,9 +127,12 @@ def check_digests(
             ``keep`` and ``drop`` leave out are not compared.
         skip_unread: As in ``digest``.
         progress: As in ``digest``.
+        executor: As in ``stats``.
 
     Raises:
-        ArgumentError: ``recorded`` is neither, or the algorithm needs a package that is not installed.
+        ArgumentError: ``recorded`` is neither, or the algorithm needs a package that is not installed; or
+            ``checkpoint`` is not a path, but there is an executor.
+        WorkerError: A worker ended before its task was done.
         FormatError: The digest file is not valid, or the stored bytes of the checkpoint do not agree with its header.
         PathError: A path cannot be read.
         RuleError: A rule cannot be applied, or computes a new tensor.
@@ -139,6 +145,9 @@ def check_digests(
         >>> check_digests(recorded, {"a": torch.ones(2), "b": torch.ones(2)}).different
         ('a',)
     """
+    require_flags(skip_unread=skip_unread)
+    require_progress(progress)
+    require_shareable(executor, {"checkpoint": checkpoint})
     if isinstance(recorded, Digests):
         known = _Recorded(
             recorded.algorithm,
@@ -151,7 +160,9 @@ def check_digests(
         refuse(recorded, "recorded", "the path of a digest file, or the result of digest()")
     with opened(checkpoint, "checkpoint") as opened_checkpoint:
         parsed = rules_for(rules, opened_checkpoint)
-        found = digest(opened_checkpoint, parsed, algorithm=known.algorithm, skip_unread=skip_unread, progress=progress)
+        sharing = sharing_of(executor, [(checkpoint, opened_checkpoint)])
+        hash_function(known.algorithm)  # its package may be missing
+        found = digest_opened(opened_checkpoint, parsed, known.algorithm, progress, sharing, skip_unread=skip_unread)
         left_out = _left_out(known.digests, parsed, opened_checkpoint) - found.tensors.keys()
     return _compare(known, found, left_out)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
 from ckptkit.core.arguments import require_number, require_progress, takes_rules
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
-from ckptkit.core.files.payloads import Extent, announce, place_of
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -15,19 +15,18 @@ from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.ties import first_of_ties
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
-from ckptkit.quantized.view import DequantizedWeight, DequantizeLike, as_numbers
+from ckptkit.quantized.view import DequantizedWeight, DequantizeLike, as_numbers, parse_dequantize
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
-from ckptkit.statistics.columns import Columns, StatsTable
-from ckptkit.statistics.kernel import StatsKernel, StatsPart
+from ckptkit.statistics.columns import StatsTable
+from ckptkit.statistics.measured import measure_values
 from ckptkit.statistics.value_stats import ValueStats
-from ckptkit.values.arrays import real_code
+from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 from ckptkit.values.endless import refuse_endless
-from ckptkit.values.kernels import Tally, computed, computed_together, is_short, why_unsupported
-from ckptkit.values.reading import Source, Span
+from ckptkit.values.kernels import why_unsupported
 from ckptkit.values.workers import Workers
 
-__all__ = ["StateDictStats", "TensorStats", "measure_values", "module_name", "stats", "stats_of_keys"]
+__all__ = ["StateDictStats", "TensorStats", "module_name", "stats", "stats_of_keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +148,7 @@ def stats(
     *,
     dequantize: DequantizeLike = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> StateDictStats:
     """Return statistics of the values of each tensor: counts, extremes, moments, norms and a histogram of magnitudes.
 
@@ -162,8 +162,12 @@ def stats(
         dequantize: Whether quantised weights are read as numbers, or the dtype of the numbers. Without a dtype it is
             F32, so that nothing is rounded.
         progress: Called with the number of bytes after each chunk.
+        executor: Shares the work among its workers, which open ``checkpoint`` by its path, such as a ``RayExecutor``.
+            The result is the same to the last bit. Without one, the threads of this process do the work.
 
     Raises:
+        ArgumentError: ``checkpoint`` is not a path, but there is an executor.
+        WorkerError: A worker ended before its task was done.
         RuleError: A rule cannot be applied, or computes a new tensor.
         ModelError: ``checkpoint`` is not a state_dict, or a tensor is on the meta device.
         PlanError: ``checkpoint`` has descriptions of tensors, without bytes, or views that repeat a few bytes
@@ -176,10 +180,13 @@ def stats(
         850
     """
     require_progress(progress)
+    require_shareable(executor, {"checkpoint": checkpoint})
     with opened(checkpoint, "checkpoint") as stored:
         view = as_numbers(stored, dequantize)
         found = view.checkpoint
-        result = _stats(found, rules_for(rules, found), progress)
+        sharing = sharing_of(executor, [(checkpoint, stored)])
+        measure = _measuring(sharing, dequantize, progress or (lambda _: None))
+        result = _stats(found, rules_for(rules, found), measure)
         kept = {info.key for info in result.tensors.infos.values()}
         if view.weights:  # the totals are those of the file, as everywhere
             parts = {key: decoded.weight.parts for key, decoded in view.weights.items()}
@@ -188,7 +195,26 @@ def stats(
         return replace(result, dequantized=tuple(one for one in view.listed if one.key in kept))
 
 
-def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateDictStats:
+def _measuring(
+    sharing: Sharing | None, dequantize: DequantizeLike, progress: Progress
+) -> Callable[[Checkpoint, Sequence[str]], StatsTable]:
+    """Return the function that measures tensors: here, or in the workers of an executor."""
+
+    def measure(found: Checkpoint, keys: Sequence[str]) -> StatsTable:
+        if sharing is None:
+            with Workers() as workers:
+                return measure_values(found, keys, workers, progress)
+        from ckptkit.statistics.shared import measure_shared
+
+        is_wanted, dtype = parse_dequantize(dequantize)
+        return measure_shared(found, keys, (dtype or "F32") if is_wanted else None, sharing, progress)
+
+    return measure
+
+
+def _stats(
+    found: Checkpoint, rules: Rules, measure: Callable[[Checkpoint, Sequence[str]], StatsTable]
+) -> StateDictStats:
     renamed = renamed_keys(rules, found)
     first_of_tie = first_of_ties((found[key] for key in renamed), found.span)
     quantized = quantized_weights(found)
@@ -197,8 +223,8 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
         reasons = {key: why or _why_not_numbers(key, quantized) for key, why in reasons.items()}
     measured = [key for key, why in reasons.items() if not why and key not in first_of_tie]
     refuse_endless(found, [found[key] for key in measured])
-    with Workers() as workers, pause_gc():
-        numbers = measure_values(found, measured, workers, progress or (lambda _: None))
+    with pause_gc():
+        numbers = measure(found, measured)
     tensors = MeasuredTensors(
         {name: found[key] for key, name in renamed.items()},
         StatsTable([renamed[key] for key in numbers], numbers.columns),
@@ -224,46 +250,6 @@ def stats_of_keys(
         numbers = measure_values(found, measured, workers, progress or (lambda _: None))
     found.check_unchanged()
     return numbers
-
-
-def measure_values(checkpoint: Checkpoint, keys: Iterable[str], workers: Workers, progress: Progress) -> StatsTable:
-    """Return the statistics of tensors; they do not depend on how the bytes are read, nor on the number of threads."""
-    kernel = StatsKernel()
-    keys = list(keys)
-    short: list[tuple[str, Extent, str]] = []
-    others: list[tuple[str, Payload]] = []
-    for key in keys:
-        payload, code = checkpoint.payload(key), real_code(checkpoint[key].dtype)
-        if isinstance(payload, Extent) and is_short(payload.nbytes, code):
-            short.append((key, payload, code))
-        else:
-            others.append((key, payload))
-    names: list[str] = []
-    columns: list[Columns] = []
-    if short:
-        short_keys, extents, codes = zip(*short, strict=True)
-        for places, found, nbytes in computed_together(extents, codes, kernel, workers):
-            names += [short_keys[at] for at in places]
-            columns.append(found)
-            progress(nbytes)
-    numbers: dict[str, ValueStats] = {}
-
-    def sources() -> Iterator[Source[Tally[StatsPart]]]:
-        others.sort(key=lambda item: place_of(item[1]))
-        announce(payload for _, payload in others)
-        for key, payload in others:
-            tally: Tally[StatsPart] = Tally(checkpoint[key])
-            if tally.bytes_left:
-                yield Source(payload, (Span(tally, 0, tally.bytes_left, tally.width),))
-            else:
-                numbers[key] = kernel.together([], tally.code)
-
-    for tally, result, nbytes in computed(sources(), kernel, workers):
-        if result is not None:
-            numbers[tally.keys[0]] = result
-        progress(nbytes)
-    table = StatsTable([*names, *numbers], Columns.joined([*columns, Columns.of(list(numbers.values()))]))
-    return table if table.names == keys else table.take(table.rows_of(keys))
 
 
 def _why_not_numbers(key: str, quantized: Quantized) -> str:

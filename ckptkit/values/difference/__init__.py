@@ -25,6 +25,10 @@ __all__ = ["BytesDiffer", "Pair", "Part", "Tolerance", "differences", "has_numbe
 class BytesDiffer:
     """The bytes of two tensors differ, of a dtype whose numbers are not known."""
 
+    def __reduce__(self) -> str:
+        """Stay the same object when another process sends it: results of tied tensors are compared."""
+        return "_BYTES_DIFFER"
+
 
 _BYTES_DIFFER: Final = BytesDiffer()
 
