@@ -35,17 +35,17 @@ class Slow(Executor):
     """An executor that begins a task only when ``step`` is called, the newest first."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Future[int], int]] = []
+        self.waiting: list[tuple[Future[Any], tuple[Any, ...]]] = []
         self.most = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Keep the task; with four of them, do the newest three."""
-        future: Future[int] = Future()
-        self.waiting.append((future, args[0]))
+        future: Future[Any] = Future()
+        self.waiting.append((future, args))
         self.most = max(self.most, len(self.waiting))
         if len(self.waiting) == 4:
-            for done, argument in reversed(self.waiting[1 if args[0] < 9 else 0 :]):
-                done.set_result(fn(argument, **kwargs))
+            for done, given in reversed(self.waiting[1 if args[-1] < 9 else 0 :]):
+                done.set_result(fn(*given, **kwargs))
             del self.waiting[1:]
         return future
 

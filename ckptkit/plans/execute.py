@@ -17,16 +17,18 @@ from ckptkit.formats.writing.atomic import output_errors
 from ckptkit.formats.writing.state import Target
 from ckptkit.formats.writing.targets import prepare_directory, prepare_target
 from ckptkit.plans.carried import Carried, target_of
-from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
+from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs, paths_by_role
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
 from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written
+from ckptkit.tasks.executor_type import Executor, require_executor
 
 if TYPE_CHECKING:
     from ckptkit.plans.edit_torch import PlanEditor
+    from ckptkit.plans.writing.shard_tasks import Elsewhere
 
 __all__ = ["Prepared", "check_output", "execute", "execute_prepared", "prepare_output"]
 
@@ -153,6 +155,7 @@ def execute(
     carry: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Written:
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
 
@@ -179,6 +182,13 @@ def execute(
     result has the same bytes as without the kill. After an error, finished shards are kept too, for the next run with
     ``resume``. The output must be a directory of shards on this machine.
 
+    With an ``executor`` of ``concurrent.futures``, such as a ``ProcessPoolExecutor`` or one of a cluster, its workers
+    write the shards: each is one task. The output must be a directory of shards. Each source must be a path, which
+    every worker opens by itself, as it does with the directory of the output. This process records what is finished,
+    writes the index last, and gives the output its name. The bytes and the result are the same as without an executor.
+    A worker uses as many threads as ``OMP_NUM_THREADS`` says, or one. Finished shards are also kept after the death of
+    a worker, for ``resume``. ``progress`` is called after each shard.
+
     A torch file that is made from a training checkpoint is a copy of that file with new tensors.
     ``Output(only_tensors=True)`` writes only the tensors. Tensors are streamed, so the memory in use does not grow
     with the checkpoint.
@@ -188,23 +198,39 @@ def execute(
     where ``verify`` finds a difference. Raises ``PlanError`` where the plan does not fit the inputs or contradicts
     itself, where the format cannot hold a tensor, and where a cast would make inf of finite values without
     ``allow_overflow``. Raises ``ChangedError`` where an input changed since it was opened. Raises ``FormatError`` where
-    ``verify`` finds a damaged input. After an error nothing new is at the path. But where a store fails while the files
+    ``verify`` finds a damaged input. Raises ``ArgumentError`` where a source is not a path and an ``executor`` is
+    given, and ``WorkerError`` where a worker ended. The error of a worker names its shard, and the other tasks are
+    cancelled. After an error nothing new is at the path. But where a store fails while the files
     of a directory replace others, the hint says which files are new, old and gone.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
         >>> ckptkit.execute(plan, "fixtures/lenet_10class.pth", "renamed.safetensors", verify=True)
         <Written: renamed.safetensors, safetensors, 10 tensors, 248.8 kB>
+
+        Two threads take the place of the processes or machines here:
+
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> shards = ckptkit.choose_output("shards", max_shard_size="100kB")
+        >>> with ThreadPoolExecutor(2) as executor:
+        ...     ckptkit.execute(plan, "fixtures/lenet_10class.pth", shards, executor=executor)
+        <Written: shards, sharded safetensors (3 shards), 10 tensors, 248.8 kB>
     """
     require_type(plan, Plan | str | os.PathLike, "plan", "a Plan, or the path of a plan file")
     require_type(out, Output | str | os.PathLike, "out", "a path or an Output")
     require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume)
     require_progress(progress)
+    require_executor(executor)
     output = out if isinstance(out, Output) else choose_output(out)
     if isinstance(plan, str | os.PathLike):
         from ckptkit.plans.saved import load_plan
 
         plan = load_plan(plan, sources)
+    elsewhere = None
+    if executor is not None:
+        from ckptkit.plans.writing.shard_tasks import Elsewhere
+
+        elsewhere = Elsewhere(executor, paths_by_role(plan.steps, sources))
     return execute_prepared(
         Prepared(plan),
         sources,
@@ -214,6 +240,7 @@ def execute(
         carry=carry,
         resume=resume,
         progress=progress,
+        elsewhere=elsewhere,
     )
 
 
@@ -227,9 +254,17 @@ def execute_prepared(
     carry: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Written:
-    """Write the output of a prepared plan, as ``execute`` does; an editor must be of these sources."""
+    """Write the output of a prepared plan, as ``execute`` does; an editor must be of these sources.
+
+    With ``elsewhere``, the sources may be open: they must be of its paths.
+    """
     plan = prepared.plan
+    if elsewhere is not None:
+        from ckptkit.plans.writing.shard_tasks import refuse_elsewhere
+
+        refuse_elsewhere(output)
     edited = (plan.edited_role,) if plan.edited_role and output.format == "torch" and not output.only_tensors else ()
     with (
         output_errors(output.path),
@@ -240,7 +275,9 @@ def execute_prepared(
         report = progress or (lambda _: None)
         if prepared.leftovers is None:
             plan = _with_notes(plan, _leftovers(plan, output, inputs.roles, resume=resume, is_run=True))
-        return _execute(plan, inputs, output, report, editor, verify=verify, carry=carry, resume=resume)
+        return _execute(
+            plan, inputs, output, report, editor, verify=verify, carry=carry, resume=resume, elsewhere=elsewhere
+        )
 
 
 def _execute(
@@ -253,6 +290,7 @@ def _execute(
     verify: bool,
     carry: bool,
     resume: bool,
+    elsewhere: Elsewhere | None,
 ) -> Written:
     roles = inputs.roles
     if resume:
@@ -271,7 +309,7 @@ def _execute(
         from ckptkit.plans.writing.directories import write_directory
 
         written, verified = write_directory(
-            plan, output, inputs, report_bytes, carried=carried, verify=verify, resume=resume
+            plan, output, inputs, report_bytes, carried=carried, verify=verify, resume=resume, elsewhere=elsewhere
         )
     else:
         written, verified = write_file(plan, output, inputs, report_bytes, editor, carried=carried, verify=verify)

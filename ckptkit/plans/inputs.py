@@ -25,11 +25,20 @@ from ckptkit.plans.plan.step import Source, Step
 from ckptkit.plans.produce import Producer, overflow_error
 from ckptkit.plans.quantized import QuantizedInputs
 from ckptkit.plans.steps import check_steps, equal_of
+from ckptkit.tasks.inputs import paths_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PlanInputs", "Sources", "materialize_steps", "opened_inputs", "opened_roles", "stream_tensors"]
+__all__ = [
+    "PlanInputs",
+    "Sources",
+    "materialize_steps",
+    "opened_inputs",
+    "opened_roles",
+    "paths_by_role",
+    "stream_tensors",
+]
 
 Sources: TypeAlias = Mapping[str, object] | CheckpointLike  # object: a dict of a path and a model has no narrower type
 _Input = TypeVar("_Input")
@@ -179,6 +188,15 @@ def _is_input(value: object) -> bool:
     return is_path or isinstance(value, Mapping) or callable(getattr(value, "state_dict", None))
 
 
+def paths_by_role(steps: Sequence[Step], sources: Sources) -> dict[str, str]:
+    """Return the paths of the inputs of these steps. Raises what ``paths_of`` raises, and ``PlanError`` for a role."""
+    return paths_of(_by_role(sources, _roles_read(steps)))
+
+
+def _roles_read(steps: Sequence[Step]) -> list[str]:
+    return list(dict.fromkeys(source.role for step in steps for source in (*step.sources, *step.equals)))
+
+
 @contextlib.contextmanager
 def opened_roles(wanted: Iterable[str], sources: Sources) -> Iterator[dict[str, Checkpoint]]:
     """Give the inputs of a plan that reads the roles ``wanted``; paths are opened, and closed at the end.
@@ -203,8 +221,7 @@ def opened_inputs(
     """
     if not steps:
         raise PlanError("the plan writes no tensor")
-    roles = [source.role for step in steps for source in (*step.sources, *step.equals)]
-    with opened_roles([*roles, *others], sources) as inputs:
+    with opened_roles([*_roles_read(steps), *others], sources) as inputs:
         checked = check_steps(steps, inputs)
         for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(checked):
             raise problem.error()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
@@ -21,7 +21,7 @@ from ckptkit.rules.model import describe_output
 
 if TYPE_CHECKING:
     from ckptkit.digests.checked import CheckedPayload
-    from ckptkit.plans.methods.limits import Limits
+    from ckptkit.plans.methods.limits import Group, Limits
     from ckptkit.plans.methods.operation import Merge
     from ckptkit.tensor_ops.casting import RecipeCounter
     from ckptkit.tensor_ops.dequantize import Dequantize
@@ -66,6 +66,26 @@ class Producer:
         """Return a producer that makes the same tensors again, but keeps what was found in the values of all inputs."""
         limits = self._all_limits() if any(map(_only_merge, self.steps)) else None
         return Producer(self.roles, self.steps, _limits=limits)
+
+    def found_limits(self) -> Mapping[Group, float] | None:
+        """Return what was found in the values of all inputs, for the producer of another process, or None.
+
+        Raises ``PlanError`` where the steps lack tensors that it is of, and what reading the inputs raises.
+        """
+        if not any(map(_only_merge, self.steps)):
+            return None
+        limits = self._all_limits()
+        limits.find(self._unlimited, self._shared_workers())
+        return limits.found
+
+    @classmethod
+    def of_some(
+        cls, roles: Mapping[str, Checkpoint], steps: Sequence[Step], found: Mapping[Group, float] | None
+    ) -> Self:
+        """Return a producer for some steps of a plan, with ``found_limits`` of the producer for all of them."""
+        from ckptkit.plans.methods.limits import Limits
+
+        return cls(roles, steps, _limits=None if found is None else Limits(steps, found))
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, which are read or computed only with the chunks.

@@ -17,7 +17,8 @@ from ckptkit.formats import open_checkpoint
 __all__ = ["SentInput", "opened_again", "paths_of", "send_input"]
 
 _BY_PATH = "workers of an executor open each input by its path: give a path, or leave out the executor"
-_LEAVE_OUT = "leave out --jobs"
+_LEAVE_OUT = "leave out --jobs", "leave out executor"
+_SAME_PATH = "each worker must reach the inputs under the same paths"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,12 @@ def opened_again(sent: SentInput) -> Iterator[Checkpoint]:
     Errors of the block name paths as the user wrote them.
     """
     try:
-        with open_checkpoint(sent.path) as checkpoint:
+        try:
+            opened = open_checkpoint(sent.path)
+        except PathError as error:  # the caller could open it
+            error.hint, error.call = _SAME_PATH, None
+            raise
+        with opened as checkpoint:
             if tuple(_version(file) for file in checkpoint.files) != sent.versions:
                 raise ChangedError("the file changed since the work began", hint="run it again", path=sent.path)
             yield checkpoint
@@ -80,5 +86,6 @@ def opened_again(sent: SentInput) -> Iterator[Checkpoint]:
 def _version(path: str) -> tuple[object, ...]:
     found = version_at(path)
     if found is None:
-        raise PathError("nothing tells the version of this file", hint=_LEAVE_OUT, path=path)
+        hint, call = _LEAVE_OUT
+        raise PathError("nothing tells the version of this file", hint=hint, call=call, path=path)
     return found[:2]  # each machine may give a file of shared storage another inode

@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, 
 from typing import Final, TypeVar
 
 from ckptkit.errors import CkptkitError, WorkerError
+from ckptkit.tasks.processes import threads_of_worker
+from ckptkit.values.workers import limited_threads
 
 __all__ = ["run_tasks"]
 
@@ -32,7 +34,8 @@ def run_tasks(
     """Yield ``function(task)`` for each task, in the order of the tasks; the workers of the executor do the work.
 
     For workers in other processes, ``function`` must be a function of a module, and tasks, results and errors must
-    survive pickling. A worker may run a task twice, so the function must do no harm then.
+    survive pickling. A worker may run a task twice, so the function must do no harm then. ``Workers`` that a task makes
+    have as many threads as ``threads_of_worker`` says.
 
     At most ``most_in_flight`` tasks are given to the executor and not finished: by default 256, or twice as many as it
     has workers, if it has the attribute ``workers``. ``tasks`` is advanced only when one is given. ``done`` is called
@@ -67,7 +70,8 @@ def run_tasks(
                     break
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            ended = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(ended, key=_has_failed):  # what is finished counts also where another task failed
                 number, task = running[future]
                 result = _result(future, task, name)
                 del running[future]
@@ -85,9 +89,19 @@ def _submit(
     executor: Executor, function: Callable[[_Task], _Result], task: _Task, name: Callable[[_Task], str]
 ) -> Future[_Result]:
     try:
-        return executor.submit(function, task)
+        return executor.submit(_run, function, task)
     except BrokenExecutor:
         raise _worker_error(name(task)) from None
+
+
+def _run(function: Callable[[_Task], _Result], task: _Task) -> _Result:
+    """Do a task in a worker."""
+    with limited_threads(threads_of_worker()):
+        return function(task)
+
+
+def _has_failed(future: Future[_Result]) -> bool:
+    return future.cancelled() or future.exception() is not None
 
 
 def _result(future: Future[_Result], task: _Task, name: Callable[[_Task], str]) -> _Result:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -17,13 +19,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["PIECE", "Workers", "pieces"]
+__all__ = ["PIECE", "Workers", "limited_threads", "pieces"]
 
 # Numbers in a piece. Threads hand the interpreter's lock to each other too often in smaller pieces, and the buffers of
 # larger pieces leave the cache.
 PIECE: Final = 1 << 19
 _MAX_THREADS: Final = 8
 _WAITING: Final = 2  # tasks for each thread that are begun before their results are taken
+_limit: ContextVar[int] = ContextVar("most threads of Workers", default=_MAX_THREADS)
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
@@ -35,8 +38,11 @@ class Workers(Closing):
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        """Use ``threads`` threads; by default one for each processor of this process, but at most 8."""
-        self.threads = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+        """Use ``threads`` threads; by default one for each processor of this process, but at most 8.
+
+        In a block of ``limited_threads``, the default has that limit.
+        """
+        self.threads = threads or min(len(os.sched_getaffinity(0)), _limit.get())
         self.stopped = False  # whether results of ``each`` are no longer taken: tasks that wait for others must end
         self._pool: ThreadPoolExecutor | None = None
         self._is_alone = False  # whether the system has refused a thread
@@ -129,6 +135,16 @@ class Workers(Closing):
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+
+
+@contextlib.contextmanager
+def limited_threads(most: int) -> Iterator[None]:
+    """Let each ``Workers`` that this thread makes in the block have at most this many threads, unless it names more."""
+    before = _limit.set(min(most, _MAX_THREADS))
+    try:
+        yield
+    finally:
+        _limit.reset(before)
 
 
 def _interrupt(begun: list[Future[Any]]) -> None:

@@ -46,19 +46,24 @@ class AtomicFile(OutputFile):
     Raises ``OutputError`` at the end if another program changed the target meanwhile; the newer file is kept.
     """
 
-    def __init__(self, target: Target | str, size: int, block: int = 0, *, by_kernel: bool = True) -> None:
+    def __init__(
+        self, target: Target | str, size: int, block: int = 0, *, by_kernel: bool = True, place: str = ""
+    ) -> None:
         """Take the target and the size in bytes. A target that is a string is replaced, whatever is there.
 
-        ``block`` and ``by_kernel`` are as in ``OffsetWriter``. With a ``block``, no space is reserved.
+        ``block`` and ``by_kernel`` are as in ``OffsetWriter``. With a ``block``, no space is reserved. ``place`` is the
+        directory of the temporary file, on the same disk as the target; by default the directory of the target.
         """
         super().__init__(size, block, by_kernel=by_kernel)
         self.target = target if isinstance(target, str) else target.path
         self.before = None if isinstance(target, str) else target.before
+        self._place = place
         self._temporary = ""
 
     def __enter__(self) -> Self:
         """Create the temporary file and reserve its size. Raises ``OutputError`` where the disk is full."""
-        self._temporary = temporary_path(self.target)
+        at = os.path.join(self._place, os.path.basename(self.target)) if self._place else self.target
+        self._temporary = temporary_path(at)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         if self.size >= 2**63:
             raise OutputError(f"not enough disk space: {human_bytes(self.size)} needed", path=self.target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; 
 _TEMPORARY = lazy_pattern(r"\.ckptkit-\d+-[0-9a-f]{8}\.tmp")
 _JOURNAL = "journal"
 _FILES = "files"
+_WORK = "work-"
 
 
 def temporary_path(target: str) -> str:
@@ -43,6 +45,7 @@ class Staging:
         self.files = os.path.join(path, _FILES)
         self.keeps_finished = False
         self._journal = journal
+        self._work = ""
 
     @classmethod
     def new(cls, target: str) -> Self:
@@ -79,9 +82,33 @@ class Staging:
         if not os.path.isdir(self.files):
             os.mkdir(self.files)
 
+    def begin_work(self) -> str:
+        """Return a new directory in the place, where other processes make files before they move them to ``files``.
+
+        Raises ``OSError``.
+        """
+        work = os.path.join(self.path, f"{_WORK}{os.urandom(4).hex()}")
+        os.mkdir(work)
+        self._work = work
+        return work
+
+    def end_work(self) -> None:
+        """Take that directory away: a process that still works there cannot give a file its name any more."""
+        import shutil
+
+        work, self._work = self._work, ""
+        if work:
+            ended = f"{work}.ended"
+            with contextlib.suppress(OSError):
+                os.rename(work, ended)  # nobody makes a file in it while it is removed
+                shutil.rmtree(ended)
+
     def _remove_unfinished(self) -> None:
         import shutil
 
+        for left in os.scandir(self.path):
+            if left.name.startswith(_WORK):
+                shutil.rmtree(left.path, ignore_errors=True)
         kept = {file.name for file in self.finished}
         for entry in os.scandir(self.files) if os.path.isdir(self.files) else ():
             if entry.is_dir(follow_symlinks=False):
@@ -93,6 +120,7 @@ class Staging:
         """Remove the place, and return its path if that fails."""
         import shutil
 
+        self.end_work()
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
         if os.path.lexists(self.path):
@@ -109,6 +137,7 @@ class Staging:
         count = len(self.finished) if self.keeps_finished else 0
         if not count:
             return "", self.end()
+        self.end_work()
         self.close()
         files = "1 finished shard is" if count == 1 else f"{count:,} finished shards are"
         kept = f"{files} kept in {printable(self.path)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ckptkit.values.merging.payload import MergedPayload
     from ckptkit.values.workers import Workers
 
-__all__ = ["Limits", "MakePayload", "merges_of"]
+__all__ = ["Group", "Limits", "MakePayload", "merges_of"]
 
 MakePayload: TypeAlias = "Callable[[Step, Merge], MergedPayload]"
-_Group: TypeAlias = tuple[int, Share]  # the number of an input in its recipe, and what is kept of it
+Group: TypeAlias = tuple[int, Share]  # the number of an input in its recipe, and what is kept of it
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Limits:
     """The limits of the steps of a plan, which are found in the values of the inputs when the first one is needed."""
 
     steps: Sequence[Step] = ()
-    _found: dict[_Group, float] | None = field(default=None, repr=False)
+    found: Mapping[Group, float] | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def of(self, merge: Merge, make: MakePayload, workers: Workers) -> tuple[float, ...]:
@@ -42,24 +42,28 @@ class Limits:
         groups = _groups(merge)
         if not any(groups):
             return ()
-        with self._lock:
-            if self._found is None:
-                self._found = self._find(make, workers)
-            return tuple(0.0 if group is None else self._limit(group, merge) for group in groups)
+        self.find(make, workers)
+        return tuple(0.0 if group is None else self._limit(group, merge) for group in groups)
 
-    def _limit(self, group: _Group, merge: Merge) -> float:
-        limit = (self._found or {}).get(group)
+    def find(self, make: MakePayload, workers: Workers) -> None:
+        """Set ``found``, which another process can be given. Takes and raises what ``of`` does."""
+        with self._lock:
+            if self.found is None:
+                self.found = self._find(make, workers)
+
+    def _limit(self, group: Group, merge: Merge) -> float:
+        limit = (self.found or {}).get(group)
         if limit is None and group[1].elements:
             raise PlanError(
                 f'{quoted(merge.key)}: trim = "model" needs all tensors of its plan', hint="make a plan of a recipe"
             )
         return limit or 0.0
 
-    def _find(self, make: MakePayload, workers: Workers) -> dict[_Group, float]:
+    def _find(self, make: MakePayload, workers: Workers) -> dict[Group, float]:
         from ckptkit.values.merging.limits import Counted, find_limits
 
         merges = [(step, merge, groups) for step, merge in merges_of(self.steps) if any(groups := _groups(merge))]
-        counted: dict[_Group, int] = defaultdict(int)
+        counted: dict[Group, int] = defaultdict(int)
         for step, _, groups in merges:
             for group in filter(None, groups):
                 counted[group] += step.out.elements
@@ -89,6 +93,6 @@ def merges_of(steps: Iterable[Step]) -> Iterator[tuple[Step, Merge]]:
             yield step, last
 
 
-def _groups(merge: Merge) -> list[_Group | None]:
+def _groups(merge: Merge) -> list[Group | None]:
     shares = merge.method.shares()
     return [share and (number, share) for number, share in zip(merge.numbers, shares, strict=bool(shares))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit.core.files.places import is_url, join
@@ -22,19 +22,14 @@ from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.writing.files import has_tensors, write_safetensors_file
-from ckptkit.plans.writing.finished_shards import (
-    FinishedShards,
-    ShardResult,
-    finished_shards,
-    made_of,
-    result_of,
-    staging_for,
-)
+from ckptkit.plans.writing.finished_shards import FinishedShards, finished_shards, made_of, staging_for
 from ckptkit.plans.writing.refusals import is_own_name
+from ckptkit.plans.writing.shard_results import ShardResult, result_of
 from ckptkit.plans.writing.written import Written
 
 if TYPE_CHECKING:
     from ckptkit.plans.verify import Verification
+    from ckptkit.plans.writing.shard_tasks import Elsewhere
 
 __all__ = ["write_directory"]
 
@@ -42,14 +37,26 @@ _WEIGHTS = (".safetensors", DCP_SUFFIX, ".index.json", *TORCH_SUFFIXES)
 
 
 def write_directory(
-    plan: Plan, output: Output, inputs: PlanInputs, progress: Progress, *, carried: Carried, verify: bool, resume: bool
+    plan: Plan,
+    output: Output,
+    inputs: PlanInputs,
+    progress: Progress,
+    *,
+    carried: Carried,
+    verify: bool,
+    resume: bool,
+    elsewhere: Elsewhere | None,
 ) -> tuple[Written, list[Verification]]:
     """Write shards or a distributed checkpoint; return what was written and what ``verify`` found.
 
-    With ``resume``, the finished shards of a killed run are kept, and so are those of this run after an error.
+    With ``resume``, the finished shards of a killed run are kept, and so are those of this run after an error. The
+    workers of ``elsewhere``, if it is given, write and verify the shards.
     """
-    kind = _Dcp if output.format == "dcp" else _Shards
-    files = kind(plan, output, inputs)
+    files: _Shards | _Dcp
+    if output.format == "dcp":
+        files = _Dcp(plan, output, inputs)
+    else:
+        files = _Shards(plan, output, inputs) if elsewhere is None else _WorkersShards(plan, output, inputs, elsewhere)
     target = prepare_directory(output.path, force=output.force, before=output.before)
     existing = list(target.before.entries)
     ours = frozenset(name for name in existing if is_own_name(output, name))
@@ -124,6 +131,15 @@ class _Shards:
         """Write the files that are not there yet, and return the size of all shards."""
         finished.keep(self.shards, progress)
         total = 0
+        for result in self._results(folder, progress, finished):
+            total += result.nbytes
+            self.shared += result.shared
+        self.inputs.refuse_overflow()
+        if self.has_index:
+            _write_small(folder, self.index, self.index_data)
+        return total
+
+    def _results(self, folder: OutputFolder, progress: Progress, finished: FinishedShards) -> Iterator[ShardResult]:
         for shard in self.shards:
             result = finished.kept.get(shard.name)
             if result is None:
@@ -131,12 +147,7 @@ class _Shards:
                 finished.add(shard.name, result)
             else:
                 result.tell(self.inputs.producer)
-            total += result.nbytes
-            self.shared += result.shared
-        self.inputs.refuse_overflow()
-        if self.has_index:
-            _write_small(folder, self.index, self.index_data)
-        return total
+            yield result
 
     def _write_shard(self, shard: Shard, folder: OutputFolder, progress: Progress) -> ShardResult:
         before = set(self.inputs.producer.extracted)
@@ -157,16 +168,53 @@ class _Shards:
 
     def verify(self, directory: str) -> list[Verification]:
         """Let safetensors read every shard, and compare the index with the shards."""
-        from ckptkit.plans.verify import verify_index, verify_safetensors
+        from ckptkit.plans.verify import verify_index
+
+        verified = self._verified_shards(directory)
+        if self.has_index:
+            verify_index(join(directory, self.index), join(self.output.path, self.index), self.shards)
+        return verified
+
+    def _verified_shards(self, directory: str) -> list[Verification]:
+        from ckptkit.plans.verify import verify_safetensors
 
         verified = []
         for shard in self.shards:
             path, shown = (join(parent, shard.name) for parent in (directory, self.output.path))
             steps = [self.inputs.steps[info.key] for info in shard.infos]
             verified.append(verify_safetensors(path, shown, steps, self.plan.metadata, self.inputs.producer.again()))
-        if self.has_index:
-            verify_index(join(directory, self.index), join(self.output.path, self.index), self.shards)
         return verified
+
+
+class _WorkersShards(_Shards):
+    """Shards that the workers of an executor write; this process writes their index."""
+
+    def __init__(self, plan: Plan, output: Output, inputs: PlanInputs, elsewhere: Elsewhere) -> None:
+        from ckptkit.plans.writing.shard_tasks import ShardTasks
+
+        super().__init__(plan, output, inputs)
+        self._tasks = ShardTasks(elsewhere, plan, output, inputs)
+        self._staging: Staging | None = None
+
+    def staging(self, target: Target, *, resume: bool) -> Staging:
+        self._staging = staging_for(target, self.made_of, resume=resume)
+        return self._staging
+
+    def _results(
+        self,
+        folder: OutputFolder,  # noqa: ARG002 - which is in the staging place
+        progress: Progress,
+        finished: FinishedShards,
+    ) -> Iterator[ShardResult]:
+        assert self._staging is not None  # noqa: S101 - it was asked for before
+        wanted = [shard for shard in self.shards if shard.name not in finished.kept]
+        results = {**finished.kept, **self._tasks.make(wanted, self._staging, finished, progress)}
+        for shard in self.shards:
+            results[shard.name].tell(self.inputs.producer)
+            yield results[shard.name]
+
+    def _verified_shards(self, directory: str) -> list[Verification]:
+        return self._tasks.verify(self.shards, directory)
 
 
 class _Dcp:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final
 
-from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.places import is_url, name_of, parent_of, version_at
 from ckptkit.core.progress import Progress
@@ -20,28 +18,22 @@ from ckptkit.formats.writing.journal import FinishedFile, Journal
 from ckptkit.formats.writing.staging import Staging, find_leftovers
 from ckptkit.formats.writing.state import Target
 from ckptkit.formats.writing.targets import real_path
-from ckptkit.plans.inputs import PlanInputs
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
-from ckptkit.plans.plan.extracted import ExtractedChange
-from ckptkit.plans.plan.merged import MergedFacts
-from ckptkit.plans.produce import Producer
+from ckptkit.plans.writing.shard_results import ShardResult, digest_of, hash_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = [
     "FinishedShards",
-    "ShardResult",
     "finished_shards",
     "made_of",
     "notes_of_leftovers",
     "refuse_to_resume",
-    "result_of",
     "staging_for",
 ]
 
-_PIECE: Final = 1 << 20
 _LOST_AT_MOST: Final = 5.0  # seconds of work, beside the shard that is being made; short runs are not slowed down
 _LIBRARIES: Final = ("ckptkit", "torch", "numpy", "ml_dtypes")  # other versions may round to other bits
 
@@ -189,43 +181,6 @@ def _shown(staging: Staging, given: str) -> str:
     return os.path.join(parent_of(given), name_of(staging.path))
 
 
-@dataclass(frozen=True, slots=True)
-class ShardResult:
-    """What a run has to know of a shard: its bytes, how many are shared, and what is known only once it was made."""
-
-    nbytes: int
-    shared: int = 0
-    losses: tuple[CastLoss, ...] = ()
-    extracted: tuple[ExtractedChange, ...] = ()
-    merged: tuple[MergedFacts, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a journal holds beside the number of bytes."""
-        found: dict[str, Sequence[CastLoss | ExtractedChange | MergedFacts]]
-        found = {"losses": self.losses, "extracted": self.extracted, "merged": self.merged}
-        return {"shared": self.shared, **{name: [asdict(one) for one in several] for name, several in found.items()}}
-
-    @classmethod
-    def of(cls, file: FinishedFile) -> ShardResult:
-        """Return what a journal holds. Raises ``KeyError`` and ``TypeError`` where another version wrote it."""
-        about = file.about
-        return cls(
-            file.nbytes,
-            about["shared"],
-            tuple(CastLoss(**loss) for loss in about["losses"]),
-            tuple(ExtractedChange(**change) for change in about["extracted"]),
-            tuple(MergedFacts(**facts) for facts in about["merged"]),
-        )
-
-    def tell(self, producer: Producer) -> None:
-        """Let the producer know what it would know if it had made the shard."""
-        from ckptkit.values.merging.model import Facts
-
-        producer.losses.update({loss.key: loss for loss in self.losses})
-        producer.extracted.update({change.key: change for change in self.extracted})
-        producer.merged.update({one.key: Facts(one.warning, tuple(one.numbers.items())) for one in self.merged})
-
-
 class FinishedShards:
     """The shards of one output directory that are complete, in its staging place.
 
@@ -274,24 +229,21 @@ class FinishedShards:
         shard, file = task
         algorithm, _, wanted = file.digest.partition(":")
         try:
-            digest = self._hash(file.name, algorithm)
+            digest = hash_of(self._path(file.name), algorithm, lambda: self._is_stopped)
         except (ArgumentError, OSError):  # the library of this digest is gone, or the disk cannot read the file
             digest = ""
         return shard, file, bool(wanted) and digest == wanted
 
     def add(self, name: str, result: ShardResult) -> None:
         """Take a shard that is complete and on the disk. Raises ``OSError`` where an earlier one cannot be recorded."""
-        if self._staging is None or 2 * result.shared > result.nbytes:
+        if self._staging is None or not result.is_worth_keeping:
             return
         self._not_recorded.append((name, result))
         if not self._staging.keeps_finished and time.monotonic() < self._recorded_at + _LOST_AT_MOST:
             return
-        if not self._staging.journal.made_of:
-            made = self._made()
-            if not made:
-                self._staging = None
-                return
-            self._staging.journal.begin(made)
+        self.begin()
+        if self._staging is None:
+            return
         if self._waiting is not None:
             self._waiting.result()
         shards, self._not_recorded = self._not_recorded, []
@@ -305,28 +257,25 @@ class FinishedShards:
             self._record(shards, self._staging.journal)
         self._recorded_at = time.monotonic()
 
+    def begin(self) -> None:
+        """Write down what decides the bytes, before another process may leave a shard. Raises ``OSError``."""
+        if self._staging is not None and not self._staging.journal.made_of:
+            made = self._made()
+            if made:
+                self._staging.journal.begin(made)
+            else:
+                self._staging = None
+
+    def record(self, name: str, result: ShardResult, digest: str) -> None:
+        """Take a shard that is complete, on the disk and hashed, after ``begin``. Raises ``OSError``."""
+        if self._staging is not None and digest:
+            self._staging.journal.add(FinishedFile(name, result.nbytes, digest, result.to_json()))
+
     def _record(self, shards: Iterable[tuple[str, ShardResult]], journal: Journal) -> None:
-        algorithm = _algorithm()
         for name, result in shards:
-            digest = self._hash(name, algorithm)
+            digest = digest_of(self._path(name), lambda: self._is_stopped)
             if digest:
-                journal.add(FinishedFile(name, result.nbytes, f"{algorithm}:{digest}", result.to_json()))
-
-    def _hash(self, name: str, algorithm: str) -> str:
-        """Return the hash of all bytes of a file in hexadecimal, or an empty string where it was stopped."""
-        from ckptkit.digests.hashing import hash_function
-
-        found = hash_function(algorithm)(b"")
-        buffer = memoryview(bytearray(_PIECE))
-        fd = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            while count := os.readv(fd, [buffer]):
-                if self._is_stopped:
-                    return ""
-                found.update(buffer[:count])
-        finally:
-            os.close(fd)
-        return found.hexdigest()
+                journal.add(FinishedFile(name, result.nbytes, digest, result.to_json()))
 
     def _path(self, name: str) -> str:
         assert self._staging is not None  # noqa: S101 - only shards of a staging place are hashed
@@ -347,17 +296,6 @@ def _result_of(file: FinishedFile) -> ShardResult | None:
         return None
 
 
-def _algorithm() -> str:
-    """Return the fastest digest that is there."""
-    from ckptkit.digests.hashing import hash_function
-
-    try:
-        hash_function("xxh3")
-    except ArgumentError:
-        return "sha256"
-    return "xxh3"
-
-
 @contextlib.contextmanager
 def finished_shards(staging: Staging | None, made: Callable[[], Mapping[str, str]]) -> Iterator[FinishedShards]:
     """Give the finished shards of a staging place; the thread ends with the block."""
@@ -366,10 +304,3 @@ def finished_shards(staging: Staging | None, made: Callable[[], Mapping[str, str
         yield found
     finally:
         found.stop()
-
-
-def result_of(inputs: PlanInputs, shard: Shard, nbytes: int, shared: int, before: Collection[str]) -> ShardResult:
-    """Return the result of a shard that was just written; ``before`` names the changes extracted before it."""
-    keys = [info.key for info in shard.infos]
-    extracted = tuple(change for key, change in inputs.producer.extracted.items() if key not in before)
-    return ShardResult(nbytes, shared, inputs.losses(keys), extracted, inputs.merged(keys))
