@@ -46,7 +46,19 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),
-    "missing argument": (["diff", TEN], 2, "", "hint: see ckpt diff --help"),
+    "missing argument": (
+        ["diff", TEN],
+        2,
+        "",
+        "hint: for example ckpt diff py:mynet:build pretrained.pth; see ckpt diff",
+    ),
+    "missing option": (["convert", TEN, "x.pt"], 2, "", "hint: for example ckpt convert pytorch_model.bin -o model.s"),
+    "missing model": (["groups", "table", MODEL], 2, "", "hint: for example ckpt groups table --model py:mynet:build"),
+    "no command": ([TEN], 2, "", f"hint: ckpt show '{TEN}' shows what is in it; see ckpt show --help"),
+    "no command of optim": (["optim", f"{TEN}::a"], 2, "", f"hint: ckpt optim show '{TEN}::a' shows what is in it"),
+    "no command, a model": ([MODEL], 2, "", f"hint: ckpt show '{MODEL}' shows what is in it; see ckpt show --help"),
+    "other name of an option": (["stats", TEN, "--grep", "fc*"], 2, "", "hint: did you mean --keep? see ckpt stats"),
+    "option of other commands": (["optim", "show", TEN, "--like", MODEL], 2, "", "hint: did you mean --model? see"),
     "delta": (["delta", TEN, TUNED, "-n"], 0, "4 equal, 6 changed, 0 dropped\n", ""),
     "delta without output": (["delta", TEN, TUNED], 2, "", "name the patch, or give --dry-run"),
     "delta of a training checkpoint": (
@@ -87,7 +99,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "check keep nothing": (["check", DDP, TEN, "--keep", "fc4.*"], 2, "", f"ckpt: {DDP}: --keep 'fc4.*' matches"),
     "check missing": (["check", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "check model": (["check", MODEL], 0, "no findings; held in memory, values of", ""),
-    "check no path": (["check"], 2, "", "hint: see ckpt check --help"),
+    "check no path": (["check"], 2, "", "hint: for example ckpt check run.ckpt; see ckpt check --help"),
     "stats": (["stats", DDP], 0, "module.fc1.weight    F32         48,000", ""),
     "stats depth": (["stats", TEN, "--depth", "1"], 0, "module      tensors    numbers", ""),
     "stats keep": (["stats", DDP, "--keep", "*.fc3.*"], 0, "\n850 numbers, mean 0.001285, std 0.0637", ""),
@@ -288,7 +300,7 @@ def test_the_command_below_the_hint_of_a_diff_can_be_pasted(tmp_path: Path, caps
     assert ("keys match after" in kept, "ckpt diff" in kept) == (True, False)
 
 
-@pytest.mark.parametrize("arguments", [["average"], ["diff", TEN, TEN, "--strict"], ["remap", TEN, "--remove", "a"]])
+@pytest.mark.parametrize("arguments", [["average"], ["diff", TEN, TEN, "--strict"], ["remap", TEN, "--remote", "a"]])
 def test_a_word_that_only_looks_alike_is_not_suggested(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

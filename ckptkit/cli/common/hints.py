@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Container, Sequence
 
 import click
 
-from ckptkit.core.text import nearest, quoted
+from ckptkit.core.text import nearest, quoted, shell_word
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
 from ckptkit.lazy_patterns import lazy_pattern
 
@@ -24,6 +25,14 @@ _OTHER_NAMES = {
     "compare": "diff", "info": "show", "inspect": "show", "ls": "show", "list": "show", "summary": "show",
     "hash": "digest", "checksum": "digest", "sha256": "digest", "verify": "check", "validate": "check",
     "rename": "remap",
+}  # fmt: skip
+_OTHER_OPTIONS = {
+    "like": "model", "model": "like", "to": "format", "out": "output", "dest": "output", "overwrite": "force",
+    **dict.fromkeys(("key", "keys", "include", "only", "select", "filter", "grep", "pattern"), "keep"),
+    **dict.fromkeys(("exclude", "skip", "remove", "delete"), "drop"),
+    **dict.fromkeys(("prefix", "strip-prefix", "remove-prefix"), "strip"),
+    **dict.fromkeys(("fp16", "bf16", "half", "bfloat16", "float16", "precision"), "dtype"),
+    **dict.fromkeys(("limit", "head"), "top"), **dict.fromkeys(("full", "long", "all-keys"), "expand"),
 }  # fmt: skip
 
 
@@ -72,12 +81,18 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     if isinstance(error, NoSuchCommandError):
         if error.name == "help":
             return reason, "see ckpt --help, or ckpt COMMAND --help"
+        command = f"{context.command_path if context else 'ckpt'} show"
+        if "show" in error.names and _is_path(error.name):
+            return reason, f"{command} {shell_word(error.name)} shows what is in it; see {command} --help"
         wrong, right = error.name, error.names
         if _OTHER_NAMES.get(wrong) in right:
             wrong = _OTHER_NAMES[wrong]
     elif isinstance(error, click.NoSuchOption):
         reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
         right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
+        wrong = other if (other := _OTHER_OPTIONS.get(wrong)) in right else wrong
+    elif isinstance(error, click.MissingParameter) and context and (example := _example(context, error.param)):
+        return reason, f"for example {example}; see {context.command_path} --help"
     elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
         one = f"{context.command_path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
         return reason, f"{one}; see {context.command_path} --help"
@@ -86,6 +101,22 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     near = _nearest(wrong, right)
     start = f"did you mean {'--' * isinstance(error, click.NoSuchOption)}{near}? " if near else ""
     return reason, f"{start}see {context.command_path if context else 'ckpt'} --help"
+
+
+def _is_path(word: str) -> bool:
+    """Return whether a word where a command is expected is the path of a checkpoint."""
+    from ckptkit.core.files.places import is_url
+    from ckptkit.formats import LIVE_PREFIX
+
+    return word.startswith(LIVE_PREFIX) or is_url(word) or os.path.exists(word.partition("::")[0])
+
+
+def _example(context: click.Context, param: click.Parameter | None) -> str | None:
+    """Return the first example of the help page, or the first that has the missing option."""
+    lines = [line.strip() for line in (context.command.help or "").splitlines()]
+    examples = [line for line in lines if line.startswith(f"{context.command_path} ") and not line.endswith("\\")]
+    words = param.opts if isinstance(param, click.Option) else []
+    return next((line for line in examples if not words or set(words) & set(line.split())), None)
 
 
 def _takes_one_path(command: click.Command) -> bool:
