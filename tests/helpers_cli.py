@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from ckptkit.cli import main
 from tests.helpers_hints import problems_of_hint
 from tests.helpers_schemas import problems_of
 
-__all__ = ["ROOT", "Ran", "run_ckpt"]
+__all__ = ["ROOT", "Ran", "put_on_path", "run_ckpt"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +44,14 @@ def run_ckpt(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
     if "--json" in arguments and code in {0, 1} and captured.out:
         assert problems_of(json.loads(captured.out)) == []
     return Ran(code, captured.out, captured.err)
+
+
+def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``ckpt`` and ``python`` in ``folder`` the first on PATH: those of this test, and of this checkout."""
+    folder.mkdir()
+    program = folder / "ckpt"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m ckptkit "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    (folder / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import ruamel.yaml
 
 from tests.helpers_actions import Runner
-from tests.helpers_cli import ROOT
+from tests.helpers_cli import ROOT, put_on_path
 
 ACTION = ROOT / ".github" / "actions" / "check"
 TEN = ROOT / "fixtures" / "lenet_10class.safetensors"
@@ -41,13 +40,7 @@ def test_the_action_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     action = ruamel.yaml.YAML(typ="safe").load(ACTION / "action.yml")
     folder = tmp_path / "work"
     (folder / "a" / "b").mkdir(parents=True)
-    program = tmp_path / "bin" / "ckpt"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m ckptkit "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
-    (program.parent / "python").symlink_to(sys.executable)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    put_on_path(tmp_path / "bin", monkeypatch)
     (folder / "a" / "b" / "x y.safetensors").write_bytes(TEN.read_bytes())
     (folder / "bad.safetensors").write_bytes(TEN.read_bytes()[:3000])
     code, out, outputs = step(action, {"paths": "**/*.safetensors\n", "args": "--fast"}, folder)
