@@ -12,14 +12,17 @@ from ckptkit.core.text import plural
 from ckptkit.render.page import Code, Hint, Line, Listing, Page, Table, Tone
 from ckptkit.render.page.display import are_plain, display_width
 
-__all__ = ["Choice", "Column", "Part", "Sentence", "TableView", "sentence_of", "sentences_of", "tables_of", "texts_of"]
+__all__ = [
+    "FEW_ROWS", "Choice", "Column", "Part", "Sentence", "TableView", "rows_left_out", "sentence_of", "sentences_of",
+    "tables_of", "texts_of",
+]  # fmt: skip
 
-MOST_ROWS: Final = 20_000  # of one table: a browser stays quick, and the document has all
-ROWS_AT_ONCE: Final = 50  # that a browser lays out together, or not at all while they are not in sight
+_MOST_ROWS: Final = 20_000  # of one table: a browser stays quick, and the document has all
+_ROWS_AT_ONCE: Final = 50  # that a browser lays out together, or not at all while they are not in sight
 _WIDEST = 56  # columns of characters; a longer name or sentence is wrapped
 _LEAST = 22  # to which a name or sentence is narrowed before the table scrolls
 _BESIDE_HEADER = 3  # the sign of the order
-_FEW = 12  # rows that need no filter
+FEW_ROWS: Final = 12  # that need no filter
 _MOST_CHOICES = 8
 _ROWS_FOR_CHOICE = 3
 _BARS = re.compile(r"[▁▂▃▄▅▆▇█· ]*")  # also the cell of a row without bars
@@ -59,8 +62,8 @@ class Column:
 
     @property
     def kind(self) -> str:
-        """The class of the cells, or an empty string."""
-        return "number" if self.order == "number" else "bars" if not self.order else "wide" if self.is_wide else ""
+        """The class of the cells."""
+        return "number" if self.order == "number" else "bars" if not self.order else "wide" if self.is_wide else "text"
 
     @property
     def size(self) -> str:
@@ -96,16 +99,16 @@ class TableView:
     picks: bool = False
 
     @property
-    def cell_attributes(self) -> list[str]:
-        """The attributes of the cells of each column: its class, as markup."""
-        from markupsafe import Markup
-
-        return [Markup(f' class="{column.kind}"') if column.kind else "" for column in self.columns]  # noqa: S704
+    def cells(self) -> list[tuple[str, str]]:
+        """The role and the class of the cells of each column: screen readers take the names of the rows as headers."""
+        names = 1 if self.marks else 0
+        other = "gridcell" if self.picks else "cell"
+        return [("rowheader" if at == names else other, column.kind) for at, column in enumerate(self.columns)]
 
     @property
     def has_filter(self) -> bool:
         """Whether the table is so long that it needs a filter."""
-        return self.count > _FEW
+        return self.count > FEW_ROWS
 
 
 def sentences_of(lines: Iterable[Line]) -> list[list[Sentence]]:
@@ -174,13 +177,13 @@ def _table_view(table: Table, notes: Sequence[Line], name: str, *, picks: bool) 
     rows: Sequence[tuple[str, ...]] = table.rows
     if "=" in marks:  # what is the same on both sides is read last
         rows = sorted(rows, key=lambda row: row[0] == "=")
-    shown = rows[:MOST_ROWS]
+    shown = rows[:_MOST_ROWS]
     columns = tuple(_columns(table, shown, marks))
     return TableView(
         name,
         table.title or next((header for header in table.headers if header), "table").capitalize(),
         columns,
-        tuple(shown[at : at + ROWS_AT_ONCE] for at in range(0, len(shown), ROWS_AT_ONCE)),
+        tuple(shown[at : at + _ROWS_AT_ONCE] for at in range(0, len(shown), _ROWS_AT_ONCE)),
         len(shown),
         len(rows) - len(shown),
         tuple(_choices(table, shown, marks)),
@@ -213,7 +216,7 @@ def _choices(table: Table, rows: Sequence[tuple[str, ...]], marks: dict[str, str
     """Yield the columns by which rows can be chosen: that of the marks, and others that have few different cells."""
     named = _name_column(table)
     for at, header in enumerate(table.headers):
-        if at == named or header in table.right or len(rows) <= _FEW:
+        if at == named or header in table.right or len(rows) <= FEW_ROWS:
             continue
         counts = Counter(row[at] for row in rows)
         is_mark = at == 0 and bool(marks)

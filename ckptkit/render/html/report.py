@@ -10,13 +10,22 @@ import hashlib
 import json
 import re
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptkit.core.text import human_bytes
-from ckptkit.render.html.blocks import TableView, rows_left_out, sentence_of, sentences_of, tables_of, texts_of
+from ckptkit.render.html.blocks import (
+    FEW_ROWS,
+    TableView,
+    rows_left_out,
+    sentence_of,
+    sentences_of,
+    tables_of,
+    texts_of,
+)
 from ckptkit.render.html.histograms import HistogramRow, histograms_in, histograms_of
 from ckptkit.render.page import Page
 from ckptkit.render.page.head import Head
@@ -74,7 +83,8 @@ def as_report(
         verdict=sentence_of(head.verdict),
         subjects=[(subject.label, sentence_of(subject.description)) for subject in head.subjects],
         pictures=[(picture, Markup(picture.svg)) for picture in pictures],  # noqa: S704 - they escape every name
-        has_findings=any(line.tone in _FINDINGS for line in lines),
+        tones=[(tone, count) for tone, count in Counter(line.tone for line in lines).items() if tone in _FINDINGS],
+        few=FEW_ROWS,
         paragraphs=sentences_of(lines),
         listings=texts_of(page),
         tables=[(table, rows_left_out(table)) for table in tables],

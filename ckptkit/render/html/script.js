@@ -5,6 +5,7 @@
   const BINS = 40;
   const UNITS = { B: 1, kB: 1e3, MB: 1e6, GB: 1e9, TB: 1e12, PB: 1e15, "%": 1 };
   const SVG = "http://www.w3.org/2000/svg";
+  const wordsOf = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
   const byId = (id) => document.getElementById(id);
   const grouped = (count) => count.toLocaleString("en-US");
 
@@ -196,7 +197,7 @@
     }
 
     wanted() {
-      const words = this.box ? this.box.value.toLowerCase().split(/\s+/).filter(Boolean) : [];
+      const words = this.box ? wordsOf(this.box.value) : [];
       const chosen = this.choices.filter((choice) => choice.selectedIndex > 0);
       if (!words.length && !chosen.length) return this.order;
       const texts = words.length ? this.texts() : [];
@@ -223,6 +224,30 @@
       this.matches.textContent = this.isUsed ? `${count} ${grouped(this.rows.length)} rows` : "";
       this.table.dispatchEvent(new Event("rows"));
     }
+  }
+
+  // ---- findings: lines that a filter hides; the others, such as the name of a checkpoint, stay
+
+  function watchFindings(section) {
+    const controls = section.querySelector(".controls");
+    if (!controls) return;
+    controls.hidden = false;
+    const box = controls.querySelector("input");
+    const choice = controls.querySelector("select");
+    const lines = [...section.querySelectorAll("li[data-tone]")].filter((line) => line.dataset.tone !== "good");
+    const texts = lines.map((line) => line.textContent.toLowerCase());
+    const show = () => {
+      const words = wordsOf(box.value);
+      let count = 0;
+      lines.forEach((line, place) => {
+        const isShown = words.every((word) => texts[place].includes(word)) && (!choice.value || choice.value === line.dataset.tone);
+        line.hidden = !isShown;
+        count += isShown;
+      });
+      controls.querySelector(".matches").textContent = `${grouped(count)} of ${grouped(lines.length)} findings`;
+    };
+    box.addEventListener("input", show);
+    choice.addEventListener("change", show);
   }
 
   // ---- the histogram of a chosen tensor
@@ -253,7 +278,7 @@
     }
 
     suggest() {
-      const words = this.input.value.toLowerCase().split(/\s+/).filter(Boolean);
+      const words = wordsOf(this.input.value);
       const list = byId("histogram-names");
       list.replaceChildren();
       for (const name of this.tensors.keys()) {
@@ -359,6 +384,7 @@
         present.forEach(([, place]) => {
           element("span", "", caption).className = `key-${place}`;
           element("b", this.sides[place], caption);
+          caption.append(" ");
         });
       }
       const cut = found.isCut ? `; the first bar has all below ${power(found.low + 1)}` : "";
@@ -472,6 +498,7 @@
   });
   addEventListener("scroll", hideTip, { capture: true, passive: true });
   document.querySelectorAll("svg.ck-picture").forEach(watchPicture);
+  document.querySelectorAll("section.summary").forEach(watchFindings);
   for (const section of document.querySelectorAll("section.table")) {
     const table = new RowTable(section);
     if (table.table.getAttribute("role") === "grid") {
