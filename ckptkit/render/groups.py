@@ -181,12 +181,15 @@ def _rate_table(plan: ParamGroupsPlan) -> Table | None:
 
 
 def rate_of(options: Mapping[str, object]) -> float | None:
-    """Return the learning rate of a group with its scale; None if it is not a number."""
+    """Return the learning rate of a group with its scale; None if it is not a number that a float can hold."""
     rate = plain_option(options.get("lr"))
     scale = plain_option(options.get("lr_scale", 1.0))
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not isinstance(scale, int | float):
         return None
-    return float(rate * scale)
+    try:
+        return float(rate * scale)
+    except OverflowError:
+        return None
 
 
 def _bar(rate: float, positive: list[float], *, log: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -111,7 +112,10 @@ def _draw_axes(drawing: Drawing, frame: _Frame) -> None:
     drawing.line(_LEFT, bottom, WIDTH, bottom)
     if frame.has_zeros:
         drawing.text(frame.x(frame.first + 0.5), bottom + 14, "0", anchor="middle", size=SMALL, faint=True)
-    decades = range(math.ceil(frame.low / _DECADE), math.floor((frame.high + 1) / _DECADE) + 1)
+    decades = range(
+        max(math.ceil(frame.low / _DECADE), sys.float_info.min_10_exp),
+        min(math.floor((frame.high + 1) / _DECADE), sys.float_info.max_10_exp) + 1,
+    )
     step = max(1, math.ceil(len(decades) * _TICK / (WIDTH - _LEFT)))
     for exponent in decades:
         if exponent % step == 0:
@@ -149,10 +153,14 @@ def _tip(power: int | None, sides: Sequence[_Side]) -> str:
     if power is None:
         what, shares = "zeros", [side.zeros for side in sides]
     else:
-        what = f"magnitudes from {short_number(2.0**power, 3)} to {short_number(2.0 ** (power + 1), 3)}"
+        what = f"magnitudes from {_power_text(power)} to {_power_text(power + 1)}"
         shares = [side.shares.get(power, 0.0) for side in sides]
     texts = [f"{side.name} {percent(share)}".strip() for side, share in zip(sides, shares, strict=True)]
     return f"{what}: {', '.join(texts)}"
+
+
+def _power_text(power: int) -> str:
+    return short_number(2.0**power, 3) if power <= sys.float_info.max_exp - 1 else short_number(sys.float_info.max, 3)
 
 
 def _sentence(side: _Side) -> str:
@@ -162,6 +170,6 @@ def _sentence(side: _Side) -> str:
     others = f", {nonfinite:,} NaN or Inf" if nonfinite else ""
     return (
         f"{name}{plural(found.count, 'value')}, {percent(side.zeros)} zeros{others}; nearly all others have magnitudes "
-        f"from {short_number(2.0**low, 3)} to {short_number(2.0 ** (high + 1), 3)}, "
-        f"most often {short_number(2.0 ** max(side.shares, key=side.shares.__getitem__), 3)}."
+        f"from {_power_text(low)} to {_power_text(high + 1)}, "
+        f"most often {_power_text(max(side.shares, key=side.shares.__getitem__))}."
     )

@@ -70,11 +70,11 @@ def rates_picture(groups: Iterable[GroupOfNames], order: Sequence[str] = ()) -> 
     ``order`` has names of parameters or modules in the order of the model, as far as it is known.
     """
     groups = list(groups)
-    rates = [None if group.options is None else rate_of(group.options) for group in groups]
+    rates = [None if group.options is None else _drawn(rate_of(group.options)) for group in groups]
     known = [
         (group, rate) for group, rate in zip(groups, rates, strict=True) if group.options is None or rate is not None
     ]
-    numbers = [rate for rate in rates if rate is not None and rate >= 0 and math.isfinite(rate)]
+    numbers = [rate for rate in rates if rate is not None]
     if not numbers:
         return None
     rows = _rows([group for group, _ in known], [_mark(group, rate) for group, rate in known], order)
@@ -89,6 +89,11 @@ def rates_picture(groups: Iterable[GroupOfNames], order: Sequence[str] = ()) -> 
     spread = f"The learning rate is {low}" if low == high else f"Learning rates are from {low} to {high}"
     texts = " ".join(f"{printable(row.name)}: {_words(row)}." for row in rows[:_MANY_ROWS])
     return drawing.picture("rates", "Learning rate by layer", f"{spread}.", texts)
+
+
+def _drawn(rate: float | None) -> float | None:
+    """Return a learning rate that has a place on the axis, or None."""
+    return rate if rate is not None and rate >= 0 and math.isfinite(rate) else None
 
 
 def _mark(group: GroupOfNames, rate: float | None) -> _Mark:

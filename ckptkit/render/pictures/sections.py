@@ -33,7 +33,8 @@ def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[s
         chosen = max(heavy, key=sizes.__getitem__)
         at = next(place for place, (name, _) in enumerate(sections) if name == chosen)
         parts = _parts(*sections[at])
-        if _is_list(chosen, parts) or len(sections) + len(parts) - 1 > most:
+        # Names that begin with a dot can have parts that look like the whole.
+        if parts[0][0] == chosen or _is_list(chosen, parts) or len(sections) + len(parts) - 1 > most:
             done.add(chosen)
         else:
             sections[at : at + 1] = parts
