@@ -126,15 +126,10 @@ def make_result(
     first_of_tie = {key: keys[0] for keys in patch.ties for key in keys[1:]}
     tensors = []
     for key, info in result.infos.items():
-        first = first_of_tie.get(key, "")
-        made = first or key
         base_key = patch.renamed.get(key, key if key in base.infos else "")
-        state: State = "changed"
-        if made in patch.whole or (made in patch.changed and made != key):
-            state = "replaced" if base_key else "new"
-        elif made not in patch.changed:
-            state = "equal" if base_key == key and base.digests[key] == result.digests[key] else "renamed"
-        tensors.append(TensorDelta(info, state, base_key, first, packed.get(key, 0)))
+        tensors.append(
+            TensorDelta(info, _state(patch, key, base_key), base_key, first_of_tie.get(key, ""), packed.get(key, 0))
+        )
     moved = set(patch.renamed.values())
     return Delta(
         _side(base, patch.base_name),
@@ -149,6 +144,17 @@ def make_result(
         patch.library,
         tuple(notes),
     )
+
+
+def _state(patch: Patch, key: str, base_key: str) -> State:
+    if not base_key:
+        return "new"
+    info, old = patch.result.infos[key], patch.base.infos[base_key]
+    if (info.dtype, info.shape) != (old.dtype, old.shape):
+        return "replaced"
+    if patch.result.digests[key] != patch.base.digests[base_key]:
+        return "changed"
+    return "equal" if base_key == key else "renamed"
 
 
 def delta_of_patch(checkpoint: Checkpoint) -> Delta:

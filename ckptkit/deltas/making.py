@@ -194,13 +194,12 @@ class _Making:
         for key, info in new.infos.items():
             if key in tied:
                 continue
-            digits, old = new.digests[key], base.infos.get(key)
-            is_same_kind = old is not None and (old.dtype, old.shape) == (info.dtype, info.shape)
-            if is_same_kind and base.digests[key] == digits:
+            digits = new.digests[key]
+            if base.digests.get(key) == digits:
                 continue
             if dropped.get(digits):  # two keys that are equal, but not tied, are not made of one tensor
                 found.renamed[key] = dropped[digits].pop(0)
-            elif is_same_kind:
+            elif key in base.infos and _have_same_rows(base.infos[key], info):
                 found.changed.append(key)
             else:
                 found.whole.append(key)
@@ -263,6 +262,11 @@ class _Making:
                 yield f"{listed(keys, _MOST_NAMED)} overlap in memory, and will be apart in what the patch makes"
         if not set(self.base) & set(self.new) and not found.renamed:
             yield "no tensor has the same name on both sides; ckpt align BASE NEW finds the rules that rename one side"
+
+
+def _have_same_rows(old: TensorInfo, info: TensorInfo) -> bool:
+    """Return whether the elements of two tensors are at the same places, also where one has more rows."""
+    return old.dtype == info.dtype and old.shape[1:] == info.shape[1:] and len(old.shape) == len(info.shape)
 
 
 def _is_read(info: TensorInfo) -> bool:

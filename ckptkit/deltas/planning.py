@@ -61,8 +61,8 @@ def plan_of_patch(base: Checkpoint, packed: Checkpoint) -> Plan:
     _refuse_other_headers(base, patch)
     with pause_gc():
         steps = tuple(_steps(patch))
-    used = {source.key for step in steps for source in step.sources if source.role == BASE}
-    dropped = [Dropped(BASE, key, _NOT_WANTED) for key in patch.base.infos if key not in used]
+    kept = {*patch.result.infos, *patch.renamed.values()}
+    dropped = [Dropped(BASE, key, _NOT_WANTED) for key in patch.base.infos if key not in kept]
     dropped += dropped_entries(base, BASE)
     return Plan(steps, tuple(dropped), dict(patch.metadata), versions=dict(patch.versions), command="apply")
 

@@ -31,8 +31,8 @@ _AGAIN: Final = "copy or download the patch again"
 class Patched(Operation):
     """Make one tensor of the result of a patch, and refuse it unless it has its digest.
 
-    An ``equal`` tensor is that of the base, the only input. A ``changed`` one is made of the tensor of the base and its
-    packed bytes, and a ``whole`` one of packed bytes alone.
+    An ``equal`` tensor is that of the base, the only input. A ``changed`` one is made of the tensor of the base, which
+    may have another number of rows, and of packed bytes. A ``whole`` one is made of packed bytes alone.
 
     Attributes:
         kind: ``equal``, ``changed`` or ``whole``.
@@ -65,7 +65,7 @@ class Patched(Operation):
         """Return the shape of the result; raise ``RuleError`` for another number of inputs, or another base."""
         if len(inputs) != 1 + (self.kind == "changed"):
             raise self.refusal(f"{self.kind} takes {1 + (self.kind == 'changed')} tensors, not {len(inputs)}")
-        if self.kind != "whole" and inputs[0] != self.shape:
+        if self.kind == "equal" and inputs[0] != self.shape:
             raise self.refusal(f"the tensor of the base is {list(inputs[0])}, not {list(self.shape)}")
         return (self.shape,)
 
