@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tests.features import Shard, safetensors_knows
+from tests.formats.patches import small_patch
 from tests.helpers_dcp import metadata_of, save
 from tests.helpers_export import small
 from tests.helpers_formats import f32, rezip, safetensors_file, saved
@@ -50,6 +51,8 @@ def corpus(kind: str) -> list[bytes]:
             plain,
             safetensors_file({"x": f32(0, 0, [0, 3]), "y": packed, "z": f32(2, 4, [], "BF16")}, b"abcd"),
         ]
+    if kind == "delta":
+        return [small_patch()]
     if kind == "index":
         weight_map = {"w": "one.safetensors", "v": "two.safetensors"}
         return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]

@@ -24,10 +24,25 @@ from ckptkit.core.dtypes import DTYPES
 from tests.features import safetensors_knows
 from tests.formats.corpora import PARTS, corpus, items, write_parts
 from tests.formats.oracles import Seen, by_ckptkit, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch
+from tests.formats.patches import by_patch, patched
 from tests.helpers_formats import f32, rezip, safetensors_file
 from tests.helpers_tar import tar
 
-KINDS = ("safetensors", "zip", "legacy", "tar", "index", "gguf", "pt2", "npy", "npz", "dcp", "torchscript", *PARTS)
+KINDS = (
+    "safetensors",
+    "zip",
+    "legacy",
+    "tar",
+    "index",
+    "gguf",
+    "pt2",
+    "npy",
+    "npz",
+    "dcp",
+    "torchscript",
+    "delta",
+    *PARTS,
+)
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
@@ -36,12 +51,15 @@ _TOKENS = (
 _MOST_MEMORY = 300_000  # kB
 FILES = {
     "safetensors": "x.safetensors", "index": "x.safetensors.index.json", "gguf": "x.gguf", "pt2": "x.pt2",
-    "npy": "x.npy", "npz": "x.npz", "dcp": "saved/.metadata",
+    "npy": "x.npy", "npz": "x.npz", "dcp": "saved/.metadata", "delta": "patch.safetensors",
 }  # fmt: skip
 ORACLES: Mapping[str, Callable[[str], Seen | None]] = {
     "safetensors": by_safetensors, "zip": by_torch, "legacy": by_torch, "gguf": by_gguf, "npy": by_numpy,
-    "npz": by_numpy, "dcp": by_dcp,
+    "npz": by_numpy, "dcp": by_dcp, "delta": lambda _: patched(),
 }  # fmt: skip
+
+
+READERS: Mapping[str, Callable[[str], Seen | None]] = {"delta": by_patch}
 
 
 def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
@@ -133,9 +151,9 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
     files = corpus(kind)
     for index in range(count):
         data = files[index % len(files)]
-        if kind == "safetensors" and rng.random() < 0.5:
+        if kind in ("safetensors", "delta") and rng.random() < 0.5:
             yield _other_layout(data, rng)
-        elif kind == "safetensors" and rng.random() < 0.8:
+        elif kind in ("safetensors", "delta") and rng.random() < 0.8:
             # Most damage changes the length of the header: with the new length, the reader reads further.
             size = 8 + int.from_bytes(data[:8], "little")
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
@@ -161,7 +179,7 @@ def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
     for number, data in enumerate(mutants(kind, count, seed)):
         path.write_bytes(data)
         try:
-            seen = _bounded(str(opened))
+            seen = _bounded(str(opened), READERS.get(kind, by_ckptkit))
             ends["accepted" if seen is not None else "refused"] += 1
             if seen is not None and kind in ORACLES:
                 ends[_compared(kind, seen, ORACLES[kind](str(opened)))] += 1
@@ -171,9 +189,9 @@ def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
     return ends
 
 
-def _bounded(path: str) -> Seen | None:
+def _bounded(path: str, reader: Callable[[str], Seen | None]) -> Seen | None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seen = by_ckptkit(path)
+    seen = reader(path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     if grown > _MOST_MEMORY:
         raise AssertionError(f"reading it took {grown} kB")

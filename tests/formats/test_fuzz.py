@@ -26,6 +26,7 @@ SEED = 20
         ("npz", 500, 60),
         ("dcp", 600, 3),
         ("torchscript", 300, 0),
+        ("delta", 120, 2),
         ("ranks", 200, 0),
         ("shards", 150, 0),
         ("llama", 150, 0),
