@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -30,6 +31,7 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 from ckptkit.values.kernels import ExtremesKernel
 from ckptkit.values.workers import Workers
 
@@ -52,6 +54,7 @@ def run_checks(
     values: bool = True,
     progress: Progress | None = None,
     ignore: IgnoreLike = (),
+    executor: Executor | None = None,
 ) -> CheckReport:
     """Return a report of damaged and unusual parts of a checkpoint; the last finding lists everything unchecked.
 
@@ -71,8 +74,11 @@ def run_checks(
         progress: Called with the number of bytes after each chunk.
         ignore: Expected findings, as ``CODE`` or ``CODE:KEY-PATTERN``. They are in ``ignored`` of the report, not in
             ``findings``. An entry that matches no finding is a note.
+        executor: Shares the reading of ``checkpoint`` among its workers, as in ``stats``. Tensors of a few numbers, and
+            what several tensors have in common, are still read by this process.
 
     Raises:
+        ArgumentError: ``checkpoint`` is not a path, but there is an executor.
         RuleError: A rule cannot be applied, or an entry of ``ignore`` names a code that no check has.
         ModelError: ``checkpoint`` or ``like`` is not a checkpoint.
         PathError: A path cannot be opened.
@@ -86,14 +92,17 @@ def run_checks(
     """
     require_flags(fast=fast, values=values)
     require_progress(progress)
+    require_shareable(executor, {} if fast else {"checkpoint": checkpoint})
     entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
         stack.enter_context(pause_gc())
         found = stack.enter_context(opened(checkpoint, "checkpoint", warn=False))
         expected = None if like is None else stack.enter_context(opened(like, "expected"))
+        sharing = None if fast else sharing_of(executor, [(checkpoint, found)])
         findings, proved = _check(
-            found, rules_for(rules, found, expected), expected, fast=fast, values=values, progress=progress
-        )
+            found, rules_for(rules, found, expected), expected,
+            fast=fast, values=values, progress=progress, sharing=sharing,
+        )  # fmt: skip
         return replace(_report(findings, entries, found), proved=proved)
 
 
@@ -105,6 +114,7 @@ def _check(
     fast: bool,
     values: bool,
     progress: Progress | None,
+    sharing: Sharing | None,
 ) -> tuple[list[Finding], str]:
     """Return the findings, and what was read, for a report without findings."""
     key_map = apply_rules(rules, checkpoint, expected)
@@ -138,6 +148,10 @@ def _check(
 
                 kernel = StatsKernel()
             scan.values = ValueReader(checkpoint, chosen, workers, kernel)
+        if sharing is not None:
+            from ckptkit.checks.shared import SharedReads
+
+            scan.shared = SharedReads(sharing, progress or (lambda _: None))
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != reader_codes.NO_CHECKSUM.name for finding in findings):
             findings.append(scan.no_checksum_finding())

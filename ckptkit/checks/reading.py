@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ckptkit.checks import codes
 from ckptkit.core.checkpoint import Checkpoint, Record
@@ -24,7 +25,7 @@ from ckptkit.values.workers import Workers
 if TYPE_CHECKING:
     from ckptkit.checks.value_reader import ShortTensor, ValueReader
 
-__all__ = ["VALUES_UNCHECKED", "Scan", "loading_findings", "loading_summary", "unreadable_finding"]
+__all__ = ["VALUES_UNCHECKED", "ReadResult", "Scan", "loading_findings", "loading_summary", "unreadable_finding"]
 
 VALUES_UNCHECKED = "no values were checked (NaN, Inf, zeros, equal tensors, indices out of range)"
 _COPY_AGAIN = "copy or download it again"
@@ -84,11 +85,26 @@ def _has_crc(label: object) -> bool:
     return isinstance(label, _RecordInProgress) and label.record.crc is not None
 
 
+ReadResult: TypeAlias = tuple[Read[Tally[Any]], list[int], list[Any], CkptkitError | OSError | None]
+
+
+class SharedRecords(Protocol):
+    """Something that reads records elsewhere, such as in the workers of an executor."""
+
+    def pays(self, sources: Sequence[Source[Tally[Any]]]) -> bool:
+        """Return whether these are worth it."""
+        ...
+
+    def results(self, scan: Scan, sources: Sequence[Source[Tally[Any]]]) -> Iterator[ReadResult]:
+        """Yield what ``read_one`` returns for each read."""
+        ...
+
+
 @dataclass(slots=True)
 class Scan:
     """One pass over the stored bytes of a checkpoint.
 
-    With ``chosen_keys``, only records that hold one of these keys are read.
+    With ``chosen_keys``, only records that hold one of these keys are read. ``shared`` reads the records elsewhere.
     """
 
     checkpoint: Checkpoint
@@ -102,17 +118,18 @@ class Scan:
     unchecked_bytes: int = 0
     left_out: int = 0
     stopped: bool = False
+    shared: SharedRecords | None = None
+    _is_shared: bool = False  # whether the bytes of reads are reported where they are read
 
     def read(self, report: Progress) -> Iterator[Finding]:
         """Yield a finding for each damaged record; stop if a file changes while it is read."""
         try:
-            others = self._read_short(report)
-            for read, checksums, parts, error in self.workers.each(self._read, reads(self._sources(others))):
+            for read, checksums, parts, error in self._results(report):
                 for (label, start, stop), checksum in zip(read.labels, checksums, strict=True):
                     if not isinstance(label, _RecordInProgress) or label.failed:
                         continue
                     finding = self._add(label, stop - start, checksum, error)
-                    if error is None:
+                    if error is None and not self._is_shared:
                         report(stop - start)
                     if finding is not None:
                         yield finding
@@ -132,13 +149,25 @@ class Scan:
             else:
                 yield record
 
-    def _read_short(self, report: Progress) -> Iterable[Record]:
-        """Read short tensors together, which needs no object for each, and return all other records.
+    def _results(self, report: Progress) -> Iterator[ReadResult]:
+        """Yield each read and what was found in it: its checksums, its values, and why it cannot be read."""
+        short, others = self.divided()
+        unread = self._judge_short(short, report)
+        if self.shared is None:
+            yield from self.workers.each(self.read_one, reads(self.sources([*others, *unread])))
+            return
+        sources = list(self.sources(others))
+        self._is_shared = self.shared.pays(sources)
+        if self._is_shared:
+            yield from self.shared.results(self, sources)
+            self._is_shared = False
+            sources = []
+        yield from self.workers.each(self.read_one, reads(chain(sources, self.sources(unread))))
 
-        A record that cannot be read is among the others, where reading it again gives its finding.
-        """
+    def divided(self) -> tuple[list[ShortTensor], list[Record]]:
+        """Return the chosen records: short tensors, which are judged together, and all others."""
         if self.values is None:
-            return self._chosen()
+            return [], list(self._chosen())
         short: list[ShortTensor] = []
         others: list[Record] = []
         for record in self._chosen():
@@ -147,6 +176,15 @@ class Scan:
                 others.append(record)
             else:
                 short.append(tensor)
+        return short, others
+
+    def _judge_short(self, short: list[ShortTensor], report: Progress) -> list[Record]:
+        """Read short tensors together, which needs no object for each, and return the records that cannot be read.
+
+        Reading such a record again gives its finding.
+        """
+        if self.values is None:
+            return []
         done: set[int] = set()
         with contextlib.suppress(CkptkitError, OSError):
             for places, nbytes in self.values.judge(short):
@@ -156,16 +194,15 @@ class Scan:
                 report(nbytes)
         self.records += len(done)
         self.unchecked += len(done)
-        return others + [tensor.record for at, tensor in enumerate(short) if at not in done]
+        return [tensor.record for at, tensor in enumerate(short) if at not in done]
 
-    def _sources(self, records: Iterable[Record]) -> Iterator[Source[Tally[Any]]]:
+    def sources(self, records: Iterable[Record]) -> Iterator[Source[Tally[Any]]]:
+        """Yield what is read of these records, and which numbers are in it."""
         for record in records:
             spans = self.values.spans_of(record) if self.values is not None else ()
             yield Source(record.payload, spans, _RecordInProgress(record))
 
-    def _read(
-        self, read: Read[Tally[Any]]
-    ) -> tuple[Read[Tally[Any]], list[int], list[Any], CkptkitError | OSError | None]:
+    def read_one(self, read: Read[Tally[Any]]) -> ReadResult:
         """Return a read, the checksum of each of its records, and what its values are; a thread calls this."""
         try:
             data = read_bytes(read, self.workers)

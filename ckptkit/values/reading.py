@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.values.workers import Workers
 
-__all__ = ["READ_BYTES", "Read", "Source", "Span", "neighbours", "read_bytes", "reads"]
+__all__ = ["READ_BYTES", "Read", "Source", "Span", "neighbours", "planned_reads", "read_bytes", "reads"]
 
 READ_BYTES: Final = 1 << 21  # what a thread reads at once stays in its cache
 _SMALL: Final = 1 << 17  # bytes; shorter payloads are read together
@@ -74,6 +74,17 @@ def reads(sources: Iterable[Source[_Item]]) -> Iterator[Read[_Item]]:
     The reads of a source depend on nothing but its length and its spans: sums over them are always the same. A payload
     that is not ``is_seekable`` is read by this iterator.
     """
+    return _reads(sources, _in_order)
+
+
+def planned_reads(sources: Iterable[Source[_Item]]) -> Iterator[Read[_Item]]:
+    """Yield what ``reads`` yields, but read nothing: payloads that are not ``is_seekable`` have no bytes."""
+    return _reads(sources, _pieces)
+
+
+def _reads(
+    sources: Iterable[Source[_Item]], in_order: Callable[[Source[_Item]], Iterator[Read[_Item]]]
+) -> Iterator[Read[_Item]]:
     small: list[Source[_Item]] = []
     for source in sources:
         if small and not _are_neighbours(small[0].payload, small[-1].payload, source.payload, len(small)):
@@ -85,7 +96,7 @@ def reads(sources: Iterable[Source[_Item]]) -> Iterator[Read[_Item]]:
             for read in _pieces(source):
                 yield replace(read, payload=source.payload)
         else:
-            yield from _in_order(source)
+            yield from in_order(source)
     if small:
         yield _together(small)
 
@@ -158,7 +169,11 @@ def _in_order(source: Source[_Item]) -> Iterator[Read[_Item]]:
     """Yield the reads of a payload that can be read only from its beginning, with their bytes."""
     chunks: Iterator[bytes | bytearray | memoryview] | None = None
     rest = memoryview(b"")
+    failed: CkptkitError | OSError | None = None
     for read in _pieces(source):
+        if failed is not None:
+            yield replace(read, error=failed)
+            continue
         try:
             chunks = source.payload.chunks() if chunks is None else chunks
             data = _next_bytes(rest, chunks, read.nbytes)
@@ -166,8 +181,9 @@ def _in_order(source: Source[_Item]) -> Iterator[Read[_Item]]:
                 for _ in chunks:  # the end may show that the bytes are damaged
                     pass
         except (CkptkitError, OSError) as error:
+            failed = error
             yield replace(read, error=error)
-            return
+            continue
         rest = data[read.labels[0][2] :]
         yield replace(read, data=data[: read.nbytes])
 
