@@ -13,6 +13,7 @@ from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
 from ckptkit.checks.report import CheckReport, merge_reports
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
@@ -39,6 +40,7 @@ __all__ = ["check"]
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")
 @click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers.")
 @ignore_option
+@engine_options
 @html_option
 @report_options
 @quiet_option
@@ -52,6 +54,7 @@ def check(
     fast: bool,
     no_values: bool,
     ignore: tuple[str, ...],
+    engine: Engine,
     html: Target | None,
     report_format: ReportFormat,
     quiet: bool,
@@ -72,8 +75,12 @@ def check(
     entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
         like = stack.enter_context(open_checkpoints(expected, quiet=quiet))[0] if expected is not None else None
-        run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values, ignore=ignore)
-        checked, unopened = _check_all(paths, run, entries, hidden=fast or quiet)
+        engine = Engine() if fast else engine
+        run = partial(
+            run_checks, rules=rules, like=like, fast=fast, values=not no_values, ignore=ignore,
+            executor=stack.enter_context(engine.executor()),
+        )  # fmt: skip
+        checked, unopened = _check_all(paths, run, entries, engine, hidden=fast or quiet)
         report = merge_reports(_without_used_entries(checked))
     write_html(html, report, quiet=quiet)
     echo_result(report_format, report)
@@ -81,7 +88,12 @@ def check(
 
 
 def _check_all(
-    paths: tuple[str, ...], run: Callable[..., CheckReport], ignore: Sequence[IgnoreEntry], *, hidden: bool
+    paths: tuple[str, ...],
+    run: Callable[..., CheckReport],
+    ignore: Sequence[IgnoreEntry],
+    engine: Engine,
+    *,
+    hidden: bool,
 ) -> tuple[list[CheckReport], bool]:
     """Return the findings at each path, and whether one of several paths could not be opened."""
     checked: list[CheckReport] = []
@@ -91,7 +103,7 @@ def _check_all(
             with open_checkpoints(path, quiet=True) as (checkpoint,), default_error_path(path):
                 size = sum(map(size_at, checkpoint.files))
                 with progress_bar(size, "reading", hidden=hidden) as progress:
-                    checked.append(run(checkpoint, progress=progress))
+                    checked.append(run(engine.input(path, checkpoint), progress=progress))
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
                 raise

@@ -9,6 +9,7 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_expected_keys
+from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import (
@@ -77,6 +78,7 @@ def _parse_size(context: click.Context, option: click.Parameter, text: str | Non
 @click.option(
     "--depth", type=click.IntRange(0), help="Compare values, and list modules down to this depth, not tensors."
 )
+@engine_options
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
 @html_option
@@ -100,6 +102,7 @@ def diff(
     expect_changed: tuple[str, ...],
     max_rel_l2: float | None,
     depth: int | None,
+    engine: Engine,
     everything: bool,
     expand: bool,
     html: Target | None,
@@ -130,11 +133,13 @@ def diff(
             size = (
                 sum(info.nbytes for info in (*left.values(), *right.values()) if has_stored_bytes(info)) if reads else 0
             )
-            with progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
+            engine = engine if reads else Engine()
+            with engine.executor() as executor, progress_bar(size, "comparing", hidden=quiet or not reads) as progress:
                 result = compare(
-                    left, right, rules, require=require, min_coverage=min_coverage, values=values,
+                    engine.input(expected, left), engine.input(found, right), rules, require=require,
+                    min_coverage=min_coverage, values=values,
                     dequantize=dtype or dequantize, rtol=rtol, atol=atol, expect_frozen=expect_frozen,
-                    expect_changed=expect_changed, max_rel_l2=max_rel_l2, progress=progress,
+                    expect_changed=expect_changed, max_rel_l2=max_rel_l2, progress=progress, executor=executor,
                 )  # fmt: skip
         is_all = expand or everything
         if html is not None:

@@ -7,6 +7,7 @@ import os
 import click
 
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, path_argument, report_options, skip_unread_option
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
@@ -37,6 +38,7 @@ __all__ = ["digest"]
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @rule_options(beside="path")
 @skip_unread_option
+@engine_options
 @report_options
 @click.option("-q", "--quiet", is_flag=True,
               help="Print no progress, notes or hints, and of a check only what is not OK.")  # fmt: skip
@@ -51,6 +53,7 @@ def digest(
     force: bool,
     rules: Rules,
     skip_unread: bool,
+    engine: Engine,
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -80,16 +83,20 @@ def digest(
         for note in () if quiet or not rules.stages else apply_rules(rules, checkpoint).notes:
             print_message(note)
         result: Digests | DigestCheck
-        with progress_bar(size, "reading", hidden=quiet) as progress:
+        with engine.executor() as executor, progress_bar(size, "reading", hidden=quiet) as progress:
+            source = engine.input(path, checkpoint)
             if recorded is not None:
-                result = check_digests(recorded, checkpoint, rules, skip_unread=skip_unread, progress=progress)
+                result = check_digests(
+                    recorded, source, rules, skip_unread=skip_unread, progress=progress, executor=executor
+                )
             else:
                 result = digest_of(
-                    checkpoint,
+                    source,
                     rules,
                     algorithm=algorithm or "sha256",
                     skip_unread=skip_unread,
                     progress=progress,
+                    executor=executor,
                 )
     if result.skipped and not quiet:
         first = next(iter(result.skipped))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.common.commands import Command
+from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import (
@@ -36,6 +37,7 @@ __all__ = ["stats"]
 @click.option("--top", type=click.IntRange(1), metavar="N", help="List the first N only.")
 @dequantize_option
 @numbers_dtype_option
+@engine_options
 @expand_option
 @html_option
 @report_options
@@ -50,6 +52,7 @@ def stats(
     top: int | None,
     dequantize: bool,
     dtype: str | None,
+    engine: Engine,
     expand: bool,
     html: Target | None,
     report_format: ReportFormat,
@@ -68,10 +71,11 @@ def stats(
         raise click.UsageError("--dtype has no meaning without --dequantize")
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
-        with progress_bar(size, "reading", hidden=quiet) as progress:
+        with engine.executor() as executor, progress_bar(size, "reading", hidden=quiet) as progress:
             result = stats_of(
-                checkpoint, parse_rules(keep=keep, drop=drop), dequantize=dtype or dequantize, progress=progress
-            )
+                engine.input(path, checkpoint), parse_rules(keep=keep, drop=drop),
+                dequantize=dtype or dequantize, progress=progress, executor=executor,
+            )  # fmt: skip
         view = StatsView(depth, sort, top)
         write_html(html, result, quiet=quiet, chosen={"view": view})
         echo_result(report_format, result, chosen={"view": view}, expand=expand or sort is not None)

@@ -21,8 +21,8 @@ MOST_OPTIONS: Final = 12  # that --help lists, beside the options for help
 _SECTIONS: Final = {
     "Rules for keys": ("--rename", "--keep", "--drop", "--strip", "--rules", "--set", "--allow-unused"),
     "Output": (
-        "--output", "--format", "--max-shard-size", "--force", "--continue", "--carry", "--only-tensors",
-        "--keep-unknown", "--metadata", "--drop-metadata", "--reflink", "--allow-overflow",
+        "--output", "--format", "--max-shard-size", "--force", "--continue", "--jobs", "--engine", "--carry",
+        "--only-tensors", "--keep-unknown", "--metadata", "--drop-metadata", "--reflink", "--allow-overflow",
         "--verify", "--dry-run", "--plan", "--expand", "--report", "--html", "--json", "--markdown", "--wide",
         "--quiet", "--verbose",
     ),
@@ -30,7 +30,8 @@ _SECTIONS: Final = {
 
 # The options that --help leaves out first where a command has too many.
 _RARE: Final = (
-    "--verbose", "--keep-unknown", "--drop-metadata", "--metadata", "--reflink", "--only-tensors", "--continue",
+    "--verbose", "--engine", "--jobs", "--keep-unknown", "--drop-metadata", "--metadata", "--reflink",
+    "--only-tensors", "--continue",
     "--allow-overflow", "--quantize", "--skip-unread", "--elementwise",
     "--allow-unused", "--markdown", "--report", "--wide", "--expand", "--set",
     "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names", "--form", "--on-missing",

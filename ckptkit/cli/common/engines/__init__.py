@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from ckptkit.cli.common.options import CommandFunction, add_options
+from ckptkit.core.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = ["Engine", "engine_options"]
 
 _ENGINES: Final = ("ray",)
 _jobs_option = click.option(
     "--jobs", type=click.IntRange(1), metavar="N",
-    help="Share the work among N processes of this machine; with --engine, among at most N workers.",
+    help="Share the work among N processes of this machine, or among at most N workers of an engine.",
 )  # fmt: skip
 _engine_option = click.option(
     "--engine", "engine_name", type=click.Choice(_ENGINES),
@@ -38,12 +42,24 @@ class Engine:
         """Return whether the work is shared."""
         return self.jobs is not None or self.name is not None
 
+    def input(self, path: str, checkpoint: Checkpoint) -> str | Checkpoint:
+        """Return what a function of the Python API takes: workers open the path, and this process has opened it."""
+        return path if self else checkpoint
+
     @contextlib.contextmanager
     def executor(self) -> Iterator[Executor | None]:
         """Give the executor for ``executor=`` of the Python API, or None if the work is not shared.
 
-        Raises what ``RayExecutor`` raises.
+        Warnings of Python are off in the block, because commands print the warnings about each path themselves. Raises
+        what ``RayExecutor`` raises.
         """
+        with self._executor() as executor, warnings.catch_warnings():
+            if executor is not None:
+                warnings.simplefilter("ignore", UserWarning)
+            yield executor
+
+    @contextlib.contextmanager
+    def _executor(self) -> Iterator[Executor | None]:
         if self.name == "ray":
             from ckptkit.tasks.ray import RayExecutor
 
