@@ -246,7 +246,10 @@ class _Text(HTMLParser):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_notebook_shows_the_same_page(case: Case, out: Path) -> None:
-    """The HTML has each header, cell and word of the page, and no table without rows; its elements are closed."""
+    """The HTML has each header, cell and word of the page, and no table without rows; its elements are closed.
+
+    Every result can be written as a report too.
+    """
     result = case.make(out)
     html = result._repr_html_()
     lines = _Text(html).text.split("\n")
@@ -260,6 +263,7 @@ def test_a_notebook_shows_the_same_page(case: Case, out: Path) -> None:
             cells = set(filter(None, block.lines))
         assert cells <= {*lines, *(line.strip() for line in lines)}
     assert "<tbody></tbody>" not in html
+    assert result.to_html().count("<h1>") == 1
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

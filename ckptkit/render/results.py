@@ -50,7 +50,9 @@ _RENDERERS: Final[Mapping[str, _Renderer]] = {
     "comparison.values.ValueDiff": _Renderer(
         "values", "values_page", "values_document", "values_pictures", all_rows=_EXPANDED
     ),
-    "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document", "show_pictures", all_rows=_EXPANDED),
+    "core.checkpoint.Checkpoint": _Renderer(
+        "show", "show_page", "show_document", "show_pictures", "show_head", _EXPANDED
+    ),
     "core.findings.Report": _Renderer("findings", "findings_page", "findings_document", head="findings_head"),
     "deltas.delta.Delta": _Renderer("delta", "delta_page", "delta_document", all_rows=_EXPANDED),
     "digests.check.DigestCheck": _Renderer("digests", "check_page", "check_document"),

@@ -13,6 +13,7 @@ from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
 from ckptkit.quantized import quantized_weights
 from ckptkit.render.page import Block, Line, Listing, Page, Table, name_beside, table_rows
+from ckptkit.render.page.head import Fact, Head, Subject
 from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document, value_cell
 
 if TYPE_CHECKING:
@@ -67,6 +68,20 @@ def show_document(
         "warnings": list(checkpoint.warnings),
         "summary": totals_document(CheckpointSummary.of(checkpoint, infos.values())),
     }
+
+
+def show_head(checkpoint: Checkpoint) -> Head:
+    """Return the head of a report: the path, and the numbers of tensors, elements and bytes."""
+    summary = CheckpointSummary.of(checkpoint)
+    facts = (
+        Fact(f"{summary.tensors:,}", "tensors"),
+        Fact(f"{summary.elements:,}", "elements"),
+        Fact(human_bytes(summary.nbytes), "in tensors"),
+    )
+    title = Line(describe(summary))
+    return Head(
+        "ckpt show", Line((f"{summary.format}, {plural(summary.tensors, 'tensor')}",)), (Subject("", title),), facts
+    )
 
 
 def show_page(
