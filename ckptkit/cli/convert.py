@@ -77,7 +77,7 @@ def convert(
                 checkpoint, dtype=dtype, dequantize=dequantize, quantize=quantize, skip_unread=skip_unread
             )
             plan = replace(plan, command="convert")
-        run_plan(plan, {"source": checkpoint}, options)
+        run_plan(plan, {"source": checkpoint}, {"source": source}, options)
 
 
 def _convert_adapter(source: str, options: OutputOptions, adapter: AdapterFormat, base: str | None) -> None:
@@ -91,6 +91,6 @@ def _convert_adapter(source: str, options: OutputOptions, adapter: AdapterFormat
     ):
         with default_error_path(source):
             conversion = plan_conversion(first, adapter, others[0] if others else None, None)
-        run_plan(conversion.plan, {"source": first}, options)
+        run_plan(conversion.plan, {"source": first}, {"source": source}, options)
         if config is not None and conversion.config is not None and not options.dry_run:
             write_small_file(config, json_bytes(conversion.config))

@@ -95,4 +95,4 @@ def apply(base: str, patch: str, *, options: OutputOptions) -> None:
     with open_checkpoints(base, patch, quiet=options.quiet, expected=[codes.PATCH]) as (old, packed):
         with default_error_path(patch):
             plan = plan_of_patch(old, packed)
-        run_plan(plan, {BASE: old, PATCH: packed}, options)
+        run_plan(plan, {BASE: old, PATCH: packed}, {BASE: base, PATCH: patch}, options)

@@ -200,7 +200,7 @@ def _run(
         # An error does not say which of several donors it is about.
         with default_error_path(paths[1] if len(others) == 1 else None):
             plan = planned(first, others)
-        run_plan(plan, roles_of(first, others), options)
+        run_plan(plan, roles_of(first, others), roles_of(paths[0], paths[1:]), options)
         if finish is not None and not options.dry_run:
             finish(plan, first)
 

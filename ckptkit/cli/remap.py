@@ -81,7 +81,7 @@ def remap(
             from ckptkit.plans.saved import load_plan
 
             plan = load_plan(plan_file, {"source": checkpoint}, invert=apply_file is None)
-        run_plan(plan, {"source": checkpoint}, options)
+        run_plan(plan, {"source": checkpoint}, {"source": source}, options)
 
 
 def _plan(

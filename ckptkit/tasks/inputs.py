@@ -16,7 +16,7 @@ from ckptkit.formats import open_checkpoint
 
 __all__ = ["SentInput", "opened_again", "paths_of", "send_input"]
 
-_BY_PATH = "workers of an executor open each input by its path: give a path, or leave out the executor"
+_BY_PATH = "workers of an executor open each input by its path: give a path, or leave out executor"
 _LEAVE_OUT = "leave out --jobs", "leave out executor"
 _SAME_PATH = "each worker must reach the inputs under the same paths"
 
@@ -53,7 +53,7 @@ def send_input(given: str, checkpoint: Checkpoint) -> SentInput:
     the version of a file, and ``ChangedError`` where a path names another file than when it was opened.
     """
     if not checkpoint.files:
-        raise ArgumentError(f"{printable(given)} is only in memory", hint=_BY_PATH)
+        raise ArgumentError(f"{printable(given)} is only in memory", hint=_LEAVE_OUT[0], call=_BY_PATH)
     versions = tuple(_version(file) for file in checkpoint.files)
     checkpoint.check_unchanged(by_path=True)
     is_elsewhere = is_url(given) or is_hub_path(given)

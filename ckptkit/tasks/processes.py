@@ -45,22 +45,27 @@ def local_processes(jobs: int) -> Iterator[Executor]:
         initializer=_begin_worker,
         initargs=(reader, threads),
     )
+    executor = _Processes(pool, writer)
     try:
-        yield _Quiet(pool)
+        yield executor
     except BaseException:
-        writer.close()
+        executor.stop_tasks()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        writer.close()
+        executor.stop_tasks()
         reader.close()
 
 
-class _Quiet(Executor):
-    """An executor whose workers never see the signals of the terminal, not even before they can ignore them."""
+class _Processes(Executor):
+    """Processes that never see the signals of the terminal, not even before they can ignore them."""
 
-    def __init__(self, pool: Executor) -> None:
-        self._pool = pool
+    def __init__(self, pool: Executor, writer: Connection) -> None:
+        self._pool, self._writer = pool, writer
+
+    def stop_tasks(self) -> None:
+        """End the workers at once, whatever they do."""
+        self._writer.close()
 
     def submit(
         self, fn: Callable[_Parameters, _Result], /, *args: _Parameters.args, **kwargs: _Parameters.kwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from typing import Final, TypeVar
@@ -43,7 +42,8 @@ def run_tasks(
     bar of progress, or records the result.
 
     After an error, an interrupt, or where the caller takes no more results, no further task begins, and tasks that wait
-    are cancelled. ``stop``, if given, tells the running ones to stop, and they have 20 seconds for it.
+    are cancelled. ``stop``, if given, tells the running ones to stop, and they have 20 seconds for it. An executor with
+    the method ``stop_tasks`` ends them at once.
 
     Raises:
         CkptkitError: A task raised it. It keeps its class, path and hint, and its reason begins with ``name(task)``.
@@ -60,6 +60,7 @@ def run_tasks(
     running: dict[Future[_Result], tuple[int, _Task]] = {}
     finished: dict[int, _Result] = {}
     begun = taken = 0
+    is_broken = False
     most = most_in_flight or max(_MOST_IN_FLIGHT, 2 * getattr(executor, "workers", 0))
     try:
         while True:
@@ -71,8 +72,10 @@ def run_tasks(
             if not running:
                 return
             ended = wait(running, return_when=FIRST_COMPLETED).done
-            for future in sorted(ended, key=_has_failed):  # what is finished counts also where another task failed
+            # What is finished counts also where another task failed.
+            for future in sorted(ended, key=lambda future: (_has_failed(future), running[future][0])):
                 number, task = running[future]
+                is_broken = _is_broken(future)
                 result = _result(future, task, name)
                 del running[future]
                 done(task, result)
@@ -82,7 +85,7 @@ def run_tasks(
                 taken += 1
     finally:
         if running:
-            _end(running, stop)
+            _end(executor, [] if is_broken else running, stop)
 
 
 def _submit(
@@ -98,6 +101,10 @@ def _run(function: Callable[[_Task], _Result], task: _Task) -> _Result:
     """Do a task in a worker."""
     with limited_threads(threads_of_worker()):
         return function(task)
+
+
+def _is_broken(future: Future[_Result]) -> bool:
+    return not future.cancelled() and isinstance(future.exception(), BrokenExecutor)
 
 
 def _has_failed(future: Future[_Result]) -> bool:
@@ -125,9 +132,14 @@ def _worker_error(name: str) -> WorkerError:
     )
 
 
-def _end(running: Iterable[Future[_Result]], stop: Callable[[], None] | None) -> None:
+def _end(executor: Executor, running: Iterable[Future[_Result]], stop: Callable[[], None] | None) -> None:
     """Cancel the tasks that wait, and let the running ones stop."""
-    left: deque[Future[_Result]] = deque(future for future in running if not future.cancel())
+    stop_tasks: Callable[[], None] | None = getattr(executor, "stop_tasks", None)
+    # An executor of processes that break prints a traceback about each task that is cancelled: it ends them itself.
+    left = [future for future in running if stop_tasks is not None or not future.cancel()]
     if stop is not None:
         stop()
+    if stop_tasks is not None:
+        stop_tasks()
+    if stop is not None:
         wait(left, _PATIENCE)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.options import (
     PATH_TYPE,
     CommandFunction,
@@ -33,6 +34,7 @@ from ckptkit.plans.quantized.as_codes import QUANTIZE
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
     from ckptkit.plans.plan import Plan
+    from ckptkit.plans.writing.shard_tasks import Elsewhere
 
 __all__ = [
     "OutputOptions",
@@ -42,6 +44,9 @@ __all__ = [
     "quantize_option",
     "run_plan",
 ]
+
+
+_ALONE = Engine()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class OutputOptions:
     resume: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     drop_metadata: tuple[str, ...] = ()
+    engine: Engine = _ALONE
 
 
 def output_options(command: CommandFunction) -> CommandFunction:
@@ -79,8 +85,8 @@ def plan_output_options(command: CommandFunction, *, is_required: bool = True) -
     return add_options(
         _with_output_options(command), output, _format_option, _max_shard_size_option, _force_option,
         _only_tensors_option, _keep_unknown_option, _metadata_option, _drop_metadata_option, _carry_option,
-        _continue_option, _reflink_option, _allow_overflow_option, _dry_run_option, _plan_option, _verify_option,
-        expand_option, output_report_options, quiet_option,
+        _continue_option, engine_options, _reflink_option, _allow_overflow_option, _dry_run_option, _plan_option,
+        _verify_option, expand_option, output_report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -88,7 +94,8 @@ def applied_output_options(command: CommandFunction) -> CommandFunction:
     """Add the options of a command whose output is known bit by bit, and pass them to the command as ``options``."""
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
-        _continue_option, _dry_run_option, _verify_option, expand_option, output_report_options, quiet_option,
+        _continue_option, engine_options, _dry_run_option, _verify_option, expand_option, output_report_options,
+        quiet_option,
     )  # fmt: skip
 
 
@@ -114,6 +121,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         reflink: Reflink = "auto",
         metadata: Mapping[str, str] = MappingProxyType({}),
         drop_metadata: tuple[str, ...] = (),
+        engine: Engine = _ALONE,
         **others: object,
     ) -> object:
         chosen = choose_output(
@@ -130,6 +138,10 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             from ckptkit.plans.metadata.edits import refuse_without_metadata
 
             refuse_without_metadata(chosen, metadata, drop_metadata)
+        if engine:
+            from ckptkit.plans.writing.shard_tasks import refuse_elsewhere
+
+            refuse_elsewhere(chosen)
         options = OutputOptions(
             chosen,
             dry_run,
@@ -143,6 +155,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             resume,
             metadata,
             drop_metadata,
+            engine,
         )
         return command(*args, options=options, **others)
 
@@ -226,8 +239,11 @@ quantize_option = click.option(
 )  # fmt: skip
 
 
-def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
-    """Print the plan for a dry run, or execute it and print what was written."""
+def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], paths: Mapping[str, str], options: OutputOptions) -> None:
+    """Print the plan for a dry run, or execute it and print what was written.
+
+    ``paths`` says by role what ``sources`` were opened by.
+    """
     from ckptkit.plans.execute import execute_prepared, prepare_output
     from ckptkit.render.page import as_text
     from ckptkit.render.results import page_of
@@ -243,7 +259,10 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
     written = None
     with _plan_file(plan, sources, options):
         if not options.dry_run:
-            with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
+            with (
+                _elsewhere(paths, options.engine) as elsewhere,
+                progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress,
+            ):
                 written = execute_prepared(
                     prepared,
                     sources,
@@ -253,6 +272,7 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
                     carry=options.carry,
                     resume=options.resume,
                     progress=progress,
+                    elsewhere=elsewhere,
                 )
     if written is None:
         echo_result(options.report_format, plan, expand=options.expand, with_notes=False)
@@ -267,6 +287,17 @@ def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptio
         messages = as_text(fitted_to(sys.stderr, page) if is_fitted else page)
     for message in messages:
         print_message(message)
+
+
+@contextlib.contextmanager
+def _elsewhere(paths: Mapping[str, str], engine: Engine) -> Iterator[Elsewhere | None]:
+    if not engine:
+        yield None
+        return
+    from ckptkit.plans.writing.shard_tasks import Elsewhere
+
+    with engine.executor() as executor:
+        yield None if executor is None else Elsewhere(executor, paths)
 
 
 @contextlib.contextmanager

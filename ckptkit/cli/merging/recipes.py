@@ -61,7 +61,7 @@ def run_recipe(recipe: MergeRecipe, options: OutputOptions, *, has_recipe: bool)
     with opened_recipe(recipe, {}) as (roles, paths):
         for checkpoint in roles.values():
             print_warnings(checkpoint, quiet=options.quiet, expected=[codes.ADAPTER_BASE])  # the recipe has its base
-        run_plan(plan_opened(recipe, roles, paths, record_recipe=has_recipe), roles, options)
+        run_plan(plan_opened(recipe, roles, paths, record_recipe=has_recipe), roles, paths, options)
 
 
 def write_recipe_of(merged: str, output: str | None, *, force: bool) -> None:

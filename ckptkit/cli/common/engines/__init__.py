@@ -17,6 +17,9 @@ from ckptkit.core.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
 __all__ = ["Engine", "engine_options"]
 
 _ENGINES: Final = ("ray",)
