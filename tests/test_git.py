@@ -122,6 +122,13 @@ def test_a_file_is_never_taken_for_a_live_model(tmp_path: Path, monkeypatch: pyt
         assert (checkpoint.format, len(checkpoint)) == ("safetensors", 10)
 
 
+@pytest.mark.parametrize("pattern", ["", "a\n*", "!*.pt"])
+def test_what_is_not_a_pattern_is_refused(pattern: str, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that git would not take, or would read as another, is not written."""
+    assert run_ckpt(capsys, "git", "install", pattern).code == 2
+    assert os.listdir(repository) == [".git"]
+
+
 LFS = "*.pt filter=lfs diff=lfs merge=lfs -text"
 
 

@@ -138,7 +138,7 @@ def test_a_diff_never_fails(tmp_path: Path) -> None:
     (folder / "ckptkit.py").write_text("raise SystemExit('the code of the repository ran')", encoding="ascii")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="ascii")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, with another class in each version
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / "script.pt")
     contents = {
         "random.bin": os.urandom(2000),
@@ -227,6 +227,18 @@ def test_what_decides_otherwise_is_named(tmp_path: Path) -> None:
     said = ckpt(folder, "install", "*.pt")
     assert (folder / ".gitattributes").read_text(encoding="ascii") == "*.p* -diff\n*.pt diff=ckpt\n"
     assert "1 file still has diff=lfs: 'deep/b.pt'" in said
+
+
+@pytest.mark.parametrize("pattern", ["a b.pt", 'q"q.pt', "#x.pt", "deep/*.pt", "/top.pt", "**/x.pt"])
+def test_patterns_are_those_of_git(pattern: str, tmp_path: Path) -> None:
+    """git finds the driver for the files of a pattern as it was given, and a second time nothing is to be done."""
+    folder = repository(tmp_path / "repo")
+    name = pattern.replace("**", "some").replace("*", "some").lstrip("/")
+    ckpt(folder, "install", "--", pattern)
+    assert git(folder, "check-attr", "-z", "diff", "--", name).split("\0")[2] == "ckpt"
+    assert ckpt(folder, "install", "--", pattern) == "nothing to change\n"
+    ckpt(folder, "uninstall")
+    assert git(folder, "check-attr", "-z", "diff", "--", name).split("\0")[2] == "unspecified"
 
 
 @needs_lfs

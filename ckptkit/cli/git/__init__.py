@@ -28,8 +28,16 @@ _where_option = click.option(
 _dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Say what would change; change nothing.")
 
 
+def _parse_patterns(context: click.Context, argument: click.Parameter, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return patterns that git takes in a line of attributes."""
+    for pattern in patterns:
+        if not pattern.strip() or not pattern.isprintable() or pattern.startswith("!"):
+            raise click.BadParameter(f"{pattern!r} is not a pattern of file names, such as '*.th'.", context, argument)
+    return patterns
+
+
 @git.command()
-@click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]...", callback=_parse_patterns)
 @_where_option
 @_dry_run_option
 @report_options

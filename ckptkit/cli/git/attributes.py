@@ -13,9 +13,10 @@ _DIFF: Final = ("diff", "-diff", "!diff", "binary")  # binary is a macro of git,
 
 
 def attribute_line(pattern: str) -> str:
-    """Return the line that gives files of a pattern the driver; git reads a pattern with a space only in quotes."""
+    """Return the line that gives files of a pattern the driver; git takes some patterns only in quotes."""
     escaped = pattern.replace("\\", "\\\\").replace('"', '\\"')
-    word = f'"{escaped}"' if " " in pattern or '"' in pattern else pattern
+    is_plain = not set(' "') & set(pattern) and not pattern.startswith(("#", "[attr]"))
+    word = pattern if is_plain else f'"{escaped}"'
     return f"{word} {_OURS}"
 
 
