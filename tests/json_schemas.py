@@ -158,6 +158,10 @@ _DELTA = {
                     "equal", "renamed", "changed", "replaced", "new",
                 ),
                 "base_key": _text_or_null("The key in the base, or null."),
+                "was": {
+                    "description": "Its dtype and shape in the base, if it was replaced, else null.",
+                    "anyOf": [_object("What it was.", _LOOKS), {"type": "null"}],
+                },
                 "tied_to": _text_or_null("The first key of the same tied tensor of new, or null."),
                 "bytes": _count("The bytes of the tensor."),
                 "packed_bytes": _count("The bytes that the patch has of it."),

@@ -119,7 +119,7 @@ def test_a_patch_of_any_formats_gives_tensors_in_memory(
     ckptkit.make_delta(folder / "base.pt", folder / new, patch, compression=compression)  # type: ignore[arg-type]
     plan = ckptkit.plan_apply_delta(before(), patch)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that it is a patch is no news
+        warnings.simplefilter("error")  # nobody is told that the patch is one
         made = plan.materialize({"base": before(), "patch": patch})
     assert same_state(made, changed())
     assert same_state(dict(plan.tensors({"base": before(), "patch": patch})), changed())

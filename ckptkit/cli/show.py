@@ -20,6 +20,7 @@ from ckptkit.core.config_files import default_error_path, read_text_file
 from ckptkit.core.files.places import is_url
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, RuleError
+from ckptkit.formats import codes
 
 __all__ = ["show"]
 
@@ -62,11 +63,16 @@ def show(
             raise click.UsageError("--tree and --digests are for one PATH")
         _show_several(context, paths, keep, drop, report_format=report_format, quiet=quiet)
     (path,) = paths
-    with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,), default_error_path(path):
+    is_whole = not tree and not digests
+    expected = [codes.PATCH] if is_whole else []  # the page says it
+    with (
+        open_checkpoints(path, quiet=quiet, listing_parts=True, expected=expected) as (checkpoint,),
+        default_error_path(path),
+    ):
         chosen: dict[str, object] = {"infos": _chosen(checkpoint, keep, drop)} if keep or drop else {}
         if (merge := _merge_beside(checkpoint)) is not None:
             chosen["merge"] = merge
-        if DELTA in checkpoint.metadata and not tree and not digests:
+        if DELTA in checkpoint.metadata and is_whole:
             from ckptkit.deltas.delta import delta_of_patch
 
             chosen["delta"] = delta_of_patch(checkpoint)

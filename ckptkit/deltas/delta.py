@@ -28,13 +28,15 @@ class TensorDelta:
         info: Its key, dtype and shape in the result.
         state: ``equal``; ``renamed``, with equal bytes; ``changed``; ``replaced``, by another dtype or shape; ``new``.
         base_key: The key in the base, if the base has the tensor.
-        tied_to: The first key of the same tensor of the result, whose packed bytes are for both; empty for none.
+        was: The tensor of the base where that has another dtype or shape, else None.
+        tied_to: The first key of the same tied tensor of the result, for which it is packed; else empty.
         packed: The bytes that the patch has of it.
     """
 
     info: TensorInfo
     state: State
     base_key: str
+    was: TensorInfo | None
     tied_to: str
     packed: int
 
@@ -127,9 +129,9 @@ def make_result(
     tensors = []
     for key, info in result.infos.items():
         base_key = patch.renamed.get(key, key if key in base.infos else "")
-        tensors.append(
-            TensorDelta(info, _state(patch, key, base_key), base_key, first_of_tie.get(key, ""), packed.get(key, 0))
-        )
+        state = _state(patch, key, base_key)
+        was = base.infos[base_key] if state == "replaced" else None
+        tensors.append(TensorDelta(info, state, base_key, was, first_of_tie.get(key, ""), packed.get(key, 0)))
     moved = set(patch.renamed.values())
     return Delta(
         _side(base, patch.base_name),

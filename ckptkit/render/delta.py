@@ -48,6 +48,8 @@ def _tensors(delta: Delta, *, expand: bool) -> Table:
 
 def _cells(tensor: TensorDelta, delta: Delta) -> tuple[str, ...]:
     key, state = tensor.info.key, str(tensor.state)
+    if tensor.was is not None:
+        state = f"was {tensor.was}"
     if tensor.state == "renamed" and not tensor.tied_to:
         state = f"was {name_beside(key, tensor.base_key)}"
     if tensor.tied_to:
@@ -109,6 +111,7 @@ def delta_document(delta: Delta) -> dict[str, object]:
                 **tensor_document(tensor.info),
                 "state": tensor.state,
                 "base_key": tensor.base_key or None,
+                "was": None if tensor.was is None else {"dtype": tensor.was.dtype, "shape": list(tensor.was.shape)},
                 "tied_to": tensor.tied_to or None,
                 "bytes": tensor.info.nbytes,
                 "packed_bytes": tensor.packed,

@@ -103,7 +103,8 @@ def show_page(
     if delta is not None:
         from ckptkit.render.delta import delta_page
 
-        return [Line(describe(CheckpointSummary.of(checkpoint))), *delta_page(delta, expand=expand)]
+        title = Line((*describe(CheckpointSummary.of(checkpoint)), "; a patch, whose tensors are not weights"))
+        return [title, *delta_page(delta, expand=expand)]
     infos = checkpoint if infos is None else infos
     recorded = _recorded(checkpoint, merge)
     if tree:
