@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckptkit
+from ckptkit.render.html import blocks, histograms, report
 from ckptkit.render.html.report import START_BYTES, is_report
 from tests.helpers_cli import ROOT, run_ckpt
 
@@ -88,15 +89,15 @@ def test_the_policy_allows_one_style_and_one_script() -> None:
 
 def test_names_from_files_are_text() -> None:
     """No name becomes an element, an attribute or the end of the script; names are printed as in the terminal."""
-    report = hostile_report()
-    tree = Tree(report)
+    text = hostile_report()
+    tree = Tree(text)
     assert tree.open == []
     for name, attributes, _ in tree.elements:
         assert name not in {"img", "iframe", "link", "object"}
         assert not {key for key in attributes if key.startswith("on") or key in {"style", "src"}}
         assert not (attributes.get("href") or "#").lower().startswith(("javascript", "http"))
     assert "49" not in "".join(tree.texts("td"))
-    assert "".join(report.split("\n")).isprintable()
+    assert "".join(text.split("\n")).isprintable()
     assert HOSTILE[0] in tree.texts("td")
     assert not any("\u202e" in text for text in tree.texts("td"))
 
@@ -114,10 +115,10 @@ def test_the_document_is_in_the_file() -> None:
 def test_nothing_is_loaded_and_a_report_is_the_same_each_time() -> None:
     """The file has no address that a browser would ask, and two reports of one result are the same text."""
     result = ckptkit.stats(TEN)
-    report = result.to_html()
-    assert report == result.to_html()
-    assert set(re.findall(r"https?://[^\"' ]*", report)) <= {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"\burl\(|@import|fetch\(|XMLHttp|innerHTML|outerHTML|insertAdjacent|eval\(", report)
+    text = result.to_html()
+    assert text == result.to_html()
+    assert set(re.findall(r"https?://[^\"' ]*", text)) <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"\burl\(|@import|fetch\(|XMLHttp|innerHTML|outerHTML|insertAdjacent|eval\(", text)
 
 
 def test_all_rows_are_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -136,10 +137,9 @@ def test_all_rows_are_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: 
         str(path),
     )
     assert result.code == 1
-    report = path.read_text(encoding="utf-8")
-    assert sum(text.startswith("layers.") for text in Tree(report).texts("td")) == 80
-    assert "and 30 more tensors" not in report
-    assert "--values" not in "".join(Tree(report).texts("li"))
+    tree = Tree(path.read_text(encoding="utf-8"))
+    assert sum(text.startswith("layers.") for text in tree.texts("td")) == 80
+    assert "more tensors" not in "".join(tree.texts("li"))
 
 
 def test_both_sides_have_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -159,6 +159,19 @@ def test_both_sides_have_a_histogram(capsys: pytest.CaptureFixture[str], tmp_pat
             assert tensor is not None
             assert (count, zeros) == (tensor.count, tensor.zeros)
             assert {first + at: times for at, times in enumerate(counts) if times} == dict(tensor.histogram)
+
+
+def test_the_page_says_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bounds, rows, histograms and the document are left out, and the page says how many."""
+    monkeypatch.setattr(blocks, "_MOST_ROWS", 7)
+    monkeypatch.setattr(histograms, "MOST_TENSORS", 4)
+    monkeypatch.setattr(report, "_MOST_DOCUMENT", 100)
+    tree = Tree(ckptkit.stats(TEN).to_html())
+    notes = " ".join(tree.texts("p"))
+    assert "3 more rows would make this page slow" in notes
+    assert "6 more histograms would make this file too large, and are left out" in notes
+    assert "and is left out;  prints it" in notes
+    assert not any(attributes.get("id") in {"document", "save"} for _, attributes, _ in tree.elements)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["-q"]], ids=["table", "json", "quiet"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import percent, plural, short_number
-from ckptkit.render.page import Block, Line, Listing, Page, Table, table_rows
+from ckptkit.render.page import Block, Line, Listing, Page, Table, Tone, table_rows
 from ckptkit.render.page.head import Fact, Head, Subject
 from ckptkit.render.page.sparkline import sparkline
 from ckptkit.render.summary import (
@@ -130,7 +130,8 @@ def stats_head(result: StateDictStats) -> Head:
         Fact(percent(total.zero_share), "zeros"),
         Fact(f"{not_finite:,}", "NaN and Inf", "error" if not_finite else ""),
     )
-    return Head("ckpt stats", Line((verdict,)), subjects, facts, "error" if not_finite else "good")
+    tone: Tone = "error" if not_finite else "good"
+    return Head("ckpt stats", Line((verdict,)), subjects, facts, tone, same_as=Line((_summary(total),)))
 
 
 def _keys(result: StateDictStats) -> set[str]:

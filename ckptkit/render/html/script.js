@@ -388,7 +388,9 @@
         });
       }
       const cut = found.isCut ? `; the first bar has all below ${power(found.low + 1)}` : "";
-      caption.append(`share of the numbers by magnitude, in powers of two${cut}`);
+      caption.append("share of the numbers of ");
+      element("code", this.chosen, caption);
+      caption.append(` by magnitude, in powers of two${cut}`);
       this.drawing.append(this.picture(found, present.map(([, place]) => place)));
     }
 

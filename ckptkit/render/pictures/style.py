@@ -59,7 +59,7 @@ def picture_style(*, in_notebook: bool = False) -> str:
     rules += [f".ck-picture .{name}{{fill:var(--{name})}}" for name in _COLOURS if name != OUTLINE]
     rules.append(f".ck-picture .{OUTLINE}{{stroke:var(--{OUTLINE})}}")
     light, dark = _variables(dark=False), _variables(dark=True)
-    rules.append(f".ck-picture{{{light}}}@media (prefers-color-scheme:dark){{.ck-picture{{{dark}}}}}")
+    rules.append(f".ck-picture{{{light}}}@media screen and (prefers-color-scheme:dark){{.ck-picture{{{dark}}}}}")
     if in_notebook:
         rules.append(f":is({_LIGHT_HOSTS}) .ck-picture{{{light}}}:is({_DARK_HOSTS}) .ck-picture{{{dark}}}")
     return "".join(rules)
