@@ -259,12 +259,13 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_state_is_shown_without_names_if_their_source_cannot_be_opened(
     option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reason is the finding ``optim.no-names``, and the exit code is 1."""
+    """The reason is the finding ``optim.no-names``, which names the source, and the exit code is 1."""
     model = nn.Linear(4, 4)
     torch.save(trained(model, OPTIMIZERS["SGD"](model.parameters())).state_dict(), tmp_path / "optimizer.pt")
     ran = run_ckpt(capsys, "optim", "show", tmp_path / "optimizer.pt", *option, "--json")
-    findings = [(finding["code"], finding["severity"]) for finding in json.loads(ran.out)["findings"]]
-    assert (ran.code, findings) == (1, [("optim.no-names", "error")])
+    (finding,) = json.loads(ran.out)["findings"]
+    assert (ran.code, finding["code"], finding["severity"]) == (1, "optim.no-names", "error")
+    assert finding["message"].startswith(f"{option[1]}: ")
 
 
 @pytest.mark.parametrize("text", ['["0.weight", ', "[" * 100_000, '["0.weight", 1]', '["0.weight"] 1'], ids=range(4))

@@ -395,6 +395,9 @@ def nested(depth: int) -> dict[str, Any]:
             id="nothing-to-multiply",
         ),
         pytest.param(modified(match=[]), "match is a list, not a table", "match = {", id="match-list"),
+        pytest.param(
+            modified(match="fc*"), "match is the string 'fc*', not a table", 'params = "fc*" takes', id="match-pattern"
+        ),
         pytest.param(modified(match={}), "match is an empty table", "match = {", id="match-empty"),
         pytest.param(modified(match={"type": "Linear"}), "unknown key 'type'", "module", id="match-key"),
         pytest.param(modified(match={"role": "nrom"}), "role is the string 'nrom', not", "norm", id="role"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ def parse_condition(table: object, where: str, depth: int = 0) -> Condition:
     Raises ``GroupsError``, which begins with ``where``, for an unknown key or a wrong value.
     """
     if not isinstance(table, Mapping):
-        raise GroupsError(f"{where}: match is {kind_of(table)}, not a table", hint=_EXAMPLE)
+        is_pattern = isinstance(table, str) and table and depth == 0
+        hint = f"params = {json.dumps(table)} takes a pattern of names" if is_pattern else _EXAMPLE
+        raise GroupsError(f"{where}: match is {kind_of(table)}, not a table", hint=hint)
     if not table:
         raise GroupsError(f"{where}: match is an empty table", hint=_EXAMPLE)
     if depth > _MAX_DEPTH:

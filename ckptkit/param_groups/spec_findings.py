@@ -139,7 +139,7 @@ class SpecFindings:
         return codes.UNOWNED.finding(
             unowned[0].name,
             f"{plural(len(unowned), 'trainable parameter')} {verb} no group: {_names(unowned)}",
-            'add a group that matches, or end with a group for the rest: [[group]] name = "base", rest = true',
+            'add a group that matches, or at the end one in three lines: [[group]], name = "base", rest = true',
             keys=(parameter.name for parameter in unowned),
         )
 
