@@ -15,7 +15,7 @@ from ckptkit.core.crc32 import joined_crc32
 from ckptkit.core.files.places import name_of
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.progress import Progress
-from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
+from ckptkit.core.text import human_bytes, listed, plural, printable, quoted, shell_word
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.formats.codes import NO_CHECKSUM
 from ckptkit.values.kernels import Tally
@@ -52,13 +52,14 @@ def loading_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if loading.refused:
         message = f"torch.load(weights_only=True), which is the default, refuses the file: {'; '.join(loading.refused)}"
         way = "torch.serialization.safe_globals allows code that you trust; or " if loading.globals else ""
-        hint = f"{way}write the tensors alone: ckpt convert PATH -o OUT --format safetensors"
+        path = shell_word(checkpoint.path)
+        hint = f"{way}write the tensors alone: ckpt convert {path} -o OUT --format safetensors"
         yield codes.TORCH_LOAD.finding("", message, hint)
     if loading.devices:
         names = ", ".join(map(printable, loading.devices[:_MOST_DEVICES]))
         more = f" and {len(loading.devices) - _MOST_DEVICES} more" if len(loading.devices) > _MOST_DEVICES else ""
         message = f"its storages were on {names}{more}: torch.load needs map_location where such a device is missing"
-        yield codes.MAP_LOCATION.finding("", message, 'torch.load(PATH, map_location="cpu")')
+        yield codes.MAP_LOCATION.finding("", message, f'torch.load({quoted(checkpoint.path)}, map_location="cpu")')
 
 
 def loading_summary(checkpoint: Checkpoint) -> str:
