@@ -20,7 +20,7 @@ _STYLE: Final = (
     ".ckptkit .right{text-align:right;overflow-wrap:normal}.ckptkit p{white-space:pre-wrap;margin:.5em 0}"
     ".ckptkit .rows{max-height:26em;overflow:auto;margin:.5em 0}.ckptkit table{margin:0}"
     ".ckptkit .pictures{display:flex;flex-wrap:wrap;gap:1em 2em;margin:1em 0}"
-    ".ckptkit figure{flex:1 1 22em;max-width:40em;min-width:0;margin:0}"
+    ".ckptkit figure{flex:1 1 28em;max-width:36em;min-width:0;margin:0}"
     ".ckptkit figcaption{font-weight:600;margin:0 0 .5em}"
 )
 

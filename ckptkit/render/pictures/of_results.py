@@ -100,14 +100,11 @@ def _names(parameters: Iterable[PlannedParameter]) -> list[str]:
 
 
 def preflight_pictures(report: Preflight) -> tuple[Picture, ...]:
-    """Return the coverage of ``init`` by elements, and what trains."""
+    """Return the coverage of ``init`` by elements, learning rates by layer, and what trains where some is frozen."""
     from ckptkit.render.pictures.rates import GroupOfNames, rates_picture
 
     from_init = (Part("from init", _FILLED), Part("stays at init", HATCHED))
     modules = () if report.init is None else report.init.modules
-    trained = [
-        ShareRow(one.module, (one.trainable_elements, one.elements - one.trainable_elements)) for one in report.training
-    ]
     named = ([name for name in group.names if name] for group in report.groups)
     groups = [GroupOfNames(group.name, names, group.options) for group, names in zip(report.groups, named, strict=True)]
     frozen = [one.module for one in report.training if not one.trainable]
@@ -115,10 +112,16 @@ def preflight_pictures(report: Preflight) -> tuple[Picture, ...]:
     return _some(
         shares_picture("coverage", _COVERED, from_init, _share_rows(modules)),
         rates_picture(groups, [one.module for one in report.training]) if groups else None,
-        shares_picture(
-            "training", "What trains, by elements", (Part("trains", "ck-s2"), Part("frozen", "ck-same")), trained
-        ),
+        _training(report) if any(one.trainable < one.parameters for one in report.training) else None,
     )
+
+
+def _training(report: Preflight) -> Picture | None:
+    rows = [
+        ShareRow(one.module, (one.trainable_elements, one.elements - one.trainable_elements)) for one in report.training
+    ]
+    parts = (Part("trains", "ck-s2"), Part("frozen", "ck-same"))
+    return shares_picture("training", "What trains, by elements", parts, rows)
 
 
 def _coverage(result: StateDictDiff) -> Picture | None:
