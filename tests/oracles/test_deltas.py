@@ -78,7 +78,7 @@ def test_a_model_tuned_with_adamw(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_a_frozen_model_with_a_tuned_head_costs_the_head(tmp_path: Path) -> None:
     base = saved(model(), tmp_path / "base")
     tuned = model()
-    tuned.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
+    tuned.model.requires_grad_(False)
     delta = prove(base, saved(trained(tuned), tmp_path / "tuned"), tmp_path, 0.25)
     assert [tensor.info.key for tensor in delta.tensors if tensor.packed] == ["lm_head.weight"]
 
