@@ -25,6 +25,7 @@ HOSTILE = (
     "</style><img src=x onerror=alert(1)>",
     "\"'><svg onload=alert(1)>{{ 7 * 7 }}{% raw %}",
     "javascript:alert(1)",
+    "\ud800<b>",
     "<!--\u202e\x1b[31m\u2028\x00]]>",
     "k" * 10_000,
 )

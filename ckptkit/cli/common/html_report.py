@@ -15,9 +15,7 @@ from ckptkit.cli.common.printing import print_message
 from ckptkit.core.files.places import open_source
 from ckptkit.core.text import human_bytes, printable
 from ckptkit.errors import OutputError
-from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.state import Target
-from ckptkit.formats.writing.targets import output_path, prepare_target
 
 if TYPE_CHECKING:
     from ckptkit.core.result import Result
@@ -44,6 +42,7 @@ def html_option(command: CommandFunction) -> CommandFunction:
 
 def _target(path: str) -> Target:
     """Return where the report is written. Raises ``OutputError`` for a file that is not an earlier report."""
+    from ckptkit.formats.writing.targets import output_path, prepare_target
     from ckptkit.render.html.report import START_BYTES, is_report
 
     if path == _STDOUT:
@@ -73,6 +72,7 @@ def write_html(
     """
     if html is None:
         return
+    from ckptkit.formats.writing.outputs import write_small_file
     from ckptkit.render.results import report_of
 
     data = report_of(result, both_sides=both_sides, chosen=chosen).encode()

@@ -40,7 +40,8 @@
       mark.setAttribute("tabindex", place ? "-1" : "0");
       mark.setAttribute("role", "img");
     });
-    const markAt = (event) => marks.find((mark) => mark === event.target || mark.contains(event.target));
+    let stop = marks[0];
+    const markAt = (event) => event.target.closest("[tabindex]");
     picture.addEventListener("pointerover", (event) => {
       const mark = markAt(event);
       if (mark) showTip(mark);
@@ -50,7 +51,9 @@
     picture.addEventListener("focusin", (event) => {
       const mark = markAt(event);
       if (!mark) return;
-      for (const other of marks) other.setAttribute("tabindex", other === mark ? "0" : "-1");
+      stop.setAttribute("tabindex", "-1");
+      stop = mark;
+      stop.setAttribute("tabindex", "0");
       showTip(mark);
     });
     picture.addEventListener("focusout", hideTip);
@@ -308,16 +311,20 @@
     watchRows() {
       const { table } = this.table;
       table.parentNode.removeAttribute("tabindex"); // a cell takes the focus, and scrolls the rows
+      let stop = null;
+      const stopAt = (cell) => {
+        if (stop) stop.removeAttribute("tabindex");
+        stop = cell;
+        if (stop) stop.tabIndex = 0;
+      };
       const first = () => {
-        const cell = table.querySelector("tbody > tr > td");
-        if (cell && !table.querySelector('td[tabindex="0"]')) cell.tabIndex = 0;
+        if (!stop || !stop.isConnected) stopAt(table.querySelector("tbody > tr > td"));
       };
       first();
       table.addEventListener("rows", first);
       const focus = (cell) => {
         if (!cell) return;
-        for (const other of table.querySelectorAll("td[tabindex]")) other.removeAttribute("tabindex");
-        cell.tabIndex = 0;
+        stopAt(cell);
         cell.focus();
       };
       table.addEventListener("click", (event) => {
