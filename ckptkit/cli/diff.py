@@ -35,7 +35,7 @@ from ckptkit.render.values import lists_all
 from ckptkit.rules.model import Rules
 
 if TYPE_CHECKING:
-    from ckptkit.render.html.histograms import HistogramRow
+    from ckptkit.render.html.histograms import BothSides
 
 __all__ = ["diff"]
 
@@ -175,11 +175,11 @@ def diff(
 
 def _both_sides(
     result: StateDictDiff, left: Checkpoint, right: Checkpoint, *, dequantize: DequantizeLike, quiet: bool
-) -> list[HistogramRow]:
+) -> BothSides | None:
     """Return the statistics of both sides of the tensors whose values differ, which are read once more for them."""
     if result.values is None:
-        return []
-    from ckptkit.render.html.histograms import MOST_TENSORS, rows_of_both
+        return None
+    from ckptkit.render.html.histograms import MOST_TENSORS, BothSides
     from ckptkit.statistics.state_dict_stats import stats_of_keys
 
     worst = result.values.different[:MOST_TENSORS]
@@ -189,4 +189,4 @@ def _both_sides(
             stats_of_keys(side, keys, dequantize=dequantize, progress=progress)
             for side, keys in ((left, [one.expected.key for one in worst]), (right, [one.found.key for one in worst]))
         ]
-    return rows_of_both(result.values, *measured)
+    return BothSides.of(result.values, *measured)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from ckptkit.errors import hint_for_python, message_for_python
 from ckptkit.render.page import Block, Hint, Line, Message, Page, as_text
 
 if TYPE_CHECKING:
-    from ckptkit.render.html.histograms import HistogramRow
+    from ckptkit.render.html.histograms import BothSides
     from ckptkit.render.page.head import Head
     from ckptkit.render.pictures.model import Picture
 
@@ -111,7 +111,7 @@ def pictures_of(result: Result, **options: object) -> tuple[Picture, ...]:
 def report_of(
     result: Result,
     *,
-    both_sides: Iterable[HistogramRow] | None = None,
+    both_sides: BothSides | None = None,
     for_python: bool = False,
     chosen: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
@@ -128,7 +128,8 @@ def report_of(
     document = document_of(result, **chosen)
     if for_python:
         page, head = list(map(_block_in_python, page)), _head_in_python(head)
-    return as_report(page, head, document, pictures_of(result), both_sides)
+    pictures = pictures_of(result) if both_sides is None else pictures_of(result, totals=both_sides.totals)
+    return as_report(page, head, document, pictures, None if both_sides is None else both_sides.rows)
 
 
 def _head_of(result: Result, renderer: _Renderer) -> Head:

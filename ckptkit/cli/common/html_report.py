@@ -19,7 +19,7 @@ from ckptkit.formats.writing.state import Target
 
 if TYPE_CHECKING:
     from ckptkit.core.result import Result
-    from ckptkit.render.html.histograms import HistogramRow
+    from ckptkit.render.html.histograms import BothSides
 
 __all__ = ["html_option", "write_html"]
 
@@ -64,7 +64,7 @@ def write_html(
     *,
     quiet: bool,
     chosen: Mapping[str, object] = MappingProxyType({}),
-    both_sides: list[HistogramRow] | None = None,
+    both_sides: BothSides | None = None,
 ) -> None:
     """Write the report of a result if the user asked for one, completely or not at all, and say so unless ``quiet``.
 

@@ -12,8 +12,9 @@ from ckptkit.comparison.values import ValueDiff
 from ckptkit.core.text import percent, plural, printable, short_number
 from ckptkit.render.stats import stats_documents
 from ckptkit.statistics.columns import StatsTable
+from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["MOST_TENSORS", "HistogramRow", "Histograms", "histograms_in", "histograms_of", "rows_of_both"]
+__all__ = ["MOST_TENSORS", "BothSides", "HistogramRow", "Histograms", "histograms_in", "histograms_of"]
 
 MOST_TENSORS: Final = 10_000
 _MOST_BYTES: Final = 8_000_000  # of their JSON together
@@ -52,16 +53,25 @@ class Histograms:
         return f"{plural(self.left_out, 'more histogram')} would make this file too large, and {_were(self.left_out)}"
 
 
+class BothSides(NamedTuple):
+    """What was measured of the tensors that differ, on both sides: each tensor, and all of a side together."""
+
+    rows: list[HistogramRow]
+    totals: tuple[tuple[str, ValueStats], ...]
+
+    @classmethod
+    def of(cls, values: ValueDiff, expected: StatsTable, found: StatsTable) -> BothSides:
+        """Return the statistics of the tensors that differ, those that differ most first."""
+        documents = [dict(zip(table, stats_documents(table), strict=True)) for table in (expected, found)]
+        rows = [
+            HistogramRow(one.key, (documents[0].get(one.key), documents[1].get(one.found.key)))
+            for one in values.different
+        ]
+        return cls(rows, (("expected", expected.merged()), ("found", found.merged())))
+
+
 def _were(count: int) -> str:
     return "is left out" if count == 1 else "are left out"
-
-
-def rows_of_both(values: ValueDiff, expected: StatsTable, found: StatsTable) -> list[HistogramRow]:
-    """Return the statistics of the tensors that differ on both sides, those that differ most first."""
-    documents = [dict(zip(table, stats_documents(table), strict=True)) for table in (expected, found)]
-    return [
-        HistogramRow(one.key, (documents[0].get(one.key), documents[1].get(one.found.key))) for one in values.different
-    ]
 
 
 def histograms_in(document: Mapping[str, Any]) -> Histograms | None:

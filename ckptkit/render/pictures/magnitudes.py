@@ -68,7 +68,9 @@ class _Frame(NamedTuple):
         return [(power, side.shares.get(power, 0.0)) for power in range(self.low, self.high + 1)]
 
 
-def magnitudes_picture(sides: Sequence[tuple[str, ValueStats]]) -> Picture | None:
+def magnitudes_picture(
+    sides: Sequence[tuple[str, ValueStats]], title: str = "Magnitudes of the values"
+) -> Picture | None:
     """Return the histogram of magnitudes of one side, or of two: the first filled, the second as a line.
 
     None without numbers other than zero.
@@ -89,7 +91,6 @@ def magnitudes_picture(sides: Sequence[tuple[str, ValueStats]]) -> Picture | Non
     _draw_bars(drawing, frame, shown)
     if len(shown) > 1:
         _draw_steps(drawing, frame, shown[1])
-    title = "Magnitudes of the values" + " of both sides" * (len(shown) > 1)
     return drawing.picture("magnitudes", title, " ".join(map(_sentence, shown)))
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter
     from ckptkit.readiness.model import Preflight
     from ckptkit.statistics.state_dict_stats import StateDictStats
+    from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = [
     "diff_pictures",
@@ -52,11 +53,17 @@ def _renamed(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     return [info if info.key == name else replace(info, key=name) for name, info in infos.items()]
 
 
-def diff_pictures(result: StateDictDiff) -> tuple[Picture, ...]:
-    """Return coverage by elements, how much each tensor changed where values were compared, and the sizes."""
+def diff_pictures(result: StateDictDiff, *, totals: Sequence[tuple[str, ValueStats]] = ()) -> tuple[Picture, ...]:
+    """Return coverage by elements, how much each tensor changed where values were compared, and the sizes.
+
+    ``totals`` has the statistics of the values that differ, of each side with its name: their magnitudes are drawn too.
+    """
+    from ckptkit.render.pictures.magnitudes import magnitudes_picture
+
     found = {result.names.get(key, key): info for key, info in result.found.items()}
     sides = [("expected", result.expected.values()), ("found", _renamed(found))]
-    return _some(_coverage(result), _changes(result), sizes_picture(sides))
+    magnitudes = magnitudes_picture(totals, "Magnitudes of the tensors that differ")
+    return _some(_coverage(result), _changes(result), magnitudes, sizes_picture(sides))
 
 
 def values_pictures(result: ValueDiff) -> tuple[Picture, ...]:
