@@ -220,13 +220,17 @@ def test_what_decides_otherwise_is_named(tmp_path: Path) -> None:
     folder = repository(tmp_path / "repo")
     (folder / "deep").mkdir()
     (folder / "deep" / ".gitattributes").write_text("*.pt diff=lfs\n", encoding="ascii")
-    (folder / ".gitattributes").write_text("*.pt diff=ckpt\n*.p* -diff\n", encoding="ascii")
-    for name in ("a.pt", "deep/b.pt"):
-        torch.save({"w": torch.ones(2)}, folder / name)
-    git(folder, "add", "-A")
-    said = ckpt(folder, "install", "*.pt")
-    assert (folder / ".gitattributes").read_text(encoding="ascii") == "*.p* -diff\n*.pt diff=ckpt\n"
-    assert "1 file still has diff=lfs: 'deep/b.pt'" in said
+    for other in ("*.p* -diff\n", "models/** diff=lfs\n"):
+        (folder / ".gitattributes").write_text(f"*.pt diff=ckpt\n{other}", encoding="ascii")
+        (folder / "models").mkdir(exist_ok=True)
+        for name in ("a.pt", "deep/b.pt", "models/c.pt"):
+            torch.save({"w": torch.ones(2)}, folder / name)
+        git(folder, "add", "-A")
+        said = ckpt(folder, "install", "*.pt")
+        assert "moved to the end *.pt diff=ckpt" in said
+        assert (folder / ".gitattributes").read_text(encoding="ascii") == f"{other}*.pt diff=ckpt\n"
+        assert "1 file still has diff=lfs: 'deep/b.pt'" in said
+        assert ckpt(folder, "install", "*.pt", "-q") == "nothing to change\n"
 
 
 @pytest.mark.parametrize("pattern", ["a b.pt", 'q"q.pt', "#x.pt", "deep/*.pt", "/top.pt", "**/x.pt"])
@@ -258,6 +262,8 @@ def test_lfs(tmp_path: Path) -> None:
     assert "oid sha256" in git(folder, "show")  # diff=lfs of the later line
     assert "added *.safetensors diff=ckpt" in ckpt(folder, "install")  # git lfs track has replaced the line
     assert changed(git(folder, "show")) == tensors_that_differ()
+    for pattern, code in (("conv*", 0), ("fc*", 1)):
+        ckpt(folder, "frozen", "m.safetensors", "--expect-frozen", pattern, "--base", "HEAD~1", code=code)
     ckpt(folder, "uninstall")
     git(folder, "checkout", "-q", ".")
     ckpt(folder, "install")
@@ -276,6 +282,8 @@ def test_lfs(tmp_path: Path) -> None:
     assert f"-Git LFS object: 248,792 bytes, sha256 {sums[0]}" in pointers
     assert f"+Git LFS object: 248,792 bytes, sha256 {sums[1]}" in pointers
     assert "git lfs fetch" in pointers
+    missing = ckpt(clone, "frozen", "m.safetensors", "--expect-frozen", "*", "--base", "HEAD~2", code=2)
+    assert "the Git LFS object is not in this repository" in missing
     git(clone, "lfs", "fetch", "--all")
     ckpt(clone, "install")  # forgets the texts of objects that were not here
     assert changed(git(clone, "diff", "HEAD~2", "HEAD~1", "--", "m.safetensors")) == tensors_that_differ()

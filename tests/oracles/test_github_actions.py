@@ -55,6 +55,11 @@ def test_the_action_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (code, outputs, sorted(os.listdir(folder))) == (2, {"exit-code": "2"}, ["a", "bad.safetensors"])
     code, out, outputs = step(action, {"command": "show", "paths": "100%.pt"}, folder)
     assert Runner().read(out) == [("error", {"title": "ckpt"}, "ckpt: 100%.pt: no such file or directory")]
+    (folder / "groups.toml").write_text('[[group]]\nname = "head"\nparams = "fc3.*"\n', encoding="ascii")
+    inputs = {"command": "groups validate", "paths": "*.toml", "args": "--model 'py:fixtures.lenet:build'"}
+    code, out, outputs = step(action, inputs, folder)
+    assert (code, outputs) == (1, {"exit-code": "1"})
+    assert ("error", {"title": "groups.unowned"}) in [one[:2] for one in Runner().read(out)]
     inputs = {"command": "diff", "paths": f"{TEN}\n{ROOT}/fixtures/lenet_tuned.safetensors", "args": "--values"}
     assert step(action, inputs, folder)[::2] == (1, {"exit-code": "1"})
     assert step(action, {**inputs, "fail-on-findings": "false"}, folder)[::2] == (0, {"exit-code": "1"})

@@ -34,8 +34,10 @@ def with_lines(text: str, patterns: Sequence[str], overruled: Collection[str]) -
         word = line.removesuffix(f" {_OURS}")
         setting = [(at, words[1:]) for at, words in enumerate(map(_words, lines)) if words[:1] == [word]]
         drivers = [(at, given) for at, given in setting if any(_sets_diff(name) for name in given)]
-        if drivers and _OURS in drivers[-1][1] and pattern not in overruled:
-            continue
+        if drivers and _OURS in drivers[-1][1]:
+            below = lines[drivers[-1][0] + 1 :]
+            if pattern not in overruled or all(_words(other)[1:] == [_OURS] for other in below):
+                continue
         ours = [at for at, given in drivers if given == [_OURS]]
         lines = [other for at, other in enumerate(lines) if at not in ours]
         lines.append(line)

@@ -97,9 +97,8 @@ def notes_about_files(patterns: Sequence[str]) -> Iterator[str]:
     """
     with contextlib.suppress(GitError):
         top = top_folder()
-        files = run_git("-C", top, "ls-files", "-z", "--", *patterns).split("\0")[:-1]
         others: dict[str, list[str]] = {}
-        for file, driver in _drivers(top, files):
+        for file, driver in _drivers(top, _tracked(top, patterns)):
             if driver != DRIVER:
                 others.setdefault(driver, []).append(file)
         for driver, found in others.items():
@@ -134,10 +133,22 @@ def _text_of(path: str) -> str:
 
 
 def _overruled(patterns: Sequence[str]) -> list[str]:
-    """Return the patterns to whose files another line of the repository gives another driver."""
-    samples = [pattern.replace("*", "x").lstrip("/") for pattern in patterns]
-    drivers = _drivers(top_folder(), samples)
-    return [pattern for pattern, (_, driver) in zip(patterns, drivers, strict=True) if driver != DRIVER]
+    """Return the patterns that match files to which another line gives another driver; one file is made up."""
+    top = top_folder()
+    found = []
+    for pattern in patterns:
+        files = _tracked(top, [pattern])
+        sample = pattern.replace("*", "x").lstrip("/")
+        if any(driver != DRIVER for _, driver in _drivers(top, [sample, *files])):
+            found.append(pattern)
+    return found
+
+
+def _tracked(top: str, patterns: Sequence[str]) -> list[str]:
+    """Return the files in git that match; a pattern without a slash is for every folder, as in a line of attributes."""
+    anywhere = (pattern if "/" in pattern else f"**/{pattern}" for pattern in patterns)
+    paths = [f":(glob){pattern.lstrip('/')}" for pattern in anywhere]
+    return run_git("-C", top, "ls-files", "-z", "--", *paths).split("\0")[:-1]
 
 
 def _drivers(top: str, files: Sequence[str]) -> list[tuple[str, str]]:
