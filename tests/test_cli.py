@@ -52,6 +52,13 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
         "hint: for example ckpt diff py:mynet:build pretrained.pth; see ckpt diff",
     ),
+    "method in capitals": (["merge", TEN, TEN, "-o", "o.pt", "--method", "TIES"], 2, "", "did you mean ties? see"),
+    "weight without name": (
+        ["merge", TEN, TUNED, "-o", "o.pt", "--method", "linear", "--weight", "0.5"],
+        2,
+        "",
+        "hint: --weight 'lenet_tuned=0.5'",
+    ),
     "missing option": (["convert", TEN, "x.pt"], 2, "", "hint: for example ckpt convert pytorch_model.bin -o model.s"),
     "missing model": (["groups", "table", MODEL], 2, "", "hint: for example ckpt groups table --model py:mynet:build"),
     "no command": ([TEN], 2, "", f"hint: ckpt show '{TEN}' shows what is in it; see ckpt show --help"),

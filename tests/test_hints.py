@@ -77,6 +77,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "wrappers/explain.py: --strip XX begins none of": _MESSAGE,
     "wrappers/explain.py: --strip XX would leave a dot": _MESSAGE,
     "formats/directories/opening.py: ckpt searched for an index": "names the program, not a command",
+    "plans/recipes/parse.py: --from-mergekit FILE reads": "followed by tests/recipes/test_recipe_mergekit.py",
     "formats/directories/opening.py: ckpt show XX lists all of them": "followed by tests/test_urls.py",
     "deltas/making.py: no tensor has the same name on both sides": "followed by tests/test_deltas.py",
     "deltas/patch_file.py: ckpt delta writes patches": "says what a patch is",

@@ -51,6 +51,7 @@ _TOML_TOKEN = lazy_pattern(
     re.DOTALL,
 )
 _BRACKETS = lazy_pattern(r"[][{}]")
+_DECLARED_TWICE = lazy_pattern(r"Cannot declare \('([\w-]+)',\) twice")  # as tomllib says it
 _ALWAYS_PARSED = 1 << 20
 _MEMORY = {b"[": 72, b"{": 64, b":": 60, b",": 16, b'"': 20}  # bytes in Python, for each such sign
 _MOST_MEMORY = 200_000_000
@@ -125,7 +126,9 @@ def parse_table(text: str, text_format: str) -> dict[str, Any]:
     except RecursionError:
         raise RuleError(f"not valid {name}: nested too deeply") from None
     except ValueError as error:
-        raise RuleError(f"not valid {name}: {error}") from None
+        again = _DECLARED_TWICE.search(str(error)) if text_format == "toml" else None
+        hint = f"write [[{again[1]}]], in double brackets, for each of several tables" if again else None
+        raise RuleError(f"not valid {name}: {error}", hint=hint) from None
     if text_format != "json":
         _refuse_unusual(content, name)
     if not isinstance(content, dict):

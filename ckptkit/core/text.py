@@ -149,10 +149,15 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the one of ``names`` that is most like ``name``, or None; ``cutoff`` is the least likeness, up to 1."""
+    """Return the one of ``names`` that is most like ``name``, or None; ``cutoff`` is the least likeness, up to 1.
+
+    A name that differs only in upper and lower case is the nearest.
+    """
     import difflib  # takes a millisecond of the start of every command
 
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+    names = list(names)
+    same = [one for one in names if one.casefold() == name.casefold()]
+    return next(iter(same or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -131,6 +131,7 @@ slices:
             "line 1: there is no method 'nearly', or none that has an equal",
         ),
         ("merge_method: linear", "the configuration has no models"),
+        ("modules: {text: {}}", "the configuration has no merge_method"),
         ("merge_method: linear\nmodels: [{model: {lora: b}}]", "line 2: None is not the name of a model"),
         ("merge_method: linear\nmodels: [{model: a}]\ndtype: float12", "line 3: dtype: unknown dtype 'float12'"),
         (

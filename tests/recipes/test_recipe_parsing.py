@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptkit.core.toml_lines import toml_lines
-from ckptkit.errors import RecipeError
+from ckptkit.errors import RecipeError, RuleError
 from ckptkit.plans.recipes.model import CopiedKeys, Gradient, MergeRecipe, RecipeInput, Setting, Slice
 from ckptkit.plans.recipes.options import recipe_from_options
 from ckptkit.plans.recipes.parse import parse_recipe, recipe_from_text
@@ -130,6 +130,12 @@ def with_set(lines: str) -> str:
     return f"{LINEAR}[[set]]\n{lines}"  # [[set]] is line 9
 
 
+def test_single_brackets_are_answered_with_double_ones() -> None:
+    with pytest.raises(RuleError, match=r"Cannot declare \('input',\) twice") as refused:
+        recipe_from_text("method = 'linear'" + TWO.replace("[[input]]", "[input]"))
+    assert refused.value.hint == "write [[input]], in double brackets, for each of several tables"
+
+
 WRONG = {
     "unknown key": ("normalise = true\n" + LINEAR, 1, "unknown key 'normalise'", "did you mean 'normalize'?"),
     "unknown key of an input": (with_input("wieght = 1"), 9, "unknown key 'wieght'", "did you mean 'weight'?"),
@@ -140,6 +146,7 @@ WRONG = {
     "unknown table in a table": (LINEAR + "[sets.all]\nkeys = '*'", 9, "unknown key 'sets'", "did you mean 'set'?"),
     "version": ("version = 2\nmethod = 'linear'" + TWO, 1, "version is 2, and recipes have version 1", None),
     "no method": (TWO, None, "the recipe names no method", "linear"),
+    "of mergekit": (f"merge_method = 'linear'\n{TWO}", None, "the recipe names no method", "--from-mergekit FILE"),
     "unknown method": ("method = 'lineer'" + TWO, 1, "there is no method 'lineer'", "did you mean 'linear'?"),
     "too few inputs": ("\nmethod = 'linear'", 2, "linear merges at least 1 input, and there are 0", None),
     "too many inputs": (
@@ -194,7 +201,7 @@ WRONG = {
     "take and a value": (with_set("keys = '*'\ntake = 'A'\nweight = 1"), 11, "take excludes a method", "leave out"),
     "take from nobody": (with_set("keys = '*'\ntake = 'C'"), 11, "there is no input 'C'", "'A', 'B'"),
     "set of an unknown input": (
-        with_set("keys = '*'\ninputs.b.weight = 1"), 11, "there is no input 'b'", "the inputs are 'A', 'B'",
+        with_set("keys = '*'\ninputs.b.weight = 1"), 11, "there is no input 'b'", "did you mean 'B'?",
     ),
     "set of an unknown method": (with_set("keys = '*'\nmethod = 'avrage'"), 11, "no method 'avrage'", "'average'?"),
     "parameter of another method": (

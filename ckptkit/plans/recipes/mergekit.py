@@ -113,6 +113,10 @@ class _Importer:
     def imported(self, path: str | None) -> ImportedRecipe:
         """Return the recipe and the notes."""
         name = self.content.get("merge_method")
+        if name is None:
+            raise self.error(
+                "the configuration has no merge_method", hint="one file has one merge, not several modules"
+            )
         try:
             method = method_named(str(name))
         except ArgumentError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.files.places import clean_path, kind_at
-from ckptkit.core.text import did_you_mean, listed, quoted
+from ckptkit.core.text import did_you_mean, listed, quoted, shell_word
 from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.recipes.model import MergeRecipe, Places
@@ -57,8 +57,10 @@ def recipe_from_options(
     table: dict[str, object] = {"method": method, "input": tables, **(others or {})}
     if base:
         table["base"] = base
+    last = tables[-1] if tables else {}
+    example = shell_word(f"{last.get('name') or input_name(str(last.get('path', 'B')))}=0.5")
     for text in weights:
-        name, value = _pair(text, "--weight", "B=0.5")
+        name, value = _pair(text, "--weight", example)
         if "weight" not in known:
             raise _no_parameter(method, "weight", known)
         _give(_of_input(by_name, name, "--weight"), "weight", value, "--weight", text)

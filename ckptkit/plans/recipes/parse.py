@@ -97,7 +97,10 @@ def recipe_from_table(content: Mapping[str, object], places: Places) -> MergeRec
     _refuse_postponed(top)
     method = _method(top)
     if method is None:
-        raise top.error("the recipe names no method", hint=f'write method = "linear"; there are {", ".join(METHODS)}')
+        way = f'write method = "linear"; there are {", ".join(METHODS)}'
+        is_of_mergekit = "merge_method" in content
+        hint = "--from-mergekit FILE reads a configuration of mergekit" if is_of_mergekit else way
+        raise top.error("the recipe names no method", hint=hint)
     methods = [method, *filter(None, map(_method, top.tables("set")))]
     known = _known(methods)
     top.refuse_unknown((*TOP_KEYS, *known), "a recipe")

@@ -55,5 +55,7 @@ def _method(method: type[Method]) -> Iterator[Block]:
     yield Line((f"{inputs_text(method)}{f'; {method.paper}' if method.paper else ''}",), indented=True)
     rows = parameter_rows(method)
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if rows:
+    if not rows:
+        yield Line(("",))
+    else:
         yield Listing(tuple(f"    {'  '.join(map(str.ljust, row, sizes))}".rstrip() for row in rows))
