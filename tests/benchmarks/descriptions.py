@@ -27,6 +27,7 @@ class Rival:
     command: Command
     limit: float | None = None
     differs: str = ""  # what it leaves out, or does otherwise
+    size: float | None = None  # limit of the bytes that ckptkit writes, as a share of those that it writes
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a process: its seconds, and its peak above that of a bare interpreter, in bytes."""
+    """One run of a process: its seconds, its peak above that of a bare interpreter, and what it wrote, in bytes."""
 
     seconds: float
     peak: float
     problem: str = ""
     ended: bool = False  # it took too long
+    written: int = 0
 
 
 @dataclass
@@ -91,6 +92,11 @@ class Side:
     def peak(self) -> float:
         """The largest peak, in bytes."""
         return max(run.peak for run in self.counted.values())
+
+    @property
+    def written(self) -> int:
+        """The bytes of all outputs."""
+        return max(run.written for run in self.counted.values())
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ def run(programs: Programs, command: Command, rules: Rules, bare: float = 0.0) -
     if command.reports:
         seconds, peak = (float(word) for word in (programs.directory / "stdout.log").read_text("utf-8").split())
         return Run(seconds, peak)
-    return Run(processor if rules.processor else seconds, max(peak - bare, 0.0))
+    written = sum(file.stat().st_size for file in programs.directory.glob("out*") if file.is_file())
+    return Run(processor if rules.processor else seconds, max(peak - bare, 0.0), written=written)
 
 
 def measure(programs: Programs, row: Row, rules: Rules, bare: float) -> Measured:

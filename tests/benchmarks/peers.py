@@ -40,6 +40,7 @@ PEERS = (
     Peer("mergekit==0.1.5", "merges the values of models"),
     Peer("ckptkit[all]==0.3.0", "another project of the same name: inspects and compares", "ckptkit of the index"),
     Peer("weightscope==0.4.3", "compares the values of models"),
+    Peer("reminis==0.34.0", "keeps models and their deltas in databases"),
     Peer("tensortracker==0.1.0", "writes patches of safetensors files"),
     Peer("ptloader==0.3.0", "reads torch files as numpy arrays, without torch"),
     Peer("bitsandbytes==0.50.2", "quantises and dequantises weights", beside=("safetensors",)),

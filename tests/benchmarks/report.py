@@ -43,6 +43,9 @@ class Report:
         ]
         for group in dict.fromkeys(measured.row.group for measured in self.rows):
             parts += [f"### {group}", _table(_COLUMNS, self._group(group))]
+        sizes = list(self._sizes())
+        if sizes:
+            parts += ["### Sizes of outputs", _table(_SIZE_COLUMNS, sizes)]
         if self.growth:
             parts += ["### Growth", _table(_GROWTH_COLUMNS, (_grown(one) for one in self.growth))]
         parts += ["### What the others do differently", _table(("program", "work", "difference"), self._differences())]
@@ -79,6 +82,11 @@ class Report:
                 f"{row.name}: {_number(ratio)} of {rival.name}, limit {rival.limit:g}"
                 for rival, ratio in _judged(measured)
                 if rival.limit is not None and ratio > rival.limit
+            ]
+            lines += [
+                f"{row.name}: {_number(share)} of the bytes of {rival.name}, limit {rival.size:g}"
+                for rival, _, share in _shares(measured)
+                if rival.size is not None and share > rival.size
             ]
             if row.seconds is not None and ours.seconds > row.seconds:
                 lines.append(f"{row.name}: {_seconds(ours.seconds)}, limit {row.seconds:g} s")
@@ -133,6 +141,16 @@ class Report:
                 own = (work, seconds, peak) if place == 0 else ("", "", "")
                 yield (*own, rival.name, *_compared(ours, rival, side), *_cells(side))
 
+    def _sizes(self) -> Iterable[Sequence[str]]:
+        for measured in self.rows:
+            for place, (rival, side, share) in enumerate(_shares(measured)):
+                assert measured.ours is not None
+                assert rival.size is not None
+                work = measured.row.name + f" ({text_of(measured.row.files, self.scale)})"
+                own = (work, _megabytes(measured.ours.written)) if place == 0 else ("", "")
+                bold = _bold(_number(share), bold=share > rival.size)
+                yield (*own, rival.name, bold, f"{rival.size:g}", _megabytes(side.written))
+
     def _differences(self) -> Iterable[Sequence[str]]:
         seen = set()
         for measured in self.rows:
@@ -143,6 +161,7 @@ class Report:
 
 
 _COLUMNS = ("work", "ckptkit", "MB", "compared with", "ratio", "from – to", "limit", "other", "MB")
+_SIZE_COLUMNS = ("work", "MB of ckptkit", "compared with", "share", "limit", "MB of the other")
 _GROWTH_COLUMNS = ("work", "sizes", "ckptkit", "each", "compared with", "other", "each", "ratio", "MB of ckptkit")
 
 
@@ -161,6 +180,25 @@ def _judged(measured: Measured) -> Iterable[tuple[Rival, float]]:
     for rival, side in zip(measured.row.rivals, measured.rivals, strict=True):
         if side.turns and not side.problem:
             yield rival, statistics.median(ratios(ours, side))
+
+
+def _shares(measured: Measured) -> Iterable[tuple[Rival, Side, float]]:
+    """Yield the share that the output of ckptkit has of that of each rival whose outputs are compared."""
+    for (rival, _), side in zip(_judged(measured), _done(measured), strict=True):
+        if rival.size is not None and measured.ours is not None and side.written:
+            yield rival, side, measured.ours.written / side.written
+
+
+def _done(measured: Measured) -> Iterable[Side]:
+    """Return the rivals that have done the work."""
+    ours = measured.ours
+    if ours is None or ours.problem or ours.ended:
+        return ()
+    return (side for side in measured.rivals if side.turns and not side.problem)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / MB:.1f}"
 
 
 def _compared(ours: Side | None, rival: Rival, side: Side) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ COPIES = "Copies"
 VALUES = "Values"
 LOADING = "Loading and training"
 MERGES = "Merges"
+DELTAS = "Deltas"
 
 NO_FLUSH = "does not flush to the disk"
 NO_RULE = "names no rule that would match the keys; exit code 0"
@@ -89,6 +90,44 @@ def _memcmp(first: str, second: str, limit: float) -> Rival:
 def _tensortracker(first: str, second: str) -> Rival:
     command = peer("tensortracker", f"script tensortracker_diff {first} {second}")
     return Rival("tensortracker", command, None, ONLY_NAMES)
+
+
+def _delta(what: str, base: str, name: str) -> Row:
+    """Return the row that writes a patch: its time, and its bytes."""
+    return Row(
+        DELTAS,
+        f"delta, {what}",
+        (base, name),
+        ckpt(f"delta {base} {name} -o out.safetensors"),
+        (
+            Rival(
+                "XOR in planes, zlib",
+                script(f"xor_planes {base} {name} out-xor"),
+                None,
+                "no digests, no second look, and no names; one thread",
+                0.95,
+            ),
+            Rival(
+                "reminis diff",
+                peer("reminis", f"script reminis_delta {base} {name} out-reminis"),
+                1.5,
+                "converts both files to its databases before",
+                0.95,
+            ),
+        ),
+        megabytes=130,
+    )
+
+
+def _apply(what: str, base: str, patch: str, new: str) -> Row:
+    return Row(
+        DELTAS,
+        f"apply, {what}",
+        (base, new, patch),
+        ckpt(f"apply {base} {patch} -o out.safetensors"),
+        (flushed_copy(new, 40.0),),
+        megabytes=100,
+    )
 
 
 def _load(what: str, name: str, model: str, function: str = "load") -> Row:
@@ -488,5 +527,19 @@ ROWS = (
     *(
         _merge(method, 6.0, f"--base base {WEIGHTS} --density 0.5", BASE, MATH, CODE)
         for method in ("ties", "dare_ties", "della")
+    ),
+    *(
+        row
+        for words, name in (("an adapter merged", "adapted"), ("every number tuned", "trained"))
+        for bits, dtype in ((32, "F32"), (16, "BF16"))
+        for row in (
+            _delta(f"{dtype}, {words}", f"plain{bits}.safetensors", f"{name}{bits}.safetensors"),
+            _apply(
+                f"{dtype}, {words}",
+                f"plain{bits}.safetensors",
+                f"{name}{bits}-patch.safetensors",
+                f"{name}{bits}.safetensors",
+            ),
+        )
     ),
 )

@@ -101,6 +101,45 @@ def torch_dequantize(name: str, output: str) -> None:
     _flush(output)
 
 
+def reminis_delta(base: str, name: str, output: str) -> None:
+    """Convert two files to databases of reminis, and write the delta pack of both."""
+    import subprocess
+    import tempfile
+
+    program = os.path.join(os.path.dirname(sys.executable), "reminis")
+    with tempfile.TemporaryDirectory(dir=".") as directory:
+        databases = [os.path.join(directory, f"{number}.db") for number in range(2)]
+        for source, database in zip((base, name), databases, strict=True):
+            subprocess.run([program, "convert", source, "-o", database, "-q"], check=True)
+        subprocess.run([program, "diff", *databases, "-o", output, "-q"], check=True)
+    _flush(output)
+
+
+def xor_planes(base: str, name: str, output: str) -> None:
+    """Write the XOR of the bytes of two files, in planes of bytes and compressed by zlib; equal pieces are left out."""
+    import zlib
+
+    import numpy as np
+
+    header = _header(base)
+    width = 4 if next(iter(header.values()))["dtype"] == "F32" else 2
+    size = 1 << 20
+    with open(base, "rb") as first, open(name, "rb") as second, open(output, "wb") as out:
+        for file in (first, second):
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while old := first.read(size):
+            new = second.read(size)
+            if old == new:
+                continue
+            planes = (np.frombuffer(old, np.uint8) ^ np.frombuffer(new, np.uint8)).reshape(-1, width).T
+            for plane in planes:
+                packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
+                data = plane.tobytes()
+                packed = packer.compress(data) + packer.flush()
+                out.write(min(packed, data, key=len))
+    _flush(output)
+
+
 def bitsandbytes_dequantize(name: str, output: str) -> None:
     """Dequantise every weight of 4 bits on the processor with bitsandbytes, and save what it gives."""
     from importlib import import_module
