@@ -162,6 +162,16 @@ def test_both_sides_have_a_histogram(capsys: pytest.CaptureFixture[str], tmp_pat
             assert {first + at: times for at, times in enumerate(counts) if times} == dict(tensor.histogram)
 
 
+def test_the_head_is_not_repeated() -> None:
+    """The verdict and the descriptions of both sides stand in the head alone, and what explains the verdict below."""
+    tree = Tree(ckptkit.diff(MODEL, TEN, values=True).to_html())
+    assert tree.texts("h1") == ["8 of 8 tensors differ"]
+    lines = tree.texts("li")
+    assert not any(TEN in line or "tensors differ" in line for line in lines)
+    assert sum("the largest relative change is" in text for text in tree.texts("span")) == 1
+    assert "below" not in {attributes.get("class") for _, attributes, _ in tree.elements}
+
+
 def test_the_page_says_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the bounds, rows, histograms and the document are left out, and the page says how many."""
     monkeypatch.setattr(blocks, "_MOST_ROWS", 7)

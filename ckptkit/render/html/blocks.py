@@ -213,13 +213,13 @@ def _columns(table: Table, rows: Sequence[tuple[str, ...]], marks: dict[str, str
 
 
 def _choices(table: Table, rows: Sequence[tuple[str, ...]], marks: dict[str, str]) -> Iterator[Choice]:
-    """Yield the columns by which rows can be chosen: that of the marks, and others that have few different cells."""
+    """Yield the columns by which rows can be chosen: that of the marks, else those that have few different cells."""
     named = _name_column(table)
     for at, header in enumerate(table.headers):
-        if at == named or header in table.right or len(rows) <= FEW_ROWS:
+        is_mark = at == 0 and bool(marks)
+        if at == named or header in table.right or len(rows) <= FEW_ROWS or bool(marks) != is_mark:
             continue
         counts = Counter(row[at] for row in rows)
-        is_mark = at == 0 and bool(marks)
         few = 2 <= len(counts) <= _MOST_CHOICES and len(counts) * _ROWS_FOR_CHOICE <= len(rows)
         if (few or is_mark) and not all(map(_BARS.fullmatch, counts)):
             words = marks if is_mark else {}

@@ -11,7 +11,8 @@ import json
 import re
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,7 @@ from ckptkit.render.html.blocks import (
     texts_of,
 )
 from ckptkit.render.html.histograms import HistogramRow, histograms_in, histograms_of
-from ckptkit.render.page import Page
+from ckptkit.render.page import Line, Page
 from ckptkit.render.page.head import Head
 from ckptkit.render.pictures.model import Picture
 from ckptkit.render.pictures.style import picture_style
@@ -66,8 +67,7 @@ def as_report(
 
     histograms = histograms_in(document) if both_sides is None else histograms_of(both_sides, _SIDES)
     tables, lines = tables_of(page, frozenset() if histograms is None else histograms.names)
-    said = list(head.lines())
-    lines = [line for line in lines if line not in said]
+    lines = list(_not_said(lines, list(head.lines())))
     style = _package_text("style.css") + picture_style() + "".join(map(_table_style, tables))
     script = _package_text("script.js")
     data = json.dumps(document, allow_nan=False, separators=(",", ":"))
@@ -97,6 +97,15 @@ def as_report(
         else "",
     )
     return text
+
+
+def _not_said(lines: Iterable[Line], said: Sequence[Line]) -> Iterator[Line]:
+    """Yield the lines that the head has not said; what explained a line that it has said stands for itself."""
+    is_said = False
+    for line in lines:
+        is_said = line in said or (is_said and line.indented)
+        if line not in said:
+            yield replace(line, indented=False) if is_said else line
 
 
 def _generator() -> str:
