@@ -39,12 +39,13 @@ def local_processes(jobs: int) -> Iterator[Executor]:
 
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     reader, writer = multiprocessing.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin_worker,
-        initargs=(reader, threads),
-    )
+    with _blocked_signals():  # the process that multiprocessing has for its locks starts now
+        pool = ProcessPoolExecutor(
+            jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin_worker,
+            initargs=(reader, threads),
+        )
     executor = _Processes(pool, writer)
     try:
         yield executor
@@ -71,12 +72,19 @@ class _Processes(Executor):
         self, fn: Callable[_Parameters, _Result], /, *args: _Parameters.args, **kwargs: _Parameters.kwargs
     ) -> Future[_Result]:
         """Give a task to the processes, of which one may start now."""
-        # A new process inherits the blocked signals. Python starts with a handler that prints a traceback.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
-        try:
+        with _blocked_signals():
             return self._pool.submit(fn, *args, **kwargs)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block the signals of the terminal, also for processes that start in the block, as long as they live."""
+    # Python starts with a handler that prints a traceback, before any code of ours could change that.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(reader: Connection, threads: int) -> None:
