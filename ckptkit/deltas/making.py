@@ -68,8 +68,7 @@ def make_delta(
         only_tensors: Leave out the entries of ``new`` that are not tensors, instead of an error. A patch cannot hold
             them.
         force: Replace an existing file.
-        progress: Called with a number of bytes after each piece. Their sum is that of all tensors of both sides, and
-            once more of what is packed.
+        progress: Called with a number of bytes after each piece.
 
     Raises:
         ArgumentError: ``compression`` is not known, or needs a package that is not installed.
@@ -206,7 +205,9 @@ class _Making:
         return found
 
     def _packed(self, found: _Classified, spool: Spool, workers: Workers) -> dict[str, Packed]:
-        packed = {}
+        packed: dict[str, Packed] = {}
+        waiting = {*found.changed, *found.whole}
+        self.progress(2 * sum(info.nbytes for key, info in self.new.items() if key not in waiting))  # not read again
         for change, made in pack_changes(self._changes(found), spool, workers, self.compression, self.progress):
             if made is None:  # its digests differ
                 self._refuse_changes()
