@@ -64,7 +64,7 @@ _LEGEND: Final[Mapping[str, str]] = {
 
 
 def states_of_values(values: ValueDiff) -> dict[str, State]:
-    """Return the state of each key whose values were to be compared."""
+    """Return the state of each key that both sides have."""
     states = dict.fromkeys(values.keys, _IDENTICAL)
     states |= {name: _state(one) for one in (*values.within, *values.different) for name in one.names}
     return states | {one.key: State(DOT, f"not compared: {one.reason}") for one in values.skipped}

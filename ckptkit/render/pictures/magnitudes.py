@@ -168,9 +168,10 @@ def _sentence(side: _Side) -> str:
     found, name = side.found, f"{side.name}: " if side.name else ""
     low, high = _without_tails(side.shares)
     nonfinite = found.nan + found.posinf + found.neginf
+    zeros = f", {percent(side.zeros)} zeros" if side.zeros else ""
     others = f", {nonfinite:,} NaN or Inf" if nonfinite else ""
     return (
-        f"{name}{plural(found.count, 'value')}, {percent(side.zeros)} zeros{others}; nearly all others have magnitudes "
+        f"{name}{plural(found.count, 'value')}{zeros}{others}; nearly all{' others' if zeros or others else ''} have magnitudes "
         f"from {_power_text(low)} to {_power_text(high + 1)}, "
         f"most often {_power_text(max(side.shares, key=side.shares.__getitem__))}."
     )

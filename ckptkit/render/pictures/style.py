@@ -52,8 +52,7 @@ def fill_of(name: str) -> str:
 def picture_style(*, in_notebook: bool = False) -> str:
     """Return the CSS rules of the pictures, for the one ``<style>`` of a page.
 
-    The colours of a page follow the wish of the reader for light or dark pages, those of a notebook the theme of its
-    host where the host tells it.
+    A page is light or dark as the reader wishes. A notebook has the theme of its host, where the host tells it.
     """
     rules = [_RULES]
     rules += [f".ck-picture .{name}{{fill:var(--{name})}}" for name in _COLOURS if name != OUTLINE]
