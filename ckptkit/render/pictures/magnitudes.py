@@ -170,8 +170,8 @@ def _sentence(side: _Side) -> str:
     nonfinite = found.nan + found.posinf + found.neginf
     zeros = f", {percent(side.zeros)} zeros" if side.zeros else ""
     others = f", {nonfinite:,} NaN or Inf" if nonfinite else ""
+    rest = "all others" if zeros or others else "all"
     return (
-        f"{name}{plural(found.count, 'value')}{zeros}{others}; nearly all{' others' if zeros or others else ''} have magnitudes "
-        f"from {_power_text(low)} to {_power_text(high + 1)}, "
-        f"most often {_power_text(max(side.shares, key=side.shares.__getitem__))}."
+        f"{name}{plural(found.count, 'value')}{zeros}{others}; nearly {rest} have magnitudes from {_power_text(low)} "
+        f"to {_power_text(high + 1)}, most often {_power_text(max(side.shares, key=side.shares.__getitem__))}."
     )
