@@ -301,7 +301,7 @@ def test_results_depend_on_neither_pieces_nor_threads(code: str, monkeypatch: py
 
 
 def _with_threads(init: object, threads: int) -> object:
-    def made(self: Workers, _: int | None = None) -> None:
+    def made(self: Workers) -> None:
         init(self, threads)  # type: ignore[operator]
 
     return made

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -31,6 +30,7 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.tasks.executor_type import Executor
 from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 from ckptkit.values.kernels import ExtremesKernel
 from ckptkit.values.workers import Workers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized.view import DequantizedView, DequantizeLike, as_numbers, parse_dequantize
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, Rule, Rules, RulesLike
+from ckptkit.tasks.executor_type import Executor
 from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 
 if TYPE_CHECKING:

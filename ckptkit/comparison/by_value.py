@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
 from functools import partial
 
 from ckptkit.comparison import diff_checkpoints
@@ -13,6 +12,7 @@ from ckptkit.core.progress import Progress
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
+from ckptkit.tasks.executor_type import Executor
 from ckptkit.tasks.sharing import require_shareable, sharing_of
 
 __all__ = ["compare_values"]

@@ -379,7 +379,7 @@ class Comparison:
 
 
 def compare_pairs(
-    _: Comparison, pairs: Sequence[Pair], tolerance: Tolerance | None, progress: Progress, *, threads: int | None = None
+    _: Comparison, pairs: Sequence[Pair], tolerance: Tolerance | None, progress: Progress
 ) -> dict[int, Part | BytesDiffer]:
     """Return the differences of the pairs that differ, by their numbers. Raises what reading raises."""
     from ckptkit.values.difference import differences
@@ -388,7 +388,7 @@ def compare_pairs(
     announce(pair.expected for pair in pairs)
     announce(pair.found for pair in pairs)
     found: dict[int, Part | BytesDiffer] = {}
-    with Workers(threads) as workers:
+    with Workers() as workers:
         for pair, part, nbytes in differences(pairs, workers, tolerance):
             progress(nbytes)
             if part is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor
 
 from ckptkit.core.arguments import require_choice, require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint, under_key
@@ -19,6 +18,7 @@ from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import renamed_keys
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.tasks.executor_type import Executor
 from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 from ckptkit.values.endless import refuse_endless
 from ckptkit.values.workers import Workers

@@ -7,7 +7,6 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -29,6 +28,7 @@ from ckptkit.formats import open_checkpoint
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules, RulesLike
+from ckptkit.tasks.executor_type import Executor
 from ckptkit.tasks.sharing import require_shareable, sharing_of
 
 __all__ = ["DigestCheck", "check_digests", "is_digest_file", "refuse_checkpoint"]

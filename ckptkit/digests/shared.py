@@ -9,7 +9,6 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.digests.by_key import hash_each
 from ckptkit.tasks.inputs import opened_again
-from ckptkit.tasks.processes import threads_of_worker
 from ckptkit.tasks.sharing import Part, Sharing, name_of_part
 from ckptkit.values.workers import Workers
 
@@ -45,7 +44,7 @@ def hash_shared(
 
 
 def _hash(part: Part[_Hashing]) -> Mapping[str, str]:
-    with opened_again(part.inputs[0]) as checkpoint, Workers(threads_of_worker()) as workers:
+    with opened_again(part.inputs[0]) as checkpoint, Workers() as workers:
         infos = [checkpoint[key] for key in part.work.keys]
         found = hash_each(checkpoint, infos, part.work.algorithm, workers, None)
         checkpoint.check_unchanged()

@@ -16,7 +16,6 @@ from ckptkit.statistics.kernel import StatsKernel, StatsPart
 from ckptkit.statistics.measured import measure_values
 from ckptkit.statistics.value_stats import ValueStats
 from ckptkit.tasks.inputs import opened_again
-from ckptkit.tasks.processes import threads_of_worker
 from ckptkit.tasks.sharing import Part, Sharing, name_of_part
 from ckptkit.values.kernels import Tally, parts_of
 from ckptkit.values.reading import READ_BYTES, Source, Span, read_bytes, reads
@@ -101,7 +100,7 @@ def _by_kind(group: Sequence[_Range]) -> Iterator[list[_Range]]:
 
 def _measure(part: Part[_Measuring]) -> StatsTable | list[StatsPart]:
     work = part.work
-    with opened_again(part.inputs[0]) as stored, Workers(threads_of_worker()) as workers, pause_gc():
+    with opened_again(part.inputs[0]) as stored, Workers() as workers, pause_gc():
         found = as_numbers(stored, work.dequantize or False).checkpoint
         measured = (
             _parts(found, work, workers) if work.stop else measure_values(found, work.keys, workers, lambda _: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
 from ckptkit.core.arguments import require_number, require_progress, takes_rules
@@ -21,6 +20,7 @@ from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.columns import StatsTable
 from ckptkit.statistics.measured import measure_values
 from ckptkit.statistics.value_stats import ValueStats
+from ckptkit.tasks.executor_type import Executor
 from ckptkit.tasks.sharing import Sharing, require_shareable, sharing_of
 from ckptkit.values.endless import refuse_endless
 from ckptkit.values.kernels import why_unsupported

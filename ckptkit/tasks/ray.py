@@ -256,7 +256,7 @@ def _refuse_silence(address: str) -> None:
 
 
 def _no_cluster(address: str, reason: str) -> WorkerError:
-    hint = "ray start --head starts a cluster; without RAY_ADDRESS, Ray is started on this machine"
+    hint = "start Ray there, or leave RAY_ADDRESS out: then Ray starts on this machine"
     return WorkerError(f"no Ray cluster answers at {quoted(address)}: {reason}", hint=hint)
 
 

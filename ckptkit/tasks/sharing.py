@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural, quoted
+from ckptkit.tasks.executor_type import Executor, require_executor
 from ckptkit.tasks.inputs import SentInput, paths_of, send_input
 from ckptkit.tasks.running import run_tasks
 
@@ -71,7 +70,7 @@ class Sharing:
 
 def require_shareable(executor: object, inputs: Mapping[str, object]) -> None:
     """Raise ``ArgumentError`` unless ``executor`` is None, or an executor whose workers can open these inputs."""
-    require_type(executor, Executor | None, "executor", "an executor of concurrent.futures, or None")
+    require_executor(executor)
     if executor is not None:
         paths_of(inputs)
 

@@ -14,7 +14,6 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
 from ckptkit.tasks.inputs import opened_again
-from ckptkit.tasks.processes import threads_of_worker
 from ckptkit.tasks.sharing import Part, Sharing
 from ckptkit.values.kernels import ExtremesKernel, Tally
 from ckptkit.values.reading import READ_BYTES, Read, Source, planned_reads, reads
@@ -122,7 +121,7 @@ def _of_range(
 def _read(part: Part[_Reading]) -> list[tuple[Any, ...]]:
     """Return what was found in each read of a part."""
     work = part.work
-    with opened_again(part.inputs[0]) as checkpoint, Workers(threads_of_worker()) as workers, pause_gc():
+    with opened_again(part.inputs[0]) as checkpoint, Workers() as workers, pause_gc():
         scan = Scan(checkpoint, work.chosen, workers)
         if work.reads_values:
             scan.values = ValueReader(checkpoint, _keys(checkpoint, work), workers, _kernel(work))

@@ -14,7 +14,6 @@ from ckptkit.core.progress import Progress
 from ckptkit.quantized.view import DequantizedView, dequantized
 from ckptkit.rules.model import KeyMap
 from ckptkit.tasks.inputs import SentInput, opened_again
-from ckptkit.tasks.processes import threads_of_worker
 from ckptkit.tasks.sharing import Part as SharedPart
 from ckptkit.tasks.sharing import Sharing, name_of_part
 
@@ -97,9 +96,7 @@ def _compare(part: SharedPart[_Comparing]) -> dict[int, Part | BytesDiffer]:
         pause_gc(),
     ):
         comparison = Comparison(expected, found, work.key_map, work.names, work.dtypes)
-        result = compare_pairs(
-            comparison, comparison.pairs(), work.tolerance, lambda _: None, threads=threads_of_worker()
-        )
+        result = compare_pairs(comparison, comparison.pairs(), work.tolerance, lambda _: None)
         for side in (expected, found):
             side.check_unchanged()
         return result

@@ -13,6 +13,7 @@ import click
 
 from ckptkit.cli.common.options import CommandFunction, add_options
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.errors import CkptkitError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -66,7 +67,12 @@ class Engine:
         if self.name == "ray":
             from ckptkit.tasks.ray import RayExecutor
 
-            with RayExecutor(workers=self.jobs) as executor:
+            try:
+                executor = RayExecutor(workers=self.jobs)
+            except CkptkitError as error:
+                error.path = ""  # it is about no file, although commands name one where errors do not
+                raise
+            with executor:
                 try:
                     yield executor
                 except BaseException:
@@ -75,8 +81,8 @@ class Engine:
         elif self.jobs is not None:
             from ckptkit.tasks.processes import local_processes
 
-            with local_processes(self.jobs) as executor:
-                yield executor
+            with local_processes(self.jobs) as processes:
+                yield processes
         else:
             yield None
 
