@@ -456,6 +456,23 @@ def test_parts_of_parts_are_opened(tmp_path: Path) -> None:
         assert list(checkpoint) == [key_of(f"runs/step-2/{PARTS[2]}")]
 
 
+def test_the_only_folder_of_a_folder_is_skipped_by_the_hint(tmp_path: Path) -> None:
+    """A log directory of Lightning, or an unpacked wheel, needs one further command and not one for each level."""
+    make(
+        tmp_path,
+        ["version_0/checkpoints/a.safetensors", "version_0/checkpoints/b.safetensors", "version_0/hparams.yaml"],
+    )
+    assert refusal(str(tmp_path)).hint == f"give '{tmp_path}::version_0::checkpoints'"
+    assert "2 files of weights and no index" in refusal(f"{tmp_path}::version_0::checkpoints").reason
+
+
+def test_a_link_that_leads_back_is_followed_a_few_times(tmp_path: Path) -> None:
+    make(tmp_path, ["a/b/x.safetensors", "a/b/y.safetensors"])
+    (tmp_path / "a" / "b" / "x.safetensors").unlink()
+    (tmp_path / "a" / "b" / "c").symlink_to(tmp_path)
+    assert str(refusal(str(tmp_path)).hint).startswith(f"give '{tmp_path}::a")
+
+
 def test_an_adapter_in_a_folder_is_folded_with_its_own_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,13 +9,14 @@ from ckptkit.core.config_files import read_json
 from ckptkit.core.text import human_bytes, listed, plural, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.directories.keys import split_key
-from ckptkit.formats.directories.listing import MODEL_NAMES, PIPELINE, Listing, find_weights_files
+from ckptkit.formats.directories.listing import MODEL_NAMES, PIPELINE, Listing, find_weights_files, list_directory
 from ckptkit.formats.shard_names import NumberedShards, group_shards, is_index
 
 __all__ = ["find_part", "find_parts", "is_pipeline", "list_parts", "parts_error"]
 
 _MOST_OPENED, _MOST_LISTED = 64, 1000
 _MOST_NAMED = 4
+_DEEPEST = 4  # folders in each other; a link can lead back
 
 
 def find_part(listing: Listing, key: str) -> tuple[str | NumberedShards, str] | None:
@@ -57,13 +58,26 @@ def parts_error(listing: Listing, parts: Sequence[str], key: str = "") -> Format
     """
     missing = f"has nothing called {quoted(key)}: it is " if key else ""
     what = "a pipeline" if PIPELINE in listing.files else "a directory"
-    shown = " or ".join(shell_word(f"{listing.path}::{part}") for part in parts[:_MOST_NAMED])
+    named = [_inner_part(listing, parts[0])] if len(parts) == 1 else parts[:_MOST_NAMED]
+    shown = " or ".join(shell_word(f"{listing.path}::{part}") for part in named)
     more = ", and so on" if len(parts) > _MOST_NAMED else ""
     return FormatError(
         f"{missing}{what} of {plural(len(parts), 'checkpoint')}: {listed(parts, 2 * _MOST_NAMED, show=printable)}",
         hint=f"give {shown}{more}",
         path=listing.path,
     )
+
+
+def _inner_part(listing: Listing, part: str) -> str:
+    """Return the part, or the only part inside it where it is a folder of one part, and so on."""
+    names = [part]
+    while names[-1] in listing.folders and len(names) < _DEEPEST:
+        listing = list_directory(listing.folder.folder(names[-1]))
+        inner = find_parts(listing)
+        if len(inner) != 1 or inner[0] not in listing.folders:
+            break
+        names.append(inner[0])
+    return "::".join(names)
 
 
 def list_parts(listing: Listing, parts: Sequence[str], open_part: Callable[[str], Checkpoint]) -> Checkpoint:
