@@ -53,7 +53,7 @@ def checks_head(merged: CheckReports) -> Head:
         Fact(human_bytes(sum(one.nbytes for one in checkpoints)), "in tensors"),
     )
     verdict = Line(("no findings",)) if is_clean else Line((merged.counts,))
-    return Head("ckpt check", verdict, tuple(shown), facts, tone_of(merged))
+    return Head("check", verdict, tuple(shown), facts, tone_of(merged))
 
 
 def _title(report: CheckReport) -> Line:

@@ -185,9 +185,9 @@ def diff_head(result: StateDictDiff) -> Head:
     ]
     tone: Tone = "good" if result.ok else "error" if result.unmet or not result.loads else "warning"
     if answer is None:
-        return Head("ckpt diff", verdict, _sides(result), tuple(facts), tone)
+        return Head("diff", verdict, _sides(result), tuple(facts), tone)
     text = "".join(answer.parts).removeprefix("values: ")
-    return Head("ckpt diff", Line((text,)), _sides(result), tuple(facts), tone, same_as=answer)
+    return Head("diff", Line((text,)), _sides(result), tuple(facts), tone, same_as=answer)
 
 
 def _sides(result: StateDictDiff) -> tuple[Subject, Subject]:

@@ -45,7 +45,7 @@ def findings_head(report: Report) -> Head:
     """Return the head of a report: what the check proved, or the number of findings."""
     is_proved = report.proved and not report.findings and not report.ignored
     verdict = Line((report.proved if is_proved else report.counts,))
-    return Head("Findings", verdict, (), tuple(finding_facts(report)), tone_of(report))
+    return Head("findings", verdict, (), tuple(finding_facts(report)), tone_of(report), is_command=False)
 
 
 def finding_facts(report: Report) -> list[Fact]:

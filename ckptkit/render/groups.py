@@ -73,7 +73,7 @@ def groups_head(plan: ParamGroupsPlan) -> Head:
         *([Fact(" to ".join(map(short_number, ends)), "learning rate")] if rates else []),
     ]
     idle = any(not rule.optional for rule in plan.idle)
-    return Head("ckpt groups table", _counts(plan), (), tuple(facts), "warning" if idle else "good")
+    return Head("groups table", _counts(plan), (), tuple(facts), "warning" if idle else "good")
 
 
 def _counts(plan: ParamGroupsPlan) -> Line:

@@ -54,7 +54,7 @@ def preflight_head(report: Preflight) -> Head:
         *([Fact(f"{len(report.groups):,}", "param groups")] if report.groups else []),
         *([] if report.memory is None else [Fact(human_bytes(report.memory.total), "without activations")]),
     ]
-    return Head("ckpt preflight", _verdict(report), (), tuple(facts), tone_of(report))
+    return Head("preflight", _verdict(report), (), tuple(facts), tone_of(report))
 
 
 def _verdict(report: Preflight) -> Line:

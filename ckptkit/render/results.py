@@ -136,7 +136,7 @@ def _head_of(result: Result, renderer: _Renderer) -> Head:
     from ckptkit.render.page.head import Head
 
     if not renderer.head:
-        return Head(type(result).__name__, Line((Message(result.in_short),)))
+        return Head(type(result).__name__, Line((Message(result.in_short),)), is_command=False)
     head: Head = getattr(import_module(f"ckptkit.render.{renderer.module}"), renderer.head)(result)
     return head
 

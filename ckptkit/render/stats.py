@@ -117,7 +117,7 @@ def stats_head(result: StateDictStats) -> Head:
     total = result.total
     subjects = (Subject("", Line(describe(result.checkpoint))),)
     if not total.count:
-        return Head("ckpt stats", Line(("no numbers",)), subjects, tone="warning")
+        return Head("stats", Line(("no numbers",)), subjects, tone="warning")
     not_finite = total.nan + total.posinf + total.neginf
     measured = plural(len(result.tensors.measured()), "tensor")
     verdict = f"{measured}, {_not_finite(total)}"
@@ -131,7 +131,7 @@ def stats_head(result: StateDictStats) -> Head:
         Fact(f"{not_finite:,}", "NaN and Inf", "error" if not_finite else ""),
     )
     tone: Tone = "error" if not_finite else "good"
-    return Head("ckpt stats", Line((verdict,)), subjects, facts, tone, same_as=Line((_summary(total),)))
+    return Head("stats", Line((verdict,)), subjects, facts, tone, same_as=Line((_summary(total),)))
 
 
 def _keys(result: StateDictStats) -> set[str]:

@@ -41,20 +41,22 @@ class Head:
     """The head of a report; its lines are also on the page of the result, which a report does not repeat.
 
     Attributes:
-        title: What was done, such as ``ckpt diff``.
+        name: The command that gives the result, such as ``diff``, or a name of the result.
         verdict: The sentence that answers the question of the reader.
         subjects: What the result is about.
         facts: The most important numbers.
         tone: Whether the verdict is good.
         same_as: The line of the page that says the same as the verdict in other words, if there is one.
+        is_command: Whether ``name`` is that of a command.
     """
 
-    title: str
+    name: str
     verdict: Line
     subjects: tuple[Subject, ...] = ()
     facts: tuple[Fact, ...] = ()
     tone: Tone = ""
     same_as: Line | None = None
+    is_command: bool = True
 
     def lines(self) -> Iterator[Line]:
         """Yield the lines of the page that the head has already said."""
