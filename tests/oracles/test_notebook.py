@@ -160,6 +160,12 @@ def test_results_in_a_notebook(host: str, width: int, outputs: list[str], browse
         }).map(text => text.textContent)"""
     )
     assert cut == []
+    # No word is broken into letters: a table that is too wide scrolls.
+    narrowest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('td')].filter(cell => cell.textContent.length > 8)"
+        ".map(cell => cell.getBoundingClientRect().width))"
+    )
+    assert narrowest > 40
     fill = page.evaluate("getComputedStyle(document.querySelector('.ck-coverage .ck-s0')).fill")
     assert (sum(map(int, fill.removeprefix("rgb(").rstrip(")").split(","))) > 420) == dark
     assert page.locator("b").count() == 0  # of a name of a tensor

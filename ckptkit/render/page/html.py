@@ -16,8 +16,10 @@ _MOST_ROWS: Final = 500  # a browser takes long for a table of all tensors of a 
 _MOST_LINES: Final = 2000  # of a listing
 # The colours of text are those of the notebook. A long table has its own place to scroll.
 _STYLE: Final = (
-    ".ckptkit{line-height:1.45}.ckptkit th,.ckptkit td{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}"
-    ".ckptkit .right{text-align:right;overflow-wrap:normal}.ckptkit p{white-space:pre-wrap;margin:.5em 0}"
+    ".ckptkit{line-height:1.45}.ckptkit th,.ckptkit td{text-align:left;white-space:pre-wrap;max-width:50em}"
+    ".ckptkit td{overflow-wrap:break-word}.ckptkit th,.ckptkit td.right{white-space:pre}"
+    ".ckptkit .right{text-align:right}"
+    ".ckptkit p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.5em 0}"
     ".ckptkit .rows{max-height:26em;overflow:auto;margin:.5em 0}.ckptkit table{margin:0}"
     ".ckptkit .pictures{display:flex;flex-wrap:wrap;gap:1em 2em;margin:1em 0}"
     ".ckptkit figure{flex:1 1 28em;max-width:36em;min-width:0;margin:0}"

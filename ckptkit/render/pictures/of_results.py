@@ -113,7 +113,10 @@ def preflight_pictures(report: Preflight) -> tuple[Picture, ...]:
     from_init = (Part("from init", _FILLED), Part("stays at init", HATCHED))
     modules = () if report.init is None else report.init.modules
     named = ([name for name in group.names if name] for group in report.groups)
-    groups = [GroupOfNames(group.name, names, group.options) for group, names in zip(report.groups, named, strict=True)]
+    groups = [
+        GroupOfNames(_without_layer(group.name), names, group.options)
+        for group, names in zip(report.groups, named, strict=True)
+    ]
     frozen = [one.module for one in report.training if not one.trainable]
     groups += [GroupOfNames("frozen", frozen, None)] if frozen and groups else []
     return _some(
@@ -121,6 +124,12 @@ def preflight_pictures(report: Preflight) -> tuple[Picture, ...]:
         rates_picture(groups, [one.module for one in report.training]) if groups else None,
         _training(report) if any(one.trainable < one.parameters for one in report.training) else None,
     )
+
+
+def _without_layer(name: str) -> str:
+    """Return the name of a group without the number of its layer, which the row of a picture has."""
+    first, *others = name.split("/")
+    return "/".join([first, *(part for part in others if not part.startswith("layer "))])
 
 
 def _training(report: Preflight) -> Picture | None:

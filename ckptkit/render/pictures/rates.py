@@ -22,7 +22,7 @@ __all__ = ["GroupOfNames", "rates_picture"]
 _NAMES: Final = 130
 _GROUPS: Final = 104
 _LEFT: Final = _NAMES + 8
-_RIGHT: Final = WIDTH - _GROUPS - 12
+_RIGHT: Final = WIDTH - _GROUPS - 18
 _ROW: Final = 18
 _LOW_ROW: Final = 9
 _MANY_ROWS: Final = 40
@@ -186,7 +186,7 @@ def _draw(drawing: Drawing, rows: Sequence[_Row], axis: _Axis, look: Mapping[str
         if height == _ROW or at % 2 == 0:
             drawing.text(_NAMES - 4, y + height / 2 + 4, label, anchor="end", size=SMALL, tip=printable(row.name))
             all_groups = ", ".join(map(printable, row.groups))
-            drawing.text(_RIGHT + 12, y + height / 2 + 4, names, size=SMALL, faint=True, tip=all_groups)
+            drawing.text(_RIGHT + 18, y + height / 2 + 4, names, size=SMALL, faint=True, tip=all_groups)
         _draw_marks(drawing, row, axis, look, Box(_LEFT, y, _RIGHT - _LEFT, height))
     if len(rows) > len(shown):
         drawing.text(_NAMES, bottom + 12, f"and {plural(len(rows) - len(shown), 'more row')}", size=SMALL, faint=True)
