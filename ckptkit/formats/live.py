@@ -116,7 +116,8 @@ def _hint_for_import(module_name: str, name: str, error: BaseException) -> str |
         return None
     if not f"{module_name}.".startswith(f"{error.name}."):
         top = error.name.partition(".")[0]
-        missing = f"the code imports {quoted(top)}, which {sys.executable} does not have"
+        lacking = error.name if top in sys.modules else top  # an older version of a library can lack one module
+        missing = f"the code imports {quoted(lacking)}, which {sys.executable} does not have"
         return f"{missing}: install it there, or install ckptkit where the code runs"
     parent, _, last = error.name.rpartition(".")
     near = nearest(last, [one.name for one in pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))])

@@ -323,6 +323,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "livemodels" / "__init__.py").write_text("")
     (tmp_path / "livemodels" / "nets.py").write_text(textwrap.dedent(MODULE))
     (tmp_path / "livemodels" / "broken.py").write_text("import no_such_module_at_all")
+    (tmp_path / "livemodels" / "older.py").write_text("import json.no_such_part")
     (tmp_path / "livemodels" / "fails").mkdir()
     (tmp_path / "livemodels" / "fails" / "__init__.py").write_text("from livemodels.fails import inside")
     (tmp_path / "livemodels" / "fails" / "inside.py").write_text("raise RuntimeError('imported once')")
@@ -425,6 +426,13 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
             "livemodels.broken:build",
             (
                 f"the code imports 'no_such_module_at_all', which {sys.executable} does not have: "
+                "install it there, or install ckptkit where the code runs"
+            ),
+        ),
+        (
+            "livemodels.older:build",
+            (
+                f"the code imports 'json.no_such_part', which {sys.executable} does not have: "
                 "install it there, or install ckptkit where the code runs"
             ),
         ),

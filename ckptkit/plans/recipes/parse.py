@@ -98,9 +98,11 @@ def recipe_from_table(content: Mapping[str, object], places: Places) -> MergeRec
     method = _method(top)
     if method is None:
         way = f'write method = "linear"; there are {", ".join(METHODS)}'
-        is_of_mergekit = "merge_method" in content
-        hint = "--from-mergekit FILE reads a configuration of mergekit" if is_of_mergekit else way
-        raise top.error("the recipe names no method", hint=hint)
+        error = top.error("the recipe names no method", hint=way)
+        if "merge_method" in content:
+            error.hint = "--from-mergekit FILE reads a configuration of mergekit"
+            error.call = "only the command ckpt merge reads a configuration of mergekit"
+        raise error
     methods = [method, *filter(None, map(_method, top.tables("set")))]
     known = _known(methods)
     top.refuse_unknown((*TOP_KEYS, *known), "a recipe")
