@@ -1,7 +1,7 @@
 """One HTML file of a page, its pictures and its document: nothing in it is loaded, and only its own script runs.
 
-Every name is escaped by the template. The policy in the first lines of the file allows exactly one style and one
-script, by their hashes, so that a name that were taken for markup still could not run, or load anything.
+Every name is escaped by the template. The policy in the first lines of the file allows one style and one script, by
+their hashes. If a name were taken for markup, it still could not run, and could load nothing.
 """
 
 from __future__ import annotations
