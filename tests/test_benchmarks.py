@@ -107,6 +107,27 @@ def test_reasons_can_be_published() -> None:
     assert last_error("\n") == "it printed no error"
 
 
+def test_the_report_compares_what_was_written(tmp_path: Path) -> None:
+    """The share of the bytes of another program has a limit of its own; bytes count also where time does not."""
+    (tmp_path / "out.old").write_bytes(b"old")
+    written = run(Programs(tmp_path, None, frozenset()), shell("printf 12345 > out-x; printf 1 > other"), Rules())
+    assert written.written == 5
+    rivals = (
+        Rival("zip", shell("zip"), None, "", 0.9),
+        Rival("tar", shell("tar"), None, "", 0.9),
+        Rival("cp", shell("cp")),
+    )
+    row = Row("Deltas", "delta", (), ckpt("delta"), rivals)
+    ours, zipped, tarred, copied = (
+        Side({0: Run(1.0, 0, written=count)}) for count in (9_000_000, 9_500_000, 20_000_000, 1)
+    )
+    report = Report(
+        "a machine", (0.1, 0.2), 1.0, 1.0, "run.py", False, {}, (Measured(row, ours, (zipped, tarred, copied)),), (), ()
+    )
+    assert report.above() == ["delta: 0.95 of the bytes of zip, limit 0.9"]
+    assert "| delta | 9.0 | zip | **0.95** | 0.9 | 9.5 |\n|  |  | tar | 0.45 | 0.9 | 20.0 |" in report.markdown()
+
+
 def test_the_report_names_what_is_above_a_limit(tmp_path: Path) -> None:
     """The first turn does not count. A rival without a limit that is faster is named too."""
     rivals = (

@@ -146,7 +146,8 @@ class Report:
             for place, (rival, side, share) in enumerate(_shares(measured)):
                 assert measured.ours is not None
                 assert rival.size is not None
-                work = measured.row.name + f" ({text_of(measured.row.files, self.scale)})"
+                text = text_of(measured.row.files, self.scale)
+                work = measured.row.name + (f" ({text})" if text else "")
                 own = (work, _megabytes(measured.ours.written)) if place == 0 else ("", "")
                 bold = _bold(_number(share), bold=share > rival.size)
                 yield (*own, rival.name, bold, f"{rival.size:g}", _megabytes(side.written))
