@@ -40,8 +40,8 @@ class Patch:
     Attributes:
         base: The tensors of the base.
         result: The tensors of the result.
-        changed: Keys whose packed bytes are made with the tensor of the base under the same key.
-        whole: Keys whose packed bytes need no base: the tensor is new, or has another dtype or shape.
+        changed: Keys of packed bytes that were made with the tensor of the base under the same key.
+        whole: Keys of packed bytes that need no base: the tensor is new, or has another dtype or shape.
         ties: Groups of keys of the result that are one tensor, which is that of the first key of the group.
         metadata: The metadata of the result.
         renamed: Keys of the result whose tensor is that of the base under another key, which is the value.
@@ -67,7 +67,7 @@ class Patch:
 
     @property
     def packed(self) -> Iterator[str]:
-        """The keys whose packed bytes the patch holds, in the order of the result."""
+        """The keys of the packed bytes that the patch holds, in the order of the result."""
         return (key for key in self.result.infos if key in self.changed or key in self.whole)
 
     @property

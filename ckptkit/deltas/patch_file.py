@@ -89,8 +89,8 @@ def patch_contents(patch: Patch, packed: Mapping[str, Payload]) -> PatchContents
 def read_patch(checkpoint: Checkpoint) -> Patch:
     """Return what the file of a patch says; only its index is read.
 
-    Raises ``FormatError`` for a checkpoint that is not a patch, for a version that is not known, and for a file that
-    is damaged or contradicts itself.
+    Raises ``FormatError`` for a checkpoint that is not a patch, and for an unknown version. Also raises it for a file
+    that is damaged or contradicts itself.
     """
     try:
         with pause_gc():

@@ -121,8 +121,8 @@ def xor_planes(base: str, name: str, output: str) -> None:
 
     import numpy as np
 
-    header = _header(base)
-    width = 4 if next(iter(header.values()))["dtype"] == "F32" else 2
+    dtypes = [value["dtype"] for key, value in _header(base).items() if key != "__metadata__"]
+    width = 4 if "F32" in dtypes else 2
     size = 1 << 20
     with open(base, "rb") as first, open(name, "rb") as second, open(output, "wb") as out:
         for file in (first, second):

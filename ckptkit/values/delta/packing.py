@@ -27,7 +27,7 @@ _BYTES: Final = "U8"
 class Change(NamedTuple):
     """A tensor that may have changed: its description, and its bytes before and after.
 
-    ``base`` is None for a tensor that is new, or whose dtype was another one. It may have another number of bytes than
+    ``base`` is None for a tensor that is new, or had another dtype. It may have another number of bytes than
     ``new``: then it is cut, or has zeros behind it.
     """
 

@@ -1,4 +1,4 @@
-"""A temporary file for bytes whose size is known only when all of them are made."""
+"""A temporary file for bytes, the number of which is known only when all of them are made."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def add_steps(base: Array | None, steps: Array, layout: FloatFormat | None, made
 def by_exponent(base: Array, layout: FloatFormat, workers: Workers) -> Array:
     """Return the places of the numbers, those with the smallest exponents first, and else in their order.
 
-    A change of one size is many steps of a small number and few of a large one, so the steps of numbers with one
+    A change of one size is many steps of a small number and few of a large one. So the steps of numbers with one
     exponent are alike. The places are in a buffer of this thread.
     """
     import numpy as np
