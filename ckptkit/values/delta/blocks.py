@@ -4,8 +4,8 @@ The packed bytes of a tensor begin with a row for each block of 1 MiB: the CRC-3
 packed bytes, both of 4 bytes. The packed blocks follow. A block of no bytes is that of the base, or zeros without one.
 
 The first byte of a packed block says how it is packed. 0 means the new bytes themselves, and 1 their XOR with the base.
-2 means the steps from the numbers of the base to the new ones (``steps.py``). 4 is added where the numbers are sorted by
-the exponents of the base. 8 is added where a plane of bits comes first, which says which numbers are not zero: then
+2 means the steps from the numbers of the base to the new ones (``steps.py``). 4 is added where the numbers are sorted
+by the exponents of the base. 8 is added where a plane of bits comes first, which says which numbers are not zero: then
 only those follow. A plane has a byte of each number, the lowest first. It begins with a byte for the method (0: as it
 is, 1: one value, 2: deflate, 3: zstd) and 4 bytes for its size. All numbers are little-endian.
 """
