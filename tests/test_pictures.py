@@ -118,8 +118,12 @@ GRIDS: Mapping[str, tuple[list[str], list[tuple[list[str], list[str]]]]] = {
         [(["h: 0 1 2"], ["attn.w", "mlp.w"]), ([": "], ["emb.w"])],
     ),
     "experts": (
-        [f"h.{layer}.experts.{n}.w" for layer in (0, 1) for n in range(3)] + ["h.0.q.w", "h.1.q.w"],
+        [f"h.{layer}.experts.{n}.w" for layer in (0, 1) for n in range(5)] + ["h.0.q.w", "h.1.q.w"],
         [(["h: 0 1"], ["experts.*.w", "q.w"])],
+    ),
+    "numbered parts of a layer": (
+        [f"h.{layer}.{name}" for layer in (0, 1) for name in ("q.w", "k.w", "ff.0.w", "ff.1.w")],
+        [(["h: 0 1"], ["q.w", "k.w", "ff.0.w", "ff.1.w"])],
     ),
     "stages": (
         [f"layer{s}.{n}.{name}" for s in (1, 2) for n in range(s + 1) for name in ("conv.weight", "bn.weight")],
@@ -186,7 +190,7 @@ def test_heatmap_tells_each_kind_of_change() -> None:
 
 def test_a_cell_of_experts_has_the_largest_change_and_what_is_missing() -> None:
     """A cell of many tensors has the colour of the largest change, and a mark where one is missing."""
-    before = llama(2, experts=4)
+    before = llama(2, experts=6)
     after = {key: value.clone() for key, value in before.items()}
     after["model.layers.1.experts.2.up.weight"] *= 1.25
     after["model.layers.1.experts.3.up.weight"] *= 1.5
@@ -194,7 +198,7 @@ def test_a_cell_of_experts_has_the_largest_change_and_what_is_missing() -> None:
     picture = pictures(ckptkit.diff(before, after, values=True))["changes"]
     (tip,) = marked(picture, "ck-hatched")
     assert tip.endswith("the largest change is relative L2 0.5 of model.layers.1.experts.3.up.weight")
-    assert tip.startswith("4 tensors, 2 changed, 1 missing, 1 identical")
+    assert tip.startswith("6 tensors, 3 identical, 2 changed, 1 missing")
 
 
 def test_scale() -> None:

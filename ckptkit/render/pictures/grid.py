@@ -20,6 +20,7 @@ _MOST_LEAVES: Final = 5
 _MOST_LAYERS: Final = 200
 _MOST_COLUMNS: Final = 110  # of stacks that stand beside each other
 _MOST_GRIDS: Final = 8
+_MOST_SPELT: Final = 4  # parts of a layer with numbers that have a row each; more are experts, and have one together
 _IN_A_ROW: Final = 60  # tensors that stand one after the other
 _ALIKE: Final = 0.5  # the share of equal rows from which stacks of layers stand beside each other
 
@@ -114,12 +115,15 @@ def _stacks(keys: Sequence[str]) -> tuple[dict[str, _Stack], list[str]]:
     for member in members:
         texts = member.name.texts
         depth = 2 if texts[:1] in nested else 1
-        row = "*".join(texts[depth:]).strip("./")
+        rest = KeyTemplate(texts[depth:])
+        is_spelt = len({index[depth:] for index in member.tensors}) <= _MOST_SPELT
+        joined = "*".join(rest.texts).strip("./")
         for index, info in member.tensors.items():
             if len(index) < depth:
                 outside.append(info.key)
                 continue
             name = KeyTemplate(texts[:depth]).key_at(index[: depth - 1]).rstrip("./")
+            row = rest.key_at(index[depth:]).strip("./") if is_spelt else joined
             stacks[name].rows[row][index[depth - 1]].append(info.key)
     real = {name: stack for name, stack in stacks.items() if stack.is_drawn}
     return real, [*outside, *(key for name, stack in stacks.items() if name not in real for key in stack.keys)]
