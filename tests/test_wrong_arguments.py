@@ -302,3 +302,12 @@ def test_the_words_of_rules_have_their_place(name: str, tmp_path: Path) -> None:
         ckptkit.ArgumentError, match=rf"{name}\(\) has no argument strip .give rules=parse_rules\(strip="
     ):
         public_functions()[name](**_good(name, tmp_path), strip="auto")
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [("strict", r'on_missing="error" and on_unexpected="error"'), ("map_location", "whatever its")],
+)
+def test_arguments_of_torch_are_answered(argument: str, hint: str) -> None:
+    with pytest.raises(ckptkit.ArgumentError, match=rf"load_into\(\) has no argument {argument} \(.*{hint}"):
+        ckptkit.load_into(torch.nn.Linear(2, 2), {}, **{argument: True})  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from ckptkit.core.text import kind_of, printable
 from ckptkit.errors import RULE_OPTIONS, ArgumentError
 
 __all__ = [
+    "has_no_argument",
     "one_of",
     "refuse",
     "require_choice",
@@ -33,19 +34,26 @@ _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 
+def has_no_argument(
+    **hints: str,
+) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    """Return a decorator: the function raises ``ArgumentError`` with these hints for arguments that others have."""
+
+    def decorate(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+        @functools.wraps(function)
+        def called(*args: _Parameters.args, **named: _Parameters.kwargs) -> _Result:
+            for name in hints.keys() & named.keys() if named else ():
+                raise ArgumentError(f"{function.__name__}() has no argument {name}", hint=hints[name])
+            return function(*args, **named)
+
+        return called
+
+    return decorate
+
+
 def takes_rules(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Return a function with the argument ``rules`` that says so where it is called with ``strip`` or ``rename``."""
-
-    @functools.wraps(function)
-    def called(*args: _Parameters.args, **named: _Parameters.kwargs) -> _Result:
-        for name in RULE_OPTIONS if named else ():
-            if name in named:
-                raise ArgumentError(
-                    f"{function.__name__}() has no argument {name}", hint=f"give rules=parse_rules({name}=...)"
-                )
-        return function(*args, **named)
-
-    return called
+    return has_no_argument(**{name: f"give rules=parse_rules({name}=...)" for name in RULE_OPTIONS})(function)
 
 
 def refuse(value: object, name: str, takes: str) -> NoReturn:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_flags, takes_rules
+from ckptkit.core.arguments import has_no_argument, require_flags, takes_rules
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
 from ckptkit.core.coverage.requirements import parse_requirements
@@ -43,6 +43,10 @@ from ckptkit.rules.model import RulesLike
 __all__ = ["load_into"]
 
 
+@has_no_argument(
+    strict='strict=True of torch is on_missing="error" and on_unexpected="error", and the default reports such keys',
+    map_location="each tensor is copied into the memory of the model, whatever its device",
+)
 @takes_rules
 def load_into(
     model: Module,
