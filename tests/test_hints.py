@@ -81,6 +81,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "formats/directories/opening.py: ckpt show XX lists all of them": "followed by tests/test_urls.py",
     "deltas/making.py: no tensor has the same name on both sides": "followed by tests/test_deltas.py",
     "deltas/patch_file.py: ckpt delta writes patches": "says what a patch is",
+    "deltas/patch_file.py: rename it in both: ckpt remap": "only the user knows the new name",
     "deltas/planning.py: ckpt apply BASE PATCH -o OUT": "followed by tests/test_deltas.py",
     "deltas/planning.py: its base comes first": "followed by tests/test_deltas.py",
     "formats/codes.py: The file is a patch that ckpt delta wrote": _MESSAGE,
