@@ -106,10 +106,10 @@ def test_every_bit_comes_back(code: str) -> None:
             assert len(packed) <= len(new) + 1 + 8 * (elements > 0)
 
 
-@pytest.mark.parametrize("code", ["BF16", "F32", "F4"])
+@pytest.mark.parametrize("code", ["F32", "F4"])
 def test_a_range_is_made_alone_and_inputs_may_be_readable_only_in_order(code: str) -> None:
     """A tensor of several blocks has the same bytes in pieces, in ranges and at once, whatever its inputs are."""
-    nbytes = 2 * BLOCK + 480
+    nbytes = BLOCK + 480
     base, new = tuned(nbytes, code)
     packed = one(base, new, code)
     info = TensorInfo("w", code, (nbytes * 8 // DTYPES[code].bits,))
@@ -118,7 +118,7 @@ def test_a_range_is_made_alone_and_inputs_may_be_readable_only_in_order(code: st
         PatchedPayload(InOrder(base), InOrder(packed), info, HERE),
     ):
         assert b"".join(map(bytes, payload.chunks())) == new
-        for start, count in ((0, 1), (BLOCK - 8, 16), (2 * BLOCK, 480), (BLOCK, BLOCK), (5, 0)):
+        for start, count in ((0, 1), (BLOCK - 8, 16), (BLOCK, 480), (5, 0)):
             assert b"".join(map(bytes, part_of(payload, start, count).chunks())) == new[start : start + count]
     assert pack([Change(info, InOrder(base), InOrder(new))])["w"] == packed
 
@@ -145,7 +145,7 @@ def _brains(numbers: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:
 
 def test_the_bytes_do_not_depend_on_the_threads() -> None:
     """One thread, two and eight give the same packed bytes, of long tensors and short ones, and read them alike."""
-    base, new = tuned(2 * BLOCK + 8)
+    base, new = tuned(BLOCK + 8)
     changes = [Change(TensorInfo("long", "BF16", (len(new) // 2,)), held(base), HeldBytes(bytearray(new)))]
     for number in range(40):
         info = TensorInfo(f"n{number}", "BF16", (number,))
