@@ -491,7 +491,6 @@ NOT_FOLLOWED: dict[str, str] = {
     "param_groups/explain.py: lists the names of the parameters": "names where to look",
     "checks/reading.py: torch.load(XX, map_location": "needs a file that was saved on another device",
     "checks/single_tensors.py: torch.set_flush_denormal(True)": "changes how numbers are computed, not the file",
-    "core/arguments.py: give rules=parse_rules(": "tests/test_wrong_arguments.py follows it for each function",
     "core/config_files.py: an object with to_dict()": "names what is accepted",
     "formats/live.py: save the state_dict() of the model with torch.save": "ends the use of a model that is built anew",
     "formats/torch/checkpoint.py: state_dict": "needs the classes of the object in the file",
