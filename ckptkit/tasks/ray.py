@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, InvalidStateError
 from concurrent.futures import wait as wait_for
@@ -34,12 +35,9 @@ _DONE: Final = "done"
 class RayExecutor(Executor):
     """An executor whose tasks are tasks of Ray, on this machine or on a cluster.
 
-    Ray schedules the tasks, one to a CPU, and spreads them over the nodes. It repeats a task whose worker or node died;
-    an error of the task itself is raised at once, as it is, with the error of Ray as its cause. Functions, arguments
-    and results must be picklable, and ckptkit must be the same on all nodes.
-
-    Attributes:
-        workers: How many tasks can run at a time.
+    Ray schedules the tasks, one to a CPU, and spreads them over the nodes. Where a worker or a node died, it repeats
+    the task. An error of the task itself is raised at once, as it is, with the error of Ray as its cause. Functions,
+    arguments and results must be picklable, and ckptkit must be the same on all nodes.
 
     Example:
         >>> import concurrent.futures
@@ -57,7 +55,7 @@ class RayExecutor(Executor):
         Args:
             address: The ``host:port`` of a cluster, ``ray://host:port``, ``"auto"`` or ``"local"``.
             workers: The largest number of tasks at a time; by default one for each CPU of the cluster.
-            max_retries: How often Ray repeats a task whose worker or node died.
+            max_retries: How often Ray repeats a task after the death of its worker or node.
 
         Raises:
             ArgumentError: Ray is not installed, or ``workers`` or ``max_retries`` is not a number that it can be.
@@ -68,7 +66,9 @@ class RayExecutor(Executor):
         require_number(max_retries, "max_retries", "an int of at least 0", at_least=0, whole=True)
         self._wanted = workers
         self._lock = threading.Lock()
-        self._waiting: set[Future[Any]] = set()
+        self._waiting: deque[tuple[_RayFuture[Any], bytes]] = deque()
+        self._begun: set[Future[Any]] = set()
+        self._unfinished: set[Future[Any]] = set()
         self._is_shut = False
         self._ray, self._is_ours = _connected(address, workers)
         self._cpus = max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
@@ -89,30 +89,45 @@ class RayExecutor(Executor):
 
         Raises ``RuntimeError`` after ``shutdown``.
         """
+        call = self._ray.cloudpickle.dumps((fn, args, kwargs))
+        future: _RayFuture[_Result] = _RayFuture(self._ray)
         with self._lock:
             if self._is_shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            reference = self._task.remote(code_here(), self._ray.cloudpickle.dumps((fn, args, kwargs)))
-            future: _RayFuture[_Result] = _RayFuture(self._ray, reference)
-            self._waiting.add(future)
+            self._unfinished.add(future)
+            self._waiting.append((future, call))
         future.add_done_callback(self._forget)
-        reference.future().add_done_callback(future.finish)
+        self._begin_waiting()
         return future
+
+    def _begin_waiting(self) -> None:
+        """Give Ray the tasks that wait: all of them, or as many as the user wants at a time."""
+        while True:
+            with self._lock:
+                if not self._waiting or (self._wanted is not None and len(self._begun) >= self._wanted):
+                    return
+                future, call = self._waiting.popleft()
+                if future.cancelled():
+                    continue
+                self._begun.add(future)
+            future.begin(self._task.remote(code_here(), call))
 
     def _forget(self, future: Future[Any]) -> None:
         with self._lock:
-            self._waiting.discard(future)
+            self._unfinished.discard(future)
+            self._begun.discard(future)
+        self._begin_waiting()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, wait for those that run, and end a Ray that this object has started."""
         with self._lock:
             self._is_shut = True
-            waiting = list(self._waiting)
+            unfinished = list(self._unfinished)
         if cancel_futures:
-            for future in waiting:
+            for future in unfinished:
                 future.cancel()
         if wait:
-            wait_for(waiting)
+            wait_for(unfinished)
         if self._is_ours:
             self._is_ours = False
             self._ray.shutdown()
@@ -121,19 +136,32 @@ class RayExecutor(Executor):
 class _RayFuture(Future[_Result]):
     """The future of a task of Ray, with the errors of the task as they were raised."""
 
-    def __init__(self, ray: Any, reference: Any) -> None:
+    def __init__(self, ray: Any) -> None:
         super().__init__()
-        self._ray, self._reference = ray, reference
+        self._ray, self._reference = ray, None
+        self._is_told = False  # whether threads that wait for it know that it was cancelled
+
+    def begin(self, reference: Any) -> None:
+        """Take the result of a task of Ray, as soon as it is there."""
+        self._reference = reference
+        if self.cancelled():
+            self._stop()
+        reference.future().add_done_callback(self.finish)
 
     def cancel(self) -> bool:
         """Cancel the task, also while it runs."""
         is_cancelled = super().cancel()
-        if is_cancelled and (reference := self._reference) is not None:
-            self._reference = None
-            self.set_running_or_notify_cancel()  # whoever waits for it knows that no result comes
+        if is_cancelled and not self._is_told:
+            self._is_told = True
+            self.set_running_or_notify_cancel()  # a thread that waits for it learns that no result comes
+            self._stop()
+        return is_cancelled
+
+    def _stop(self) -> None:
+        reference, self._reference = self._reference, None
+        if reference is not None:
             with contextlib.suppress(Exception):  # Ray may have ended
                 self._ray.cancel(reference, force=False)
-        return is_cancelled
 
     def finish(self, done: Future[Any]) -> None:
         """Take the result of Ray's own future."""
