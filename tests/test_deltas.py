@@ -41,8 +41,13 @@ def state(seed: int) -> State:
         made[name] = torch.randn(33, 7, generator=random).to(getattr(torch, name))
     for name in ("int64", "int32", "int16", "int8", "uint8", "bool"):
         made[name] = torch.randint(0, 2 + 90 * (name != "bool"), (5, 3), generator=random).to(getattr(torch, name))
-    made |= {"complex": torch.randn(9, dtype=torch.complex64, generator=random), "empty": torch.zeros(0, 5)}
-    return {**made, "scalar": torch.tensor(1.5 + seed), "equal": torch.full((10,), torch.nan)}
+    made["odd"] = torch.randn(9, 1, dtype=torch.float64, generator=random)
+    return {
+        **made,
+        "empty": torch.zeros(0, 5),
+        "scalar": torch.tensor(1.5 + seed),
+        "equal": torch.full((10,), torch.nan),
+    }
 
 
 def changed() -> State:
@@ -128,8 +133,7 @@ def test_a_patch_of_any_formats_gives_tensors_in_memory(
 def test_the_result_says_what_happened_to_each_tensor(folder: Path, tmp_path: Path) -> None:
     made = ckptkit.make_delta(folder / "base.safetensors", folder / "new.safetensors")
     states = {tensor.info.key: tensor.state for tensor in made.tensors}
-    with safe_open(folder / "new.safetensors", "pt") as file:
-        assert list(states) == list(file.offset_keys())
+    assert list(states) == [key for key in header_of(folder / "new.safetensors")[0] if key != "__metadata__"]
     assert {key: states[key] for key in ("equal", "empty", "blocks", "new", "renamed", "cast", "grown", "shrunk")} == {
         "equal": "equal", "empty": "equal", "blocks": "changed", "new": "new", "renamed": "renamed",
         "cast": "replaced", "grown": "replaced", "shrunk": "replaced",
