@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.live_prefix import is_live_path
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import printable
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer
+from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.formats.codes import PATCH, is_more_than_a_note
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def opened_model(value: CheckpointLike) -> Iterator[Module | Checkpoint]:
         ...     type(model).__name__
         'Net'
     """
-    if isinstance(value, str) and value.startswith(LIVE_PREFIX):
+    if isinstance(value, str) and is_live_path(value):
         from ckptkit.formats.live import build_module
 
         yield build_module(value)

@@ -13,6 +13,8 @@ import torch
 
 import ckptkit
 from ckptkit.cli.git.attributes import with_lines, without_lines
+from ckptkit.formats.live import build_module
+from ckptkit.inputs import opened_model
 from tests.helpers_cli import ROOT, run_ckpt
 
 TEN = ROOT / "fixtures" / "lenet_10class.safetensors"
@@ -120,6 +122,22 @@ def test_a_file_is_never_taken_for_a_live_model(tmp_path: Path, monkeypatch: pyt
     Path("py:evil:run").write_bytes(TEN.read_bytes())
     with ckptkit.open_checkpoint("py:evil:run") as checkpoint:
         assert (checkpoint.format, len(checkpoint)) == ("safetensors", 10)
+    assert ckptkit.diff("py:evil:run", TEN).ok
+    with opened_model("py:evil:run") as model:
+        assert not isinstance(model, torch.nn.Module)
+    torch.save(
+        {"model": {"w": torch.ones(2)}, "optimizer": torch.optim.SGD([torch.ones(2)], lr=0.1).state_dict()},
+        "py:evil:run.pt",
+    )
+    with ckptkit.open_checkpoint("py:evil:run.pt::model") as checkpoint:
+        assert list(checkpoint) == ["w"]
+    with ckptkit.open_optimizer("py:evil:run.pt") as state:
+        assert state.envelope == "optimizer"
+    with pytest.raises(ckptkit.ModelError, match="is a file"):
+        build_module("py:evil:run")
+    Path("py:evil:gone").symlink_to("nowhere")
+    with pytest.raises(ckptkit.PathError):
+        ckptkit.open_checkpoint("py:evil:gone")
 
 
 @pytest.mark.parametrize("pattern", ["", "a\n*", "!*.pt"])

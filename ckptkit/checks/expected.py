@@ -14,11 +14,11 @@ from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.comparison.hints import joined_hint
 from ckptkit.comparison.quantized import QuantizedKey, quantized_messages
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.live_prefix import LIVE_PREFIX
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import pattern_for
 from ckptkit.core.text import listed, plural, printable, shell_word
 from ckptkit.core.ties import tied_keys
-from ckptkit.formats import LIVE_PREFIX
 from ckptkit.quantized import Quantized
 from ckptkit.statistics.kernel import StatsKernel
 from ckptkit.statistics.value_stats import ValueStats
@@ -121,7 +121,7 @@ def check_expected_values(
     for equality.
     """
     pairs = [pair for pair in result.matched if values.checkpoint.get(pair.found.key) == pair.found]
-    is_built = expected.path.startswith(LIVE_PREFIX)
+    is_built = result.expected_checkpoint.is_built
     equal: set[str] = set()
 
     def is_equal(pair: KeyPair) -> bool:

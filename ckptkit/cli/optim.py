@@ -26,11 +26,12 @@ from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, pr
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
+from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path
 from ckptkit.core.findings import Severity
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer
+from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, read_state
 from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
@@ -355,7 +356,7 @@ def _open_named_state(
 
 def _open_model(stack: contextlib.ExitStack, path: str) -> Module | Checkpoint:
     """Return the live model, which has its parameters in order, or a checkpoint of its weights."""
-    if path.startswith(LIVE_PREFIX):
+    if is_live_path(path):
         from ckptkit.formats.live import build_shapes
 
         with default_error_path(path):

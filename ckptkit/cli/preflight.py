@@ -25,11 +25,12 @@ from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import model_option
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
+from ckptkit.core.files.live_prefix import LIVE_PREFIX
 from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.text import kind_of, printable
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, ModelError
-from ckptkit.formats import LIVE_PREFIX, open_optimizer
+from ckptkit.formats import open_optimizer
 from ckptkit.formats.live import build_module
 from ckptkit.formats.writing.state import Target
 from ckptkit.rules.model import Rules

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.hub_prefix import is_hub_path
+from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path
 from ckptkit.core.files.places import clean_path, folder_at, is_url, join, kind_at, name_of, parent_of, split
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
@@ -20,7 +21,6 @@ from ckptkit.wrappers.entries import describe_entries, optimizer_keys
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = [
-    "LIVE_PREFIX",
     "errors_about",
     "open_checkpoint",
     "open_checkpoint_or_parts",
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 # Each function imports its reader, so that opening a small file does not load all readers.
-LIVE_PREFIX = "py:"
 _BROKEN_URL = lazy_pattern(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 _LIKELY = ("model.safetensors.index.json", "model.safetensors")  # a store sends them together with its listing
 _SUFFIX = lazy_pattern(r"\.[A-Za-z]\w{1,11}$")
@@ -69,8 +68,7 @@ def open_checkpoint_or_parts(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
-    # A file of that name is meant where a shell or a hook lists the files of a folder: no code runs for it.
-    if name.startswith(LIVE_PREFIX) and not _exists(name):
+    if is_live_path(name):
         with errors_about(name):
             from ckptkit.formats.live import open_live
 
@@ -145,7 +143,7 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
         [0.1]
     """
     name = _path_text(path)
-    if name.startswith(LIVE_PREFIX):
+    if is_live_path(name):
         raise PathError(
             "is a live model, which has no optimizer",
             hint="give the file that holds the state of the optimizer",

@@ -21,11 +21,11 @@ from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.config_files import default_error_path
+from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path
 from ckptkit.core.text import first_line, kind_of, nearest, quoted, shell_word
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
-from ckptkit.formats import LIVE_PREFIX
 
 __all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
 
@@ -223,7 +223,9 @@ def build_module(path: str, *, with_values: bool = False) -> Module:
 
     Builds the module with values if ``with_values``. Raises ``ModelError`` if ``path`` does not build a module.
     """
-    if not path.startswith(LIVE_PREFIX):
+    if not is_live_path(path):
+        if path.startswith(LIVE_PREFIX):
+            raise ModelError("is a file, so it is not taken for a live model", hint="rename the file", path=path)
         raise ModelError("not a live model", hint="write py:package.module:callable", path=path)
     from torch import nn
 

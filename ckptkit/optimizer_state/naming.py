@@ -10,11 +10,12 @@ from typing import cast
 
 from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files.live_prefix import is_live_path
 from ckptkit.core.findings import Finding
 from ckptkit.core.patterns import drop_options
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import CkptkitError, FormatError, PlanError
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
+from ckptkit.formats import open_checkpoint, split_path
 from ckptkit.inputs import CheckpointLike
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
@@ -56,7 +57,7 @@ def parameters_of(model: Parameters | ModelLike) -> Parameters:
         shapes = cast("Mapping[str, Shape]", model)
         return Parameters({str(name): tuple(shape) for name, shape in shapes.items()})
     parameters = parameter_table(cast("CheckpointLike", model)).parameters
-    is_live = hasattr(model, "named_parameters") or (isinstance(model, str) and model.startswith(LIVE_PREFIX))
+    is_live = hasattr(model, "named_parameters") or (isinstance(model, str) and is_live_path(model))
     return Parameters(
         {parameter.name: parameter.shape or () for parameter in parameters},
         frozenset(info.name for parameter in parameters if not parameter.trainable for info in parameter.named()),

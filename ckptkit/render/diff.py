@@ -30,7 +30,6 @@ _BY_OWN_CODE = ", by the model's own code"
 _AS = "  as "
 _FEW_ROWS = 10  # below an answer that explains all of them
 _NEARLY_ALL = 0.9
-_BUILT = "py:"
 
 
 def diff_document(result: StateDictDiff) -> dict[str, object]:
@@ -254,7 +253,7 @@ def _dtype_lines(result: StateDictDiff) -> list[Line]:
 def _random_lines(result: StateDictDiff) -> list[Line]:
     """Return a line for each live model that was built for the comparison and differs: its values may be random."""
     sides = {"expected": result.expected_checkpoint, "found": result.found_checkpoint}
-    built = [name for name, side in sides.items() if side.path.startswith(_BUILT)]
+    built = [name for name, side in sides.items() if side.is_built]
     if result.values is None or not result.values.different:
         return []
     return [

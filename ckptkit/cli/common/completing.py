@@ -15,7 +15,7 @@ from typing import ClassVar
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class, split_arg_string
 
-from ckptkit.formats import LIVE_PREFIX
+from ckptkit.core.files.live_prefix import is_live_path
 
 __all__ = [
     "complete_expected_keys",
@@ -99,7 +99,7 @@ def _keys_of(context: click.Context, names: Iterable[str]) -> Collection[str]:
 
     given = given_words(context)
     for path in (path for name in names for path in given.get(name, ())):
-        if path.startswith(LIVE_PREFIX):
+        if is_live_path(path):
             continue  # a live model runs the code of the user, which no key press must do
         with contextlib.suppress(CkptkitError, OSError), open_checkpoint(path) as checkpoint:
             return tuple(checkpoint)

@@ -105,8 +105,8 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
 
 def _is_path(word: str) -> bool:
     """Return whether a word where a command is expected is the path of a checkpoint."""
+    from ckptkit.core.files.live_prefix import LIVE_PREFIX
     from ckptkit.core.files.places import is_url
-    from ckptkit.formats import LIVE_PREFIX
 
     return word.startswith(LIVE_PREFIX) or is_url(word) or os.path.exists(word.partition("::")[0])
 

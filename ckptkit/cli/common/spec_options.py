@@ -16,9 +16,9 @@ from ckptkit.cli.common.completing import complete_param_group_presets
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.common.printing import print_line, print_message
+from ckptkit.core.files.live_prefix import is_live_path
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
-from ckptkit.formats import LIVE_PREFIX
 
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ model_option = click.option("--model", required=True, metavar="py:MODULE:CALLABL
 @contextlib.contextmanager
 def model_or_checkpoint(target: str, *, quiet: bool) -> Iterator[Module | Checkpoint]:
     """Yield the module that ``py:MODULE:CALLABLE`` builds, or the open checkpoint at any other path."""
-    if target.startswith(LIVE_PREFIX):
+    if is_live_path(target):
         from ckptkit.formats.live import build_module
 
         yield build_module(target)

@@ -12,6 +12,7 @@ from typing import Self
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files.live_prefix import LIVE_PREFIX
 from ckptkit.core.text import shell_word
 from ckptkit.errors import PLAIN_WORD
 from ckptkit.lazy_patterns import lazy_pattern
@@ -20,7 +21,6 @@ __all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
 
 _PLAIN_WORD = lazy_pattern(PLAIN_WORD, re.ASCII)  # a shell takes it as it is, and a hint shows where it ends
 _IN_MEMORY = frozenset({"", "live model", "state_dict", "description"})
-_LIVE_PATH = "py:"
 _SIZE = attrgetter("dtype", "shape", "stored_bytes")
 
 
@@ -54,9 +54,14 @@ class CheckpointSummary:
         return self.format not in _IN_MEMORY
 
     @property
+    def is_built(self) -> bool:
+        """Whether ``py:package.module:callable`` named the checkpoint, so that it was built for this result."""
+        return not self.is_stored and self.path.startswith(LIVE_PREFIX)
+
+    @property
     def argument(self) -> str:
         """The word that gives the checkpoint to a command, or an empty string for one that is only in memory."""
-        if not self.is_stored and not self.path.startswith(_LIVE_PATH):
+        if not self.is_stored and not self.is_built:
             return ""
         path = f"{self.path}::{self.envelope}" if self.envelope else self.path
         return path if _PLAIN_WORD.fullmatch(path) else shell_word(path)
