@@ -24,7 +24,9 @@ def killed_once_for_memory(group: str, mark: str, function: Callable[..., Any], 
 
 
 def slowly(seconds: float, begun: str, function: Callable[..., Any], *task: Any) -> Any:
-    """Do a task after some seconds, in which a test can end its node; leave a file that says that it began."""
-    tempfile.mkstemp(dir=begun)
+    """Do a task after some seconds, in which a test can end its node; leave a file that names the node."""
+    import ray
+
+    tempfile.mkstemp(prefix=ray.get_runtime_context().get_node_id(), dir=begun)
     time.sleep(seconds)
     return function(*task)
