@@ -156,6 +156,16 @@ def test_equal_tensors_cost_nothing() -> None:
     assert made.nbytes < 2000
 
 
+def test_a_name_may_be_empty(tmp_path: Path) -> None:
+    """The empty name is a name as any other, also of a tensor that is renamed."""
+    base, new = {"": torch.ones(2), "kept": torch.ones(1)}, {"weight": torch.ones(2), "kept": torch.ones(1)}
+    for one, other in ((base, new), (new, base)):
+        delta = ckptkit.make_delta(one, other, tmp_path / "patch.safetensors", force=True)
+        assert {tensor.state: tensor.base_key for tensor in delta.tensors}["renamed"] == next(iter(one))
+        plan = ckptkit.plan_apply_delta(one, tmp_path / "patch.safetensors")
+        assert same_state(plan.materialize({"base": one, "patch": tmp_path / "patch.safetensors"}), other)
+
+
 def test_ties_versions_and_metadata_come_back(tmp_path: Path) -> None:
     """A torch output has the ties and the module versions of the new one; equal tensors without a tie stay apart."""
     layer = torch.nn.BatchNorm1d(4)

@@ -128,10 +128,10 @@ def make_result(
     first_of_tie = {key: keys[0] for keys in patch.ties for key in keys[1:]}
     tensors = []
     for key, info in result.infos.items():
-        base_key = patch.renamed.get(key, key if key in base.infos else "")
+        base_key = patch.renamed.get(key, key if key in base.infos else None)
         state = _state(patch, key, base_key)
-        was = base.infos[base_key] if state == "replaced" else None
-        tensors.append(TensorDelta(info, state, base_key, was, first_of_tie.get(key, ""), packed.get(key, 0)))
+        was = base.infos[base_key] if base_key is not None and state == "replaced" else None
+        tensors.append(TensorDelta(info, state, base_key or "", was, first_of_tie.get(key, ""), packed.get(key, 0)))
     moved = set(patch.renamed.values())
     return Delta(
         _side(base, patch.base_name),
@@ -148,8 +148,8 @@ def make_result(
     )
 
 
-def _state(patch: Patch, key: str, base_key: str) -> State:
-    if not base_key:
+def _state(patch: Patch, key: str, base_key: str | None) -> State:
+    if base_key is None:
         return "new"
     info, old = patch.result.infos[key], patch.base.infos[base_key]
     if (info.dtype, info.shape) != (old.dtype, old.shape):

@@ -17,11 +17,10 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.text import listed, quoted
 from ckptkit.core.ties import first_of_ties, overlapping_tensors
 from ckptkit.deltas.delta import Delta, make_result
-from ckptkit.deltas.patch import Patch, Side, short_digest
+from ckptkit.deltas.patch import Patch, Side, contents_of
 from ckptkit.deltas.patch_file import PatchContents, patch_contents, read_patch
 from ckptkit.deltas.planning import BASE, plan_of_patch, refuse_patch
 from ckptkit.digests import digests_by_key
-from ckptkit.digests.model import contents_digest
 from ckptkit.errors import ChangedError, CkptkitError, PlanError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.safetensors import layout_safetensors, write_safetensors
@@ -176,8 +175,8 @@ class _Making:
     def _side(self, checkpoint: Checkpoint) -> Side:
         infos = {key: TensorInfo(key, info.dtype, info.shape) for key, info in checkpoint.items() if _is_read(info)}
         digests = digests_by_key(checkpoint, infos, _ALGORITHM, self.progress)
-        short = {key: short_digest(digests[key]) for key in infos}
-        return Side(infos, short, contents_digest(digests, _ALGORITHM))
+        digits = {key: digests[key].partition(":")[2] for key in infos}
+        return Side(infos, digits, contents_of(digits))
 
     def _classified(self, base: Side, new: Side) -> _Classified:
         found = _Classified([], [], {}, [])

@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Final
 
 from ckptkit.core.checkpoint.info import TensorInfo
+from ckptkit.digests.model import contents_digest
 
-__all__ = ["DIGEST_DIGITS", "PREFIX", "Patch", "Side", "packed_key", "short_digest"]
+__all__ = ["PREFIX", "Patch", "Side", "contents_of", "packed_key"]
 
 PREFIX: Final = "delta/"  # of the key of a packed tensor in the patch file
-DIGEST_DIGITS: Final = 32  # digits that are kept of the digest of each tensor, to name one that differs
+_ALGORITHM: Final = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Side:
 
     Attributes:
         infos: The dtype and the shape of each tensor by its key.
-        digests: The first 32 digits of the SHA-256 of each tensor by its key, as ``ckpt digest`` prints it.
+        digests: The SHA-256 of each tensor in hexadecimal by its key, as ``ckpt digest`` prints it.
         contents: The digest of all contents, as ``ckpt digest`` prints it: ``"sha256:"`` and 64 digits.
     """
 
@@ -81,6 +82,6 @@ def packed_key(key: str) -> str:
     return f"{PREFIX}{key}"
 
 
-def short_digest(digest: str) -> str:
-    """Return what a patch keeps of the digest of a tensor, such as ``"sha256:9f86..."``."""
-    return digest.partition(":")[2][:DIGEST_DIGITS]
+def contents_of(digests: Mapping[str, str]) -> str:
+    """Return the digest of all contents for the SHA-256 of each tensor in hexadecimal."""
+    return contents_digest({key: f"{_ALGORITHM}:{digits}" for key, digits in digests.items()}, _ALGORITHM)

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.deltas.patch import Patch, Side
+from ckptkit.deltas.patch import Patch, Side, contents_of
 from ckptkit.deltas.patch_table import Look, Table
 from ckptkit.errors import FormatError
 
@@ -38,7 +38,7 @@ def index_of(patch: Patch) -> dict[str, object]:
     place_in_base = {key: number for number, key in enumerate(base.infos)}
     place = {key: number for number, key in enumerate(result.infos)}
     is_same_order = list(base.infos) == list(result.infos)
-    new = [key for key in result.infos if not _is_equal(key, base, result)]
+    new = [key for key in result.infos if not _is_equal(key, key, base, result)]
     return {
         "base": {"keys": list(base.infos), "looks": base_looks, "digests": _joined(base.digests, base.infos)},
         "result": {
@@ -74,12 +74,12 @@ def _joined(digests: Mapping[str, str], keys: Iterable[str]) -> str:
     return base64.b64encode(bytes.fromhex("".join(digests[key] for key in keys))).decode()
 
 
-def _is_equal(key: str, base: Side, result: Side, base_key: str = "") -> bool:
-    """Return whether both sides have the same tensor, the base under ``base_key``, by default under the same key."""
-    old, new = base.infos.get(base_key or key), result.infos[key]
+def _is_equal(key: str, base_key: str, base: Side, result: Side) -> bool:
+    """Return whether the tensor of the result is that of the base, where it has the key ``base_key``."""
+    old, new = base.infos.get(base_key), result.infos[key]
     if old is None or (old.dtype, old.shape) != (new.dtype, new.shape):
         return False
-    return base.digests[base_key or key] == result.digests[key]
+    return base.digests[base_key] == result.digests[key]
 
 
 def _tensors(part: Table, keys: Sequence[str], looks: Sequence[Look]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -127,7 +127,7 @@ def _with_result(table: Table, base: Side, looks: Sequence[Look], facts: Facts) 
 
 
 def _check(patch: Patch) -> None:
-    """Raise ``FormatError`` for a tensor of the result that cannot be made as the index says."""
+    """Raise ``FormatError`` for a tensor that cannot be made as the index says, and for a digest of other contents."""
     base, result = patch.base, patch.result
     first_of_tie = {key: group[0] for group in patch.ties for key in group[1:]}
     for key, info in result.infos.items():
@@ -140,6 +140,9 @@ def _check(patch: Patch) -> None:
         elif key in patch.changed:
             is_made = key in base.infos and base.infos[key].dtype == info.dtype
         else:
-            is_made = _is_equal(key, base, result, patch.renamed.get(key, key))
+            is_made = _is_equal(key, patch.renamed.get(key, key), base, result)
         if not is_made:
             raise FormatError(f"the index of the patch does not say how {quoted(key)} is made")
+    for name, side in (("base", base), ("result", result)):
+        if contents_of(side.digests) != side.contents:
+            raise FormatError(f"the patch has another digest of the {name} than follows from its tensors")

@@ -12,13 +12,14 @@ from typing import Any, Final
 from ckptkit.core.checkpoint import MOST_TENSORS
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import quoted
-from ckptkit.deltas.patch import DIGEST_DIGITS
+from ckptkit.digests.hashing import HEX_DIGITS
 from ckptkit.errors import FormatError
 
 __all__ = ["Look", "Table"]
 
 Look = tuple[str, tuple[int, ...]]  # a dtype and a shape
 _MOST_DIMENSIONS: Final = 1024
+_DIGITS: Final = HEX_DIGITS["sha256"]
 _LARGEST_SIZE: Final = 2**63  # torch uses signed 64-bit sizes
 
 
@@ -110,9 +111,9 @@ class Table:
             digits = base64.b64decode(self.text(name), validate=True).hex()
         except (binascii.Error, ValueError):
             raise self.wrong(name) from None
-        if len(digits) != count * DIGEST_DIGITS:
+        if len(digits) != count * _DIGITS:
             raise self.wrong(name)
-        return [digits[at : at + DIGEST_DIGITS] for at in range(0, len(digits), DIGEST_DIGITS)]
+        return [digits[at : at + _DIGITS] for at in range(0, len(digits), _DIGITS)]
 
     def looks(self, name: str) -> list[Look]:
         """Return dtypes and shapes, which tensors can have."""

@@ -25,7 +25,7 @@ _ALGORITHM: Final = "sha256"
 class CheckedPayload(ThreadedPayload):
     """A payload that is hashed in the same pass in which it is read.
 
-    With the last bytes, ``refusal`` is raised unless the SHA-256 of the tensor, as ``digest`` hashes it, begins with
+    With the last bytes, ``refusal`` is raised unless the SHA-256 of the tensor, as ``digest`` hashes it, is
     ``digits``. ``extents`` are the ranges of files that are read. The threads are those of ``workers``, which may be
     shared.
     """
@@ -55,7 +55,7 @@ class CheckedPayload(ThreadedPayload):
 
     def check(self, found: str) -> None:
         """Raise the refusal unless the hash of the tensor is the one that was recorded."""
-        if not found.startswith(self.digits):
+        if found != self.digits:
             raise self.refusal()
 
     def write_to(self, out: Sink, offset: int, *, checksum: bool = False) -> Generator[int, None, int]:

@@ -110,7 +110,7 @@ def delta_document(delta: Delta) -> dict[str, object]:
             {
                 **tensor_document(tensor.info),
                 "state": tensor.state,
-                "base_key": tensor.base_key or None,
+                "base_key": None if tensor.state == "new" else tensor.base_key,
                 "was": None if tensor.was is None else {"dtype": tensor.was.dtype, "shape": list(tensor.was.shape)},
                 "tied_to": tensor.tied_to or None,
                 "bytes": tensor.info.nbytes,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 
 import numpy as np
 
 from ckptkit import TensorInfo
-from ckptkit.deltas.patch import Patch, Side, packed_key, short_digest
+from ckptkit.deltas.patch import Patch, Side, contents_of, packed_key
 from ckptkit.deltas.patch_file import patch_contents, read_patch
 from ckptkit.digests.hashing import header_of
 from ckptkit.errors import CkptkitError
@@ -91,10 +90,10 @@ def _held(key: str, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> H
 
 
 def _digest(info: TensorInfo, data: bytes) -> str:
-    return short_digest(f"sha256:{hashlib.sha256(header_of(info.dtype, info.shape) + data).hexdigest()}")
+    return hashlib.sha256(header_of(info.dtype, info.shape) + data).hexdigest()
 
 
 def _side(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> Side:
     infos = {key: TensorInfo(key, code, shape) for key, (code, shape, _) in tensors.items()}
     digests = {key: _digest(info, tensors[key][2]) for key, info in infos.items()}
-    return Side(infos, digests, f"sha256:{hashlib.sha256(json.dumps(digests).encode()).hexdigest()}")
+    return Side(infos, digests, contents_of(digests))

@@ -38,8 +38,8 @@ class Patched(Operation):
         kind: ``equal``, ``changed`` or ``whole``.
         dtype: The dtype of the result.
         shape: Its shape.
-        digits: The first digits of the SHA-256 of the result, as ``digest`` hashes a tensor.
-        base_digits: Those of the tensor of the base; empty for a ``whole`` one.
+        digits: The SHA-256 of the result in hexadecimal, as ``digest`` hashes a tensor.
+        base_digits: That of the tensor of the base; empty for a ``whole`` one.
         base_name: What messages call the base that the patch was made from; it may be empty.
     """
 
@@ -117,7 +117,7 @@ class PatchedTensor(NamedTuple):
         if operation.kind != "whole":
             base = self.roles[first.role]
             found = digests_by_key(base, [key])[key] if operation.kind == "changed" else ""
-            if not found.partition(":")[2].startswith(operation.base_digits) or not found:
+            if found.partition(":")[2] != operation.base_digits:
                 return other_base(base, f"{quoted(key)} has other values", operation.base_name)
         patch = self.roles[self.step.sources[-1].role]
         reason = f"{quoted(self.step.out.key)} does not have its digest: the patch is damaged"
