@@ -489,7 +489,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "param_groups/spec_findings.py: unfreeze with requires_grad_(True), or": "as the case of a frozen model",
     "param_groups/spec_findings.py: unfreeze them with requires_grad_(True), remove": "as the case of a frozen model",
     "param_groups/explain.py: lists the names of the parameters": "names where to look",
-    "checks/reading.py: torch.load(XX, map_location": "needs a file that was saved on another device",
+    "checks/reading/__init__.py: torch.load(XX, map_location": "needs a file that was saved on another device",
     "checks/single_tensors.py: torch.set_flush_denormal(True)": "changes how numbers are computed, not the file",
     "core/config_files.py: an object with to_dict()": "names what is accepted",
     "formats/live.py: save the state_dict() of the model with torch.save": "ends the use of a model that is built anew",

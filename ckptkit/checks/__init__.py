@@ -139,7 +139,7 @@ def _check(
     with Workers() as workers:
         scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen, workers)
         if values:
-            from ckptkit.checks.value_reader import ValueReader, ValuesKernel
+            from ckptkit.checks.reading.value_reader import ValueReader, ValuesKernel
 
             # Only tensors of a new model are known by their moments.
             kernel: ValuesKernel[Any] = ExtremesKernel()
@@ -149,7 +149,7 @@ def _check(
                 kernel = StatsKernel()
             scan.values = ValueReader(checkpoint, chosen, workers, kernel)
         if sharing is not None:
-            from ckptkit.checks.shared import SharedReads
+            from ckptkit.checks.reading.shared import SharedReads
 
             scan.shared = SharedReads(sharing, progress or (lambda _: None))
         findings += scan.read(progress or (lambda _: None))

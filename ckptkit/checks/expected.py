@@ -8,7 +8,7 @@ from itertools import groupby
 
 from ckptkit.checks import codes
 from ckptkit.checks.at_init import Untrained, find_untrained
-from ckptkit.checks.value_reader import ValueReader
+from ckptkit.checks.reading.value_reader import ValueReader
 from ckptkit.checks.values import have_equal_bytes
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.comparison.hints import joined_hint

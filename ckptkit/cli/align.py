@@ -8,8 +8,8 @@ from ckptkit.align import suggest_rules
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import plural, printable
 from ckptkit.formats.writing.outputs import write_small_file

@@ -13,12 +13,12 @@ from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
 from ckptkit.checks.report import CheckReport, merge_reports
 from ckptkit.cli.common.commands import Command
-from ckptkit.cli.common.engines import Engine, engine_options
-from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.options.engines import Engine, engine_options
+from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, progress_bar
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.wildcards import expand_urls
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.places import size_at

@@ -9,8 +9,6 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_expected_keys
-from ckptkit.cli.common.engines import Engine, engine_options
-from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import (
     dequantize_option,
@@ -21,8 +19,10 @@ from ckptkit.cli.common.options import (
     report_options,
     requirement_options,
 )
+from ckptkit.cli.common.options.engines import Engine, engine_options
+from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import StateDictDiff
 from ckptkit.comparison import diff as compare
 from ckptkit.core.checkpoint import Checkpoint

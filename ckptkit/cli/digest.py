@@ -7,11 +7,11 @@ import os
 import click
 
 from ckptkit.cli.common.commands import Command
-from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.inputs import note_what_is_beside, open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, path_argument, report_options, skip_unread_option
+from ckptkit.cli.common.options.engines import Engine, engine_options
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.places import kind_at

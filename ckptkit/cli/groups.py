@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from ckptkit.cli.common.commands import CommandGroup
-from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
-from ckptkit.cli.common.spec_options import (
+from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.specs import (
     SpecSource,
     model_option,
     model_or_checkpoint,
     spec_options,
 )
+from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module

@@ -17,9 +17,9 @@ from ckptkit.cli.common.options import (
     requirement_options,
     skip_unread_option,
 )
+from ckptkit.cli.common.options.policies import policy_option
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
-from ckptkit.cli.common.policy_options import policy_option
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.merging.completing import COPYING
 from ckptkit.cli.merging.options import (
     MergeOptions,

@@ -21,9 +21,9 @@ from ckptkit.cli.common.options import (
     quiet_option,
     report_options,
 )
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.outputs import OutputOptions, output_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message, progress_bar
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path

@@ -10,7 +10,6 @@ import click
 
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
-from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import (
     PATH_TYPE,
@@ -20,9 +19,10 @@ from ckptkit.cli.common.options import (
     report_options,
     requirement_options,
 )
+from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.rules import rule_options
+from ckptkit.cli.common.options.specs import model_option
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
-from ckptkit.cli.common.rule_options import rule_options
-from ckptkit.cli.common.spec_options import model_option
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.live_prefix import LIVE_PREFIX

@@ -9,8 +9,8 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, dequantize_option, path_argument, skip_unread_option
+from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
-from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.plans.plan import Plan

@@ -5,8 +5,6 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.common.commands import Command
-from ckptkit.cli.common.engines import Engine, engine_options
-from ckptkit.cli.common.html_report import html_option, write_html
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import (
     dequantize_option,
@@ -17,6 +15,8 @@ from ckptkit.cli.common.options import (
     quiet_option,
     report_options,
 )
+from ckptkit.cli.common.options.engines import Engine, engine_options
+from ckptkit.cli.common.options.html_report import html_option, write_html
 from ckptkit.cli.common.printing import ReportFormat, echo_result, progress_bar
 from ckptkit.core.config_files import default_error_path
 from ckptkit.formats.writing.state import Target

@@ -158,7 +158,7 @@ def diff(
 def _compare_in_workers(sharing: Sharing | None, views: Sequence[DequantizedView]) -> ComparePairs | None:
     if sharing is None:
         return None
-    from ckptkit.comparison.shared import SharedSides, compare_shared
+    from ckptkit.comparison.values.shared import SharedSides, compare_shared
 
     return partial(compare_shared, SharedSides.of(sharing, views))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from ckptkit.comparison import diff_checkpoints
-from ckptkit.comparison.shared import SharedSides, compare_shared
 from ckptkit.comparison.values import ValueDiff, compare_named, require_tolerances
+from ckptkit.comparison.values.shared import SharedSides, compare_shared
 from ckptkit.core.arguments import require_progress
 from ckptkit.core.progress import Progress
 from ckptkit.inputs import CheckpointLike, opened, rules_for

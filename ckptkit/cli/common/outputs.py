@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptkit.cli.common.engines import Engine, engine_options
 from ckptkit.cli.common.options import (
     PATH_TYPE,
     CommandFunction,
@@ -21,6 +20,7 @@ from ckptkit.cli.common.options import (
     output_report_options,
     quiet_option,
 )
+from ckptkit.cli.common.options.engines import Engine, engine_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, fitted_to, print_message, progress_bar
 from ckptkit.core.config_files import json_bytes
 from ckptkit.core.text import quoted

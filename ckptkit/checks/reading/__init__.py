@@ -23,7 +23,7 @@ from ckptkit.values.reading import Read, Source, read_bytes, reads
 from ckptkit.values.workers import Workers
 
 if TYPE_CHECKING:
-    from ckptkit.checks.value_reader import ShortTensor, ValueReader
+    from ckptkit.checks.reading.value_reader import ShortTensor, ValueReader
 
 __all__ = ["VALUES_UNCHECKED", "ReadResult", "Scan", "loading_findings", "loading_summary", "unreadable_finding"]
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from ckptkit.checks.reading import ReadResult, Scan
-from ckptkit.checks.value_reader import ValueReader, ValuesKernel
+from ckptkit.checks.reading.value_reader import ValueReader, ValuesKernel
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.payloads import is_seekable
 from ckptkit.core.gc_pause import pause_gc
