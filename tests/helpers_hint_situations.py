@@ -372,7 +372,8 @@ def _a_number_inside(folder: Path) -> list[str]:
 
 
 @situation(
-    "checks/reading/__init__.py: ckpt convert XX -o OUT --format safetensors", "formats/codes.py: ckpt show lists all of them"
+    "checks/reading/__init__.py: ckpt convert XX -o OUT --format safetensors",
+    "formats/codes.py: ckpt show lists all of them",
 )
 def _code_in_a_file(folder: Path) -> list[str]:
     torch.save({"state_dict": {"a": randn(2, 2)}, "act": torch.nn.ReLU()}, folder / "odd.pt")
