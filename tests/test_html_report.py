@@ -231,3 +231,27 @@ def test_a_place_that_cannot_have_a_report_is_refused_first(
     assert result.code == 2
     assert message in result.err
     assert "missing.pth" not in result.err
+
+
+def test_each_of_several_checkpoints_stands_above_its_findings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A finding of one of several files can be told from those of the others."""
+    torch.save({"w": torch.full((2,), torch.nan)}, tmp_path / "bad.pt")
+    assert run_ckpt(capsys, "check", TEN, tmp_path / "bad.pt", "--html", tmp_path / "r.html").code == 1
+    tree = Tree((tmp_path / "r.html").read_text(encoding="utf-8"))
+    places = [at for at, (_, _, text) in enumerate(tree.elements) if str(tmp_path / "bad.pt") in "".join(text)]
+    finding = next(at for at, (_, shown, _) in enumerate(tree.elements) if shown.get("data-tone") == "error")
+    heading = next(at for at, (_, shown, _) in enumerate(tree.elements) if shown.get("id") == "summary")
+    assert [at for at in places if heading < at < finding]
+
+
+def test_the_head_names_the_model_and_what_was_given_with_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A result that does not know the path of its model has it in the report of its command."""
+    path = tmp_path / "r.html"
+    assert run_ckpt(capsys, "groups", "table", "--model", TEN, "--preset", "no-decay", "--html", path).code == 0
+    tree = Tree(path.read_text(encoding="utf-8"))
+    assert tree.texts("dt") == ["model", "groups"]
+    assert {TEN, "preset no-decay"} <= set(tree.texts("code"))

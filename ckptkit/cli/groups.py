@@ -63,7 +63,7 @@ def table(source: SpecSource, *, model: str, html: Target | None, report_format:
             assignment = assign(parameter_table(found), spec)
             assignment.report.raise_for_errors()
     plan = assignment.plan
-    write_html(html, plan, quiet=quiet)
+    write_html(html, plan, quiet=quiet, about={"model": model, "groups": source.label})
     echo_result(report_format, plan)
     for finding in () if quiet else assignment.report.findings:
         print_message(f"ckpt: {finding.severity}: {finding.message}")

@@ -145,7 +145,10 @@ def preflight(
                 dry_step=loss,
                 ignore=ignore,
             )
-    write_html(html, report, quiet=quiet)
+    about = {
+        "model": model, "init": init, "groups": groups, "optimizer": optimizer, "resume": resume, "dry step": dry_step,
+    }  # fmt: skip
+    write_html(html, report, quiet=quiet, about=about)
     echo_result(report_format, report, expand=expand)
     context.exit(exit_code(report))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptkit.checks.codes import NOT_SCANNED
 from ckptkit.checks.report import CheckReport, CheckReports, merge_reports
-from ckptkit.core.text import human_bytes, plural
+from ckptkit.core.text import human_bytes
 from ckptkit.formats.codes import NO_CHECKSUM
 from ckptkit.render.findings import finding_facts, finding_lines, findings_document, findings_table, tone_of
 from ckptkit.render.page import Line, Page, as_code
@@ -22,7 +22,6 @@ __all__ = [
 ]
 
 WHAT_WAS_READ = frozenset({NOT_SCANNED.name, NO_CHECKSUM.name})  # the codes of findings that are no faults
-_MOST_SUBJECTS = 5  # checkpoints that the head of a report names
 
 
 def check_page(report: CheckReport) -> Page:
@@ -41,19 +40,21 @@ def check_head(report: CheckReport) -> Head:
 
 
 def checks_head(merged: CheckReports) -> Head:
-    """Return the head of a report: the checkpoints, how many findings there are, and how much was checked."""
+    """Return the head of a report: how many findings there are, and how much was checked.
+
+    It names the checkpoint only where there is one: of several, the page names each above its findings.
+    """
     checkpoints = [report.checkpoint for report in merged.reports]
-    shown = [Subject("", _title(report)) for report in merged.reports[:_MOST_SUBJECTS]]
-    if len(checkpoints) > len(shown):
-        shown.append(Subject("", Line((f"and {plural(len(checkpoints) - len(shown), 'more checkpoint')}",))))
+    subjects = tuple(Subject("", _title(report)) for report in merged.reports) if len(checkpoints) == 1 else ()
     is_clean = all(map(_is_clean, merged.reports))
     facts = (
         *(() if is_clean else finding_facts(merged)),
+        *(() if subjects else (Fact(f"{len(checkpoints):,}", "checkpoints"),)),
         Fact(f"{sum(one.tensors for one in checkpoints):,}", "tensors"),
         Fact(human_bytes(sum(one.nbytes for one in checkpoints)), "in tensors"),
     )
     verdict = Line(("no findings",)) if is_clean else Line((merged.counts,))
-    return Head("check", verdict, tuple(shown), facts, tone_of(merged))
+    return Head("check", verdict, subjects, facts, tone_of(merged))
 
 
 def _title(report: CheckReport) -> Line:

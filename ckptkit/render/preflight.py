@@ -8,7 +8,7 @@ from ckptkit.core.text import human_bytes, option_text, percent, plural, printab
 from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_facts, finding_lines, findings_document, tone_of
-from ckptkit.render.page import Block, Code, Line, Message, Page, Table, table_rows
+from ckptkit.render.page import Block, Line, Message, Page, Table, table_rows
 from ckptkit.render.page.head import Fact, Head
 from ckptkit.render.summary import coverage_documents, json_number, share_cell
 
@@ -34,7 +34,7 @@ def preflight_page(report: Preflight, *, expand: bool = False) -> Page:
         page.append(_resume_line(report.resume))
     if report.step is not None:
         page.append(_step_line(report.step))
-    page += [Line(("not measured: ", Code(printable(text)))) for text in report.not_judged]
+    page += [Line(("not measured: ", Message(printable(text)))) for text in report.not_judged]
     page.append(Line(()))
     page += finding_lines(report.findings)
     if report.ignored:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
 from ckptkit.errors import hint_for_python, message_for_python
-from ckptkit.render.page import Block, Hint, Line, Message, Page, as_text
+from ckptkit.render.page import Block, Hint, Line, Message, Page, as_code, as_text
 
 if TYPE_CHECKING:
     from ckptkit.render.html.histograms import BothSides
@@ -114,17 +114,22 @@ def report_of(
     both_sides: BothSides | None = None,
     for_python: bool = False,
     chosen: Mapping[str, object] = MappingProxyType({}),
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return the report of a result: one HTML file with its page, with all rows, its pictures and its document.
 
     ``both_sides`` are the statistics of tensors on both sides. ``chosen`` are options of the page and of the document.
+    ``about`` says in the head what a result is about that does not know it, such as the path of a model.
     With ``for_python``, the report names functions and arguments of Python.
     """
     from ckptkit.render.html.report import as_report
+    from ckptkit.render.page.head import Subject
 
     renderer = _renderer_of(result)
     page = page_of(result, **{**renderer.all_rows, **chosen})
     head = _head_of(result, renderer)
+    if about:
+        head = replace(head, subjects=tuple(Subject(name, Line((as_code(text),))) for name, text in about.items()))
     document = document_of(result, **chosen)
     if for_python:
         page, head = list(map(_block_in_python, page)), _head_in_python(head)

@@ -19,7 +19,7 @@ __all__ = [
 
 _MOST_ROWS: Final = 20_000  # of one table: a browser stays quick, and the document has all
 _ROWS_AT_ONCE: Final = 50  # that a browser lays out together, or not at all while they are not in sight
-_WIDEST = 56  # columns of characters; a longer name or sentence is wrapped
+_WIDEST = 120  # columns of characters; a longer name or sentence is wrapped
 _LEAST = 22  # to which a name or sentence is narrowed before the table scrolls
 _BESIDE_HEADER = 3  # the sign of the order
 FEW_ROWS: Final = 12  # that need no filter

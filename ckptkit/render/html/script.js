@@ -3,6 +3,7 @@
 (() => {
   const ROWS_AT_ONCE = 50;
   const BINS = 40;
+  const FEWEST_BINS = 12; // so that one or two are not drawn as walls
   const UNITS = { B: 1, kB: 1e3, MB: 1e6, GB: 1e9, TB: 1e12, PB: 1e15, "%": 1 };
   const SVG = "http://www.w3.org/2000/svg";
   const wordsOf = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
@@ -364,11 +365,13 @@
     bins(sides) {
       const ends = sides.filter((side) => side[3].length);
       if (!ends.length) return null;
-      const top = Math.max(...ends.map((side) => side[2] + side[3].length));
-      const low = Math.max(Math.min(...ends.map((side) => side[2])), top - BINS);
-      const shares = sides.map(([count, zeros, first, counts]) => {
+      const last = Math.max(...ends.map((side) => side[2] + side[3].length));
+      const first = Math.max(Math.min(...ends.map((side) => side[2])), last - BINS);
+      const room = Math.max(FEWEST_BINS - (last - first), 0);
+      const [low, top] = [first - Math.floor(room / 2), last + Math.ceil(room / 2)];
+      const shares = sides.map(([count, zeros, start, counts]) => {
         const bars = new Array(top - low).fill(0);
-        counts.forEach((times, place) => (bars[Math.max(first + place - low, 0)] += times));
+        counts.forEach((times, place) => (bars[Math.max(start + place - low, 0)] += times));
         return { count, zeros, bars };
       });
       const isCut = ends.some((side) => side[2] < low);

@@ -171,7 +171,8 @@ def _draw_layers(cells: _Cells, grid: Grid, top: float) -> None:
     width = min((WIDTH - _NAMES - _BETWEEN * (len(grid.bands) - 1)) / count, _WIDEST)
     starts = [_NAMES, *accumulate((len(band.columns) * width + _BETWEEN for band in grid.bands), initial=_NAMES)][1:]
     lefts: list[float] = []
-    names = [short([band.name], len(band.columns) * width + _BETWEEN - 4, SMALL)[0] for band in grid.bands]
+    narrowest = min(len(band.columns) for band in grid.bands)
+    names = short([band.name for band in grid.bands], narrowest * width + _BETWEEN - 8, SMALL)
     for band, start, name in zip(grid.bands, starts, names, strict=False):
         drawing.text(start, top + 11, name, size=SMALL, bold=True, tip=printable(band.name))
         _number_columns(drawing, band.columns, start, width, top + 24)

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from ckptkit.core.text import percent, plural, short_number
 from ckptkit.render.pictures.model import Picture
 from ckptkit.render.pictures.style import OUTLINE, SERIES
-from ckptkit.render.pictures.svg import SMALL, WIDTH, Box, Drawing, Swatch, place
+from ckptkit.render.pictures.svg import SMALL, WIDTH, Box, Drawing, Swatch, place, text_width
 from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["magnitudes_picture"]
@@ -118,12 +118,14 @@ def _draw_axes(drawing: Drawing, frame: _Frame) -> None:
         min(math.floor((frame.high + 1) / _DECADE), sys.float_info.max_10_exp) + 1,
     )
     step = max(1, math.ceil(len(decades) * _TICK / (WIDTH - _LEFT)))
+    free = frame.x(frame.first + 0.5) + _TICK / 2 if frame.has_zeros else 0  # right of the number of the zeros
     for exponent in decades:
-        if exponent % step == 0:
-            x = frame.x(exponent * _DECADE)
+        x = frame.x(exponent * _DECADE)
+        if exponent % step == 0 and x >= free:
             drawing.line(x, bottom, x, bottom + 4)
             text = short_number(float(f"1e{exponent}"))
-            drawing.text(min(x, WIDTH - 12), bottom + 15, text, anchor="middle", size=SMALL, faint=True)
+            inside = min(x, WIDTH - text_width(text) / 2)
+            drawing.text(inside, bottom + 15, text, anchor="middle", size=SMALL, faint=True)
     drawing.text((_LEFT + WIDTH) / 2, bottom + 31, "magnitude", anchor="middle", size=SMALL, faint=True)
 
 

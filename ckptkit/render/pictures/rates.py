@@ -174,7 +174,7 @@ def _draw(drawing: Drawing, rows: Sequence[_Row], axis: _Axis, look: Mapping[str
     height = _ROW if len(rows) <= _MANY_ROWS else _LOW_ROW
     shown = rows[:_MOST_ROWS]
     bottom = top + len(shown) * height
-    drawing.text(_NAMES, top - 8, "lr", anchor="end", size=SMALL, faint=True)
+    drawing.text(_NAMES - 14, top - 8, "lr", anchor="end", size=SMALL, faint=True)
     for tick in axis.ticks:
         x = axis.place(tick)
         drawing.text(x, top - 8, short_number(tick), anchor="middle", size=SMALL, faint=True)

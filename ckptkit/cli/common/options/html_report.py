@@ -65,17 +65,21 @@ def write_html(
     quiet: bool,
     chosen: Mapping[str, object] = MappingProxyType({}),
     both_sides: BothSides | None = None,
+    about: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
     """Write the report of a result if the user asked for one, completely or not at all, and say so unless ``quiet``.
 
     ``chosen`` are options of the page and of the document of the result; ``both_sides`` has statistics for histograms.
+    ``about`` has what the user gave for each role, such as the model, where the result does not know it.
     """
     if html is None:
         return
+    from ckptkit.core.files.remote.urls import clean_url
     from ckptkit.formats.writing.outputs import write_small_file
     from ckptkit.render.results import report_of
 
-    data = report_of(result, both_sides=both_sides, chosen=chosen).encode()
+    given = {role: clean_url(text) for role, text in about.items() if text is not None}
+    data = report_of(result, both_sides=both_sides, chosen=chosen, about=given).encode()
     write_small_file(html, data)
     if not quiet:
         print_message(f"wrote {printable(html.given)}: HTML, {human_bytes(len(data))}")
