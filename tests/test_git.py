@@ -161,6 +161,8 @@ LFS = "*.pt filter=lfs diff=lfs merge=lfs -text"
         (f"{LFS}\n*.pt diff=ckpt -text\n", f"{LFS}\n*.pt diff=ckpt -text\n"),
         ("*.pt diff=ckpt\n*.pt binary\n", "*.pt binary\n*.pt diff=ckpt\n"),
         ("\udcff x\n", "\udcff x\n*.pt diff=ckpt\n"),
+        ("a b\r\n*.pt diff=ckpt\nc d", "a b\r\n*.pt diff=ckpt\nc d"),
+        ("a b\r\n*.pt -diff\nc d", "a b\r\n*.pt -diff\nc d\r\n*.pt diff=ckpt\r\n"),
     ],
 )
 def test_lines_of_attributes(before: str, after: str) -> None:
@@ -169,3 +171,27 @@ def test_lines_of_attributes(before: str, after: str) -> None:
     assert (text, len(added) + len(moved)) == (after, int(before != after))
     assert with_lines(text, ["*.pt"], ()) == (after, [], [])
     assert "*.pt diff=ckpt\n" not in without_lines(text)[0].replace("# *.pt diff=ckpt\n", "")
+
+
+def test_install_writes_to_no_other_file_and_over_no_other_driver(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The .gitattributes of a cloned repository may be a link to any file; another driver of that name stays."""
+    outside = repository.parent / "outside"
+    outside.write_text("mine\n", encoding="ascii")
+    (repository / ".gitattributes").symlink_to(outside)
+    for command in ("install", "uninstall"):
+        ran = run_ckpt(capsys, "git", command)
+        assert (ran.code, "is a link" in ran.err, outside.read_text(encoding="ascii")) == (2, True, "mine\n")
+    (repository / ".gitattributes").unlink()
+    git("config", "diff.ckpt.textconv", "mine")
+    git("config", "diff.ckpt.binary", "true")
+    before = (repository / ".git" / "config").read_bytes()
+    assert run_ckpt(capsys, "git", "install").code == 2
+    assert "left as it is: diff.ckpt.textconv = mine" in run_ckpt(capsys, "git", "uninstall").err
+    assert (os.listdir(repository), (repository / ".git" / "config").read_bytes()) == ([".git"], before)
+    git("config", "--unset", "diff.ckpt.textconv")
+    before = (repository / ".git" / "config").read_bytes()
+    for command in ("install", "uninstall"):
+        assert run_ckpt(capsys, "git", command).code == 0
+    assert (os.listdir(repository), (repository / ".git" / "config").read_bytes()) == ([".git"], before)

@@ -245,6 +245,31 @@ def test_patterns_are_those_of_git(pattern: str, tmp_path: Path) -> None:
     assert git(folder, "check-attr", "-z", "diff", "--", name).split("\0")[2] == "unspecified"
 
 
+def test_frozen_compares_the_revisions_that_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base is anything that git takes for a revision; what is compared is what pre-commit names, whatever is here."""
+    folder = repository(tmp_path / "repo")
+    (folder / "m").mkdir()
+    for source, branch in ((TEN, "old"), (TUNED, "new")):
+        git(folder, "checkout", "-q", "-b", branch)
+        (folder / "m" / "a.safetensors").write_bytes(source.read_bytes())
+        commit(folder, branch)
+    options = ("--expect-frozen", "fc*")
+    for base in ("old", "HEAD~1", "old:m/a.safetensors", "HEAD^{/ol:?d}"):
+        assert "6 of 6 tensors are not" in ckpt(folder, "frozen", "m/a.safetensors", *options, "--base", base, code=1)
+    assert "the same file" in ckpt(folder, "frozen", "m/a.safetensors", *options, "--base", "HEAD@{2099-01-01 10:00}")
+    for base in ("old:m", "old:", "nothing", "-x"):
+        said = ckpt(folder, "frozen", "m/a.safetensors", *options, "--base", base, code=2)
+        assert f"ckpt: '{base}' is not a revision, or a file of one" in said
+    git(folder, "checkout", "-q", "old")
+    monkeypatch.setenv("PRE_COMMIT_FROM_REF", "old")
+    monkeypatch.setenv("PRE_COMMIT_TO_REF", "new")
+    assert "6 of 6 tensors are not" in ckpt(folder / "m", "frozen", "a.safetensors", *options, code=1)
+    monkeypatch.delenv("PRE_COMMIT_FROM_REF")
+    monkeypatch.delenv("PRE_COMMIT_TO_REF")
+    git(folder, "checkout", "-q", "--orphan", "fresh")
+    assert "nothing was compared" in ckpt(folder, "frozen", "m/a.safetensors", *options)
+
+
 @needs_lfs
 def test_lfs(tmp_path: Path) -> None:
     """Below ``git lfs track``, a diff shows tensors: of files, and of pointers whose objects are here, wherever."""

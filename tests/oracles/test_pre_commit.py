@@ -107,6 +107,9 @@ def test_frozen_compares_revisions_where_pre_commit_does(project: Path) -> None:
     refs = ("--from-ref", "HEAD~1", "--to-ref", "HEAD")
     assert "Failed" in pre_commit(project, *refs, code=1)["ckpt-diff-expect-frozen"]
     assert "Passed" in pre_commit(project, "--all-files")["ckpt-diff-expect-frozen"]
+    run(project, "git", "checkout", "-qb", "other", "HEAD~1")  # as before a push of a branch that is not checked out
+    refs = ("--from-ref", "other", "--to-ref", "main")
+    assert "Failed" in pre_commit(project, *refs, code=1)["ckpt-diff-expect-frozen"]
 
 
 def test_only_the_staged_content_counts(project: Path) -> None:

@@ -142,7 +142,7 @@ def frozen(
     """Check that a commit does not change tensors that must be frozen.
 
     Compares what is staged of each FILE with its version in HEAD. A matching tensor must have the same key, shape and
-    values. Where pre-commit compares two revisions, the base is the first of them. Exit code 0 if all are
+    values. Where pre-commit compares two revisions, the second is compared with the first. Exit code 0 if all are
     equal, 1 if not, 2 if a file cannot be read.
 
     \b

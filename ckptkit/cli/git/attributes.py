@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Final
 
@@ -9,6 +10,7 @@ __all__ = ["DRIVER", "attribute_line", "with_lines", "without_lines"]
 
 DRIVER: Final = "ckpt"
 _OURS: Final = f"diff={DRIVER}"
+_LINE: Final = re.compile(r"[^\n]*\n|[^\n]+")  # with its own end, which may differ from that of other lines
 _DIFF: Final = ("diff", "-diff", "!diff", "binary")  # binary is a macro of git, which has -diff in it
 
 
@@ -26,7 +28,8 @@ def with_lines(text: str, patterns: Sequence[str], overruled: Collection[str]) -
     A line stays where it is unless a line below it gives its files another driver. git says that another pattern does
     so for those that are ``overruled``. Every other line is kept as it is.
     """
-    lines, end = _lines(text)
+    lines = _LINE.findall(text)
+    end = "\r\n" if "\r\n" in text else "\n"
     added: list[str] = []
     moved: list[str] = []
     for pattern in patterns:
@@ -40,33 +43,25 @@ def with_lines(text: str, patterns: Sequence[str], overruled: Collection[str]) -
                 continue
         ours = [at for at, given in drivers if given == [_OURS]]
         lines = [other for at, other in enumerate(lines) if at not in ours]
-        lines.append(line)
+        if lines and not lines[-1].endswith("\n"):
+            lines[-1] += end
+        lines.append(f"{line}{end}")
         (moved if ours else added).append(line)
-    return _text(lines, end), added, moved
+    return "".join(lines), added, moved
 
 
 def without_lines(text: str) -> tuple[str, list[str], list[str]]:
     """Return the text without the lines that set only the driver, these lines, and those that set more beside it."""
-    lines, end = _lines(text)
+    lines = _LINE.findall(text)
     removed = [line for line in lines if _words(line)[1:] == [_OURS]]
     others = [line for line in lines if _OURS in _words(line)[1:] and line not in removed]
-    return _text([line for line in lines if line not in removed], end), removed, others
-
-
-def _lines(text: str) -> tuple[list[str], str]:
-    """Return the lines of a file, and what ends each of them."""
-    end = "\r\n" if "\r\n" in text else "\n"
-    lines = text.split(end)
-    return lines[:-1] if not lines[-1] else lines, end
-
-
-def _text(lines: Sequence[str], end: str) -> str:
-    return "".join(f"{line}{end}" for line in lines)
+    left = "".join(line for line in lines if line not in removed)
+    return left, [line.rstrip("\r\n") for line in removed], [line.rstrip("\r\n") for line in others]
 
 
 def _words(line: str) -> list[str]:
     """Return the pattern of a line, as it is written, and its attributes; nothing for a comment."""
-    line = line.strip(" \t\r")
+    line = line.strip(" \t\r\n")
     if line.startswith("#"):
         return []
     if line.startswith('"'):

@@ -28,7 +28,9 @@ from ckptkit.rules.parse import parse_rules
 
 __all__ = ["Comparison", "compare_staged", "default_base"]
 
-_OF_PRE_COMMIT: Final = "PRE_COMMIT_FROM_REF"  # set where pre-commit compares two revisions, as in CI
+# pre-commit sets both where it compares two revisions: in CI, and before a push, which can be of any branch.
+_FROM: Final = "PRE_COMMIT_FROM_REF"
+_TO: Final = "PRE_COMMIT_TO_REF"
 _REGULAR: Final = "100"
 _OPTIONS: Final = frozenset({"--drop"})
 
@@ -43,7 +45,7 @@ class Comparison:
 
 def default_base() -> str:
     """Return the revision that pre-commit compares with, or HEAD."""
-    return os.environ.get(_OF_PRE_COMMIT) or "HEAD"
+    return os.environ.get(_FROM) or "HEAD"
 
 
 def compare_staged(
@@ -51,8 +53,9 @@ def compare_staged(
 ) -> Comparison:
     """Return the findings about the staged version of each file, compared with its version in ``base``.
 
-    ``base`` is a revision, or ``REV:PATH`` for one file with which all are compared. A tensor that matches a pattern
-    of ``frozen`` and none of ``drop`` must have the same key, shape and values in both.
+    Where pre-commit compares two revisions, the version in the second is compared, and not the staged one. ``base`` is
+    a revision, or ``REV:PATH`` for one file with which all are compared. A tensor that matches a pattern of ``frozen``
+    and none of ``drop`` must have the same key, shape and values in both.
 
     Raises:
         NotInRepositoryError: The current directory is in no repository.
@@ -61,7 +64,8 @@ def compare_staged(
     """
     patterns = [parse_pattern(text) for text in frozen]
     dropped = [parse_pattern(text) for text in drop]
-    staged = [_staged(file) for file in files]
+    revision = os.environ.get(_TO) or ""
+    staged = [_found(file, revision) for file in files]
     bases = [_base(base, name) for name, _ in staged]
     reports: list[CheckReport] = []
     names: dict[str, None] = {}
@@ -126,32 +130,44 @@ def _refuse_unused(unused: Sequence[Pattern], names: Collection[str]) -> None:
         )
 
 
-def _staged(file: str) -> tuple[str, str]:
-    """Return the name of a file in the repository, and the object of its staged version."""
-    arguments = ("--literal-pathspecs", "ls-files", "--stage", "--full-name", "-z", "--", file)
+def _found(file: str, revision: str) -> tuple[str, str]:
+    """Return the name of a file in the repository, and the object of its staged version, or of that in a revision."""
+    version = ("ls-tree",) if revision else ("--literal-pathspecs", "ls-files", "--stage")
+    arguments = (*version, "--full-name", "-z", *([revision] if revision else []), "--", file)
     found = [entry.partition("\t") for entry in run_git(*arguments).split("\0")[:-1]]
-    if len(found) != 1:
-        what = "has a conflict to resolve" if found else "is not staged"
-        raise GitError(f"{what}, so there is nothing to compare", hint="git add it first", path=file)
+    if not found:
+        what = f"is not in {printable(revision)}" if revision else "is not staged"
+        hint = "git add it first; leave out a file that the commit removes"
+        raise GitError(f"{what}, so there is nothing to compare", hint=hint, path=file)
     (about, _, name) = found[0]
-    mode, oid, _ = about.split(" ")
-    if not mode.startswith(_REGULAR):
-        raise GitError("is a link or a submodule in git, not a file", path=file)
-    return name, oid
+    if len({name for _, _, name in found}) > 1:
+        raise GitError("is a folder", hint="give files", path=file)
+    if len(found) > 1:
+        raise GitError("has a conflict to resolve, so there is nothing to compare", hint="git add it first", path=file)
+    words = about.split(" ")
+    if not words[0].startswith(_REGULAR):
+        raise GitError("is a folder, a link or a submodule in git, not a file", path=file)
+    return name, words[2 if revision else 1]
 
 
 def _base(base: str, name: str) -> str | None:
     """Return the object that a file is compared with, or None if the base does not have it."""
-    whole = base if ":" in base else f"{base}:{name}"
-    oid = run_git("rev-parse", "--verify", "--quiet", "--end-of-options", whole, allowed=(1, 128)).strip()
-    if oid:
-        return oid
-    is_first = base == "HEAD" and not run_git("rev-list", "--max-count=1", "--all")  # the first commit has no base
-    if ":" in base or not (
-        is_first or run_git("rev-parse", "--verify", "--quiet", f"{base}^{{tree}}", allowed=(1, 128))
-    ):
-        raise GitError(f"{quoted(base)} is not a revision, or a file of one", hint="give --base REV or --base REV:PATH")
-    return None
+    is_revision = bool(_object(f"{base}^{{tree}}"))  # HEAD@{10:00} is one too, but the rest of REV:PATH is a path
+    if not is_revision and base == "HEAD":  # the first commit has no base
+        return None
+    whole = f"{base}:{name}" if is_revision else base
+    oid = _object(whole)
+    if oid is None and is_revision:
+        return None
+    if oid is None or run_git("cat-file", "-t", oid).strip() != "blob":
+        reason = f"{quoted(whole)} is not a revision, or a file of one"
+        raise GitError(reason, hint="give --base REV or --base REV:PATH")
+    return oid
+
+
+def _object(name: str) -> str | None:
+    """Return the object that git calls ``name``, or None if there is none."""
+    return run_git("rev-parse", "--verify", "--quiet", "--end-of-options", name, allowed=(1, 128)).strip() or None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Final
 
 from ckptkit.cli.git.attributes import DRIVER, with_lines, without_lines
 from ckptkit.cli.git.repository import GitError, NotInRepositoryError, configured, run_git, top_folder
-from ckptkit.core.text import listed, plural, printable
+from ckptkit.core.text import listed, plural, printable, quoted
+from ckptkit.errors import OutputError
 from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.targets import prepare_target
 
@@ -22,6 +23,7 @@ PATTERNS: Final = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt", "*.gguf"
 _SECTION: Final = f"diff.{DRIVER}"
 _CACHE: Final = f"refs/notes/textconv/{DRIVER}"  # where git keeps the texts of files that it has compared
 _FILE: Final = ".gitattributes"
+_ENDING: Final = " git textconv --"  # of the command that git runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,17 @@ class Changes:
 def plan_install(patterns: Sequence[str], *, everywhere: bool) -> Changes:
     """Return what makes ``git diff`` compare files of these patterns, for this repository or ``everywhere``.
 
-    Raises ``NotInRepositoryError`` outside of a repository, unless it is for everywhere, and ``GitError``.
+    Raises ``NotInRepositoryError`` outside of a repository, unless it is for everywhere. Raises ``GitError`` where the
+    settings have another command, and ``OutputError`` where the file of attributes is a link in the repository.
     """
     where = "--global" if everywhere else "--local"
     path, name = _attributes_file(everywhere=everywhere)
+    other = configured(f"{_SECTION}.textconv", where)
+    if other and not other.endswith(_ENDING):
+        raise GitError(
+            f"{_SECTION}.textconv is {quoted(other)}, which is not a command of ckptkit",
+            hint="remove it from the config of git first",
+        )
     before = _text_of(path)
     text, added, moved = with_lines(before, patterns, () if everywhere else _overruled(patterns))
     said = [f"{name}: added {printable(line)}" for line in added]
@@ -70,9 +79,13 @@ def plan_uninstall(*, everywhere: bool) -> Changes:
     said = [f"{name}: removed {printable(line)}" for line in removed]
     notes = [f"{name}: left as it is: {printable(line)}" for line in others]
     commands: list[tuple[str, ...]] = []
-    if run_git("config", where, "--get-regexp", rf"^diff\.{DRIVER}\.", allowed=(1,)):
-        commands.append(("config", where, "--remove-section", _SECTION))
-        said.append(f"git config {where}: removed {_SECTION}")
+    command = configured(f"{_SECTION}.textconv", where)
+    if command and not command.endswith(_ENDING):
+        notes.append(f"left as it is: {_SECTION}.textconv = {printable(command)}")
+    else:
+        found = [name for name in (f"{_SECTION}.textconv", f"{_SECTION}.cachetextconv") if configured(name, where)]
+        commands += [("config", where, "--unset-all", name) for name in found]
+        said += [f"git config {where}: removed {name}" for name in found]
     said += _forget(commands)
     return Changes((path, text) if text != before else None, tuple(commands), tuple(said), tuple(notes))
 
@@ -81,7 +94,7 @@ def apply_changes(changes: Changes) -> None:
     """Write the file of attributes, and run git. Raises ``OutputError`` and ``GitError``."""
     if changes.attributes is not None:
         path, text = changes.attributes
-        if text:
+        if text or os.path.islink(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_small_file(prepare_target(path, force=True), text.encode(errors="surrogateescape"))
         else:
@@ -114,10 +127,13 @@ def _attributes_file(*, everywhere: bool) -> tuple[str, str]:
     """Return the path of the file of attributes, and its name for messages."""
     if not everywhere:
         try:
-            return os.path.join(top_folder(), _FILE), _FILE
+            path = os.path.join(top_folder(), _FILE)
         except NotInRepositoryError as error:
             error.hint = "--global is for all repositories of this user"
             raise
+        if os.path.islink(path):  # of whoever made the repository, to any file of this machine
+            raise OutputError("is a link, which git does not read", hint="make it a file", path=_FILE)
+        return path, _FILE
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     given = run_git("config", "--global", "--type=path", "--get", "core.attributesFile", allowed=(1,))
     path = os.path.abspath(given.removesuffix("\n") or os.path.join(home, "git", "attributes"))
@@ -162,7 +178,7 @@ def _command() -> str:
     program = os.path.join(os.path.dirname(sys.executable), "ckpt")
     # -P: the current folder is that of a repository, which may have files of other people with the names of modules.
     words = [program] if os.path.exists(program) else [sys.executable, "-P", "-m", "ckptkit"]
-    return f"{shlex.join(words)} git textconv --"
+    return f"{shlex.join(words)}{_ENDING}"
 
 
 def _forget(commands: list[tuple[str, ...]]) -> Iterator[str]:

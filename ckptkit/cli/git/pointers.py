@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from ckptkit.cli.git.repository import NotInRepositoryError, common_folder, configured
+from ckptkit.cli.git.repository import GitError, common_folder, configured
 
 __all__ = ["Pointer", "object_path", "read_pointer"]
 
@@ -38,7 +38,7 @@ def object_path(pointer: Pointer) -> str | None:
     """Return the path of the object in the repository of the current directory, or None where it is not there."""
     try:
         folder = common_folder()
-    except NotInRepositoryError:
+    except GitError:  # git may be missing, or refuse a folder of another user
         return None
     # Git LFS takes a relative lfs.storage from the folder of git, not from the working tree.
     storage = os.path.join(folder, os.path.expanduser(configured("lfs.storage") or "lfs"))

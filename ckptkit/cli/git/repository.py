@@ -71,8 +71,9 @@ def _run(*arguments: str, data: bytes, out: int) -> subprocess.CompletedProcess[
 
 def _error(arguments: tuple[str, ...], done: subprocess.CompletedProcess[bytes]) -> GitError:
     said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-    reason = printable(said[0].removeprefix("fatal: ").removeprefix("error: "))
-    if any(text in said[0] for text in _NO_REPOSITORY):
+    first = next((line for line in said if line.startswith(("fatal: ", "error: "))), said[0])  # warnings may be above
+    reason = printable(first.removeprefix("fatal: ").removeprefix("error: "))
+    if any(text in first for text in _NO_REPOSITORY):
         return NotInRepositoryError("the current directory is not in a git repository with a working tree")
     return GitError(f"git {arguments[0]}: {reason}")
 

@@ -10,10 +10,10 @@ LIVE_PREFIX = "py:"
 
 
 def is_live_path(path: str) -> bool:
-    """Return whether ``path`` is ``py:`` and the name of a callable, whose code may run.
+    """Return whether ``path`` is ``py:`` and the name of a callable, so that its code may run.
 
-    A file or a link of that name is meant where a shell or a hook lists the files of a folder, also with ``::`` and a
-    key behind it. No code runs for it.
+    Where a file or a link has that name, it is meant, also with ``::`` and a key behind it: a shell and a hook list the
+    files of a folder. No code runs for it.
     """
     if not path.startswith(LIVE_PREFIX):
         return False
