@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["local_processes", "threads_of_worker"]
+__all__ = ["limit_process", "local_processes", "threads_of_worker"]
 
 _THREADS: Final = "OMP_NUM_THREADS"  # Ray, Dask and joblib set it in their workers, and torch obeys it
 _NOT_FOR_WORKERS: Final = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to all processes of a command
@@ -25,6 +26,17 @@ def threads_of_worker() -> int:
     """Return how many threads a task may use in this process: ``OMP_NUM_THREADS``, or 1 where it is not set."""
     given = os.environ.get(_THREADS, "").split(",")[0].strip()
     return max(int(given), 1) if given.isdecimal() and given.isascii() else 1
+
+
+def limit_process(threads: int) -> None:
+    """Let torch use at most so many threads in this process, also where it is imported later.
+
+    In a process that was forked from one with threads of torch, torch would wait for them without end.
+    """
+    os.environ.setdefault(_THREADS, str(threads))
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > threads:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from typing import Final, TypeVar
 
 from ckptkit.errors import CkptkitError, WorkerError
-from ckptkit.tasks.processes import threads_of_worker
+from ckptkit.tasks.processes import limit_process, threads_of_worker
 from ckptkit.values.workers import limited_threads
 
 __all__ = ["run_tasks"]
@@ -92,14 +93,17 @@ def _submit(
     executor: Executor, function: Callable[[_Task], _Result], task: _Task, name: Callable[[_Task], str]
 ) -> Future[_Result]:
     try:
-        return executor.submit(_run, function, task)
+        return executor.submit(_run, function, task, os.getpid())
     except BrokenExecutor:
         raise _worker_error(name(task)) from None
 
 
-def _run(function: Callable[[_Task], _Result], task: _Task) -> _Result:
-    """Do a task in a worker."""
-    with limited_threads(threads_of_worker()):
+def _run(function: Callable[[_Task], _Result], task: _Task, caller: int) -> _Result:
+    """Do a task in a worker, for the process ``caller``."""
+    threads = threads_of_worker()
+    if os.getpid() != caller:
+        limit_process(threads)
+    with limited_threads(threads):
         return function(task)
 
 

@@ -418,6 +418,21 @@ def test_executors_of_others(kind: str, models: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
+def test_processes_forked_beside_threads_of_torch(models: Path, tmp_path: Path) -> None:
+    """Torch would wait in them for threads that a fork does not copy: a task leaves it one thread."""
+    source, threads = models / "a.safetensors", torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.rand(500, 500).exp().sum()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+            output = choose_output(tmp_path / "out", max_shard_size="200kB")
+            written = execute(plan_remap(source), source, output, executor=executor, verify=True)  # torch compares
+            assert executor.submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert written.verified is not None
+
+
 def test_input_that_changes_between_tasks(models: Path, tmp_path: Path) -> None:
     """Workers refuse another version, the error names the path as it was given, and no shard is kept."""
     source = tmp_path / "in.safetensors"

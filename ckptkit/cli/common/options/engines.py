@@ -18,9 +18,6 @@ from ckptkit.errors import CkptkitError
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
 __all__ = ["Engine", "engine_options"]
 
 _ENGINES: Final = ("ray",)
