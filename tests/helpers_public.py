@@ -25,14 +25,15 @@ def public_functions() -> dict[str, Callable[..., object]]:
 def public_methods() -> dict[str, Callable[..., object]]:
     """Return each method with arguments of a public class as ``Class.method``, under the public class that defines it.
 
-    Methods that another library defines, such as ``Mapping.get``, are left out.
+    Methods that another library defines, such as ``Mapping.get`` and ``Executor.submit``, are left out.
     """
     classes = {value for value in public_names().values() if isinstance(value, type)}
     methods: dict[str, Callable[..., object]] = {}
     for cls in classes:
         for name, function in inspect.getmembers(cls, inspect.isfunction):
             owner = next(base for base in cls.__mro__ if name in vars(base))
-            is_own = owner is cls or owner not in classes
+            others = [base for base in cls.__mro__ if not base.__module__.startswith("ckptkit.") and base is not object]
+            is_own = (owner is cls or owner not in classes) and not any(name in vars(base) for base in others)
             if name.startswith("_") or not function.__module__.startswith("ckptkit.") or not is_own:
                 continue
             if len(inspect.signature(function).parameters) > 1:

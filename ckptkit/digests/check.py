@@ -141,8 +141,8 @@ def check_digests(
         ChangedError: A file changes while it is read.
 
     Example:
-        >>> recorded = digest({"a": torch.zeros(2), "b": torch.ones(2)})
-        >>> check_digests(recorded, {"a": torch.ones(2), "b": torch.ones(2)}).different
+        >>> recorded = ckptkit.digest({"a": torch.zeros(2), "b": torch.ones(2)})
+        >>> ckptkit.check_digests(recorded, {"a": torch.ones(2), "b": torch.ones(2)}).different
         ('a',)
     """
     require_flags(skip_unread=skip_unread)
