@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ckptkit.cli.common.printing import print_message
 from ckptkit.render.github import Annotation, command_lines
 from tests.helpers_actions import Runner
 from tests.helpers_cli import ROOT, run_ckpt
@@ -43,6 +44,26 @@ def test_names_cannot_be_commands(
     for command in ("show", "stats", "digest"):
         assert Runner().read(run_ckpt(capsys, command, name, "--format", "actions").out) == []
     assert Runner().read(run_ckpt(capsys, "diff", name, TEN, "--format", "actions").out)[0][0] == "error"
+
+
+def test_messages_cannot_be_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runner reads stderr too: a name in an error is not a command, and one can still read it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    (tmp_path / "a##[set-output name=b;]c.pt").write_bytes(b"no")
+    for path in ("a##[set-output name=b;]c.pt", "x##[error]y.pt"):
+        ran = run_ckpt(capsys, "show", path, "--format", "actions")
+        assert (ran.code, Runner().read(f"{ran.out}\n{ran.err}")) == (2, [])
+        assert path.replace("##", r"#\x23") in ran.err
+    ran = run_ckpt(capsys, "check", "x##[error]y.pt", "--format", "actions")
+    assert (ran.code, ran.err) == (2, "")
+    ((kind, properties, message),) = Runner().read(ran.out)
+    assert (kind, properties["title"]) == ("error", "unreadable")
+    assert message == "x##[error]y.pt: no such file or directory"
+    print_message("::error::forged")
+    assert Runner().read(capsys.readouterr().err) == []
 
 
 def test_annotations_are_escaped_and_few() -> None:

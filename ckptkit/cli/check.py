@@ -80,7 +80,9 @@ def check(
             run_checks, rules=rules, like=like, fast=fast, values=not no_values, ignore=ignore,
             executor=stack.enter_context(engine.executor()),
         )  # fmt: skip
-        checked, unopened = _check_all(paths, run, entries, engine, hidden=fast or quiet)
+        # The page of a job shows only what is in a report.
+        reported = len(paths) > 1 or report_format is ReportFormat.ACTIONS
+        checked, unopened = _check_all(paths, run, entries, engine, reported=reported, hidden=fast or quiet)
         report = merge_reports(_without_used_entries(checked))
     write_html(html, report, quiet=quiet)
     echo_result(report_format, report)
@@ -93,9 +95,10 @@ def _check_all(
     ignore: Sequence[IgnoreEntry],
     engine: Engine,
     *,
+    reported: bool,
     hidden: bool,
 ) -> tuple[list[CheckReport], bool]:
-    """Return the findings at each path, and whether one of several paths could not be opened."""
+    """Return the findings at each path, and whether one could not be opened, which raises unless it is ``reported``."""
     checked: list[CheckReport] = []
     unopened = False
     for path in paths:
@@ -105,7 +108,7 @@ def _check_all(
                 with progress_bar(size, "reading", hidden=hidden) as progress:
                     checked.append(run(engine.input(path, checkpoint), progress=progress))
         except CkptkitError as error:
-            if len(paths) == 1 or isinstance(error, RuleError):
+            if not reported or isinstance(error, RuleError):
                 raise
             report = CheckReport((unreadable_finding(error, path),), checkpoint=CheckpointSummary(path))
             checked.append(ignore_findings(report, ignore))

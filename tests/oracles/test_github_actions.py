@@ -53,6 +53,14 @@ def test_the_action_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     code, out, outputs = step(action, hostile, folder)
     assert {(kind, properties["title"]) for kind, properties, _ in Runner().read(out)} == {("error", "unreadable")}
     assert (code, outputs, sorted(os.listdir(folder))) == (2, {"exit-code": "2"}, ["a", "bad.safetensors"])
+    odd = folder / "a" / os.fsdecode(b"\xff##[error]\xc3\xa9.pt")
+    odd.write_bytes(TEN.read_bytes())
+    for encoding in ("utf-8:strict", "cp1252"):  # a terminal, and a pipe on Windows
+        monkeypatch.setenv("PYTHONIOENCODING", encoding)
+        code, out, outputs = step(action, {"command": "show", "paths": "a/*.pt"}, folder)
+        assert (code, Runner().read(out), "udcff##[error]\xe9.pt" in out) == (0, [], True)
+    monkeypatch.delenv("PYTHONIOENCODING")
+    odd.unlink()
     code, out, outputs = step(action, {"command": "show", "paths": "100%.pt"}, folder)
     assert Runner().read(out) == [("error", {"title": "ckpt"}, "ckpt: 100%.pt: no such file or directory")]
     (folder / "groups.toml").write_text('[[group]]\nname = "head"\nparams = "fc3.*"\n', encoding="ascii")

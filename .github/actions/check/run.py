@@ -12,13 +12,15 @@ import sys
 
 def main() -> int:
     """Return the exit code of the step."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names of files may be in no encoding
     command = shlex.split(os.environ["CKPT_COMMAND"])
     arguments = shlex.split(os.environ["CKPT_ARGS"])
     lines = [line.strip() for line in os.environ["CKPT_PATHS"].splitlines()]
     paths = [path for line in lines if line for path in _found(line)]
     words = ["ckpt", *command, "--format", "actions", *arguments, *(["--", *paths] if paths else [])]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}  # Windows has another for a pipe
     try:
-        done = subprocess.run(words, capture_output=True, check=False)  # noqa: S603 - no shell
+        done = subprocess.run(words, capture_output=True, env=environment, check=False)  # noqa: S603 - no shell
         code, out, messages = done.returncode, _text(done.stdout), _text(done.stderr)
     except FileNotFoundError:
         code, out, messages = 2, "", "ckpt: is not installed, or not on PATH\n"

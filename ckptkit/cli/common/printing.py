@@ -68,8 +68,13 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def print_message(message: str) -> None:
-    """Print a message on stderr as one line, without control characters."""
-    click.echo(one_line(message), file=sys.stderr)
+    """Print a message on stderr as one line, without control characters and commands of a workflow of GitHub."""
+    line = one_line(message)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        # The runner reads stderr too: it takes a line that begins with ::, and what begins with ##[ anywhere in a line.
+        line = line.replace("##[", r"#\x23[")
+        line = line.replace("::", r":\x3a", 1) if line.lstrip().startswith("::") else line
+    click.echo(line, file=sys.stderr)
 
 
 def echo_result(
