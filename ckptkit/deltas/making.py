@@ -13,13 +13,14 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.payload import self_writing
 from ckptkit.core.checkpoint.provenance import own_version
 from ckptkit.core.files.places import is_url, name_of, parent_of
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import listed, quoted
 from ckptkit.core.ties import first_of_ties, overlapping_tensors
 from ckptkit.deltas.delta import Delta, make_result
 from ckptkit.deltas.patch import Patch, Side, contents_of
 from ckptkit.deltas.patch_file import PatchContents, patch_contents, read_patch
-from ckptkit.deltas.planning import BASE, plan_of_patch, refuse_patch
+from ckptkit.deltas.planning import BASE, PATCH, patched_steps, refuse_patch
 from ckptkit.digests import digests_by_key
 from ckptkit.errors import ChangedError, CkptkitError, PlanError
 from ckptkit.formats import open_checkpoint
@@ -240,10 +241,11 @@ class _Making:
             with open_checkpoint(path) as written:
                 if read_patch(written) != patch:
                     raise wrong_output("the patch was not written as planned", target.given)
-                steps = [step for step in plan_of_patch(self.base, written).steps if step.sources[-1].role != BASE]
+                with pause_gc():
+                    steps = [step for step in patched_steps(patch) if step.sources[-1].role == PATCH]
                 if not steps:
                     return
-                with opened_inputs(steps, {BASE: self.base, "patch": written}) as inputs:
+                with opened_inputs(steps, {BASE: self.base, PATCH: written}) as inputs:
                     for payload in merge_extents(inputs.payload(step.out) for step in steps):
                         computed = self_writing(payload)
                         for _ in () if computed is None else computed.write_to(NullSink(), 0):

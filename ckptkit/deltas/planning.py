@@ -16,7 +16,7 @@ from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import dropped_entries, refuse_suspicious
 from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["BASE", "PATCH", "plan_apply_delta", "plan_of_patch", "refuse_patch"]
+__all__ = ["BASE", "PATCH", "patched_steps", "plan_apply_delta", "plan_of_patch", "refuse_patch"]
 
 BASE, PATCH = "base", "patch"  # the roles of the plan
 _NOT_WANTED = "not in the checkpoint that the patch makes"
@@ -60,7 +60,7 @@ def plan_of_patch(base: Checkpoint, packed: Checkpoint) -> Plan:
     refuse_suspicious(base, BASE)
     _refuse_other_headers(base, patch)
     with pause_gc():
-        steps = tuple(_steps(patch))
+        steps = tuple(patched_steps(patch))
     kept = {*patch.result.infos, *patch.renamed.values()}
     dropped = [Dropped(BASE, key, _NOT_WANTED) for key in patch.base.infos if key not in kept]
     dropped += dropped_entries(base, BASE)
@@ -89,7 +89,8 @@ def _refuse_other_headers(base: Checkpoint, patch: Patch) -> None:
             raise other_base(base, f"it has {quoted(key)} too", patch.base_name)
 
 
-def _steps(patch: Patch) -> Iterator[Step]:
+def patched_steps(patch: Patch) -> Iterator[Step]:
+    """Yield the step of each tensor of the result, in its order."""
     first_of_tie = {key: keys[0] for keys in patch.ties for key in keys[1:]}
     for key, info in patch.result.infos.items():
         made = first_of_tie.get(key, key)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "most_packed", "pack_block", "unpack_block"]
 
 BLOCK: Final = 1 << 20  # bytes of the tensor; a multiple of the size of every dtype
-_TINY: Final = 48  # bytes of a block that is stored as it is
+_TINY: Final = 64  # bytes of a block that is stored as it is
 # How a block is packed, its first byte: the new bytes themselves, or the XOR or the steps between base and new numbers.
 _WHOLE, _XOR, _STEPS = range(3)
 _SORTED: Final = 4  # added where the numbers are in the order of ``by_exponent``

@@ -52,9 +52,10 @@ class Packed:
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes; the spool must be open."""
+        blocks = self.spool.chunks(self.start, self.size)
         if self.rows:
-            yield self.rows
-        yield from self.spool.chunks(self.start, self.size)
+            yield self.rows + next(blocks, b"")
+        yield from blocks
 
 
 def pack_changes(

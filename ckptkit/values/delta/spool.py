@@ -21,17 +21,29 @@ class Spool(Closing):
         """Make the file in ``directory``, by default where the system has its temporary files."""
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - closed with the spool
         self.size = 0
+        self._waiting: list[bytes] = []  # the last bytes, which are not in the file yet
+        self._waiting_size = 0
 
     def append(self, data: bytes) -> None:
         """Write ``data`` behind all other bytes."""
-        view = memoryview(data)
+        self._waiting.append(data)
+        self._waiting_size += len(data)
+        self.size += len(data)
+        if self._waiting_size >= _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        view, start = memoryview(b"".join(self._waiting)), self.size - self._waiting_size
         while view:
-            count = os.pwrite(self._file.fileno(), view, self.size)
-            self.size += count
+            count = os.pwrite(self._file.fileno(), view, start)
+            start += count
             view = view[count:]
+        self._waiting, self._waiting_size = [], 0
 
     def chunks(self, start: int, nbytes: int) -> Iterator[bytes]:
         """Yield ``nbytes`` bytes from byte ``start``."""
+        if self._waiting_size:
+            self._flush()
         end = start + nbytes
         while start < end:
             data = os.pread(self._file.fileno(), min(_CHUNK, end - start), start)
