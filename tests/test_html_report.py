@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckptkit
+from ckptkit.errors import OutputError
 from ckptkit.render.html import blocks, histograms, report
 from ckptkit.render.html.report import START_BYTES, is_report
 from tests.helpers_cli import ROOT, run_ckpt
@@ -255,3 +256,19 @@ def test_the_head_names_the_model_and_what_was_given_with_it(
     tree = Tree(path.read_text(encoding="utf-8"))
     assert tree.texts("dt") == ["model", "groups"]
     assert {TEN, "preset no-decay"} <= set(tree.texts("code"))
+
+
+def test_the_result_is_printed_even_where_its_report_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error while the report is written costs nobody a result that took hours."""
+    without = run_ckpt(capsys, *DIFF)
+
+    def refuse(*_: object) -> None:
+        raise OutputError("not enough disk space", path="r.html")
+
+    monkeypatch.setattr("ckptkit.formats.writing.outputs.write_small_file", refuse)
+    failed = run_ckpt(capsys, *DIFF, "--html", tmp_path / "r.html")
+    assert (failed.out, failed.code) == (without.out, 2)
+    assert "not enough disk space" in failed.err
+    assert not list(tmp_path.iterdir())

@@ -163,11 +163,12 @@ def test_orders_are_merged() -> None:
 
 def test_heatmap_tells_each_kind_of_change() -> None:
     """Equal, changed, not finite, missing, unexpected and reshaped tensors each have their own look."""
-    before = llama() | {"zero": torch.zeros(2)}
+    before = llama() | {"zero": torch.zeros(2), "cast": torch.ones(2)}
     after = {key: value.clone() for key, value in before.items()}
     after["model.layers.1.attn.q.weight"] += 0.5
     after["model.layers.2.attn.q.weight"][0] = math.nan
     after["zero"] += 1
+    after["cast"] = after["cast"].to(torch.bfloat16)
     after["model.layers.1.norm.weight"] = torch.ones(3)
     after["more.weight"] = torch.ones(1)
     del after["head.weight"]
@@ -178,7 +179,8 @@ def test_heatmap_tells_each_kind_of_change() -> None:
     assert marked(picture, "ck-plus") == ["more.weight: unexpected"]
     assert marked(picture, "ck-crossed") == ["model.layers.1.norm.weight: another shape"]
     assert marked(picture, "ck-ring") == ["zero: was all zero; the largest difference is 1"]
-    assert len(marked(picture, "ck-same")) == len(before) - 5
+    assert marked(picture, "ck-s0") == ["cast: equal numbers of another dtype"]
+    assert len(marked(picture, "ck-same")) == len(before) - 6
     assert "model.layers.1.attn.q.weight: relative L2 0.5" in tips(picture)
     assert len(tips(picture)) == len(before) + 1
     assert "1 missing" in picture.summary

@@ -16,7 +16,7 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.options.engines import Engine, engine_options
-from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.html_report import html_option, printed_in_any_case, write_html
 from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, progress_bar
 from ckptkit.cli.common.wildcards import expand_urls
@@ -84,8 +84,8 @@ def check(
         reported = len(paths) > 1 or report_format is ReportFormat.ACTIONS
         checked, unopened = _check_all(paths, run, entries, engine, reported=reported, hidden=fast or quiet)
         report = merge_reports(_without_used_entries(checked))
-    write_html(html, report, quiet=quiet)
-    echo_result(report_format, report)
+    with printed_in_any_case(partial(echo_result, report_format, report)):
+        write_html(html, report, quiet=quiet)
     context.exit(2 if unopened else exit_code(report))
 
 

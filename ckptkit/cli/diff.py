@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +21,7 @@ from ckptkit.cli.common.options import (
     requirement_options,
 )
 from ckptkit.cli.common.options.engines import Engine, engine_options
-from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.html_report import html_option, printed_in_any_case, write_html
 from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.comparison import StateDictDiff
@@ -142,22 +143,18 @@ def diff(
                     expect_changed=expect_changed, max_rel_l2=max_rel_l2, progress=progress, executor=executor,
                 )  # fmt: skip
         is_all = expand or everything
-        if html is not None:
-            both = _both_sides(result, left, right, dequantize=dtype or dequantize, quiet=quiet)
-            write_html(html, result, quiet=quiet, both_sides=both)
         if reads:
             for side, path in ((left, expected), (right, found)):
                 note_what_is_beside(side, path, "compared", quiet=quiet)
         is_answered = answers_first(result, expand=expand, everything=everything)
-        echo_result(
-            report_format,
-            result,
-            colours=_COLOURS,
-            expand=expand,
-            everything=everything,
-            with_hints=is_answered and not quiet,
-            depth=depth,
-        )
+        echo = partial(
+            echo_result, report_format, result, colours=_COLOURS, expand=expand, everything=everything,
+            with_hints=is_answered and not quiet, depth=depth,
+        )  # fmt: skip
+        with printed_in_any_case(echo):
+            if html is not None:
+                both = _both_sides(result, left, right, dequantize=dtype or dequantize, quiet=quiet)
+                write_html(html, result, quiet=quiet, both_sides=both)
         if not quiet:
             # The JSON document and the beginning of the page have them.
             hints = () if report_format is ReportFormat.JSON or is_answered else hints_below(result)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from ckptkit.cli.common.commands import CommandGroup
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
-from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.html_report import html_option, printed_in_any_case, write_html
 from ckptkit.cli.common.options.specs import (
     SpecSource,
     model_option,
@@ -63,8 +64,8 @@ def table(source: SpecSource, *, model: str, html: Target | None, report_format:
             assignment = assign(parameter_table(found), spec)
             assignment.report.raise_for_errors()
     plan = assignment.plan
-    write_html(html, plan, quiet=quiet, about={"model": model, "groups": source.label})
-    echo_result(report_format, plan)
+    with printed_in_any_case(partial(echo_result, report_format, plan)):
+        write_html(html, plan, quiet=quiet, about={"model": model, "groups": source.label})
     for finding in () if quiet else assignment.report.findings:
         print_message(f"ckpt: {finding.severity}: {finding.message}")
 

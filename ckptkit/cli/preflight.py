@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import click
 
@@ -19,7 +20,7 @@ from ckptkit.cli.common.options import (
     report_options,
     requirement_options,
 )
-from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.html_report import html_option, printed_in_any_case, write_html
 from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.options.specs import model_option
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
@@ -148,8 +149,8 @@ def preflight(
     about = {
         "model": model, "init": init, "groups": groups, "optimizer": optimizer, "resume": resume, "dry step": dry_step,
     }  # fmt: skip
-    write_html(html, report, quiet=quiet, about=about)
-    echo_result(report_format, report, expand=expand)
+    with printed_in_any_case(partial(echo_result, report_format, report, expand=expand)):
+        write_html(html, report, quiet=quiet, about=about)
     context.exit(exit_code(report))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from ckptkit.cli.common.commands import Command
@@ -16,7 +18,7 @@ from ckptkit.cli.common.options import (
     report_options,
 )
 from ckptkit.cli.common.options.engines import Engine, engine_options
-from ckptkit.cli.common.options.html_report import html_option, write_html
+from ckptkit.cli.common.options.html_report import html_option, printed_in_any_case, write_html
 from ckptkit.cli.common.printing import ReportFormat, echo_result, progress_bar
 from ckptkit.core.config_files import default_error_path
 from ckptkit.formats.writing.state import Target
@@ -77,5 +79,6 @@ def stats(
                 dequantize=dtype or dequantize, progress=progress, executor=executor,
             )  # fmt: skip
         view = StatsView(depth, sort, top)
-        write_html(html, result, quiet=quiet, chosen={"view": view})
-        echo_result(report_format, result, chosen={"view": view}, expand=expand or sort is not None)
+        echo = partial(echo_result, report_format, result, chosen={"view": view}, expand=expand or sort is not None)
+        with printed_in_any_case(echo):
+            write_html(html, result, quiet=quiet, chosen={"view": view})

@@ -31,7 +31,7 @@ from ckptkit.render.pictures.svg import (
     text_width,
 )
 
-__all__ = ["MISSING", "OTHER_SHAPE", "UNEXPECTED", "State", "changes_picture", "states_of_values"]
+__all__ = ["MISSING", "OTHER_SHAPE", "UNEXPECTED", "State", "cast_state", "changes_picture", "states_of_values"]
 
 _NAMES: Final = 146
 _ROW: Final = 14
@@ -68,6 +68,11 @@ def states_of_values(values: ValueDiff) -> dict[str, State]:
     states = dict.fromkeys(values.keys, _IDENTICAL)
     states |= {name: _state(one) for one in (*values.within, *values.different) for name in one.names}
     return states | {one.key: State(DOT, f"not compared: {one.reason}") for one in values.skipped}
+
+
+def cast_state(state: State) -> State:
+    """Return the state of a tensor that has another dtype on the other side: its bytes are not identical."""
+    return State(_BYTES, "equal numbers of another dtype") if state == _IDENTICAL else state
 
 
 def _state(one: ValueDifference) -> State:
@@ -109,6 +114,8 @@ def _description(states: Mapping[str, State]) -> str:
         return f"{plural(len(states), 'tensor')}: {listed}."
     low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     least, most = short_number(sizes[low], 3), short_number(sizes[high], 3)
+    if low == high:
+        return f"{plural(len(states), 'tensor')}: {listed}. The relative L2 of {printable(low)} is {least}."
     return (
         f"{plural(len(states), 'tensor')}: {listed}. The relative L2 of what changed is from {least} "
         f"({printable(low)}) to {most} ({printable(high)})."

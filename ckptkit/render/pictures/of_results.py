@@ -76,11 +76,19 @@ def values_pictures(result: ValueDiff) -> tuple[Picture, ...]:
 def _changes(result: StateDictDiff) -> Picture | None:
     if result.values is None:
         return None
-    from ckptkit.render.pictures.changes import MISSING, OTHER_SHAPE, UNEXPECTED, changes_picture, states_of_values
+    from ckptkit.render.pictures.changes import (
+        MISSING,
+        OTHER_SHAPE,
+        UNEXPECTED,
+        cast_state,
+        changes_picture,
+        states_of_values,
+    )
 
     states = {info.key: MISSING for info in result.missing}
     states |= {pair.key: OTHER_SHAPE for pair in result.shape_mismatched}
     states |= states_of_values(result.values)
+    states |= {pair.key: cast_state(states[pair.key]) for pair in result.dtype_mismatched if pair.key in states}
     in_order = {key: states[key] for key in result.expected if key in states}
     return changes_picture(in_order | {result.names.get(info.key, info.key): UNEXPECTED for info in result.unexpected})
 

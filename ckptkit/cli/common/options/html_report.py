@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,14 @@ from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.common.printing import print_message
 from ckptkit.core.files.places import open_source
 from ckptkit.core.text import human_bytes, printable
-from ckptkit.errors import OutputError
+from ckptkit.errors import CkptkitError, OutputError
 from ckptkit.formats.writing.state import Target
 
 if TYPE_CHECKING:
     from ckptkit.core.result import Result
     from ckptkit.render.html.histograms import BothSides
 
-__all__ = ["html_option", "write_html"]
+__all__ = ["html_option", "printed_in_any_case", "write_html"]
 
 _STDOUT = "-"
 _option = click.option(
@@ -45,7 +45,7 @@ def _target(path: str) -> Target:
     from ckptkit.formats.writing.targets import output_path, prepare_target
     from ckptkit.render.html.report import START_BYTES, is_report
 
-    if path == _STDOUT:
+    if path in ("", _STDOUT):
         raise click.UsageError("--html needs the name of a file, since the result itself is printed on stdout")
     path = output_path(path)
     target = prepare_target(path, force=True)
@@ -56,6 +56,17 @@ def _target(path: str) -> Target:
             reason = "already exists and is not a report of ckptkit, so --html does not replace it"
             raise OutputError(reason, hint="give a new name", path=path)
     return target
+
+
+@contextmanager
+def printed_in_any_case(echo: Callable[[], None]) -> Iterator[None]:
+    """Print a result with ``echo`` after the body has written its report, and also before an error of the body."""
+    try:
+        yield
+    except CkptkitError:  # the result may have taken hours
+        echo()
+        raise
+    echo()
 
 
 def write_html(
