@@ -270,6 +270,23 @@ def test_frozen_compares_the_revisions_that_are_named(tmp_path: Path, monkeypatc
     assert "nothing was compared" in ckpt(folder, "frozen", "m/a.safetensors", *options)
 
 
+def test_frozen_takes_a_mapping_of_a_training_checkpoint(tmp_path: Path) -> None:
+    """``FILE::KEY`` does what the error about several mappings proposes, also where the file is not here any more."""
+    folder = repository(tmp_path / "repo")
+    for number in (1.0, 2.0):
+        both = {"model": {"a": torch.full((2,), number), "b": torch.ones(2)}, "ema": {"a": torch.ones(2)}}
+        torch.save(both, folder / "run.pt")
+        commit(folder, str(number))
+    options = ("--base", "HEAD~1", "--expect-frozen", "a")
+    said = ckpt(folder, "frozen", "run.pt", *options, code=2)
+    assert "select one by adding '::model', '::ema' to the path" in said
+    (folder / "run.pt").unlink()
+    assert "1 of 1 tensor is not frozen" in ckpt(folder, "frozen", "run.pt::model", *options, code=1)
+    assert "run.pt at ::ema: no findings; 1 tensor that" in ckpt(folder, "frozen", "run.pt::ema", *options)
+    assert "error: HEAD~1:run.pt: holds nothing at" in ckpt(folder, "frozen", "run.pt::nothing", *options, code=2)
+    assert "is not staged" in ckpt(folder, "frozen", "no.pt::model", *options, code=2)
+
+
 @needs_lfs
 def test_lfs(tmp_path: Path) -> None:
     """Below ``git lfs track``, a diff shows tensors: of files, and of pointers whose objects are here, wherever."""

@@ -141,9 +141,9 @@ def frozen(
 ) -> None:
     """Check that a commit does not change tensors that must be frozen.
 
-    Compares what is staged of each FILE with its version in HEAD. A matching tensor must have the same key, shape and
-    values. Where pre-commit compares two revisions, the second is compared with the first. Exit code 0 if all are
-    equal, 1 if not, 2 if a file cannot be read.
+    Compares what is staged of each FILE with its version in HEAD; FILE::KEY is a mapping in it. A matching tensor must
+    have the same key, shape and values. Where pre-commit compares two revisions, the second is compared with the first.
+    Exit code 0 if all are equal, 1 if not, 2 if a file cannot be read.
 
     \b
     ckpt git frozen model.safetensors --expect-frozen 'backbone.*'

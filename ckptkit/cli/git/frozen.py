@@ -36,6 +36,15 @@ _OPTIONS: Final = frozenset({"--drop"})
 
 
 @dataclass(frozen=True, slots=True)
+class _Version:
+    """An object of git, its name in the repository or in full, and the mapping that is chosen inside the checkpoint."""
+
+    oid: str
+    name: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The findings about each file, and whether one of the files could not be read."""
 
@@ -66,13 +75,13 @@ def compare_staged(
     dropped = [parse_pattern(text) for text in drop]
     revision = os.environ.get(_TO) or ""
     staged = [_found(file, revision) for file in files]
-    bases = [_base(base, name) for name, _ in staged]
+    bases = [_base(base, new.name) for new in staged]
     reports: list[CheckReport] = []
     names: dict[str, None] = {}
     used: set[str] = set()
     unread = False
-    for file, (_, oid), old in zip(files, staged, bases, strict=True):
-        if old is None or old == oid:
+    for file, new, old in zip(files, staged, bases, strict=True):
+        if old is None or old.oid == new.oid:
             code = codes.NEW_FILE if old is None else codes.SAME_FILE
             text = "does not have this file, so nothing was compared" if old is None else "has the same file"
             hint = "--base REV:PATH compares with a file of another name" if old is None else ""
@@ -80,7 +89,7 @@ def compare_staged(
             reports.append(CheckReport((finding,), checkpoint=CheckpointSummary(file)))
             continue
         try:
-            with _content(old, f"{base}:{file}") as left, _content(oid, file) as right:
+            with _content(old, old.name, new.key) as left, _content(new, file, new.key) as right:
                 keys = list(dict.fromkeys((*left, *right)))
                 kept = [key for key in keys if not any(pattern.match(key) for pattern in dropped)]
                 names |= dict.fromkeys(keys)
@@ -89,7 +98,8 @@ def compare_staged(
                 report = _compared(left, right, matching, drop, base)
                 unmatched = [pattern.text for pattern in patterns if pattern not in matching]
                 notes = [codes.NO_KEY.finding("", f"no key matches {quoted(text)}") for text in unmatched]
-                summary = replace(CheckpointSummary.of(right), path=file)
+                path = file.removesuffix(f"::{new.key}")  # the envelope has the rest
+                summary = replace(CheckpointSummary.of(right), path=path)
                 reports.append(replace(report, findings=(*report.findings, *notes), checkpoint=summary))
         except CkptkitError as error:
             if isinstance(error, RuleError):
@@ -130,11 +140,14 @@ def _refuse_unused(unused: Sequence[Pattern], names: Collection[str]) -> None:
         )
 
 
-def _found(file: str, revision: str) -> tuple[str, str]:
-    """Return the name of a file in the repository, and the object of its staged version, or of that in a revision."""
+def _found(file: str, revision: str, key: str = "") -> _Version:
+    """Return the staged version of a file, or that in a revision. ``FILE::KEY`` chooses a mapping in the checkpoint."""
     version = ("ls-tree",) if revision else ("--literal-pathspecs", "ls-files", "--stage")
     arguments = (*version, "--full-name", "-z", *([revision] if revision else []), "--", file)
     found = [entry.partition("\t") for entry in run_git(*arguments).split("\0")[:-1]]
+    path, _, key_of_path = file.rpartition("::")
+    if not found and path and not key:
+        return _found(path, revision, key_of_path)
     if not found:
         what = f"is not in {printable(revision)}" if revision else "is not staged"
         hint = "git add it first; leave out a file that the commit removes"
@@ -147,11 +160,11 @@ def _found(file: str, revision: str) -> tuple[str, str]:
     words = about.split(" ")
     if not words[0].startswith(_REGULAR):
         raise GitError("is a folder, a link or a submodule in git, not a file", path=file)
-    return name, words[2 if revision else 1]
+    return _Version(words[2 if revision else 1], name, key)
 
 
-def _base(base: str, name: str) -> str | None:
-    """Return the object that a file is compared with, or None if the base does not have it."""
+def _base(base: str, name: str) -> _Version | None:
+    """Return the version that a file is compared with, or None if the base does not have it."""
     is_revision = bool(_object(f"{base}^{{tree}}"))  # HEAD@{10:00} is one too, but the rest of REV:PATH is a path
     if not is_revision and base == "HEAD":  # the first commit has no base
         return None
@@ -162,7 +175,7 @@ def _base(base: str, name: str) -> str | None:
     if oid is None or run_git("cat-file", "-t", oid).strip() != "blob":
         reason = f"{quoted(whole)} is not a revision, or a file of one"
         raise GitError(reason, hint="give --base REV or --base REV:PATH")
-    return oid
+    return _Version(oid, whole)
 
 
 def _object(name: str) -> str | None:
@@ -171,11 +184,11 @@ def _object(name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _content(oid: str, name: str) -> Iterator[Checkpoint]:
-    """Open the checkpoint that git has under ``oid``; ``name`` is what errors call it."""
+def _content(version: _Version, name: str, key: str) -> Iterator[Checkpoint]:
+    """Open the checkpoint that git has, or the mapping ``key`` in it; ``name`` is what errors call it."""
     with tempfile.TemporaryDirectory(prefix="ckpt-git-") as folder:
         path = os.path.join(folder, f"checkpoint{os.path.splitext(name_of(name))[1]}")
-        save_blob(oid, path)
+        save_blob(version.oid, path)
         pointer = read_pointer(path)
         if pointer is not None:
             found = object_path(pointer)
@@ -184,9 +197,10 @@ def _content(oid: str, name: str) -> Iterator[Checkpoint]:
                     "the Git LFS object is not in this repository", hint="git lfs fetch --all gets it", path=name
                 )
             path = found
+        chosen = f"{path}::{key}" if key else path
         try:
-            with open_checkpoint(path) as checkpoint:
+            with open_checkpoint(chosen) as checkpoint:
                 yield checkpoint
         except CkptkitError as error:
-            error.path = name if error.path == path else error.path
+            error.path = name if error.path in (path, chosen) else error.path
             raise
