@@ -296,9 +296,14 @@ def _start(ray: Any, workers: int | None) -> None:
         ray.init("local", num_cpus=workers, include_dashboard=False, **_QUIET_OPTIONS)
     except Exception as error:
         raise WorkerError(f"Ray does not start on this machine: {_first_line(error)}") from error
+    except SystemExit:  # of Ray's handler, which exits with another status
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         if before is not None:
-            signal.signal(signal.SIGTERM, before)  # Ray's handler exits with another status
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(ray: Any, address: str) -> None:
