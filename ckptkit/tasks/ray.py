@@ -110,7 +110,7 @@ class RayExecutor(Executor):
                 if future.cancelled():
                     continue
                 self._begun.add(future)
-            future.begin(self._task.remote(code_here(), call))
+            future.begin(self._task.remote(tuple(code_here()), call))  # a worker may have no ckptkit
 
     def _forget(self, future: Future[Any]) -> None:
         with self._lock:
@@ -184,7 +184,7 @@ def _task_function() -> Callable[..., tuple[str, Any]]:
     It is inside another function, so that Ray sends its code and not its name: a worker without ckptkit can answer.
     """
 
-    def run_task(wanted: tuple[str, str], call: bytes) -> tuple[str, object]:
+    def run_task(wanted: tuple[object, ...], call: bytes) -> tuple[str, object]:
         import socket
 
         from ray import cloudpickle
@@ -194,7 +194,7 @@ def _task_function() -> Callable[..., tuple[str, Any]]:
         except ImportError:
             return "other code", (socket.gethostname(), None)
         found = code_here()
-        if tuple(found) != tuple(wanted):
+        if tuple(found) != wanted:
             return "other code", (socket.gethostname(), tuple(found))
         function, args, kwargs = cloudpickle.loads(call)  # of the process that gave the task to Ray
         return "done", function(*args, **kwargs)
@@ -202,12 +202,13 @@ def _task_function() -> Callable[..., tuple[str, Any]]:
     return run_task
 
 
-def _other_code(node: str, found: tuple[str, str] | None) -> WorkerError:
+def _other_code(node: str, found: tuple[Any, ...] | None) -> WorkerError:
     if found is None:
         return WorkerError(f"ckptkit is not installed on node {node}", hint="install the same ckptkit on every node")
+    what, here, there = code_here().difference(Code(*found))
     return WorkerError(
-        f"node {node} has another ckptkit ({Code(*found)}) than this process ({code_here()})",
-        hint="install the same ckptkit on every node, and start Ray there again",
+        f"node {node} has another {what} ({there}) than this process ({here})",
+        hint=f"install the same {what} on every node, and start Ray there again",
     )
 
 

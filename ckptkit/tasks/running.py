@@ -93,12 +93,12 @@ def _submit(
     executor: Executor, function: Callable[[_Task], _Result], task: _Task, name: Callable[[_Task], str]
 ) -> Future[_Result]:
     try:
-        return executor.submit(_run, function, task, os.getpid())
+        return executor.submit(_run, os.getpid(), function, task)
     except BrokenExecutor:
         raise _worker_error(name(task)) from None
 
 
-def _run(function: Callable[[_Task], _Result], task: _Task, caller: int) -> _Result:
+def _run(caller: int, function: Callable[[_Task], _Result], task: _Task) -> _Result:
     """Do a task in a worker, for the process ``caller``."""
     threads = threads_of_worker()
     if os.getpid() != caller:

@@ -38,10 +38,11 @@ class Part(NamedTuple, Generic[_Work]):
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """An executor, and the inputs that its workers open."""
+    """An executor, the inputs that its workers open, and the same inputs as this process has opened them."""
 
     executor: Executor
     inputs: tuple[SentInput, ...]
+    opened: tuple[Checkpoint, ...]
 
     def parts_of(self, items: Sequence[_Item], nbytes: Callable[[_Item], int]) -> list[list[_Item]]:
         """Return the items in parts of about equal bytes, in order; in one part where sharing does not pay."""
@@ -59,13 +60,18 @@ class Sharing:
     def run(
         self, function: Callable[[Part[_Work]], _Result], parts: Iterable[Part[_Work]], progress: Progress | None
     ) -> Iterator[_Result]:
-        """Yield what ``function`` returns for each part, in order. Raises what ``run_tasks`` raises."""
+        """Yield what ``function`` returns for each part, in order.
+
+        Raises what ``run_tasks`` raises, and at the end ``ChangedError`` where a path names another file by then.
+        """
 
         def done(part: Part[_Work], _: _Result) -> None:
             if progress is not None:
                 progress(part.nbytes)
 
-        return run_tasks(self.executor, function, parts, name=lambda part: part.name, done=done)
+        yield from run_tasks(self.executor, function, parts, name=lambda part: part.name, done=done)
+        for checkpoint in self.opened:  # a worker cannot tell a file of the same size and time from that of the caller
+            checkpoint.check_unchanged(by_path=True)
 
 
 def require_shareable(executor: object, inputs: Mapping[str, object]) -> None:
@@ -82,7 +88,9 @@ def sharing_of(executor: Executor | None, inputs: Iterable[tuple[object, Checkpo
     """
     if executor is None:
         return None
-    return Sharing(executor, tuple(send_input(os.fsdecode(str(path)), opened) for path, opened in inputs))
+    given = list(inputs)
+    sent = tuple(send_input(os.fsdecode(str(path)), opened) for path, opened in given)
+    return Sharing(executor, sent, tuple(opened for _, opened in given))
 
 
 def name_of_part(keys: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from ckptkit import RayExecutor, choose_output, execute
 from ckptkit.cli import main
 from ckptkit.tasks import ray as ray_module
 from ckptkit.tasks.running import run_tasks
-from ckptkit.tasks.same_code import Code
+from ckptkit.tasks.same_code import Code, code_here
 from tests.helpers_outputs import names_in, sha256
 from tests.helpers_ray import LIMIT, MEMORY_GROUPS, killed_once_for_memory, slowly
 
@@ -276,6 +276,24 @@ def test_node_with_other_code_is_named(
     monkeypatch.setattr(ray_module, "code_here", lambda: Code("99.0", "ab" * 32))
     with pytest.raises(ckptkit.WorkerError, match=r"node \S+ has another ckptkit \(.*99\.0, code abababab"):
         ckptkit.digest(models["base.safetensors"], executor=executor)
+    other = code_here()._replace(libraries=("1.0", *code_here().libraries[1:]))
+    monkeypatch.setattr(ray_module, "code_here", lambda: other)
+    with pytest.raises(ckptkit.WorkerError, match=r"node \S+ has another torch \([\d.]+\) than this process \(1\.0\)"):
+        ckptkit.digest(models["base.safetensors"], executor=executor)
+
+
+def test_node_without_ckptkit_is_named(cluster: Any) -> None:
+    """A worker that cannot import ckptkit says so: nothing that Ray gives it needs ckptkit."""
+    program = (
+        "import ray, ckptkit\n"
+        "ray.init(runtime_env={'env_vars': {'PYTHONPATH': '/'}}, logging_level='ERROR')\n"
+        "print(ckptkit.RayExecutor().submit(abs, -1).exception())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd="/", text=True, capture_output=True, timeout=60, check=False,
+        env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "ckptkit is not installed on node" in run.stdout, run.stderr
 
 
 def test_address_without_a_cluster_is_told_at_once() -> None:

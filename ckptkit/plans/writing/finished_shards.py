@@ -21,6 +21,7 @@ from ckptkit.formats.writing.targets import real_path
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.writing.shard_results import ShardResult, digest_of, hash_of
+from ckptkit.tasks.same_code import LIBRARIES, version_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 _LOST_AT_MOST: Final = 5.0  # seconds of work, beside the shard that is being made; short runs are not slowed down
-_LIBRARIES: Final = ("ckptkit", "torch", "numpy", "ml_dtypes")  # other versions may round to other bits
 
 
 def refuse_to_resume(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> None:
@@ -75,7 +75,7 @@ def made_of(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> dict
     from ckptkit.plans.saved import step_to_json
 
     about = {
-        "libraries": [_library(name) for name in _LIBRARIES],
+        "libraries": [version_of(name) for name in ("ckptkit", *LIBRARIES)],
         "size": output.max_shard_size,
         "reflink": output.reflink,
         "metadata": sorted(plan.metadata.items()),
@@ -91,15 +91,6 @@ def _version(path: str) -> tuple[object, ...] | None:
     with contextlib.suppress(PathError):
         return version_at(path)
     return None
-
-
-def _library(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def staging_for(target: Target, made: Callable[[], Mapping[str, str]], *, resume: bool) -> Staging:
