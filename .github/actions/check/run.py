@@ -24,6 +24,8 @@ def main() -> int:
         code, out, messages = done.returncode, _text(done.stdout), _text(done.stderr)
     except FileNotFoundError:
         code, out, messages = 2, "", "ckpt: is not installed, or not on PATH\n"
+    except OSError as error:  # such as too many paths for one command
+        code, out, messages = 2, "", f"ckpt: {error.strerror}\n"
     # A name in a message must not be taken for a command of the workflow. The report takes care of its own names.
     token = secrets.token_hex(16)
     sys.stdout.write(f"::stop-commands::{token}\n{shlex.join(words)}\n{messages.rstrip()}\n::{token}::\n{out}")
