@@ -124,7 +124,12 @@ def test_only_the_staged_content_counts(project: Path) -> None:
 def test_the_name_of_a_file_is_never_an_option(project: Path) -> None:
     """A file that is called as an option, which another person may have added, is left out, and runs no code."""
     (project / "evil.py").write_text("open('ran', 'w')", encoding="ascii")
-    for name in ("--like=py:evil:run.safetensors", "--base=v1.safetensors", "-x.safetensors", "py:evil:run.safetensors"):
+    for name in (
+        "--like=py:evil:run.safetensors",
+        "--base=v1.safetensors",
+        "-x.safetensors",
+        "py:evil:run.safetensors",
+    ):
         shutil.copy(TEN, project / name)
     run(project, "git", "add", "-A")
     assert "py:evil:run.safetensors: no findings" in pre_commit(project, "--verbose")["ckpt-check"]
