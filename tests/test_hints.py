@@ -137,6 +137,8 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/recipes/mergekit.py: is read; --carry copies that of the base": "says what has no equal in mergekit",
     "plans/recipes/model.py: --param": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/alignment.py: --param on_missing=base": "followed by tests/test_merge_recipes_cli.py",
+    "plans/merge.py: all tensors are those of": "a note after a merge without a method, which tests/test_cli.py has",
+    "plans/inputs.py: --param non_float=max": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/alignment.py: --param non_float=base": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/provenance.py: it was written with --no-recipe": "says why there is no recipe",
     "plans/recipes/parse.py: give all inputs as many rows first": "says what to do before the merge",

@@ -378,8 +378,9 @@ def test_what_is_not_merged_has_one_line_for_each_input(
     [
         ({"extra": torch.ones(1)}, "--param on_missing=base, present or drop; or --only PATTERN"),
         ({"steps": torch.tensor([7, 8])}, "--param non_float=base, first or max chooses one"),
+        ({"steps": torch.tensor([8])}, "--param non_float=max, base or first"),
     ],
-    ids=["missing", "no float"],
+    ids=["missing", "no float", "no float, other values"],
 )
 def test_hints_name_options_where_there_is_no_recipe(
     more: dict[str, torch.Tensor], hint: str, models: dict[str, Any], capsys: pytest.CaptureFixture[str]

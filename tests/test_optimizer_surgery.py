@@ -316,6 +316,19 @@ def test_the_effects_of_loading_are_found(groups: Any, change: Any, codes: list[
     assert [finding.code for finding in report.findings] == [f"optim.{code}" for code in codes]
 
 
+def test_a_rate_that_a_scheduler_moved_is_no_finding_and_is_named() -> None:
+    """Two states of one run with a schedule agree, but not in the rate, and the report does not say that it agrees."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    first = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    scheduler.step()
+    report = optimizer_state_diff(first, optimizer.state_dict(), names=model)
+    assert report.findings == ()
+    assert str(report) == "groups, options (but lr, which a scheduler set) and shapes agree; values were not compared"
+
+
 def test_values_of_slots_are_compared_by_parameter_name() -> None:
     """With values, the comparison names the slot and the parameter whose tensor changed, and by how much."""
     model = Net()

@@ -71,15 +71,16 @@ def optimizer_state_diff(
     with opened_optimizer(saved) as saved_side, opened_optimizer(live) as live_side:
         saved_state, live_state = _named(saved_side, names), _named(live_side, names)
         findings = list(_differences(saved_state, live_state))
-        proved = "groups, options and shapes agree; values were not compared"
+        agree = f"groups, options{_but_scheduled(saved_state, live_state)} and shapes agree"
+        proved = f"{agree}; values were not compared"
         if values:
             from ckptkit.optimizer_state.values import compare_states
 
             result = compare_states(saved_state, live_state, progress)
             findings += _value_findings(result)
-            proved = f"groups, options and shapes agree, and so do the values of {plural(result.compared, 'tensor')}"
+            proved = f"{agree}, and so do the values of {plural(result.compared, 'tensor')}"
             if not result.compared:
-                proved = "groups, options and shapes agree; no tensor has values on both sides"
+                proved = f"{agree}; no tensor has values on both sides"
         return Report(tuple(findings), PlanError, proved=proved)
 
 
@@ -156,6 +157,16 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
     if without and saved.state:
         message = f"{listed(without)} saved without state"
         yield codes.COVERAGE.finding(without[0], message, "the parameter was frozen or never stepped")
+
+
+def _but_scheduled(saved: OptimizerState, live: OptimizerState) -> str:
+    """Return the part of a sentence that names the options which differ only by what a scheduler of the run set."""
+    differ: dict[str, None] = {}
+    for mine, theirs in zip(_views(live), _views(saved), strict=False):
+        for key in sorted(_scheduled(mine, theirs) & mine.options.keys() & theirs.options.keys()):
+            if not equal_values(mine.options[key], theirs.options[key]):
+                differ[key] = None
+    return f" (but {listed(differ, show=str)}, which a scheduler set)" if differ else ""
 
 
 def _scheduled(live: GroupView, saved: GroupView) -> frozenset[str]:

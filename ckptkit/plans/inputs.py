@@ -139,7 +139,8 @@ def _difference(step: Step, first: Source, source: Source, path: str | None) -> 
         return PlanError(
             f"{quoted(step.out.key)} differs in {quoted(first.role)} and {quoted(source.role)}, and is not merged, "
             "because it has no floating-point numbers",
-            hint='non_float = "base", "first" or "max" chooses one',
+            hint='--param non_float=max, base or first, or in a recipe non_float = "max", chooses one',
+            call='non_float = "base", "first" or "max" in the recipe chooses one',
             path=path,
         )
     if step.recipe is not None and step.recipe.operations[-1].name == "merge":

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.core.coverage import group_by_module
+from ckptkit.core.files.live_prefix import LIVE_PREFIX
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import first_line, nearest, plural, quoted
 from ckptkit.core.torch_bridge import get_or_none, named_of
@@ -186,6 +187,9 @@ def _optimizer_class(given: object) -> type[Any]:
     name = str(given)
     if name not in known:
         near = nearest(name, known)
+        if name.startswith(LIVE_PREFIX):
+            hint = "give the name of a class, such as AdamW; in Python, preflight() takes a live optimizer too"
+            raise GroupsError(f"{quoted(name)} is not the name of an optimizer of torch.optim", hint=hint)
         raise GroupsError(
             f"torch.optim has no optimizer {quoted(name)}",
             hint=f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}",

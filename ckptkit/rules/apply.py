@@ -462,8 +462,8 @@ def _refuse_unused(
 ) -> None:
     names = list(names)
     kept = [name for name in names if not stage.keep or matches_any(stage.keep, name)]
-    unused: list[tuple[str, bool, Pattern | None]] = [
-        (f"--keep {shell_word(pattern.text)} matches none of {plural(len(names), 'key')}", False, pattern)
+    unused: list[tuple[str, Pattern, Rule | None, Rule | None]] = [
+        (f"--keep {shell_word(pattern.text)} matches none of {plural(len(names), 'key')}", pattern, None, None)
         for pattern in stage.keep
         if not any(pattern.match(name) for name in names)
     ]
@@ -475,10 +475,14 @@ def _refuse_unused(
                 if shadow is None
                 else f"is shadowed: the earlier {shadow} matches all its keys"
             )
-            unused.append((f"{rule} {reason}", rule.optional, rule.sources[0] if shadow is None else None))
-    for message, optional, pattern in unused:
-        if not optional and not allow_unused:
-            way = suggest_pattern(pattern, names, "the checkpoint") if pattern and names else "correct it"
+            unused.append((f"{rule} {reason}", rule.sources[0], rule, shadow))
+    for message, pattern, unused_rule, earlier in unused:
+        if not (unused_rule and unused_rule.optional) and not allow_unused:
+            if earlier is not None:
+                way = "correct it" if earlier.drops else "put it before that"
+            else:
+                way = _old_name(stage.rules, unused_rule, kept) if unused_rule else ""
+                way = way or (suggest_pattern(pattern, names, "the checkpoint") if names else "correct it")
             way += "" if way.endswith("?") else ";"
             raise RuleError(
                 message,
@@ -486,6 +490,19 @@ def _refuse_unused(
                 call=f"{way} or allow it with parse_rules(..., allow_unused=True)",
             )
         notes.append(message)
+
+
+def _old_name(rules: Sequence[Rule], unused: Rule, names: Iterable[str]) -> str:
+    """Return the hint for a rule that matches only what another rule makes of a name, or the empty string."""
+    table = _pattern_table(rules)
+    for name in names:
+        if (found := _first_match(table, name)) is None or rules[found[0]].drops:
+            continue
+        rule_number, pattern_number, match = found
+        new = [template.expand(match) for template in rules[rule_number].templates[pattern_number]]
+        if any(source.match(each) for source in unused.sources for each in new):
+            return f"all rules see the old names, so match {quoted(name)}, in a rule before the one that renames it now"
+    return ""
 
 
 def _shadowing_rule(rules: Sequence[Rule], rule_number: int, names: Iterable[str]) -> Rule | None:

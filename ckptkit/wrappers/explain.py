@@ -82,7 +82,8 @@ def strip_prefix(prefix: str, keys: Collection[str]) -> Wrapping:
     Raises ``RuleError`` naming a key that does not begin with the prefix.
     """
     if not any(key.startswith(prefix) for key in keys):
-        raise RuleError(f"--strip {shell_word(prefix)} begins none of {plural(len(keys), 'key')}")
+        hint = f"the checkpoint has {listed(list(keys), 3)}" if keys else None
+        raise RuleError(f"--strip {shell_word(prefix)} begins none of {plural(len(keys), 'key')}", hint=hint)
     dotted = next((key for key in keys if key.startswith(f"{prefix}.")), None)
     if dotted is not None:
         raise RuleError(

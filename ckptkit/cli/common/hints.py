@@ -34,6 +34,14 @@ _OTHER_OPTIONS = {
     **dict.fromkeys(("fp16", "bf16", "half", "bfloat16", "float16", "precision"), "dtype"),
     **dict.fromkeys(("limit", "head"), "top"), **dict.fromkeys(("full", "long", "all-keys"), "expand"),
 }  # fmt: skip
+_MODEL_FIRST = "the model comes first, without an option: ckpt diff py:mynet:build PATH"
+_OTHER_WAYS = {  # for an option of a command that has none like it
+    **{("merge", name): "--method average computes the mean" for name in ("average", "avg", "mean", "soup")},
+    **{(name, "add-prefix"): "--rename '*=PREFIX.*' adds a prefix" for name in ("remap", "merge", "diff")},
+    **{("diff", name): _MODEL_FIRST for name in ("model", "like")},
+    ("groups validate", "optimizer"): "validate_param_groups(model, optimizer, spec=SPEC) checks a live optimizer",
+    **{(f"groups {name}", "lr"): "--set lr=X sets it for a --preset" for name in ("table", "validate", "emit")},
+}  # fmt: skip
 
 
 def hint_for_command(hint: str, options: Container[str], known: Collection[str]) -> str:
@@ -90,6 +98,9 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     elif isinstance(error, click.NoSuchOption):
         reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
         right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
+        command = context.command_path if context else ""
+        if other_way := _OTHER_WAYS.get((command.partition(" ")[2], wrong)):
+            return reason, f"{other_way}; see {command} --help"
         wrong = other if (other := _OTHER_OPTIONS.get(wrong)) in right else wrong
     elif isinstance(error, click.MissingParameter) and context and (example := _example(context, error.param)):
         return reason, f"for example {example}; see {context.command_path} --help"

@@ -109,8 +109,8 @@ class Plan(Result):
     @property
     def left_out(self) -> str:
         """The end of a sentence about the output: how many tensors and other entries are left out, if any."""
-        entries = sum(drop.is_entry for drop in self.dropped)
-        tensors = len(self.dropped) - entries
+        entries = len({drop.key for drop in self.dropped if drop.is_entry})
+        tensors = sum(not drop.is_entry for drop in self.dropped)
         counts = [
             *([plural(tensors, "tensor")] if tensors else []),
             *([plural(entries, "entry", "entries")] if entries else []),

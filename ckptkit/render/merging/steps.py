@@ -59,6 +59,8 @@ def _origin(step: Step, merge: MergedStep | None) -> str:
         return "tied"
     if merge is not None:
         return f"merged by {merge.method}"
+    if len({source.role for source in step.sources}) > 1:
+        return "the largest of all inputs"
     return "equal in all inputs" if step.equals else f"taken from {printable(step.sources[0].role)}"
 
 
