@@ -66,10 +66,20 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "no command, a model": ([MODEL], 2, "", f"hint: ckpt show '{MODEL}' shows what is in it; see ckpt show --help"),
     "other name of an option": (["stats", TEN, "--grep", "fc*"], 2, "", "hint: did you mean --keep? see ckpt stats"),
     "option of other commands": (["optim", "show", TEN, "--like", MODEL], 2, "", "hint: did you mean --model? see"),
-    "model of diff": (["diff", "--model", MODEL, TEN], 2, "", "hint: the model comes first, without an option: ckpt diff"),
+    "model of diff": (
+        ["diff", "--model", MODEL, TEN],
+        2,
+        "",
+        "hint: the model comes first, without an option: ckpt diff",
+    ),
     "prefix to add": (["remap", TEN, "-o", "x.pt", "--add-prefix", "a"], 2, "", "hint: --rename '*=PREFIX.*' adds"),
     "merge of snapshots": (["merge", TEN, TEN, "-o", "x.pt", "--avg"], 2, "", "hint: --method average computes the me"),
-    "merge without a method": (["merge", TEN, TUNED, "-o", "x.pt", "-n"], 0, "", "none of another input; --method aver"),
+    "merge without a method": (
+        ["merge", TEN, TUNED, "-o", "x.pt", "-n"],
+        0,
+        "",
+        "none of another input; --method aver",
+    ),
     "rule of new names": (
         ["remap", TEN, "-o", "x.pt", "--rename", "fc3.*=head.*", "--rename", "head.*=top.*"],
         2,
