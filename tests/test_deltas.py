@@ -280,6 +280,8 @@ def test_an_input_or_an_existing_file_is_not_replaced(folder: Path, tmp_path: Pa
     with pytest.raises(OutputError, match="exists"):
         ckptkit.make_delta(base, before(), patch)
     assert patch.read_text() == "mine"
+    with pytest.raises(OutputError, match="is the name of a directory"):
+        ckptkit.make_delta(base, before(), f"{tmp_path}/patches/")
     with pytest.raises(FormatError, match="is a patch"), pytest.warns(UserWarning, match="is a patch"):
         ckptkit.make_delta(folder / "patch.safetensors", before())
 

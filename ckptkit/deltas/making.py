@@ -33,7 +33,7 @@ from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.inputs import opened_inputs
 from ckptkit.plans.steps import dropped_entries, refuse_suspicious
-from ckptkit.values.delta import Change, Compression, Packed, Spool, pack_changes, require_compression
+from ckptkit.values.delta import Change, Compression, CountingSpool, Packed, Spool, pack_changes, require_compression
 from ckptkit.values.sinks import NullSink
 from ckptkit.values.workers import Workers
 
@@ -159,8 +159,7 @@ class _Making:
             name,
             self.new.format,
         )
-        place = None if target is None or is_url(target.path) else parent_of(target.path) or "."
-        with output_errors("" if target is None else target.given), Spool(place) as spool, Workers() as workers:
+        with output_errors("" if target is None else target.given), _spool(target) as spool, Workers() as workers:
             packed = self._packed(found, spool, workers)
             self._refuse_changes()
             contents = patch_contents(patch, packed)
@@ -264,6 +263,13 @@ class _Making:
                 yield f"{listed(keys, _MOST_NAMED)} overlap in memory, and will be apart in what the patch makes"
         if not set(self.base) & set(self.new) and not found.renamed:
             yield "no tensor has the same name on both sides; ckpt align BASE NEW finds the rules that rename one side"
+
+
+def _spool(target: Target | None) -> Spool:
+    """Return where the packed bytes wait: beside the patch, since the file system there has space for them."""
+    if target is None:
+        return CountingSpool()
+    return Spool(None if is_url(target.path) else parent_of(target.path) or ".")
 
 
 def _have_same_rows(old: TensorInfo, info: TensorInfo) -> bool:

@@ -61,6 +61,10 @@ class BlockPayload(ThreadedPayload, Generic[_Block]):
     def first_element(self, block: _Block) -> int:
         """Return the number of elements before a block."""
 
+    def first_byte(self, block: _Block) -> int:
+        """Return the number of bytes before a block."""
+        return self.first_element(block) * DTYPES[self.out.dtype].bits // 8
+
     @abstractmethod
     def make(self, block: _Block, workers: Workers) -> tuple[memoryview, Losses]:
         """Return the bytes of a block in a buffer of this thread, and the losses of their rounding."""
@@ -94,7 +98,7 @@ class BlockPayload(ThreadedPayload, Generic[_Block]):
 
         def work(block: _Block) -> tuple[int, Losses, int]:
             made, losses = self.make(block, self.workers)
-            out.write(made, offset + self._place(block))
+            out.write(made, offset + self.first_byte(block))
             return len(made), losses, zlib.crc32(made) if checksum else 0
 
         crc, found = 0, Losses()
@@ -118,12 +122,9 @@ class BlockPayload(ThreadedPayload, Generic[_Block]):
         stop = start + len(buffer)
         for block in self.blocks(start * 8 // bits, -(-stop * 8 // bits)):
             made, _ = self.make(block, self.workers)
-            place = self._place(block)
+            place = self.first_byte(block)
             begin, end = max(start, place), min(stop, place + len(made))
             buffer[begin - start : end - start] = made[begin - place : end - place]
-
-    def _place(self, block: _Block) -> int:
-        return self.first_element(block) * DTYPES[self.out.dtype].bits // 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,11 @@ def prepare_target(path: str, *, force: bool, before: PathState | None = None) -
 def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = None, *, force: bool) -> Target:
     """Return the target for a file beside the main result, such as a plan or rules.
 
-    Raises ``OutputError`` if the path is a file of an input or the output, and as ``prepare_target`` does.
+    Raises ``OutputError`` if the path is a file of an input or the output, or ends as that of a directory, and as
+    ``prepare_target`` does.
     """
+    if path.endswith("/"):
+        raise OutputError("is the name of a directory", hint="give a file name", path=path)
     path = output_path(path)
     if any(is_same_file(file, path) for file in inputs):
         raise OutputError("is an input", hint="give another name", path=path)

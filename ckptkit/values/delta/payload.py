@@ -77,6 +77,10 @@ class PatchedPayload(BlockPayload[_Block]):
         """Return the number of elements before a block."""
         return block.start * 8 // DTYPES[self.out.dtype].bits
 
+    def first_byte(self, block: _Block) -> int:
+        """Return the number of bytes before a block, which may begin within an element of 6 bits."""
+        return block.start
+
     def make(self, block: _Block, workers: Workers) -> tuple[memoryview, Losses]:
         """Return the bytes of a block in a buffer of this thread. Raises ``FormatError`` as the class says."""
         inputs = self._inputs()

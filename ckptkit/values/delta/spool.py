@@ -9,7 +9,7 @@ from typing import Final
 
 from ckptkit.core.closing import Closing
 
-__all__ = ["Spool"]
+__all__ = ["CountingSpool", "Spool"]
 
 _CHUNK: Final = 1 << 20
 
@@ -55,3 +55,18 @@ class Spool(Closing):
     def close(self) -> None:
         """Remove the file."""
         self._file.close()
+
+
+class CountingSpool(Spool):
+    """A spool without a file, which only counts the bytes; they cannot be read."""
+
+    def __init__(self) -> None:
+        """Start with no bytes."""
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        """Count the bytes of ``data``."""
+        self.size += len(data)
+
+    def close(self) -> None:
+        """Do nothing."""
