@@ -110,6 +110,8 @@ def test_text_for_git_of_anything_else_is_stable(
         ran = run_ckpt(capsys, "git", "textconv", "--", tmp_path / name)
         assert (ran.code, ran.err) == (0, "")
         texts.add(ran.out)
+    os.mkfifo(tmp_path / "pipe.bin")
+    assert run_ckpt(capsys, "git", "textconv", tmp_path / "pipe.bin").code == 2
     assert len(texts) == 1
     assert f"{len(content)} bytes" in texts.pop().replace(",", "")
 

@@ -174,7 +174,7 @@ def _base(base: str, name: str) -> _Version | None:
         return None
     if oid is None or run_git("cat-file", "-t", oid).strip() != "blob":
         reason = f"{quoted(whole)} is not a revision, or a file of one"
-        raise GitError(reason, hint="give --base REV or --base REV:PATH")
+        raise GitError(reason, hint="give --base REV or --base REV:PATH; a shallow clone has few revisions")
     return _Version(oid, whole)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 
 from ckptkit.cli.git.pointers import object_path, read_pointer
 from ckptkit.core.checkpoint.stored import has_stored_bytes
 from ckptkit.core.text import first_line, plural
 from ckptkit.digests import digests_by_key
-from ckptkit.errors import CkptkitError, one_line
+from ckptkit.errors import CkptkitError, PathError, one_line
 from ckptkit.formats import open_inside
 from ckptkit.render.show.for_git import DIGITS, lines_for_git
 from ckptkit.wrappers.envelopes import EVERYTHING
@@ -22,9 +23,12 @@ def text_of_file(path: str) -> Iterator[str]:
     """Yield the lines that stand for the file at ``path``; the name is never a URL, a live model or a part of a file.
 
     A file that cannot be read has lines too, with its size, its digest and the reason: git would show no difference of
-    any file after an error. Raises ``OSError`` only where there is no such file, or no permission to read it.
+    any file after an error. Raises ``OSError`` only where there is no such file, or no permission to read it, and
+    ``PathError`` for a folder, a pipe or a device.
     """
     path = os.path.abspath(path)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise PathError("is not a regular file", path=path)
     pointer = read_pointer(path)
     if pointer is not None:
         target = object_path(pointer)
