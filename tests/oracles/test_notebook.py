@@ -71,6 +71,8 @@ HOSTS = {
     "jupyterlab, light": ('data-jp-theme-light="true" data-jp-theme-name="JupyterLab Light"', False),
     "jupyterlab, dark": ('data-jp-theme-light="false" data-jp-theme-name="JupyterLab Dark"', True),
     "vscode, light": ('class="vscode-light" data-vscode-theme-kind="vscode-light"', False),
+    "vscode, light, high contrast": ('class="vscode-high-contrast-light vscode-high-contrast"', False),
+    "vscode, dark, high contrast": ('class="vscode-high-contrast"', True),
     "vscode, dark": ('class="vscode-dark" data-vscode-theme-kind="vscode-dark"', True),
 }
 # What JupyterLab itself says about the elements in an output.

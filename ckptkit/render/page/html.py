@@ -22,7 +22,7 @@ _STYLE: Final = (
     ".ckptkit p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.5em 0}"
     ".ckptkit .rows{max-height:26em;overflow:auto;margin:.5em 0}.ckptkit table{margin:0}"
     ".ckptkit .pictures{display:flex;flex-wrap:wrap;gap:1em 2em;margin:1em 0}"
-    ".ckptkit figure{flex:1 1 28em;max-width:36em;min-width:0;margin:0}"
+    ".ckptkit figure{flex:0 1 32em;max-width:36em;min-width:0;margin:0}"
     ".ckptkit figcaption{font-weight:600;margin:0 0 .5em}"
 )
 

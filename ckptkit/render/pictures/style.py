@@ -40,8 +40,11 @@ _RULES: Final = (
     ".ck-picture text{fill:currentColor;font-family:system-ui,-apple-system,'Segoe UI',sans-serif}"
 )
 # What hosts of notebooks say about their theme; a browser's wish for dark pages says nothing about it.
-_LIGHT_HOSTS: Final = '[data-jp-theme-light="true"],.vscode-light,html[theme="light"]'
-_DARK_HOSTS: Final = '[data-jp-theme-light="false"],.vscode-dark,.vscode-high-contrast,html[theme="dark"]'
+_LIGHT_HOSTS: Final = '[data-jp-theme-light="true"],.vscode-light,.vscode-high-contrast-light,html[theme="light"]'
+_DARK_HOSTS: Final = (  # VS Code gives its light theme of high contrast the class of the dark one too
+    '[data-jp-theme-light="false"],.vscode-dark,.vscode-high-contrast:not(.vscode-high-contrast-light),'
+    'html[theme="dark"]'
+)
 
 
 def fill_of(name: str) -> str:
