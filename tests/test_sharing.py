@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -44,6 +45,21 @@ def test_results_are_those_of_one_process(path: str, executor: Executor) -> None
     assert sum(told) == sum(
         info.nbytes for key, info in ckptkit.open_checkpoint(path).items() if key in one.tensors.numbers
     )
+
+
+def test_replaced_file_is_refused(executor: Executor, tmp_path: Path) -> None:
+    """A worker opens the file under its path, which may be another one of the same size and time of change."""
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({f"l{number}": torch.zeros(2000) for number in range(4)}, path)
+    for measure in (ckptkit.stats, ckptkit.digest):
+        shutil.copy2(path, other)
+
+        def replace(_: int) -> None:
+            if other.exists():
+                other.replace(path)
+
+        with pytest.raises(ckptkit.ChangedError, match="another program replaced the file"):
+            measure(path, executor=executor, progress=replace)
 
 
 def test_long_tensor_is_divided(executor: Executor, tmp_path: Path) -> None:

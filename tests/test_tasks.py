@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ckptkit
 from ckptkit import errors
@@ -126,3 +127,20 @@ def test_changed_input_is_refused(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(ckptkit.ChangedError, match="the file changed since the work began"), opened_again(sent):
         pass
+
+
+def test_path_is_not_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker opens what the caller opened: the mapping of that name, behind that link; errors have the given path."""
+    (tmp_path / "far" / "in").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/in")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a//b": {"w": torch.ones(2)}, "a/b": {"w": torch.zeros(2)}}, "far/x.pt")
+    given = "link/../x.pt::a//b"
+    with ckptkit.open_checkpoint(given) as checkpoint:
+        sent = send_input(given, checkpoint)
+        with opened_again(sent) as again:
+            assert ckptkit.digest(again).contents == ckptkit.digest(checkpoint).contents
+    Path("far/x.pt").unlink()
+    with pytest.raises(ckptkit.PathError) as caught, opened_again(sent):
+        pass
+    assert caught.value.path == "link/../x.pt"

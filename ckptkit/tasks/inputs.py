@@ -57,7 +57,8 @@ def send_input(given: str, checkpoint: Checkpoint) -> SentInput:
     versions = tuple(_version(file) for file in checkpoint.files)
     checkpoint.check_unchanged(by_path=True)
     is_elsewhere = is_url(given) or is_hub_path(given)
-    return SentInput(given if is_elsewhere else os.path.abspath(given), given, versions)
+    # Nothing is normalised: a/../b is not b where a is a link, nor in the name of a mapping of the file.
+    return SentInput(given if is_elsewhere else os.path.join(os.getcwd(), given), given, versions)
 
 
 @contextlib.contextmanager
@@ -78,8 +79,11 @@ def opened_again(sent: SentInput) -> Iterator[Checkpoint]:
                 raise ChangedError("the file changed since the work began", hint="run it again", path=sent.path)
             yield checkpoint
     except CkptkitError as error:
-        if error.path is not None and error.path.startswith(sent.path):
-            error.path = sent.given + error.path[len(sent.path) :]
+        here = sent.path.removesuffix(sent.given)
+        if here and error.path is not None and error.path.startswith(here):
+            path = error.path[len(here) :]
+            if path.startswith(sent.given) or sent.given.startswith(path):  # the input, a file of it, or its file
+                error.path = path
         raise
 
 

@@ -58,7 +58,7 @@ def local_processes(jobs: int) -> Iterator[Executor]:
             initializer=_begin_worker,
             initargs=(reader, threads),
         )
-    executor = _Processes(pool, writer)
+    executor = _Processes(jobs, pool, writer)
     try:
         yield executor
     except BaseException:
@@ -73,7 +73,8 @@ def local_processes(jobs: int) -> Iterator[Executor]:
 class _Processes(Executor):
     """Processes that never see the signals of the terminal, not even before they can ignore them."""
 
-    def __init__(self, pool: Executor, writer: Connection) -> None:
+    def __init__(self, workers: int, pool: Executor, writer: Connection) -> None:
+        self.workers = workers
         self._pool, self._writer = pool, writer
 
     def stop_tasks(self) -> None:
