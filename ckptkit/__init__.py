@@ -106,6 +106,14 @@ _HOMES = {
     "write_optimizer_state": "optimizer_state.write",
 }
 
+_OF_COMMANDS = {
+    "apply": "apply_delta",
+    "check": "run_checks",
+    "delta": "make_delta",
+    "remap": "plan_remap",
+    "show": "open_checkpoint",
+}
+
 _MODULES = ("errors", "integrations", "optimizer_state", "testing")
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
@@ -127,7 +135,8 @@ def __getattr__(name: str) -> object:
         except ImportError:  # a checkout on the path that is not installed
             raise AttributeError("ckptkit is not installed, so it has no __version__") from None
     else:
-        raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+        same = f"; {_OF_COMMANDS[name]} does what ckpt {name} does" if name in _OF_COMMANDS else ""
+        raise AttributeError(f"module 'ckptkit' has no attribute {name!r}{same}")
     globals()[name] = value
     return value
 

@@ -46,6 +46,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),
+    "patches in a row": (
+        ["apply", TEN, "1.patch", "2.patch", "-o", "x"],
+        2,
+        "",
+        "takes one PATCH: apply the next patch",
+    ),
     "missing argument": (
         ["diff", TEN],
         2,

@@ -120,6 +120,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/writing/shard_tasks.py: XX, or write shards": "followed by tests/oracles/test_executors.py",
     "tasks/inputs.py: leave out --jobs": "followed by tests/oracles/test_executors.py",
     "tasks/running.py: give each worker more memory": "only the user knows how much there is",
+    "__init__.py: XX does what ckpt XX does": _MESSAGE,
     "tasks/ray.py: give each worker more memory": "only the user knows how much there is",
     "plans/recipes/parse.py: only the command ckpt merge reads": _MESSAGE,
     "render/show/__init__.py: ckpt show": "the name of a command in the head of a report",

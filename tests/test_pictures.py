@@ -179,6 +179,9 @@ def test_heatmap_tells_each_kind_of_change() -> None:
     assert marked(picture, "ck-plus") == ["more.weight: unexpected"]
     assert marked(picture, "ck-crossed") == ["model.layers.1.norm.weight: another shape"]
     assert marked(picture, "ck-ring") == ["zero: was all zero; the largest difference is 1"]
+    assert "1 was all zero" in picture.description
+    zeros, ones = ({name: make(1) for name in "ab"} for make in (torch.zeros, torch.ones))
+    assert "2 were all zero" in pictures(ckptkit.diff(zeros, ones, values=True))["changes"].description
     assert marked(picture, "ck-s0") == ["cast: equal numbers of another dtype"]
     assert len(marked(picture, "ck-same")) == len(before) - 6
     assert "model.layers.1.attn.q.weight: relative L2 0.5" in tips(picture)

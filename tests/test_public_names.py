@@ -66,6 +66,9 @@ def test_public_names_are_found_in_the_package_only() -> None:
     for module in (ckptkit, optimizer_state):
         with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'nothing'"):
             module.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'check'; run_checks does what ckpt check does$"):
+        ckptkit.check  # type: ignore[attr-defined]  # noqa: B018
+    assert set(ckptkit._OF_COMMANDS.values()) <= set(ckptkit.__all__)  # type: ignore[attr-defined]
 
 
 def test_the_script_of_a_user_runs(

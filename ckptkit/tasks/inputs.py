@@ -17,7 +17,7 @@ from ckptkit.formats import open_checkpoint
 __all__ = ["SentInput", "opened_again", "paths_of", "send_input"]
 
 _BY_PATH = "workers of an executor open each input by its path: give a path, or leave out executor"
-_LEAVE_OUT = "leave out --jobs", "leave out executor"
+_LEAVE_OUT = "leave out --jobs and --engine", "leave out executor"
 _SAME_PATH = "each worker must reach the inputs under the same paths"
 
 

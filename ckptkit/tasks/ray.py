@@ -29,6 +29,8 @@ _CONNECT_WITHIN: Final = 30  # seconds; Ray itself asks for minutes
 _QUIET: Final = {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": ".*"}
 _QUIET_OPTIONS: Final = {"log_to_driver": False, "logging_level": logging.ERROR}
 _MORE_MEMORY: Final = "give each worker more memory, or use fewer workers at a time (--jobs)"
+_REFUSED: Final = "InvalidAuthToken"
+_AUTHENTICATE: Final = "set RAY_AUTH_MODE=token, with the token of the cluster in ~/.ray/auth_token or RAY_AUTH_TOKEN"
 _DONE: Final = "done"
 
 
@@ -323,7 +325,16 @@ def _connect(ray: Any, address: str) -> None:
     if thread.is_alive():
         raise _no_cluster(address, f"no answer within {_CONNECT_WITHIN} seconds")
     if errors:
-        raise _no_cluster(address, _first_line(errors[0])) from errors[0]
+        raise _not_connected(address, errors[0]) from errors[0]
+
+
+def _not_connected(address: str, error: BaseException) -> WorkerError:
+    """Return why Ray did not connect; only the cause of its error says that a cluster has a token."""
+    if any(_REFUSED in str(told) for told in (error, error.__cause__)):
+        return WorkerError(
+            f"the Ray cluster at {quoted(address)} refused this process: it has a token", hint=_AUTHENTICATE
+        )
+    return _no_cluster(address, _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

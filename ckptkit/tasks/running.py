@@ -16,7 +16,9 @@ __all__ = ["run_tasks"]
 _MOST_IN_FLIGHT: Final = 256  # of which an executor runs as many as it has workers; the others wait in its queue
 _PATIENCE: Final = 20.0  # seconds for running tasks to notice that they must stop
 _FEWER: Final = "give each worker more memory, or use fewer workers (--jobs)"
-_FEWER_CALL: Final = "give each worker more memory, or use fewer workers"
+_FEWER_CALL: Final = (
+    "give each worker more memory, or use fewer workers; a script must start processes under if __name__ == '__main__'"
+)
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 

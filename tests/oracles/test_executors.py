@@ -137,14 +137,20 @@ def test_hints_that_leave_the_processes_out(models: Path, tmp_path: Path, capsys
     one = ("convert", models / "a.safetensors", "-o", tmp_path / "out")
     ran = run_ckpt(capsys, *one, "--jobs", "2", "--format", "safetensors")
     assert (ran.code, ran.out) == (2, "")
-    assert "each worker writes shards, and this output is one file\nhint: leave out --jobs, or write shards" in ran.err
+    assert (
+        "each worker writes shards, and this output is one file\nhint: leave out --jobs and --engine, or write shards"
+        in ran.err
+    )
     assert run_ckpt(capsys, *one, "--jobs", "2", "--max-shard-size", "5GB").code == 0
     assert names_in(tmp_path / "out") == ["model.safetensors"]
     ran = run_ckpt(capsys, *one[:2], "-o", "memory://bucket/out", *SHARDS, "--jobs", "2")
-    assert (ran.code, "hint: write to a disk that all workers reach, or leave out --jobs" in ran.err) == (2, True)
+    assert (ran.code, "hint: write to a disk that all workers reach, or leave out --jobs and --engine" in ran.err) == (
+        2,
+        True,
+    )
     live = ("convert", "py:torch.nn:Linear(in_features=20, out_features=30)", "-o", tmp_path / "live", *SHARDS)
     ran = run_ckpt(capsys, *live, "--jobs", "2")
-    assert (ran.code, ran.err.splitlines()[-1]) == (2, "hint: leave out --jobs")
+    assert (ran.code, ran.err.splitlines()[-1]) == (2, "hint: leave out --jobs and --engine")
     assert run_ckpt(capsys, *live).code == 0
     assert names_in(tmp_path) == ["live", "out"]
 

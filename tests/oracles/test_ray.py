@@ -6,8 +6,10 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -302,6 +304,45 @@ def test_address_without_a_cluster_is_told_at_once() -> None:
     with pytest.raises(ckptkit.WorkerError, match=r"no Ray cluster answers at '127\.0\.0\.1:9': connection refused"):
         RayExecutor("127.0.0.1:9")
     assert time.monotonic() - began < 6
+
+
+def test_cluster_with_a_token_says_how_to_give_it(tmp_path: Path, models: dict[str, str]) -> None:
+    """Ray names the token only in the cause of its error, after 20 seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 40}
+    words = ["start", "--head", "--block", "--port", str(port), "--num-cpus", "1", "--include-dashboard", "false"]
+    folder = tempfile.mkdtemp(dir="/tmp")
+    with (tmp_path / "log").open("w") as log:
+        head = subprocess.Popen(
+            [Path(sys.executable).parent / "ray", *words],
+            env={**os.environ, **token, "RAY_TMPDIR": folder},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = f"127.0.0.1:{port}"
+        while "Ray runtime started" not in (tmp_path / "log").read_text():
+            assert head.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        ran = [
+            subprocess.run(
+                [sys.executable, "-m", "ckptkit", "digest", models["base.safetensors"], "-q", "--engine", "ray"],
+                cwd=ROOT,
+                env={**os.environ, "RAY_AUTH_MODE": "disabled", **given, "RAY_ADDRESS": address},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            for given in ({}, token)
+        ]
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(LIMIT)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert (ran[0].returncode, ran[1].returncode) == (2, 0), ran[1].stderr
+    assert f"ckpt: the Ray cluster at '{address}' refused this process: it has a token\n" in ran[0].stderr
+    assert "hint: set RAY_AUTH_MODE=token, with the token of the cluster in" in ran[0].stderr
 
 
 def ckpt(cluster: Any, *words: str, **options: Any) -> subprocess.Popen[str]:

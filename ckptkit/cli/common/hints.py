@@ -107,6 +107,9 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
         one = f"{context.command_path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
         return reason, f"{one}; see {context.command_path} --help"
+    elif context and context.command.name == "apply" and reason.startswith("Got unexpected extra argument"):
+        one = f"{context.command_path} takes one PATCH: apply the next patch to the output of the first"
+        return reason, f"{one}; see {context.command_path} --help"
     elif found := _NOT_ONE_OF.search(reason):
         wrong, right = found["value"], _QUOTED.findall(found["choices"])
     near = _nearest(wrong, right)

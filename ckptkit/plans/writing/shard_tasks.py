@@ -36,7 +36,7 @@ __all__ = ["Elsewhere", "ShardTasks", "refuse_elsewhere"]
 
 _Result = TypeVar("_Result")
 _SAME_PATH = "give an output on a disk that all workers reach under one path"
-_LEAVE_OUT = "leave out --jobs", "leave out executor"
+_LEAVE_OUT = "leave out --jobs and --engine", "leave out executor"
 
 
 @dataclass(frozen=True, slots=True)

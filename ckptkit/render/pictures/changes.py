@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
@@ -107,8 +107,7 @@ def changes_picture(states: Mapping[str, State]) -> Picture | None:
 
 
 def _description(states: Mapping[str, State]) -> str:
-    counts = Counter(_LEGEND.get(state.look, "changed") for state in states.values())
-    listed = ", ".join(f"{count:,} {text}" for text, count in counts.most_common())
+    listed = _counted(states.values())
     sizes = {key: state.size for key, state in states.items() if state.size is not None}
     if not sizes:
         return f"{plural(len(states), 'tensor')}: {listed}."
@@ -150,13 +149,20 @@ class _Cells:
             self.drawing.cells(look, self.boxes[look])
 
 
+def _counted(states: Iterable[State]) -> str:
+    """Return how many tensors are in each state, with the words of the legend for several tensors."""
+    counts = Counter(_LEGEND.get(state.look, "changed") for state in states)
+    return ", ".join(
+        f"{count:,} {text.replace('was ', 'were ', 1) if count > 1 else text}" for text, count in counts.most_common()
+    )
+
+
 def _tip(keys: Sequence[str], states: Sequence[State]) -> str:
     if len(keys) == 1:
         return f"{printable(keys[0])}: {states[0].text}"
     sizes = [state.size or 0 for state in states]
     worst = sizes.index(max(sizes))
-    counts = Counter(_LEGEND.get(state.look, "changed") for state in states)
-    listed = ", ".join(f"{count:,} {text}" for text, count in counts.most_common())
+    listed = _counted(states)
     largest = f"; the largest change is {states[worst].text} of {printable(keys[worst])}" if sizes[worst] else ""
     return (
         f"{plural(len(keys), 'tensor')}, {listed}{largest}" if largest else f"{printable(keys[0])} and others: {listed}"
