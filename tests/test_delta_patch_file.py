@@ -203,6 +203,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "renamed from another tensor": (setting("index", "renamed", to=[[5, 0]]), "does not say how 'moved' is made"),
     "renamed from nothing": (setting("index", "renamed", to=[[5, 99]]), "no valid 'renamed'"),
     "metadata of numbers": (setting("index", "metadata", to={"a": 1}), "no valid 'metadata'"),
+    "a patch of a patch": (setting("index", "metadata", to={DELTA: "{}"}), "would make a patch"),
     "a version below zero": (setting("index", "versions", to={"": -1}), "no valid 'versions'"),
     "no name of the base": (without("index", "base_name"), "no valid 'base_name'"),
     "packed bytes that are missing": (without("tensors", "delta/w"), "no 'delta/w', which its index names"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.core.text import quoted
 from ckptkit.deltas.patch import Patch, Side, contents_of
 from ckptkit.deltas.patch_table import Look, Table
@@ -127,7 +128,9 @@ def _with_result(table: Table, base: Side, looks: Sequence[Look], facts: Facts) 
 
 
 def _check(patch: Patch) -> None:
-    """Raise ``FormatError`` for a tensor that cannot be made as the index says, and for a digest of other contents."""
+    """Raise ``FormatError`` for a result that cannot be made as the index says, and for a digest of other contents."""
+    if DELTA in patch.metadata:
+        raise FormatError("the patch would make a patch, and not a checkpoint")
     base, result = patch.base, patch.result
     first_of_tie = {key: group[0] for group in patch.ties for key in group[1:]}
     for key, info in result.infos.items():
