@@ -19,9 +19,8 @@ FOREIGN = frozenset(  # of other programs, and of all
 )
 OF_GIT = frozenset(  # that the commands of ckpt git give to git
     {
-        "--end-of-options", "--full-name", "--get", "--get-regexp", "--git-common-dir", "--literal-pathspecs",
-        "--local", "--max-count", "--remove-section", "--replace-all", "--show-toplevel", "--stage", "--stdin",
-        "--type", "--unset-all",
+        "--end-of-options", "--full-name", "--get", "--git-common-dir", "--literal-pathspecs",
+        "--local", "--replace-all", "--show-toplevel", "--stage", "--stdin", "--type", "--unset-all",
     }
 )  # fmt: skip
 _LONG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
