@@ -49,8 +49,8 @@ def checks_head(merged: CheckReports) -> Head:
     is_clean = all(map(_is_clean, merged.reports))
     facts = (
         *(() if is_clean else finding_facts(merged)),
-        *(() if subjects else (Fact(f"{len(checkpoints):,}", "checkpoints"),)),
-        Fact(f"{sum(one.tensors for one in checkpoints):,}", "tensors"),
+        *(() if subjects else (Fact.of_count(len(checkpoints), "checkpoint"),)),
+        Fact.of_count(sum(one.tensors for one in checkpoints), "tensor"),
         Fact(human_bytes(sum(one.nbytes for one in checkpoints)), "in tensors"),
     )
     verdict = Line(("no findings",)) if is_clean else Line((merged.counts,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import in_quotes, plural, printable, quoted
+from ckptkit.core.text import in_quotes, printable, quoted
 from ckptkit.errors import one_line
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, Tone, join_rows
 from ckptkit.render.page.head import Fact, Head
@@ -55,9 +55,7 @@ def finding_facts(report: Report) -> list[Fact]:
         (len(report.warnings), "warning", "warning"),
         (len(report.notes), "note", "note"),
     ]
-    return [
-        Fact(f"{count:,}", plural(count, noun).partition(" ")[2], tone if count else "") for count, noun, tone in counts
-    ]
+    return [Fact.of_count(count, noun, tone=tone if count else "") for count, noun, tone in counts]
 
 
 def tone_of(report: Report) -> Tone:

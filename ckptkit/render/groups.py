@@ -66,10 +66,10 @@ def groups_head(plan: ParamGroupsPlan) -> Head:
     rates = sorted({rate for group in plan.groups if (rate := rate_of(group.options)) is not None})
     ends = dict.fromkeys((rates[0], rates[-1])) if rates else {}
     facts = [
-        Fact(f"{sum(len(group.parameters) for group in plan.groups):,}", "parameters in groups"),
-        Fact(f"{len(plan.groups):,}", "groups"),
-        Fact(f"{plan.elements:,}", "elements train"),
-        Fact(f"{frozen:,}", "parameters are frozen"),
+        Fact.of_count(sum(len(group.parameters) for group in plan.groups), "parameter", "in groups"),
+        Fact.of_count(len(plan.groups), "group"),
+        Fact.of_count(plan.elements, "element", "in groups"),
+        Fact.of_count(frozen, "frozen parameter"),
         *([Fact(" to ".join(map(short_number, ends)), "learning rate")] if rates else []),
     ]
     idle = any(not rule.optional for rule in plan.idle)

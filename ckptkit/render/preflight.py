@@ -51,7 +51,7 @@ def preflight_head(report: Preflight) -> Head:
         *finding_facts(report),
         *([] if report.init is None else [Fact(percent(report.init.coverage), "of the elements from init")]),
         *([Fact(share_cell(trainable, elements), "of the elements train")] if elements else []),
-        *([Fact(f"{len(report.groups):,}", "param groups")] if report.groups else []),
+        *([Fact.of_count(len(report.groups), "param group")] if report.groups else []),
         *([] if report.memory is None else [Fact(human_bytes(report.memory.total), "without activations")]),
     ]
     return Head("preflight", _verdict(report), (), tuple(facts), tone_of(report))

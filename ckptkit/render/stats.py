@@ -122,7 +122,7 @@ def stats_head(result: StateDictStats) -> Head:
     measured = plural(len(result.tensors.measured()), "tensor")
     verdict = f"{measured}, {_not_finite(total)}"
     facts = (
-        Fact(f"{total.count:,}", "numbers"),
+        Fact.of_count(total.count, "number"),
         Fact(_number(total.mean), "mean"),
         Fact(_number(total.std), "standard deviation"),
         Fact(_number(total.min), "smallest"),

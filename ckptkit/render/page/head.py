@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ckptkit.core.text import plural
 from ckptkit.render.page import Line, Tone
 
 __all__ = ["Fact", "Head", "Subject"]
@@ -34,6 +35,12 @@ class Fact:
     value: str
     name: str
     tone: Tone = ""
+
+    @classmethod
+    def of_count(cls, count: int, noun: str, more: str = "", tone: Tone = "") -> Fact:
+        """Return how many there are; ``more`` are words behind the noun, which is in the plural where that is right."""
+        number, _, nouns = plural(count, noun).partition(" ")
+        return cls(number, f"{nouns} {more}".strip(), tone)
 
 
 @dataclass(frozen=True, slots=True)
