@@ -416,7 +416,7 @@ class OutputError(CkptkitError):
     Example:
         >>> ckptkit.choose_output("weights.gguf")
         Traceback (most recent call last):
-        ckptkit.errors.OutputError: weights.gguf: the suffix does not name a known format ...
+        ckptkit.errors.OutputError: weights.gguf: the suffix does not name a format to write ...
     """
 
 

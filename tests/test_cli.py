@@ -98,6 +98,13 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
         "hint: put it before that",
     ),
+    "method of other names": (["merge", TEN, TEN, "-o", "o.pt", "--method", "mean"], 2, "", "did you mean average? see"),
+    "fold without an adapter": (
+        ["merge", TEN, TUNED, "-o", "x.pt", "--method", "lora"],
+        2,
+        "",
+        "hint: the base comes first, and then the adapter: ckpt merge BASE ADAPTER",
+    ),
     "prefix that none has": (["remap", TEN, "-o", "x.pt", "--strip", "net"], 2, "", "hint: the checkpoint has 'conv1."),
     "preflight with live optimizer": (
         ["preflight", "--model", MODEL, "--optimizer", "py:train:optimizer"],
@@ -170,7 +177,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         ["merge", TEN, TEN, "-o", "o.pt", "--method", "lora"],
         2,
         "",
-        "no adapter_config.json in the directory",
+        "has no tensors of an adapter",
     ),
     "remap strip": (["remap", DDP, "-o", "o.pt", "-n", "--strip", "auto"], 0, "fc1.weight", "from 10 keys\n"),
     "diff renamed": (["diff", TEN, DDP, "--rename", "module.*=*"], 0, "10 matched", ""),

@@ -106,8 +106,8 @@ def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("out", {}, "the suffix does not name a known format"),
-        ("out.txt", {}, "the suffix does not name a known format"),
+        ("out", {}, "the suffix does not name a format to write"),
+        ("out.txt", {}, "the suffix does not name a format to write"),
         ("out.pt", {"format": "gguf"}, "unknown format 'gguf'"),
         ("out", {"max_shard_size": 0}, "a shard of at most 0 bytes cannot hold a tensor"),
         ("out.safetensors", {"max_shard_size": 9}, "shards need a directory"),

@@ -138,7 +138,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/recipes/mergekit.py: is read; --carry copies that of the base": "says what has no equal in mergekit",
     "plans/recipes/model.py: --param": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/alignment.py: --param on_missing=base": "followed by tests/test_merge_recipes_cli.py",
-    "plans/merge.py: all tensors are those of": "a note after a merge without a method, which tests/test_cli.py has",
+    "plans/adapters/reading.py: the base comes first, and then": "followed by tests/test_cli.py",
     "plans/inputs.py: --param non_float=max": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/alignment.py: --param non_float=base": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/provenance.py: it was written with --no-recipe": "says why there is no recipe",

@@ -113,6 +113,14 @@ def test_missing_and_unexpected_keys_have_their_own_findings() -> None:
     assert torch.equal(model.bias, bias)
 
 
+def test_the_entries_of_a_training_checkpoint_have_one_finding() -> None:
+    """What a trainer stores beside the weights is named on one line, with all keys in the finding."""
+    report = load_into(nn.Linear(1, 1), {"weight": torch.ones(1, 1), "bias": torch.ones(1), "epoch": 3, "lr": 0.1})
+    (finding,) = report.findings
+    assert (finding.code, finding.keys) == ("load.skipped", ("epoch", "lr"))
+    assert finding.message == "2 entries that are not tensors were not loaded: 'epoch', 'lr'"
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(("F32", "F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64")), st.integers(0, 9), st.booleans())
 def test_every_bit_pattern_is_loaded(code: str, seed: int, strided: bool) -> None:

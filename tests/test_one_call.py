@@ -142,13 +142,13 @@ def test_an_output_is_replaced_only_with_force(inputs: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "reason"),
     [
-        (lambda at: convert(at / "base.safetensors", at / "a.txt"), OutputError, "does not name a known format"),
+        (lambda at: convert(at / "base.safetensors", at / "a.txt"), OutputError, "does not name a format to write"),
         (lambda at: convert(at / "none", at / "a.pt"), CkptkitError, "none: no such file"),
         (lambda at: convert(at / "base.safetensors", at / "a.pt", dtype="int8"), PlanError, "base.safetensors: I8"),
         (lambda at: merge(at / "base.safetensors", [], at / "a.pt"), PlanError, "there is no donor"),
         (
             lambda at: merge_lora(at / "base.safetensors", at / "ddp.safetensors", at / "a.pt"), PlanError,
-            "ddp.*no adapter",
+            "ddp.*no tensors of an adapter",
         ),
     ],
     ids=["suffix", "missing", "dtype", "no donor", "no config"],

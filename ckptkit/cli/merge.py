@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import click
@@ -120,7 +121,7 @@ def _overlay(paths: Sequence[str], options: OutputOptions, rules: Rules, given: 
     from ckptkit.plans.merge import plan_merge
 
     def planned(first: Checkpoint, others: list[Checkpoint]) -> Plan:
-        return plan_merge(
+        plan = plan_merge(
             first,
             others,
             rules,
@@ -133,8 +134,18 @@ def _overlay(paths: Sequence[str], options: OutputOptions, rules: Rules, given: 
             require=given.require,
             min_coverage=given.min_coverage,
         )
+        if not first.files or is_given("method"):
+            return plan
+        return replace(plan, notes=(*plan.notes, *_copies_one_input(plan)))
 
     _run(paths, options, given, planned)
+
+
+def _copies_one_input(plan: Plan) -> Iterator[str]:
+    """Yield a note if all tensors are those of one donor: a user with snapshots of a run may want their mean."""
+    roles = {source.role for step in plan.steps for source in step.sources}
+    if len(roles) == 1:
+        yield f"all tensors are those of {roles.pop()}, and none of another input; --method average computes the mean"
 
 
 def _lora(paths: Sequence[str], options: OutputOptions, rules: Rules, given: MergeOptions) -> None:

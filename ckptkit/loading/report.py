@@ -29,6 +29,8 @@ from ckptkit.rules.positions import NamedByPosition
 
 __all__ = ["Asked", "Found", "LoadReport", "report_load"]
 
+_MOST_ENTRIES = 4
+
 
 @dataclass(frozen=True, repr=False)
 class LoadReport(Report):
@@ -151,7 +153,13 @@ def _kept_findings(kept: Sequence[str], plan: Plan, found: Found, asked: Asked) 
 
 
 def _dropped_findings(plan: Plan, asked: Asked) -> Iterator[Finding]:
+    entries = [drop.key for drop in plan.dropped if drop.is_entry and not drop.wanted]
+    if len(entries) > 1:  # as every checkpoint of a trainer has
+        message = f"{len(entries):,} entries that are not tensors were not loaded: {listed(entries, _MOST_ENTRIES)}"
+        yield codes.SKIPPED.finding(entries[0], message, keys=entries)
     for drop in plan.dropped:
+        if len(entries) > 1 and drop.is_entry and not drop.wanted:
+            continue
         message = f"{quoted(drop.key)} was not loaded: {drop.reason}"
         if drop.wanted:
             yield codes.SHAPE.finding(drop.key, message, severity=_severity(asked.on_mismatch, drop.wanted))

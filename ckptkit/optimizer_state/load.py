@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast, get_args
 
-from ckptkit.core.arguments import require_choice, require_flags
+from ckptkit.core.arguments import require_choice, require_flags, takes_rules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.torch_optim import options_of_kind, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
@@ -42,6 +42,7 @@ __all__ = ["load_optimizer_state"]
 _SPEED_OPTIONS = options_of_kind("speed")
 
 
+@takes_rules
 def load_optimizer_state(
     optimizer: Optimizer,
     model: Module,

@@ -202,9 +202,6 @@ def _plan(
     notes += [
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
-    last = overlays[-1].role
-    if base.files and not policies.sides.is_loading and all(step.sources[0].role == last for step in steps):
-        notes.append(f"all tensors are those of {last}, and none of another input; --method average computes the mean")
     all_steps = (*steps, *added.values())
     plan = Plan(
         all_steps,

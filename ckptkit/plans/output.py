@@ -127,7 +127,7 @@ def choose_output(
             ways = f"for a directory of safetensors, or name a file in a directory: {file}"
             hint, call = f"{hint}, --max-shard-size 5GB {ways}", f"{call}, max_shard_size='5GB' {ways}"
         raise OutputError(
-            "the suffix does not name a known format",
+            "the suffix does not name a format to write",
             hint=hint,
             call=call,
             path=name,

@@ -16,7 +16,7 @@ from ckptkit.formats.safetensors_header import METADATA
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.merging.steps import merged_step, origins
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
-from ckptkit.render.summary import names_in_short, value_cell
+from ckptkit.render.summary import MOST_NAMES, names_in_short, value_cell
 
 if TYPE_CHECKING:
     from ckptkit.plans.writing.written import Written
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
 _NO_PLAN = Plan(())  # of an output that was described by hand
+_MOST_OF_A_FOLD = 4  # tensors that an adapter does not change, which are most of a model
 _ABOUT_MERGE = "the recipe and the inputs"
 
 
@@ -162,7 +163,8 @@ def _coverage(plan: Plan, *, expand: bool) -> Iterator[str]:
         f"{len(covered.filled):,} of {plural(tensors, 'tensor')} of the base have values of a donor"
     )
     if covered.kept:
-        yield f"stays as in the base: {names_in_short(covered.kept, expand=expand)}"
+        most = _MOST_OF_A_FOLD if any(len(step.sources) > 1 for step in plan.steps) else MOST_NAMES
+        yield f"stays as in the base: {names_in_short(covered.kept, expand=expand, most=most)}"
 
 
 def _remarks(plan: Plan, written: Written) -> Iterator[str]:

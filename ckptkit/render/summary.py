@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from ckptkit.quantized.view import DequantizedWeight
 
 __all__ = [
+    "MOST_NAMES",
     "checkpoint_document", "coverage_documents", "dequantized_document", "dequantized_lines", "describe", "json_number",
     "names_in_short", "quantized_document", "quantized_lines", "share_cell", "tensor_document", "totals_document",
     "value_cell",
 ]  # fmt: skip
 
 _LONGEST_VALUE = 80
-_MOST_NAMES = 16  # that a sentence lists; the JSON document has all
+MOST_NAMES = 16  # that a sentence lists; the JSON document has all
 
 
 def describe(checkpoint: CheckpointSummary, label: str = "") -> tuple[str | Code, ...]:
@@ -106,10 +107,10 @@ def coverage_documents(modules: Iterable[ModuleCoverage]) -> list[dict[str, obje
     ]
 
 
-def names_in_short(names: Iterable[str], *, expand: bool = False) -> str:
-    """Return printable names, joined as rows of a table are, and at most 16 of them unless ``expand``."""
+def names_in_short(names: Iterable[str], *, expand: bool = False, most: int = MOST_NAMES) -> str:
+    """Return printable names, joined as rows of a table are, and the first ``most`` of them unless ``expand``."""
     rows = [name for (name,) in table_rows([(name, ()) for name in names], expand=expand)]
-    return listed(rows, len(rows) if expand else _MOST_NAMES, show=str)
+    return listed(rows, len(rows) if expand else most, show=str)
 
 
 def json_number(value: float | None) -> float | str | None:

@@ -185,4 +185,6 @@ def are_strings(values: list[object]) -> TypeGuard[list[str]]:
 def _refuse_unknown(table: Mapping[str, object], known: AbstractSet[str], where: str) -> None:
     unknown = sorted(map(str, set(table) - known))
     if unknown:
-        raise RuleError(f"{where} has the unknown key {quoted(unknown[0])}", hint=f"known: {', '.join(sorted(known))}")
+        ways = {"rename": 'a rename is a [[rule]] with from = "OLD.*" and to = "NEW.*"'}
+        hint = (ways if "rule" in known else {}).get(unknown[0], f"known: {', '.join(sorted(known))}")
+        raise RuleError(f"{where} has the unknown key {quoted(unknown[0])}", hint=hint)

@@ -58,13 +58,16 @@ class MergeOptions:
         return self.dtype or self.dequantize
 
 
+_OTHER_METHODS = dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average")
+
+
 def _check_method(context: click.Context, _option: click.Parameter, name: str) -> str:
     if name in COPYING or context.resilient_parsing:
         return name
     from ckptkit.plans.methods.table import METHODS
 
     if name not in METHODS:
-        near = nearest(name, [*COPYING, *METHODS])
+        near = _OTHER_METHODS.get(name) or nearest(name, [*COPYING, *METHODS])
         start = f"did you mean {near}? " if near else ""
         raise ArgumentError(f"there is no method {quoted(name)}", hint=f"{start}see ckpt merge --help-methods")
     return name

@@ -94,6 +94,12 @@ def read_config(given: LoraConfigLike | None, adapter: Checkpoint) -> Mapping[st
     """Return the configuration of an adapter, by default from the file in its directory."""
     if given is None:
         found = file_beside(adapter.path, CONFIG) if adapter.files else None
+        if found is None and not any("lora" in key for key in adapter):
+            raise PlanError(
+                "has no tensors of an adapter",
+                hint="the base comes first, and then the adapter: ckpt merge BASE ADAPTER -o OUT --method lora",
+                path=adapter.path,
+            )
         if found is None:
             raise PlanError(
                 f"no {CONFIG} in the directory of the adapter: the scale is unknown",
