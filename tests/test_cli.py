@@ -98,7 +98,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
         "hint: put it before that",
     ),
-    "method of other names": (["merge", TEN, TEN, "-o", "o.pt", "--method", "mean"], 2, "", "did you mean average? see"),
+    "method of other names": (
+        ["merge", TEN, TEN, "-o", "o.pt", "--method", "mean"],
+        2,
+        "",
+        "did you mean average? see",
+    ),
     "fold without an adapter": (
         ["merge", TEN, TUNED, "-o", "x.pt", "--method", "lora"],
         2,

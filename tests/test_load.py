@@ -115,7 +115,8 @@ def test_missing_and_unexpected_keys_have_their_own_findings() -> None:
 
 def test_the_entries_of_a_training_checkpoint_have_one_finding() -> None:
     """What a trainer stores beside the weights is named on one line, with all keys in the finding."""
-    report = load_into(nn.Linear(1, 1), {"weight": torch.ones(1, 1), "bias": torch.ones(1), "epoch": 3, "lr": 0.1})
+    checkpoint: dict[str, Any] = {"weight": torch.ones(1, 1), "bias": torch.ones(1), "epoch": 3, "lr": 0.1}
+    report = load_into(nn.Linear(1, 1), checkpoint)
     (finding,) = report.findings
     assert (finding.code, finding.keys) == ("load.skipped", ("epoch", "lr"))
     assert finding.message == "2 entries that are not tensors were not loaded: 'epoch', 'lr'"
