@@ -46,6 +46,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),
+    "no report": (["show", TEN, "--html", "x"], 2, "", "hint: diff, check, stats, preflight and groups table have it"),
     "patches in a row": (
         ["apply", TEN, "1.patch", "2.patch", "-o", "x"],
         2,

@@ -34,6 +34,7 @@ _OTHER_OPTIONS = {
     **dict.fromkeys(("fp16", "bf16", "half", "bfloat16", "float16", "precision"), "dtype"),
     **dict.fromkeys(("limit", "head"), "top"), **dict.fromkeys(("full", "long", "all-keys"), "expand"),
 }  # fmt: skip
+_WITH_HTML = "diff, check, stats, preflight and groups table have it, and in Python every result has to_html()"
 _MODEL_FIRST = "the model comes first, without an option: ckpt diff py:mynet:build PATH"
 _OTHER_WAYS = {  # for an option of a command that has none like it
     **{("merge", name): "--method average computes the mean" for name in ("average", "avg", "mean", "soup")},
@@ -102,6 +103,8 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         if other_way := _OTHER_WAYS.get((command.partition(" ")[2], wrong)):
             return reason, f"{other_way}; see {command} --help"
         wrong = other if (other := _OTHER_OPTIONS.get(wrong)) in right else wrong
+        if wrong == "html":
+            return reason, f"{_WITH_HTML}; see {context.command_path if context else 'ckpt'} --help"
     elif isinstance(error, click.MissingParameter) and context and (example := _example(context, error.param)):
         return reason, f"for example {example}; see {context.command_path} --help"
     elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
