@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import quoted
 from ckptkit.deltas.patch import Patch, packed_key
@@ -15,6 +16,7 @@ from ckptkit.plans.deltas.operation import Patched, other_base
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import dropped_entries, refuse_suspicious
 from ckptkit.tensor_ops.recipes import Recipe
+from ckptkit.values.delta.coding import require_decompression
 
 __all__ = ["BASE", "PATCH", "patched_steps", "plan_apply_delta", "plan_of_patch", "refuse_patch"]
 
@@ -58,6 +60,8 @@ def plan_of_patch(base: Checkpoint, packed: Checkpoint) -> Plan:
     refuse_patch(base)
     patch = read_patch(packed)
     refuse_suspicious(base, BASE)
+    with default_error_path(packed.path):
+        require_decompression(patch.compression)
     _refuse_other_headers(base, patch)
     with pause_gc():
         steps = tuple(patched_steps(patch))

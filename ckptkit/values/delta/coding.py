@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-__all__ = ["COMPRESSIONS", "Compression", "compress", "decompress", "require_compression"]
+__all__ = ["COMPRESSIONS", "Compression", "compress", "decompress", "require_compression", "require_decompression"]
 
 Compression: TypeAlias = Literal["zlib", "zstd"]
 COMPRESSIONS: Final = ("zlib", "zstd")
@@ -36,6 +36,17 @@ def require_compression(compression: str) -> None:
         except ImportError:
             raise ArgumentError(
                 "zstd needs zstandard, which is not installed", hint="install the extra [fast], or use zlib"
+            ) from None
+
+
+def require_decompression(compression: str) -> None:
+    """Raise ``FormatError`` for zstd where zstandard is not installed."""
+    if compression == "zstd":
+        try:
+            import zstandard  # noqa: F401
+        except ImportError:
+            raise FormatError(
+                "it is compressed with zstd, and zstandard is not installed", hint="install the extra [fast]"
             ) from None
 
 
@@ -118,12 +129,9 @@ def _deflate(data: Bytes, strategy: int) -> bytes:
 
 
 def _unpack_zstd(packed: memoryview, nbytes: int) -> bytes:
-    try:
-        import zstandard
-    except ImportError:
-        raise FormatError(
-            "it is compressed with zstd, and zstandard is not installed", hint="install the extra [fast]"
-        ) from None
+    require_decompression("zstd")
+    import zstandard
+
     options: dict[str, Any] = {"max_output_size": nbytes, "allow_extra_data": False}
     unpacker = zstandard.ZstdDecompressor()
     try:
