@@ -131,9 +131,7 @@ def test_a_patch_of_any_formats_gives_tensors_in_memory(
     assert same_state(dict(plan.tensors({"base": before(), "patch": patch})), changed())
 
 
-def test_zstd_is_missed_before_anything_is_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zstd_is_missed_before_anything_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("zstandard")
     ckptkit.make_delta(before(), folder / "new.pt", tmp_path / "patch", compression="zstd")
     monkeypatch.setitem(sys.modules, "zstandard", None)
