@@ -155,7 +155,7 @@ def _table_style(table: TableView) -> str:
     labels = "".join(
         f'{name} td:nth-child({at}):before{{content:"{_css_text(column.header)}"}}'
         for at, column in enumerate(table.columns, 1)
-        if at > 1 and column.header
+        if column.header and (at > 1 or column.order == "number")  # a name says itself what it is
     )
     return "".join([*rules, f"@media (max-width:700px){{{labels}}}"])
 
