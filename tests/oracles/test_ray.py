@@ -365,6 +365,21 @@ def test_command_on_a_cluster_prints_what_it_prints_alone(cluster: Any, models: 
     assert (alone.returncode, shared.returncode) == (0, 0)
 
 
+def test_command_is_ended_while_ray_starts(models: dict[str, str]) -> None:
+    """The status is that of the signal, although Ray has a handler of its own meanwhile."""
+    words = ["stats", models["second.pt"], "--engine", "ray"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", *words], cwd=ROOT, env={**os.environ, "RAY_ADDRESS": "local"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while run.poll() is None and not children.read_text(encoding="ascii"):
+        time.sleep(0.02)
+    run.terminate()
+    told = run.communicate(timeout=60)
+    assert (run.returncode, told) == (128 + signal.SIGTERM, ("", ""))
+
+
 def merge_words(models: dict[str, str], out: Path) -> list[str]:
     ties = ["--method", "ties", "--base", "base", "--density", str(DENSITY)]
     ties += [word for name, weight in zip(("first", "second"), WEIGHTS, strict=True)
