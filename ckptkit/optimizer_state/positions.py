@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 Groups = Sequence[Sequence[str]]  # the names of the parameters of each group, in order
 
 _MAX_SHOWN = 4
-GIVE_NAMES = "give the names in the order of the groups: --names FILE, or a list"
+GIVE_NAMES = "give the names in the order of the groups: --names FILE, one a line; in Python also a list"
 _GIVE_MODEL_ORDER = 'give the names in the order of the saved groups, or names="model" for the order of the model'
 
 

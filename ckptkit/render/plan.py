@@ -16,6 +16,7 @@ from ckptkit.formats.safetensors_header import METADATA
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.merging.steps import merged_step, origins
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
+from ckptkit.rules.apply import NOT_KEPT
 from ckptkit.render.summary import MOST_NAMES, names_in_short, value_cell
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
 _NO_PLAN = Plan(())  # of an output that was described by hand
 _MOST_OF_A_FOLD = 4  # tensors that an adapter does not change, which are most of a model
+_MOST_NOT_KEPT = 8  # tensors in a table that no --keep matches
 _ABOUT_MERGE = "the recipe and the inputs"
 
 
@@ -270,12 +272,19 @@ def _roles(step: Step) -> str:
 
 
 def _left_out(plan: Plan, dropped: Iterable[Dropped], *, expand: bool) -> Table:
-    """Return the table of what is left out; tensors that a method's output has without this input are counted."""
+    """Return the table of what is left out.
+
+    Tensors that a method's output has without this input are counted, and so are those that many keys leave out
+    because the user asked for others with ``--keep``.
+    """
+    dropped = list(dropped)
     is_counted = not expand and bool(origins(plan.steps))
+    not_kept = [drop.key for drop in dropped if drop.reason == NOT_KEPT]
+    has_many = not expand and len(not_kept) > _MOST_NOT_KEPT
     listed: list[tuple[str, tuple[str, ...]]] = []
     counted: dict[tuple[str, str], list[str]] = {}
     for drop in dropped:
-        if is_counted and drop.wanted:
+        if (is_counted and drop.wanted) or (has_many and drop.reason == NOT_KEPT):
             counted.setdefault((drop.role, drop.reason), []).append(drop.key)
         else:
             listed.append((drop.key, (drop.role, drop.reason)))

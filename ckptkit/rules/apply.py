@@ -19,7 +19,9 @@ from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rul
 if TYPE_CHECKING:
     from ckptkit.wrappers.explain import Wrapping
 
-__all__ = ["apply_rules", "renamed_keys"]
+__all__ = ["NOT_KEPT", "apply_rules", "renamed_keys"]
+
+NOT_KEPT = "matches no --keep"  # why a key is left out
 
 _MAX_SOURCES = 100_000  # of one operation: stages that split and join in turns double the number each time
 # Stages that copy every key double the number of names, and stages that repeat a capture double their length.
@@ -205,7 +207,7 @@ class _Pass:
         table = _pattern_table(rules)
         for name, derivation in state.items():
             if keep and not matches_any(keep, name):
-                self.leave_out(_Claim(name, derivation, None), "matches no --keep")
+                self.leave_out(_Claim(name, derivation, None), NOT_KEPT)
                 continue
             found = _first_match(table, name)
             if found is None:

@@ -40,6 +40,7 @@ _OTHER_WAYS = {  # for an option of a command that has none like it
     **{("merge", name): "--method average computes the mean" for name in ("average", "avg", "mean", "soup")},
     **{(name, "add-prefix"): "--rename '*=PREFIX.*' adds a prefix" for name in ("remap", "merge", "diff")},
     **{("diff", name): _MODEL_FIRST for name in ("model", "like")},
+    ("preflight", "on-mismatch"): "tensors of another shape stay at init; --fresh PATTERN says that they are meant to",
     ("groups validate", "optimizer"): "validate_param_groups(model, optimizer, spec=SPEC) checks a live optimizer",
     **{(f"groups {name}", "lr"): "--set lr=X sets it for a --preset" for name in ("table", "validate", "emit")},
 }  # fmt: skip

@@ -58,7 +58,7 @@ class MergeOptions:
         return self.dtype or self.dequantize
 
 
-_OTHER_METHODS = dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average")
+_OTHER_METHODS = {**dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average"), "lerp": "linear"}
 
 
 def _check_method(context: click.Context, _option: click.Parameter, name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit.core.patterns import parse_pattern
-from ckptkit.core.text import did_you_mean, listed, plural, quoted
+from ckptkit.core.text import did_you_mean, listed, plural, quoted, shell_word
 from ckptkit.core.toml_lines import TomlPath
 from ckptkit.errors import ArgumentError
 from ckptkit.plans.methods.table import method_named
@@ -57,7 +57,7 @@ def _check_names(recipe: MergeRecipe) -> None:
                 second.number,
                 hint='give one of them another: name = "..."'
                 if recipe.places.is_named
-                else "NAME=PATH gives another name",
+                else f"NAME=PATH gives another name, as in {shell_word(f'other={second.path}')}",
             )
 
 
