@@ -112,7 +112,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "hint: the base comes first, and then the adapter: ckpt merge BASE ADAPTER",
     ),
     "straight line": (["merge", TEN, TEN, "-o", "o.pt", "--method", "lerp"], 2, "", "did you mean linear? see"),
-    "few of many": (["remap", TEN, "-o", "x.pt", "-n", "--keep", "fc3.bias"], 0, "9 tensors   source  matches no --keep", ""),
+    "few of many": (
+        ["remap", TEN, "-o", "x.pt", "-n", "--keep", "fc3.bias"],
+        0,
+        "9 tensors   source  matches no --keep",
+        "",
+    ),
     "prefix that none has": (["remap", TEN, "-o", "x.pt", "--strip", "net"], 2, "", "hint: the checkpoint has 'conv1."),
     "preflight with live optimizer": (
         ["preflight", "--model", MODEL, "--optimizer", "py:train:optimizer"],

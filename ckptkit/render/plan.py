@@ -16,8 +16,8 @@ from ckptkit.formats.safetensors_header import METADATA
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.merging.steps import merged_step, origins
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
-from ckptkit.rules.apply import NOT_KEPT
 from ckptkit.render.summary import MOST_NAMES, names_in_short, value_cell
+from ckptkit.rules.apply import NOT_KEPT
 
 if TYPE_CHECKING:
     from ckptkit.plans.writing.written import Written
