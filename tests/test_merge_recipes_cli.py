@@ -183,6 +183,7 @@ WRONG = {
     ),
     "no input": (["--method", "linear", "--weight", "D=1"], "--weight: there is no input 'D'"),
     "no base": (["--method", "ties", "--weight", "A=1"], "ties needs a base"),
+    "weight without a default": (["--method", "ties", "--base", "A"], "such as --param 'B.weight=0.5'"),
     "not a base": (["--method", "ties", "--base", "AA"], "'AA', which is neither the name of an input nor a path"),
     "out of range": (["--method", "ema", "--param", "decay=1"], "decay is 1, and must be"),
     "wrong count": (["--method", "add_difference"], "add_difference merges 3 inputs, and there are 2"),

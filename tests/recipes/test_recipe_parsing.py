@@ -161,7 +161,7 @@ WRONG = {
         "method = 'nuslerp'\nbase = 'A'" + TWO + "weight = 2\n[[input]]\nname = 'C'\n[[set]]\nkeys = '*'\n"
         "inputs.A.weight = 2", 14, "weight of 'A' has no effect, because it is the base of nuslerp", None,
     ),
-    "a parameter that must be given": ("method = 'slerp'" + TWO, 1, "slerp needs t", "t is a number"),
+    "a parameter that must be given": ("method = 'slerp'" + TWO, 1, "slerp needs t", "such as t = 0.5"),
     "out of range": (
         "method = 'ema'\ndecay = 1" + TWO, 2, "decay is 1, and must be a number of at least 0 and below 1", None,
     ),

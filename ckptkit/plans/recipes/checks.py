@@ -225,6 +225,7 @@ def _check_required(recipe: MergeRecipe) -> None:
             if lacking:
                 of = f" for {listed(lacking)}" if parameter.is_per_input and len(lacking) < len(names) else ""
                 path = ("method",) if number is None else ("set", number, "method")
-                raise recipe.places.error(
-                    f"{name} needs {key}{of}", *path, hint=f"{key} is {parameter.range_text}: {parameter.meaning}"
-                )
+                hint = f"{key} is {parameter.range_text}: {parameter.meaning}"
+                if parameter.kind == "number":
+                    hint += f", such as {recipe.places.setting(key, 0.5, lacking[0])}"
+                raise recipe.places.error(f"{name} needs {key}{of}", *path, hint=hint)

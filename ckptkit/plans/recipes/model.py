@@ -104,11 +104,11 @@ class Places:
             return f"[[{numbered[0][0]}]] {numbered[0][1] + 1}"
         return f"line {self.lines[_METHOD]}" if _METHOD in self.lines else ""
 
-    def setting(self, name: str, value: str | bool, of_input: str = "") -> str:
+    def setting(self, name: str, value: str | float, of_input: str = "") -> str:
         """Return how a field of the recipe, or of one input, gets a value: as a line of the file, or as an option."""
         if self.is_named:
             return f"{name} = {toml_value(value)}"
-        text = str(value).lower() if isinstance(value, bool) else value
+        text = str(value).lower() if isinstance(value, bool) else str(value)
         return f"--param {shell_word(f'{of_input}.{name}={text}' if of_input else f'{name}={text}')}"
 
     def error(self, reason: str, *path: str | int, hint: str | None = None) -> RecipeError:
