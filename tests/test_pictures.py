@@ -180,6 +180,9 @@ def test_heatmap_tells_each_kind_of_change() -> None:
     assert marked(picture, "ck-crossed") == ["model.layers.1.norm.weight: another shape"]
     assert marked(picture, "ck-ring") == ["zero: was all zero; the largest difference is 1"]
     assert "1 was all zero" in picture.description
+    # The bars of the terminal say less than the picture, and are not beside it.
+    assert "change by layer" in str(result)
+    assert "change by layer:" not in result._repr_html_() + result.to_html()
     zeros, ones = ({name: make(1) for name in "ab"} for make in (torch.zeros, torch.ones))
     assert "2 were all zero" in pictures(ckptkit.diff(zeros, ones, values=True))["changes"].description
     assert marked(picture, "ck-s0") == ["cast: equal numbers of another dtype"]

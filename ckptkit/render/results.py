@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from types import MappingProxyType
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.result import Result
 from ckptkit.errors import hint_for_python, message_for_python
-from ckptkit.render.page import Block, Hint, Line, Message, Page, as_code, as_text
+from ckptkit.render.page import Block, Hint, Line, Listing, Message, Page, as_code, as_text
 
 if TYPE_CHECKING:
     from ckptkit.render.html.histograms import BothSides
@@ -134,6 +134,7 @@ def report_of(
     if for_python:
         page, head = list(map(_block_in_python, page)), _head_in_python(head)
     pictures = pictures_of(result) if both_sides is None else pictures_of(result, totals=both_sides.totals)
+    page = _without_drawn(page, pictures)
     return as_report(page, head, document, pictures, None if both_sides is None else both_sides.rows)
 
 
@@ -161,7 +162,13 @@ def html_of(result: Result) -> str:
     from ckptkit.render.pictures.style import picture_style
 
     pictures = pictures_of(result)
-    return as_html(_page_in_python(result), pictures, picture_style(in_notebook=True) if pictures else "")
+    page = _without_drawn(_page_in_python(result), pictures)
+    return as_html(page, pictures, picture_style(in_notebook=True) if pictures else "")
+
+
+def _without_drawn(page: Page, pictures: Iterable[Picture]) -> Page:
+    drawn = {picture.kind for picture in pictures}
+    return [block for block in page if not (isinstance(block, Listing) and block.drawn_as in drawn)]
 
 
 def _page_in_python(result: Result) -> Page:

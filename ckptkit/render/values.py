@@ -48,7 +48,7 @@ def values_page(result: ValueDiff, *, expand: bool = False, depth: int | None = 
         *_remarks(result, quantized),
         _table(shown),
         *([Line((f"and {plural(more, 'more tensor')}",))] if more else []),
-        *([Listing(layers)] if layers else []),
+        *([Listing(layers, drawn_as="changes")] if layers else []),
     ]
 
 

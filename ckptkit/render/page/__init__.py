@@ -101,9 +101,13 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Printable lines that keep their indentation."""
+    """Printable lines that keep their indentation.
+
+    ``drawn_as`` is the ``kind`` of the picture that shows the same: a page with that picture leaves the lines out.
+    """
 
     lines: tuple[str, ...]
+    drawn_as: str = ""
 
 
 Block = Line | Table | Listing
