@@ -111,7 +111,6 @@ def test_a_patch_comes_back_with_everything_that_it_says(tmp_path: Path) -> None
     assert found == PATCH
     assert list(found.result.infos) == list(PATCH.result.infos)
     assert list(found.packed) == ["w", "emb", "t"]
-    assert found.dropped == ["old"]
     with safe_open(tmp_path / "patch.safetensors", "np") as file:
         assert sorted(file.keys()) == sorted([INDEX, *map(packed_key, found.packed)])
         assert bytes(file.get_tensor(packed_key("w"))) == b"w"

@@ -71,11 +71,6 @@ class Patch:
         """The keys of the packed bytes that the patch holds, in the order of the result."""
         return (key for key in self.result.infos if key in self.changed or key in self.whole)
 
-    @property
-    def dropped(self) -> Sequence[str]:
-        """The keys of the base that the result does not have."""
-        return [key for key in self.base.infos if key not in self.result.infos]
-
 
 def packed_key(key: str) -> str:
     """Return the key of the packed bytes of a tensor in the patch file."""

@@ -56,7 +56,7 @@ def pack_block(
     if len(new) <= _TINY:
         return whole
     layout = FLOAT_FORMATS.get(real_code(dtype))
-    bits = _bits_dtype(dtype, len(new))
+    bits = _bits_dtype(dtype)
     numbers = np.frombuffer(new, bits)
     before = None if base is None else np.frombuffer(base, bits)
     steps = steps_between(before, numbers, layout, workers)
@@ -95,7 +95,7 @@ def unpack_block(base: memoryview | None, packed: memoryview, dtype: str, nbytes
         or (is_sorted and (layout is None or base is None))
     ):
         raise FormatError(f"a block is packed in the unknown form {form}")
-    bits = _bits_dtype(dtype, nbytes)
+    bits = _bits_dtype(dtype)
     before = None if base is None else np.frombuffer(base, bits)
     numbers = _unpack_numbers(body, nbytes // bits.itemsize, bits, workers, is_sparse=is_sparse)
     if is_sorted and layout is not None and before is not None:
@@ -111,13 +111,11 @@ def unpack_block(base: memoryview | None, packed: memoryview, dtype: str, nbytes
     return memoryview(made.view(np.uint8).data)
 
 
-def _bits_dtype(dtype: str, nbytes: int) -> np.dtype[np.unsignedinteger[np.typing.NBitBase]]:
+def _bits_dtype(dtype: str) -> np.dtype[np.unsignedinteger[np.typing.NBitBase]]:
     """Return the unsigned integers that the numbers of a block are; bytes if numbers share a byte."""
     import numpy as np
 
-    known = DTYPES.get(dtype)
-    width = 1 if known is None else known.part_bytes
-    return np.dtype(f"u{width if nbytes % width == 0 else 1}")
+    return np.dtype(f"u{DTYPES[dtype].part_bytes}")
 
 
 def _are_equal(base: memoryview, new: memoryview) -> bool:
