@@ -118,6 +118,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "9 tensors   source  matches no --keep",
         "",
     ),
+    "near spec": (
+        ["groups", "validate", "--model", MODEL, "fixtures/groups.tml"],
+        2,
+        "",
+        "hint: did you mean 'fixtures/groups.toml'?",
+    ),
     "prefix that none has": (["remap", TEN, "-o", "x.pt", "--strip", "net"], 2, "", "hint: the checkpoint has 'conv1."),
     "preflight with live optimizer": (
         ["preflight", "--model", MODEL, "--optimizer", "py:train:optimizer"],

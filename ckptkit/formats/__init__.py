@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path
-from ckptkit.core.files.places import clean_path, folder_at, is_url, join, kind_at, name_of, parent_of, split
+from ckptkit.core.files.places import clean_path, folder_at, is_url, kind_at, name_of, near_path, parent_of, split
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import kind_of, look_alikes, nearest, shell_word
+from ckptkit.core.text import kind_of, look_alikes, shell_word
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
 from ckptkit.formats.shard_names import is_index, one_shard_warnings
@@ -33,7 +33,6 @@ __all__ = [
 _BROKEN_URL = lazy_pattern(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 _LIKELY = ("model.safetensors.index.json", "model.safetensors")  # a store sends them together with its listing
 _SUFFIX = lazy_pattern(r"\.[A-Za-z]\w{1,11}$")
-_MOST_NEAR = 10_000  # names of a folder that are compared with the name of a missing file
 _HUB_NAME = lazy_pattern(
     r"(?!.*\.(?:pth?|ckpt|bin|safetensors|gguf|npz)$)(?:[A-Za-z]\w*-[\w.-]+|\w[\w-]*/\w[\w.-]*)", re.ASCII
 )
@@ -82,7 +81,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
             opened = _open_path(path, Selection(key), listing_parts=listing_parts)
         except PathError as error:
             if error.hint is None and not _exists(path):
-                near = _near_path(path)
+                near = near_path(path)
                 if match := _ONE_SLASH.match(path):
                     error.hint = f"for a URL write two slashes: {shell_word(f'{match[1]}/{path[len(match[1]) :]}')}"
                 elif _IMPORTABLE.fullmatch(name):
@@ -109,15 +108,6 @@ def _located(name: str) -> tuple[str, tuple[ReaderWarning, ...]]:
 
     path, note = locate_hub_checkpoint(name)
     return path, (note,)
-
-
-def _near_path(path: str) -> str:
-    """Return the path in the same folder whose name is most like that of ``path``, or an empty string."""
-    folder, name = split(path)
-    with contextlib.suppress(CkptkitError):
-        near = nearest(name, folder_at(folder).names(_MOST_NEAR).all, cutoff=0.8)
-        return join(folder, near) if near else ""
-    return ""
 
 
 def _exists(path: str) -> bool:

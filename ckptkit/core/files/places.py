@@ -10,7 +10,8 @@ from contextlib import closing, suppress
 from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.local import LocalFile, LocalFolder, is_same_local
 from ckptkit.core.files.source import ByteSource, Folder
-from ckptkit.errors import PathError
+from ckptkit.core.text import nearest
+from ckptkit.errors import CkptkitError, PathError
 
 __all__ = [
     "absolute",
@@ -23,6 +24,7 @@ __all__ = [
     "join",
     "kind_at",
     "name_of",
+    "near_path",
     "open_source",
     "parent_of",
     "real_path",
@@ -33,6 +35,7 @@ __all__ = [
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _FILE = "file://"
+_MOST_NEAR = 10_000  # names of a folder that are compared with the name of a missing file
 
 
 def is_url(path: str) -> bool:
@@ -214,3 +217,12 @@ def real_path(path: str) -> str:
     """Return ``path`` without links and relative parts; a URL stays as it is."""
     path = _judged_at(path)
     return path if is_url(path) else os.path.realpath(path)
+
+
+def near_path(path: str) -> str:
+    """Return the path in the same folder whose name is most like that of ``path``, or an empty string."""
+    folder, name = split(path)
+    with suppress(CkptkitError):
+        near = nearest(name, folder_at(folder).names(_MOST_NEAR).all, cutoff=0.8)
+        return join(folder, near) if near else ""
+    return ""
