@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NoReturn
 
-from ckptkit.core.files.places import clean_path, join, kind_at, open_source
+from ckptkit.core.files.places import clean_path, join, kind_at, near_path, open_source
 from ckptkit.core.files.source import Folder
-from ckptkit.core.text import human_bytes, kind_of, quoted
-from ckptkit.errors import CkptkitError, FormatError, RuleError
+from ckptkit.core.text import human_bytes, kind_of, quoted, shell_word
+from ckptkit.errors import CkptkitError, FormatError, PathError, RuleError
 from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = [
@@ -154,7 +154,12 @@ def read_text_file(path: str, text_format: str = "text") -> str:
     """
     path = clean_path(path)
     with default_error_path(path):
-        file = open_source(path)  # refuses a FIFO, which could block forever
+        try:
+            file = open_source(path)  # refuses a FIFO, which could block forever
+        except PathError as error:
+            if error.hint is None and not kind_at(path) and (near := near_path(path)):
+                error.hint = f"did you mean {shell_word(near)}?"
+            raise
         try:
             check_size(file.size, text_format)
             return file.read(0, file.size).decode()

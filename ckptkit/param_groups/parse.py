@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ckptkit.core.config_files import default_error_path, read_table_file
-from ckptkit.core.files.places import clean_path, kind_at, near_path
-from ckptkit.core.text import kind_of, quoted, shell_word
+from ckptkit.core.files.places import clean_path, kind_at
+from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, PathError
 from ckptkit.param_groups.spec import ParamGroupSpec
 from ckptkit.param_groups.spec.checks import checked
@@ -69,10 +69,9 @@ def _parse_file(path: str) -> ParamGroupSpec:
         with default_error_path(path):
             return parse_spec(read_table_file(path))
     except PathError as error:
-        near = near_path(path)
-        hint = f"did you mean {shell_word(near)}?" if near else "a spec is a file of TOML, JSON or YAML"
-        call = "a spec is a file, its parsed content, or param_group_preset(name, model)"
-        error.hint, error.call = error.hint or hint, hint if near else call
+        if error.hint is None:
+            error.hint = "a spec is a file of TOML, JSON or YAML"
+            error.call = "a spec is a file, its parsed content, or param_group_preset(name, model)"
         raise
 
 
