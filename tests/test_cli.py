@@ -118,7 +118,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "9 tensors   source  matches no --keep",
         "",
     ),
-    "near rules": (["remap", TEN, "-o", "o.pt", "--rules", "fixtures/groups.tml"], 2, "", "did you mean 'fixtures/groups.to"),
+    "near rules": (
+        ["remap", TEN, "-o", "o.pt", "--rules", "fixtures/groups.tml"],
+        2,
+        "",
+        "did you mean 'fixtures/groups.to",
+    ),
     "near spec": (
         ["groups", "validate", "--model", MODEL, "fixtures/groups.tml"],
         2,
