@@ -402,7 +402,7 @@ def test_a_spec_may_be_a_file(name: str, tmp_path: Path) -> None:
 def test_a_spec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(PathError) as unread:
         build_param_groups(Net(), "no-decay")
-    assert "param_group_preset" in (unread.value.hint or "")
+    assert "param_group_preset" in (unread.value.call or "")
     path = tmp_path / "groups.toml"
     path.write_text("[[group]]\nrest = true\n[[gruop]]\n")
     with pytest.raises(GroupsError, match="unknown key 'gruop'") as wrong:

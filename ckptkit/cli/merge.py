@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import click
@@ -21,6 +20,7 @@ from ckptkit.cli.common.options import (
 from ckptkit.cli.common.options.policies import policy_option
 from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, quantize_option, run_plan
+from ckptkit.cli.common.printing import print_message
 from ckptkit.cli.merging.completing import COPYING
 from ckptkit.cli.merging.options import (
     MergeOptions,
@@ -134,9 +134,10 @@ def _overlay(paths: Sequence[str], options: OutputOptions, rules: Rules, given: 
             require=given.require,
             min_coverage=given.min_coverage,
         )
-        if not first.files or is_given("method"):
-            return plan
-        return replace(plan, notes=(*plan.notes, *_copies_one_input(plan)))
+        if first.files and not options.quiet and not is_given("method"):
+            for note in _copies_one_input(plan):
+                print_message(note)
+        return plan
 
     _run(paths, options, given, planned)
 
