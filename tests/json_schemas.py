@@ -1377,6 +1377,21 @@ SCHEMAS: dict[str, Schema] = dict(
                 "notes": _texts("Messages about the plan."),
                 "keeps": _text("The role of the input whose other entries are kept; empty if none are."),
                 "kept": _texts("The entries outside of the weights that are copied unchanged."),
+                "patched_base": {
+                    "description": "The base of a patch; null where the plan applies none.",
+                    "anyOf": [
+                        _object(
+                            "The base.",
+                            {
+                                "name": _text("The name of the base that the patch was made from; it may be empty."),
+                                "digests": _table(
+                                    "SHA-256 of tensors that no step compares, by key.", _text("Digits.")
+                                ),
+                            },
+                        ),
+                        {"type": "null"},
+                    ],
+                },
             },
         ),
     )

@@ -205,9 +205,9 @@ def flipped(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("key", ["blocks", "equal", "float32", "grown", "old_name"])
+@pytest.mark.parametrize("key", ["blocks", "equal", "float32", "grown", "old_name", "dropped", "cast"])
 def test_another_base_is_refused(key: str, folder: Path, tmp_path: Path) -> None:
-    """One flipped bit in a tensor that the result is made of is found, and named with the name of the right base."""
+    """One flipped bit in any tensor is found, and named with the name of the right base, also where no byte is used."""
     other = before()
     other[key].view(torch.uint8).flatten()[-1] ^= 1
     save_file(other, tmp_path / "other.safetensors")

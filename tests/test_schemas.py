@@ -208,7 +208,9 @@ def documents(out: Path) -> list[Any]:
                 ended = main([*arguments, "--json"])
             assert str(ended) == code, f"{line}: {messages.getvalue()}"
             found.append(json.loads(printed.getvalue()))
-        found += [json.loads((out / name).read_text(encoding="utf-8")) for name in FILES]
+        sources = {"base": out / "plain.safetensors", "patch": out / "patch.safetensors"}
+        ckptkit.save_plan(ckptkit.plan_apply_delta(**sources), out / "patched.json", sources)
+        found += [json.loads((out / name).read_text(encoding="utf-8")) for name in (*FILES, "patched.json")]
         return [*found, *live_documents()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path
@@ -12,7 +12,8 @@ from ckptkit.deltas.patch import Patch, packed_key
 from ckptkit.deltas.patch_file import is_patch, read_patch
 from ckptkit.errors import FormatError
 from ckptkit.inputs import CheckpointLike, opened
-from ckptkit.plans.deltas.operation import Patched, other_base
+from ckptkit.plans.deltas.base import BASE, BaseOfPatch, other_base
+from ckptkit.plans.deltas.operation import Patched
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import dropped_entries, refuse_suspicious
 from ckptkit.tensor_ops.recipes import Recipe
@@ -20,7 +21,7 @@ from ckptkit.values.delta.coding import require_decompression
 
 __all__ = ["BASE", "PATCH", "patched_steps", "plan_apply_delta", "plan_of_patch", "refuse_patch"]
 
-BASE, PATCH = "base", "patch"  # the roles of the plan
+PATCH = "patch"  # its role; that of the base is BASE
 _NOT_WANTED = "not in the checkpoint that the patch makes"
 
 
@@ -68,7 +69,21 @@ def plan_of_patch(base: Checkpoint, packed: Checkpoint) -> Plan:
     kept = {*patch.result.infos, *patch.renamed.values()}
     dropped = [Dropped(BASE, key, _NOT_WANTED) for key in patch.base.infos if key not in kept]
     dropped += dropped_entries(base, BASE)
-    return Plan(steps, tuple(dropped), dict(patch.metadata), versions=dict(patch.versions), command="apply")
+    return Plan(
+        steps,
+        tuple(dropped),
+        dict(patch.metadata),
+        versions=dict(patch.versions),
+        command="apply",
+        patched_base=_base_of(patch, steps),
+    )
+
+
+def _base_of(patch: Patch, steps: Iterable[Step]) -> BaseOfPatch:
+    """Return the tensors of the base that no step copies, and so none compares."""
+    copied = {step.sources[0].key for step in steps if len(step.sources) == 1 and step.sources[0].role == BASE}
+    digests = {key: digits for key, digits in patch.base.digests.items() if key not in copied}
+    return BaseOfPatch(patch.base_name, digests)
 
 
 def refuse_patch(checkpoint: Checkpoint) -> None:

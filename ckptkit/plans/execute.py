@@ -268,7 +268,9 @@ def execute_prepared(
     edited = (plan.edited_role,) if plan.edited_role and output.format == "torch" and not output.only_tensors else ()
     with (
         output_errors(output.path),
-        opened_inputs(plan.steps, sources, edited, allow_overflow=allow_overflow) as inputs,
+        opened_inputs(
+            plan.steps, sources, edited, patched_base=plan.patched_base, allow_overflow=allow_overflow
+        ) as inputs,
     ):
         plan = replace(plan, steps=tuple(inputs.steps.values()))
         editor = prepared.editor or _editor(plan, output, inputs.roles)

@@ -20,6 +20,7 @@ from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.deltas.base import BASE, BaseOfPatch
 from ckptkit.plans.plan.merged import MergedFacts
 from ckptkit.plans.plan.step import Source, Step
 from ckptkit.plans.produce import Producer, overflow_error
@@ -53,6 +54,7 @@ class PlanInputs:
     roles: Mapping[str, Checkpoint]
     producer: Producer
     allow_overflow: bool
+    patched_base: BaseOfPatch | None = None
 
     def payload(self, info: TensorInfo) -> Payload:
         """Return the bytes of a tensor of the output."""
@@ -117,7 +119,7 @@ class PlanInputs:
             raise overflow_error(overflowed, _wider_dtype_hint(overflowed, self.roles), self.roles[role].path)
 
     def refuse_different_bytes(self) -> None:
-        """Raise ``PlanError`` where two tensors that would have one key are not equal."""
+        """Raise ``PlanError`` where two tensors that would have one key are not equal, or a patch has another base."""
         for step in self.steps.values():
             for source in step.equals:
                 first = equal_of(step, source)
@@ -125,6 +127,8 @@ class PlanInputs:
                     self.roles[first.role].payload(first.key), self.roles[source.role].payload(source.key)
                 ):
                     raise _difference(step, first, source, self.roles[source.role].path)
+        if self.patched_base is not None:
+            self.patched_base.refuse_another(self.roles[BASE])
 
     def check_unchanged(self) -> None:
         """Raise ``ChangedError`` where a file of an input changed since it was opened."""
@@ -213,36 +217,45 @@ def opened_roles(wanted: Iterable[str], sources: Sources) -> Iterator[dict[str, 
 
 @contextlib.contextmanager
 def opened_inputs(
-    steps: Sequence[Step], sources: Sources, others: Iterable[str] = (), *, allow_overflow: bool = False
+    steps: Sequence[Step],
+    sources: Sources,
+    others: Iterable[str] = (),
+    *,
+    patched_base: BaseOfPatch | None = None,
+    allow_overflow: bool = False,
 ) -> Iterator[PlanInputs]:
     """Give the inputs of the steps of a plan, after a check of the steps; paths are opened, and closed at the end.
 
-    ``others`` are roles that the output needs besides those that the steps read. Raises what ``check_steps`` and
+    ``others`` are roles that the output needs besides those that the steps read. ``patched_base`` is that of the plan.
+    Raises what ``check_steps`` and
     ``opened_roles`` raise, and ``PlanError`` where a quantised weight would be taken for numbers.
     """
     if not steps:
         raise PlanError("the plan writes no tensor")
-    with opened_roles([*_roles_read(steps), *others], sources) as inputs:
+    base = [BASE] if patched_base is not None else []
+    with opened_roles([*_roles_read(steps), *others, *base], sources) as inputs:
         checked = check_steps(steps, inputs)
         for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(checked):
             raise problem.error()
         with contextlib.closing(Producer(inputs, checked)) as producer:
-            yield PlanInputs({step.out.key: step for step in checked}, inputs, producer, allow_overflow)
+            yield PlanInputs({step.out.key: step for step in checked}, inputs, producer, allow_overflow, patched_base)
 
 
 def stream_tensors(
-    steps: Sequence[Step], sources: Sources, *, allow_overflow: bool = False
+    steps: Sequence[Step], sources: Sources, patched_base: BaseOfPatch | None, *, allow_overflow: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over keys and tensors, as ``Plan.tensors`` says; the steps are checked before the first."""
     require_flags(allow_overflow=allow_overflow)
     with opened_inputs(steps, sources):
         for step in steps:
             torch_dtype_of(step.out)
-    return _stream(steps, sources, allow_overflow=allow_overflow)
+    return _stream(steps, sources, patched_base, allow_overflow=allow_overflow)
 
 
-def _stream(steps: Sequence[Step], sources: Sources, *, allow_overflow: bool) -> Iterator[tuple[str, Tensor]]:
-    with opened_inputs(steps, sources, allow_overflow=allow_overflow) as inputs:
+def _stream(
+    steps: Sequence[Step], sources: Sources, patched_base: BaseOfPatch | None, *, allow_overflow: bool
+) -> Iterator[tuple[str, Tensor]]:
+    with opened_inputs(steps, sources, patched_base=patched_base, allow_overflow=allow_overflow) as inputs:
         inputs.refuse_different_bytes()
         for step in inputs.steps.values():
             tensor = read_tensor(step.out, inputs.payload)

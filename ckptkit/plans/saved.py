@@ -17,6 +17,7 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.formats.writing.outputs import write_small_file
 from ckptkit.formats.writing.targets import prepare_side_file
+from ckptkit.plans.deltas.base import BaseOfPatch
 from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.metadata import follow_metadata
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
@@ -88,7 +89,12 @@ def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any
         "notes": list(plan.notes),
         "keeps": plan.edited_role,
         "kept": list(plan.kept),
+        "patched_base": None if plan.patched_base is None else _base_to_json(plan.patched_base),
     }
+
+
+def _base_to_json(base: BaseOfPatch) -> dict[str, object]:
+    return {"name": base.name, "digests": dict(base.digests)}
 
 
 def step_to_json(step: Step, sources: Mapping[str, Checkpoint]) -> dict[str, Any]:
@@ -131,13 +137,21 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
         versions = {_text(key): _size(value) for key, value in document["versions"].items()}
         notes = tuple(map(_text, document["notes"]))
         edited_role, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
+        patched_base = _base(document.get("patched_base"))  # older plan files are without it
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(f"not a valid plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
         raise PlanError(f"not a plan that can be executed: {error.reason}", hint=error.hint) from None
     if not steps:
         raise PlanError("the plan writes no tensor", hint="make a new plan")
-    return SavedPlan(Plan(steps, dropped, metadata, notes, versions, edited_role, kept), headers, inputs)
+    plan = Plan(steps, dropped, metadata, notes, versions, edited_role, kept, patched_base=patched_base)
+    return SavedPlan(plan, headers, inputs)
+
+
+def _base(item: Mapping[str, Any] | None) -> BaseOfPatch | None:
+    if item is None:
+        return None
+    return BaseOfPatch(_text(item["name"]), {_text(key): _text(digits) for key, digits in item["digests"].items()})
 
 
 def _dropped(item: Mapping[str, Any]) -> Dropped:

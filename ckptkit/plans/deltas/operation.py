@@ -14,13 +14,14 @@ from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.digests import digests_by_key
 from ckptkit.digests.checked import CheckedPayload
-from ckptkit.errors import CkptkitError, FormatError, PlanError
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.plans.deltas.base import other_base
 from ckptkit.plans.plan.step import PATCH_OPERATION, Step
 from ckptkit.tensor_ops.operation import Ints, Operation, Rounded, Shape, Text, read_parameters
 from ckptkit.values.delta.payload import PatchedPayload
 from ckptkit.values.workers import Workers
 
-__all__ = ["KINDS", "Patched", "PatchedTensor", "other_base", "patched_tensor"]
+__all__ = ["KINDS", "Patched", "PatchedTensor", "patched_tensor"]
 
 KINDS: Final = ("equal", "changed", "whole")
 _BYTES: Final = "U8"
@@ -130,13 +131,3 @@ def patched_tensor(step: Step, roles: Mapping[str, Checkpoint]) -> PatchedTensor
     (operation,) = step.recipe.operations
     assert isinstance(operation, Patched)  # noqa: S101 - no other operation has its name
     return PatchedTensor(step, operation, roles)
-
-
-def other_base(base: Checkpoint, reason: str, name: str) -> PlanError:
-    """Return the error for a base that the patch was not made from; ``name`` is what the patch calls its base."""
-    made_from = f", which was made from {quoted(name)}" if name else ""
-    return PlanError(
-        f"not the base of this patch{made_from}: {reason}",
-        hint="ckpt show PATCH prints the digest of its base, and ckpt digest PATH that of a checkpoint",
-        path=base.path,
-    )

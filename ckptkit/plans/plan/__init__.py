@@ -14,6 +14,7 @@ from ckptkit.core.result.summary import totals
 from ckptkit.core.text import human_bytes, plural
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_types import Tensor
+from ckptkit.plans.deltas.base import BaseOfPatch
 from ckptkit.plans.plan.layers import LayerCount
 from ckptkit.plans.plan.step import Dropped, Source, Step
 
@@ -42,7 +43,8 @@ class Plan(Result):
     ``command`` is the command that makes such a plan (``remap``, ``merge`` or ``convert``); its document names it.
     ``covered`` says which tensors of the base get values from a donor; it is None where a plan has no base.
     ``paths`` has the path of each role, where the plan was made of a recipe, for ``execute``. ``layers`` says which
-    layers the output has, where it has others than its input.
+    layers the output has, where it has others than its input. ``patched_base`` has digests of the base of a patch,
+    which are compared before the first tensor is made.
 
     Example:
         >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
@@ -61,6 +63,7 @@ class Plan(Result):
     covered: Coverage | None = field(default=None, compare=False)
     paths: Mapping[str, str] = field(default_factory=dict, compare=False)
     layers: LayerCount | None = field(default=None, compare=False)
+    patched_base: BaseOfPatch | None = None
 
     def __post_init__(self) -> None:
         """Refuse a field of a wrong type, which ``dataclasses.replace`` could have set."""
@@ -78,6 +81,7 @@ class Plan(Result):
                 refuse(table, name, f"a mapping of str to {of.__name__}")
         for name in ("edited_role", "command"):
             require_type(getattr(self, name), str, name, "a str")
+        require_type(self.patched_base, BaseOfPatch | None, "patched_base", "a BaseOfPatch, or None")
         require_type(self.layers, LayerCount | None, "layers", "a LayerCount, or None")
         require_type(self.covered, Coverage | None, "covered", "a Coverage, or None")
 
@@ -139,7 +143,7 @@ class Plan(Result):
         """
         from ckptkit.plans.inputs import stream_tensors
 
-        return stream_tensors(self.steps, sources, allow_overflow=allow_overflow)
+        return stream_tensors(self.steps, sources, self.patched_base, allow_overflow=allow_overflow)
 
     def materialize(
         self,
@@ -171,7 +175,9 @@ class Plan(Result):
 
         require_flags(allow_overflow=allow_overflow)
         place = to_device(device)
-        with opened_inputs(self.steps, sources, allow_overflow=allow_overflow) as inputs:
+        with opened_inputs(
+            self.steps, sources, patched_base=self.patched_base, allow_overflow=allow_overflow
+        ) as inputs:
             return with_versions(materialize_steps(inputs, place), self.versions)
 
 
