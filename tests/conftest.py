@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)
 # A shell lets commands in the background ignore Ctrl-C, and some tests interrupt themselves or a process of theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup leaves it to its commands
 
 from tests.features import accept_names  # noqa: E402
 

@@ -284,11 +284,12 @@ def test_node_with_other_code_is_named(
         ckptkit.digest(models["base.safetensors"], executor=executor)
 
 
-def test_node_without_ckptkit_is_named(cluster: Any) -> None:
+def test_node_without_ckptkit_is_named(cluster: Any, tmp_path: Path) -> None:
     """A worker that cannot import ckptkit says so: nothing that Ray gives it needs ckptkit."""
+    (tmp_path / "ckptkit.py").write_text("raise ModuleNotFoundError(\"No module named 'ckptkit'\", name='ckptkit')")
     program = (
         "import ray, ckptkit\n"
-        "ray.init(runtime_env={'env_vars': {'PYTHONPATH': '/'}}, logging_level='ERROR')\n"
+        f"ray.init(runtime_env={{'env_vars': {{'PYTHONPATH': {str(tmp_path)!r}}}}}, logging_level='ERROR')\n"
         "print(ckptkit.RayExecutor().submit(abs, -1).exception())"
     )
     run = subprocess.run(
