@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ckptkit
 from ckptkit import convert
 from ckptkit.core.files.places import folder_at, kind_at
 from tests.helpers_cli import ROOT, run_ckpt
@@ -124,6 +125,26 @@ def test_other_libraries_read_what_was_written(
     here = downloaded()
     assert sorted(os.listdir(here / "shards")) == ["config.json", "model.safetensors"]
     same_state(load_file(here / "shards" / "model.safetensors"), STATE)
+
+
+def test_a_patch_and_what_it_makes_may_be_in_a_bucket(
+    s3: S3Server, bucket: Any, ckpt: Callable[..., str], source: Path, tmp_path: Path
+) -> None:
+    """The output of a refused base is not there, although the store would have named it at the end."""
+    tuned = {**STATE, "a.bias": STATE["a.bias"] * 2}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    save_file({**STATE, "a.weight": STATE["a.weight"] + 1}, tmp_path / "other.safetensors")
+    base = f"{s3.url}/up"
+    ckpt("delta", source, tmp_path / "tuned.safetensors", "-o", f"{base}/patch")
+    ckpt("apply", source, f"{base}/patch", "-o", f"{base}/out.safetensors", "--verify")
+    ckpt("apply", source, f"{base}/patch", "-o", f"{base}/shards", "--max-shard-size", "400kB")
+    wrong = ckpt("apply", tmp_path / "other.safetensors", f"{base}/patch", "-o", f"{base}/wrong.safetensors", code=2)
+    assert "not the base of this patch" in wrong
+    bucket.get("tests/up", str(tmp_path / "got"), recursive=True)
+    assert sorted(os.listdir(tmp_path / "got")) == ["out.safetensors", "patch", "shards"]
+    same_state(load_file(tmp_path / "got" / "out.safetensors"), tuned)
+    with ckptkit.open_checkpoint(tmp_path / "got" / "shards") as found:
+        same_state(found.state_dict(), tuned)
 
 
 def test_an_empty_object_can_mark_a_folder(s3: S3Server, bucket: Any) -> None:
