@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint.payload import HeldBytes
 from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.methods.table import method_named
 from ckptkit.values.arrays import array_of, numpy_dtype
-from ckptkit.values.computed import HeldBytes
 from ckptkit.values.merging.payload import MergedPayload, MergeInput
 from ckptkit.values.workers import Workers
 

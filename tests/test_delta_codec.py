@@ -12,10 +12,9 @@ import pytest
 
 from ckptkit import TensorInfo
 from ckptkit.core.checkpoint import Payload
-from ckptkit.core.checkpoint.payload import part_of, read_into
+from ckptkit.core.checkpoint.payload import HeldBytes, part_of, read_into
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import ArgumentError, CkptkitError, FormatError
-from ckptkit.values.computed import HeldBytes
 from ckptkit.values.delta import Change, PatchedPayload, Spool, pack_changes, require_compression
 from ckptkit.values.delta.blocks import BLOCK
 from ckptkit.values.delta.coding import Compression

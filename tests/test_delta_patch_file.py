@@ -15,13 +15,13 @@ import pytest
 from safetensors import safe_open
 
 from ckptkit import TensorInfo
+from ckptkit.core.checkpoint.payload import HeldBytes
 from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.deltas.patch import Patch, Side, contents_of, packed_key
 from ckptkit.deltas.patch_file import INDEX, is_patch, patch_contents, read_patch
 from ckptkit.deltas.patch_index import index_of
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats import open_checkpoint
-from ckptkit.values.computed import HeldBytes
 from tests.formats.mutate import mutate
 from tests.helpers_formats import safetensors_file
 

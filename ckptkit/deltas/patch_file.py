@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint.payload import HeldBytes
 from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.gc_pause import pause_gc
@@ -42,18 +43,6 @@ class PatchContents:
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    data: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
-
-    def chunks(self) -> Iterator[bytes]:
-        yield self.data
-
-
 def is_patch(checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint is the file of a patch, also of one that is damaged."""
     return DELTA in checkpoint.metadata
@@ -80,7 +69,7 @@ def patch_contents(patch: Patch, packed: Mapping[str, Payload]) -> PatchContents
         "index": len(index),
     }
     document["sha256"] = _checksum(document, index)
-    payloads: dict[str, Payload] = {INDEX: _Held(stored)}
+    payloads: dict[str, Payload] = {INDEX: HeldBytes(stored)}
     payloads |= {packed_key(key): packed[key] for key in patch.packed}
     infos = [TensorInfo(key, _BYTES, (payload.nbytes,)) for key, payload in payloads.items()]
     return PatchContents(infos, payloads, {DELTA: json.dumps(document)})

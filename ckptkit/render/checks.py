@@ -21,7 +21,7 @@ __all__ = [
     "checks_page",
 ]
 
-WHAT_WAS_READ = frozenset({NOT_SCANNED.name, NO_CHECKSUM.name})  # the codes of findings that are no faults
+WHAT_WAS_READ = frozenset({NOT_SCANNED.name, NO_CHECKSUM.name})  # findings about what was read, not about a fault
 
 
 def check_page(report: CheckReport) -> Page:

@@ -16,7 +16,7 @@ from ckptkit.values.losses import Losses
 from ckptkit.values.sinks import MemorySink, NullSink
 from ckptkit.values.workers import PIECE, Workers
 
-__all__ = ["BlockPayload", "HeldBytes", "JoinedPayload", "ThreadedPayload", "bytes_of"]
+__all__ = ["BlockPayload", "JoinedPayload", "ThreadedPayload", "bytes_of"]
 
 _TASK: Final = 1 << 18  # bytes that one thread computes at least, of several small payloads
 _Block = TypeVar("_Block")
@@ -206,31 +206,6 @@ class _Slice:
 
     def slice(self, start: int, nbytes: int) -> Payload:
         return part_of(self.whole, self.start + start, nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldBytes:
-    """The bytes of a payload that can be read only from its beginning."""
-
-    data: bytearray
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes."""
-        return len(self.data)
-
-    @property
-    def is_seekable(self) -> bool:
-        """Whether a range is read without the bytes before it: it is."""
-        return True
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield all bytes."""
-        yield memoryview(self.data)
-
-    def slice(self, start: int, nbytes: int) -> Payload:
-        """Return some of the bytes."""
-        return HeldBytes(self.data[start : start + nbytes])
 
 
 def bytes_of(source: Payload) -> bytearray:

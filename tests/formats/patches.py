@@ -7,12 +7,12 @@ import hashlib
 import numpy as np
 
 from ckptkit import TensorInfo
+from ckptkit.core.checkpoint.payload import HeldBytes
 from ckptkit.deltas.patch import Patch, Side, contents_of, packed_key
 from ckptkit.deltas.patch_file import patch_contents, read_patch
 from ckptkit.digests.hashing import header_of
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
-from ckptkit.values.computed import HeldBytes
 from ckptkit.values.delta import Change, PatchedPayload, Spool, pack_changes
 from ckptkit.values.workers import Workers
 from tests.formats.oracles import Seen

@@ -23,7 +23,7 @@ def text_of_file(path: str) -> Iterator[str]:
     """Yield the lines that stand for the file at ``path``; the name is never a URL, a live model or a part of a file.
 
     A file that cannot be read has lines too, with its size, its digest and the reason: git would show no difference of
-    any file after an error. Raises ``OSError`` only where there is no such file, or no permission to read it, and
+    any file after an error. Raises ``OSError`` where the file does not exist or must not be read, and
     ``PathError`` for a folder, a pipe or a device.
     """
     path = os.path.abspath(path)

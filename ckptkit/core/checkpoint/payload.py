@@ -8,7 +8,18 @@ from typing import Protocol
 
 from ckptkit.errors import FormatError
 
-__all__ = ["Joining", "Part", "Payload", "SelfWriting", "Sink", "joining", "part_of", "read_into", "self_writing"]
+__all__ = [
+    "HeldBytes",
+    "Joining",
+    "Part",
+    "Payload",
+    "SelfWriting",
+    "Sink",
+    "joining",
+    "part_of",
+    "read_into",
+    "self_writing",
+]
 
 
 class Payload(Protocol):
@@ -93,6 +104,31 @@ def part_of(payload: Payload, start: int, nbytes: int) -> Payload:
     take = getattr(payload, "slice", None)
     part: Payload = Part(payload, start, nbytes) if take is None else take(start, nbytes)
     return part
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """Bytes in memory as a payload."""
+
+    data: bytes | bytearray
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return len(self.data)
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a range is read without the bytes before it: it is."""
+        return True
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield all bytes."""
+        yield memoryview(self.data)
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        """Return some of the bytes."""
+        return HeldBytes(self.data[start : start + nbytes])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import TensorInfo
 
-__all__ = ["Coverage", "ModuleCoverage", "coverage_by_module", "group_by_module", "measure_coverage"]
+__all__ = ["Coverage", "ModuleCoverage", "coverage_by_module", "group_by_module", "measure_coverage", "split_keys"]
 
 _MAX_MODULES = 32
 
@@ -74,20 +74,21 @@ def group_by_module(labels: Mapping[str, Hashable]) -> list[tuple[str, list[str]
     A module with different labels is divided into submodules, level by level, while there are at most 32 rows. A
     tensor outside of these modules has a row of its own, which begins with its key.
     """
-    modules = _split("", list(labels))
+    modules = split_keys("", list(labels))
     while len(modules) == 1 and modules[0][0] != modules[0][1][0]:
-        modules = _split(*modules[0])
+        modules = split_keys(*modules[0])
     while True:
         finer: list[tuple[str, list[str]]] = []
         for prefix, keys in modules:
             mixed = len({labels[key] for key in keys}) > 1
-            finer += _split(prefix, keys) if mixed else [(prefix, keys)]
+            finer += split_keys(prefix, keys) if mixed else [(prefix, keys)]
         if finer == modules or len(finer) > _MAX_MODULES:
             return modules
         modules = finer
 
 
-def _split(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:
+def split_keys(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:
+    """Return the modules one level below ``prefix`` with their keys; a tensor of ``prefix`` itself stands alone."""
     start = len(prefix) + 1 if prefix else 0
     parts: dict[str, list[str]] = {}
     for key in keys:

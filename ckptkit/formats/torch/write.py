@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
+from ckptkit.core.checkpoint.payload import HeldBytes
 from ckptkit.core.dtypes import DTYPES, torch_view
 from ckptkit.core.files.payloads import Extent, announce
 from ckptkit.core.text import quoted
@@ -146,18 +147,6 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bytes:
-    data: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
-
-    def chunks(self) -> Iterator[bytes]:
-        yield self.data
-
-
-@dataclass(frozen=True, slots=True)
 class TorchZipLayout:
     """The layout of an archive: the entries with their offsets, the offset of the directory, and the exact size.
 
@@ -213,10 +202,10 @@ def layout_torch_archive(
     """
     size = block(records)
     contents: dict[str, Payload] = {
-        "data.pkl": _Bytes(pickle),
-        "byteorder": _Bytes(b"little"),
+        "data.pkl": HeldBytes(pickle),
+        "byteorder": HeldBytes(b"little"),
         **{f"data/{number}": record for number, record in enumerate(records)},
-        "version": _Bytes(b"3\n"),
+        "version": HeldBytes(b"3\n"),
         **dict(others),
     }
     entries = []
@@ -235,7 +224,7 @@ def layout_torch_archive(
 
 
 def _known_crc(content: Payload) -> int | None:
-    if isinstance(content, _Bytes):
+    if isinstance(content, HeldBytes):
         return zlib.crc32(content.data)
     return content.crc if isinstance(content, Extent) else None
 

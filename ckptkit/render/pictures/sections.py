@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from ckptkit.core.coverage import split_keys
+
 __all__ = ["OTHERS", "WHOLE", "numbered", "range_name", "sections_of"]
 
 OTHERS: Final = "(others)"  # the name of a section of many small ones
@@ -23,7 +25,7 @@ def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[s
     if not weights:
         return []
     total = sum(weights.values())
-    sections = _parts("", list(weights))
+    sections = split_keys("", list(weights))
     done: set[str] = set()
     while True:
         sizes = {name: sum(map(weights.__getitem__, keys)) for name, keys in sections if name not in done}
@@ -32,7 +34,7 @@ def sections_of(weights: Mapping[str, float], most: int = _MOST) -> list[tuple[s
             return _bounded(sections, weights, most)
         chosen = max(heavy, key=sizes.__getitem__)
         at = next(place for place, (name, _) in enumerate(sections) if name == chosen)
-        parts = _parts(*sections[at])
+        parts = split_keys(*sections[at])
         # Names that begin with a dot can have parts that look like the whole.
         if parts[0][0] == chosen or _is_list(chosen, parts) or len(sections) + len(parts) - 1 > most:
             done.add(chosen)
@@ -51,15 +53,6 @@ def numbered(name: str) -> tuple[str, int] | None:
 def range_name(stack: str, first: int, last: int) -> str:
     """Return one name for layers that follow each other, as tables spell it."""
     return f"{stack}.{first}" if first == last else f"{stack}.{{{first}..{last}}}"
-
-
-def _parts(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:
-    start = len(prefix) + 1 if prefix else 0
-    parts: dict[str, list[str]] = {}
-    for key in keys:
-        end = key.find(".", start)
-        parts.setdefault(key if end < 0 else key[:end], []).append(key)
-    return list(parts.items())
 
 
 def _is_list(name: str, parts: list[tuple[str, list[str]]]) -> bool:

@@ -10,12 +10,12 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
+from ckptkit.core.checkpoint.payload import HeldBytes, Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.values.computed import BlockPayload, HeldBytes, JoinedPayload, bytes_of
+from ckptkit.values.computed import BlockPayload, JoinedPayload, bytes_of
 from ckptkit.values.delta.blocks import BLOCK, most_packed, unpack_block
 from ckptkit.values.delta.packing import ROW
 from ckptkit.values.delta.resized import resized

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.core.checkpoint.payload import Payload, part_of
+from ckptkit.core.checkpoint.payload import HeldBytes, Payload, part_of
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.computed import BlockPayload, HeldBytes, bytes_of
+from ckptkit.values.computed import BlockPayload, bytes_of
 from ckptkit.values.dequantize.model import BrokenPartError, Decoder, ElementwiseDecoder
 from ckptkit.values.losses import Losses, count_losses
 from ckptkit.values.workers import PIECE, Workers

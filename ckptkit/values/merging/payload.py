@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint.info import TensorInfo
-from ckptkit.core.checkpoint.payload import Payload, part_of, read_into
+from ckptkit.core.checkpoint.payload import HeldBytes, Payload, part_of, read_into
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent, is_seekable
 from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
 from ckptkit.values.arrays import real_code
 from ckptkit.values.casting import cast_bytes
-from ckptkit.values.computed import BlockPayload, HeldBytes, JoinedPayload, bytes_of
+from ckptkit.values.computed import BlockPayload, JoinedPayload, bytes_of
 from ckptkit.values.losses import Losses, count_losses
 from ckptkit.values.merging.model import Array, Facts, Merging, NoResultError
 from ckptkit.values.workers import PIECE, Workers
