@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save_file
 
+from ckptkit import make_delta
 from tests.helpers_cli import ROOT
 from tests.helpers_gguf import STRING, gguf_file, info, pair, string
 
@@ -195,6 +196,12 @@ def _other_names_for_most(folder: Path) -> list[str]:
 @situation("comparison/parts.py: --method lora")
 def _adapter_as_weights(folder: Path) -> list[str]:
     return ["diff", *_base_and_kohya(folder)]
+
+
+@situation("core/checkpoint/provenance.py: ckpt apply BASE XX -o OUT", ends=True)
+def _a_patch(folder: Path) -> list[str]:
+    make_delta(TEN, ROOT / "fixtures" / "lenet_tuned.safetensors", folder / "patch.safetensors")
+    return ["diff", TEN, str(folder / "patch.safetensors")]
 
 
 @situation("checks/expected.py: ckpt diff XX XX lists all keys")

@@ -627,7 +627,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
 
 
 def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    """``--help`` lists at most a dozen options, those that matter first; ``--help-all`` lists every option."""
+    """``--help`` lists at most a dozen options, first those that matter, also reports; ``--help-all`` lists all."""
     for path, command in _commands(ckpt):
         options = {max(option.opts, key=len) for option in command.params if isinstance(option, click.Option)}
         short = run_ckpt(capsys, *path, "--help").out
@@ -636,6 +636,7 @@ def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str])
         )
         assert isinstance(command, Command)
         assert len(listed) <= MOST_OPTIONS
+        assert ("--html" in listed) == ("--html" in options)
         assert listed[: len(command.first)] == list(command.first)
         whole = run_ckpt(capsys, *path, "--help-all").out
         assert options - {"--help-all"} <= set(re.findall(r"^ +(?:-\w, )?(--[a-z0-9-]+)", whole, re.MULTILINE))

@@ -359,10 +359,16 @@ def test_commands_say_that_a_file_is_a_patch(folder: Path, capsys: pytest.Captur
     made = ckptkit.make_delta(folder / "base.safetensors", folder / "new.safetensors")
     assert {state: document["delta"]["summary"][state] for state in made.counts} == made.counts
     said = f"{patch}: warning: is a patch, and its tensors are not weights; ckpt apply BASE {patch} -o OUT makes"
-    assert said in run_ckpt(capsys, "diff", patch, TEN).err
-    assert said in run_ckpt(capsys, "merge", TEN, patch, "-o", "o.pt", "-n").err
-    with pytest.warns(UserWarning, match="is a patch"):
-        ckptkit.plan_remap(patch)
+    for arguments, where in ((("diff", patch, TEN), "EXPECTED"), (("merge", TEN, patch, "-o", "o.pt", "-n"), "DONOR")):
+        ran = run_ckpt(capsys, *arguments)
+        assert said in ran.err
+        hint = (ran.out + ran.err).partition(f"hint: {where} is a patch")[2]
+        assert hint.removeprefix(";").strip().startswith(f"ckpt apply BASE {patch} -o OUT makes a checkpoint of it")
+    with (
+        pytest.warns(UserWarning, match="is a patch"),
+        pytest.raises(PlanError, match=r"CHECKPOINT is a patch; apply_delta\(base, '.*', out\) makes"),
+    ):
+        ckptkit.load_into(torch.nn.Linear(2, 2), patch)
 
 
 def test_the_hints_of_refusals_work(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

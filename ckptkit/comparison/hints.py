@@ -13,6 +13,7 @@ from ckptkit.comparison.parts import PartedTensor, align_command, fold_command, 
 from ckptkit.comparison.quantized import QuantizedKey, quantized_messages
 from ckptkit.comparison.renamed import count_common_shapes, count_replaced_prefixes, least_of_many
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint.provenance import way_to_apply
 from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import shell_word
@@ -74,14 +75,15 @@ class Hint:
 
 
 def find_hints(result: Differences) -> tuple[Hint, ...]:
-    """Return how to fold an adapter; else renames that make the most keys match; else where ``align`` helps.
+    """Return how to apply a patch or fold an adapter; else renames that make the most keys match; else ``align``.
 
     Renames are left out if the rules rename keys. The last hints are about quantised weights.
     """
     open_shapes = _open_shapes(result)
     return (
         *(
-            _fold_hints(result)
+            _patch_hints(result)
+            or _fold_hints(result)
             or _hints(result, _candidate_renames(result, *open_shapes))
             or _align_hints(result, *open_shapes)
         ),
@@ -99,6 +101,15 @@ def _hints(result: Differences, renames: Mapping[str, Mapping[str, str]], least:
             hints.append((matches, Hint(_hint_message(matches, len(expected), rename), rename, matches)))
     most = max((matches for matches, _ in hints), default=0)
     return [hint for matches, hint in hints if matches == most][:_MAX_HINTS]
+
+
+def _patch_hints(result: Differences) -> list[Hint]:
+    sides = {"EXPECTED": result.expected_checkpoint, "FOUND": result.found_checkpoint}
+    patches = [(name, side) for name, side in sides.items() if side.is_patch]
+    if len(patches) != 1:
+        return []
+    ((name, side),) = patches
+    return [Hint(f"{name} is a patch; {way_to_apply(side.argument or 'PATCH')}", "")]
 
 
 def _fold_hints(result: Differences) -> list[Hint]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint.provenance import way_to_apply
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import quoted
@@ -91,7 +92,7 @@ def refuse_patch(checkpoint: Checkpoint) -> None:
     if is_patch(checkpoint):
         raise FormatError(
             "is a patch, and its tensors are not weights",
-            hint="ckpt apply BASE PATCH -o OUT makes a checkpoint of it",
+            hint=way_to_apply("PATCH"),
             path=checkpoint.path,
         )
 

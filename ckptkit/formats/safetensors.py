@@ -10,7 +10,7 @@ from operator import ge
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
-from ckptkit.core.checkpoint.provenance import DELTA
+from ckptkit.core.checkpoint.provenance import DELTA, way_to_apply
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.payloads import Extent
 from ckptkit.core.files.source import ByteSource
@@ -91,8 +91,7 @@ def _patch_warning(path: str) -> str:
     from ckptkit.formats.codes import PATCH
 
     argument = CheckpointSummary(path, "safetensors").argument
-    way = f"ckpt apply BASE {argument} -o OUT makes a checkpoint of it"
-    return ReaderWarning(f"is a patch, and its tensors are not weights; {way}", PATCH)
+    return ReaderWarning(f"is a patch, and its tensors are not weights; {way_to_apply(argument)}", PATCH)
 
 
 _ALIGNMENT = 8

@@ -39,7 +39,7 @@ _RARE: Final = (
     "--ignore",
     "--carry", "--strip", "--weight", "--min-coverage", "--require", "--all", "--as-layer", "--depth", "--dtype",
     "--no-recipe", "--print", "--from-mergekit", "--again", "--density", "--param", "--only", "--base",
-    "--atol", "--html",
+    "--atol", "--keep", "--html",
 )  # fmt: skip
 
 _HELP: Final = ("--help-methods", "--help-all", "--help")  # which have a section of their own

@@ -9,10 +9,15 @@ from ckptkit.core.files.places import is_file, join, kind_at
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
 
-__all__ = ["DELTA", "PROVENANCE", "own_version", "provenance_beside", "provenance_name"]
+__all__ = ["DELTA", "PROVENANCE", "own_version", "provenance_beside", "provenance_name", "way_to_apply"]
 
 PROVENANCE: Final = "ckptkit.merge"  # the metadata that says how an output was merged
 DELTA: Final = "ckptkit.delta"  # the metadata of a patch, which is not a checkpoint of weights
+
+
+def way_to_apply(patch: str) -> str:
+    """Return what makes a checkpoint of a patch; ``patch`` is its word on the command line."""
+    return f"ckpt apply BASE {patch} -o OUT makes a checkpoint of it"
 
 
 def own_version() -> str:

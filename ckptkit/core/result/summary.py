@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Self
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files.live_prefix import LIVE_PREFIX
 from ckptkit.core.text import shell_word
@@ -29,7 +30,7 @@ class CheckpointSummary:
     """Path, format, selected mapping (``envelope``), and the numbers of tensors, elements and bytes.
 
     ``format`` is empty if the checkpoint could not be opened. ``library_names`` has the model type of a live model of a
-    library, and its classes.
+    library, and its classes. ``is_patch`` says that the file is a patch of ``ckpt delta``.
     """
 
     path: str = ""
@@ -39,6 +40,7 @@ class CheckpointSummary:
     elements: int = 0
     nbytes: int = 0
     library_names: tuple[str, ...] = ()
+    is_patch: bool = False
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, infos: Iterable[TensorInfo] | None = None) -> Self:
@@ -46,7 +48,9 @@ class CheckpointSummary:
         counts = totals(checkpoint.values() if infos is None else infos)
         live = checkpoint.configuration
         names = () if live is None else (live.model_type, *live.classes)
-        return cls(checkpoint.path, checkpoint.format, checkpoint.envelope, *counts, names)
+        return cls(
+            checkpoint.path, checkpoint.format, checkpoint.envelope, *counts, names, DELTA in checkpoint.metadata
+        )
 
     @property
     def is_stored(self) -> bool:
