@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import os
 import signal
 import socket
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, InvalidStateError
 from concurrent.futures import wait as wait_for
+from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar
 
 from ckptkit.core.arguments import require_number
@@ -25,6 +28,8 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _ANSWER_WITHIN: Final = 5.0  # seconds, of a machine that is asked for a connection
 _CONNECT_WITHIN: Final = 30  # seconds; Ray itself asks for minutes
+_ASK_EVERY: Final = 1.0  # second
+_AT_RAY_PER_CPU: Final = 2  # tasks: one runs, and one waits, which tells Ray that more CPUs would help
 # Ray prints on stdout that a worker died, which it then repeats; its modules read this when they are imported.
 _QUIET: Final = {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": ".*"}
 _QUIET_OPTIONS: Final = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -32,6 +37,7 @@ _MORE_MEMORY: Final = "give each worker more memory, or use fewer workers at a t
 _REFUSED: Final = "InvalidAuthToken"
 _AUTHENTICATE: Final = "set RAY_AUTH_MODE=token, with the token of the cluster in ~/.ray/auth_token or RAY_AUTH_TOKEN"
 _DONE: Final = "done"
+_FAILED: Final = "failed"
 
 
 class RayExecutor(Executor):
@@ -68,12 +74,13 @@ class RayExecutor(Executor):
         require_number(max_retries, "max_retries", "an int of at least 0", at_least=0, whole=True)
         self._wanted = workers
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[_RayFuture[Any], bytes]] = deque()
+        self._waiting: dict[Future[Any], bytes] = {}
         self._begun: set[Future[Any]] = set()
         self._unfinished: set[Future[Any]] = set()
         self._is_shut = False
         self._ray, self._is_ours = _connected(address, workers)
-        self._cpus = max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
+        self._asked = -math.inf
+        self._note_growth()
         # A task is done again only where its worker died: an error of its own would come again.
         self._task = self._ray.remote(
             num_cpus=1, max_retries=max_retries, retry_exceptions=False, scheduling_strategy="SPREAD"
@@ -87,45 +94,64 @@ class RayExecutor(Executor):
     def submit(
         self, fn: Callable[_Arguments, _Result], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> Future[_Result]:
-        """Return the future of a task of Ray. Cancelling it also stops a task that runs.
+        """Return the future of a task of Ray. It can be cancelled until Ray gets the task.
 
-        Raises ``RuntimeError`` after ``shutdown``.
+        Ray gets at most ``workers`` tasks at a time, or twice as many as the cluster has CPUs, so that a cluster that
+        can grow does. Raises ``RuntimeError`` after ``shutdown``.
         """
         call = self._ray.cloudpickle.dumps((fn, args, kwargs))
-        future: _RayFuture[_Result] = _RayFuture(self._ray)
+        future: Future[_Result] = Future()
         with self._lock:
             if self._is_shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._unfinished.add(future)
-            self._waiting.append((future, call))
+            self._waiting[future] = call
         future.add_done_callback(self._forget)
+        self._note_growth()
         self._begin_waiting()
         return future
 
+    def _note_growth(self) -> None:
+        """Ask how many CPUs the cluster has, once a second: it may have got more nodes."""
+        now = time.monotonic()
+        if now - self._asked >= _ASK_EVERY:
+            self._asked = now
+            self._cpus = max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
+
     def _begin_waiting(self) -> None:
-        """Give Ray the tasks that wait: all of them, or as many as the user wants at a time."""
+        """Give Ray the tasks that wait, while it has room for them.
+
+        Ray's own ``cancel`` is not used: where a task ends at the same time, it aborts this process (Ray 2.60).
+        """
         while True:
             with self._lock:
-                if not self._waiting or (self._wanted is not None and len(self._begun) >= self._wanted):
+                if not self._waiting or len(self._begun) >= (self._wanted or _AT_RAY_PER_CPU * self._cpus):
                     return
-                future, call = self._waiting.popleft()
-                if future.cancelled():
+                future = next(iter(self._waiting))
+                call = self._waiting.pop(future)
+                if not future.set_running_or_notify_cancel():
                     continue
                 self._begun.add(future)
-            future.begin(self._task.remote(tuple(code_here()), call))  # a worker may have no ckptkit
+            reference = self._task.remote(tuple(code_here()), call)  # a worker may have no ckptkit
+            reference.future().add_done_callback(functools.partial(_take_result, future))
 
     def _forget(self, future: Future[Any]) -> None:
         with self._lock:
             self._unfinished.discard(future)
             self._begun.discard(future)
+            if self._waiting.pop(future, None) is not None:
+                future.set_running_or_notify_cancel()  # a thread that waits for it learns that no result comes
         self._begin_waiting()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks, wait for those that run, and end a Ray that this object has started."""
+        """Take no more tasks, wait for all that there are, and disconnect from Ray, if this object has connected to it.
+
+        Without ``wait``, tasks that are not finished when this disconnects end with a ``WorkerError``.
+        """
         with self._lock:
             self._is_shut = True
             unfinished = list(self._unfinished)
-        if cancel_futures:
+        if cancel_futures or (self._is_ours and not wait):
             for future in unfinished:
                 future.cancel()
         if wait:
@@ -133,51 +159,28 @@ class RayExecutor(Executor):
         if self._is_ours:
             self._is_ours = False
             self._ray.shutdown()
+            for future in unfinished:
+                with contextlib.suppress(InvalidStateError):  # it is finished or cancelled
+                    future.set_exception(WorkerError("Ray was shut down before this task was done"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Shut down; after an error in the block, without waiting for tasks."""
+        self.shutdown(wait=error is None, cancel_futures=error is not None)
 
 
-class _RayFuture(Future[_Result]):
-    """The future of a task of Ray, with the errors of the task as they were raised."""
-
-    def __init__(self, ray: Any) -> None:
-        super().__init__()
-        self._ray, self._reference = ray, None
-        self._is_told = False  # whether threads that wait for it know that it was cancelled
-
-    def begin(self, reference: Any) -> None:
-        """Take the result of a task of Ray, as soon as it is there."""
-        self._reference = reference
-        if self.cancelled():
-            self._stop()
-        reference.future().add_done_callback(self.finish)
-
-    def cancel(self) -> bool:
-        """Cancel the task, also while it runs."""
-        is_cancelled = super().cancel()
-        if is_cancelled and not self._is_told:
-            self._is_told = True
-            self.set_running_or_notify_cancel()  # a thread that waits for it learns that no result comes
-            self._stop()
-        return is_cancelled
-
-    def _stop(self) -> None:
-        reference, self._reference = self._reference, None
-        if reference is not None:
-            with contextlib.suppress(Exception):  # Ray may have ended
-                self._ray.cancel(reference, force=False)
-
-    def finish(self, done: Future[Any]) -> None:
-        """Take the result of Ray's own future."""
-        self._reference = None  # Ray keeps a result as long as something refers to it
-        with contextlib.suppress(InvalidStateError):
-            try:
-                answer, value = done.result()
-            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-                self.set_exception(_as_raised(error))
-                return
-            if answer == _DONE:
-                self.set_result(value)
-            else:
-                self.set_exception(_other_code(*value))
+def _take_result(future: Future[Any], done: Future[Any]) -> None:
+    """Give a future the result of Ray's own one."""
+    try:
+        answer, value = done.result()
+    except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+        answer, value = _FAILED, _as_raised(error)
+    with contextlib.suppress(InvalidStateError):  # the executor is shut down
+        if answer == _DONE:
+            future.set_result(value)
+        else:
+            future.set_exception(value if answer == _FAILED else _other_code(*value))
 
 
 def _task_function() -> Callable[..., tuple[str, Any]]:

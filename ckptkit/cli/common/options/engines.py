@@ -70,11 +70,7 @@ class Engine:
                 error.path = ""  # it is about no file, although commands name one where errors do not
                 raise
             with executor:
-                try:
-                    yield executor
-                except BaseException:
-                    executor.shutdown(wait=False, cancel_futures=True)
-                    raise
+                yield executor
         elif self.jobs is not None:
             from ckptkit.tasks.processes import local_processes
 
