@@ -84,7 +84,11 @@ NOT_LISTED = Code(
     "not-listed", ("note",), "Entries of the file are never loaded, such as compiled code, or are too many."
 )
 CONSTANTS = Code("constants", ("note",), "An exported program holds constants that are not in its state_dict.")
-AVERAGE_BESIDE = Code("average-beside", ("note",), "The file holds trained weights and an average of these weights.")
+AVERAGE_BESIDE = Code(
+    "average-beside",
+    ("note",),
+    "The file holds trained weights and their average, and its keys do not say which is which.",
+)
 PART_OF_SEVERAL = Code(
     "part-of-several",
     ("warning",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import os
@@ -30,6 +31,7 @@ from ckptkit.errors import CkptkitError, ModelError
 __all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
 
 _NO_OP = r"for .*: copying from a non-meta parameter in the checkpoint to a meta parameter in the current model"
+_DEEPEST_RESULT = 4  # a cache refers to its table, the table to entries, an entry to a result, a result to its items
 
 
 def import_target(target: str) -> Any:
@@ -215,7 +217,47 @@ def build_shapes(target: str) -> Any:
     try:
         return build_model(target, device="meta")
     except ModelError:
-        return build_model(target)
+        return _build_after_meta(target)
+
+
+def _build_after_meta(target: str) -> Any:
+    """Return what ``build_model`` returns, where the model may have been built on the meta device before.
+
+    Code can keep results in a ``functools`` cache, as e3nn keeps its constants. Where such results of the first build
+    are in the way of the second, the caches that hold them are emptied, and the model is built once more.
+    """
+    try:
+        built = build_model(target)
+        tensors = [*built.parameters(), *built.buffers()] if hasattr(built, "named_parameters") else []
+        if not any(tensor.is_meta for tensor in tensors) or not _forget_meta_tensors():
+            return built
+    except ModelError:
+        if not _forget_meta_tensors():
+            raise
+    return build_model(target)
+
+
+def _forget_meta_tensors() -> bool:
+    """Empty each ``functools`` cache that holds a tensor of the meta device, and return whether there was one."""
+    kind: type = type(functools.lru_cache(len))
+    caches: list[Any] = [one for one in gc.get_objects() if type(one) is kind]
+    stale = [cache for cache in caches if cache.cache_info().currsize and _holds_meta_tensors(cache)]
+    for cache in stale:
+        cache.cache_clear()
+    return bool(stale)
+
+
+def _holds_meta_tensors(cache: object) -> bool:
+    """Return whether a tensor of the meta device is among the results of a cache, or in a container among them."""
+    import torch
+
+    level: list[object] = [cache]
+    for _ in range(_DEEPEST_RESULT):
+        held = gc.get_referents(*level)
+        if any(isinstance(one, torch.Tensor) and one.is_meta for one in held):
+            return True
+        level = [one for one in held if isinstance(one, dict | tuple | list) or type(one).__name__ == "_lru_list_elem"]
+    return False
 
 
 def build_module(path: str, *, with_values: bool = False) -> Module:
@@ -230,14 +272,14 @@ def build_module(path: str, *, with_values: bool = False) -> Module:
     from torch import nn
 
     with default_error_path(path):
-        built = (build_model if with_values else build_shapes)(path.removeprefix(LIVE_PREFIX))
+        built = (_build_after_meta if with_values else build_shapes)(path.removeprefix(LIVE_PREFIX))
         if not isinstance(built, nn.Module):
             raise ModelError(f"returns {kind_of(built)}, but param groups need an nn.Module")
         return built
 
 
 def _describe(target: str, path: str, device: str | None = None) -> Checkpoint:
-    model = build_model(target, device=device)
+    model = build_model(target, device=device) if device else _build_after_meta(target)
     with contextlib.redirect_stdout(sys.stderr), _code_of_the_user("state_dict()"):
         return as_checkpoint(model, path)
 

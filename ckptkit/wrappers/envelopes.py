@@ -55,11 +55,14 @@ class Envelope(NamedTuple):
     siblings: frozenset[str] = frozenset()
 
 
+_AVERAGE: Final = "the average of the weights"
+
+
 def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelope, Envelope]:
     """Return the rows of an average and of the trained weights, which apply only if both keys are present."""
     keys = frozenset({average, trained, *others})
     return (
-        Envelope(average, "the average of the weights", origin, keys - {average}),
+        Envelope(average, _AVERAGE, origin, keys - {average}),
         Envelope(trained, "the trained weights", origin, keys - {trained}),
     )
 
@@ -191,7 +194,10 @@ def _several_error(candidates: Sequence[str], tree: Mapping[object, object], at:
 
 
 def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
-    """Yield a sentence for each key of the path ``chosen`` that has a sibling key for an average, or is an average."""
+    """Yield a sentence for each key of the path ``chosen`` whose name does not tell an average from trained weights.
+
+    One of the two is under the chosen key, and the other beside it. The keys ``model`` and ``ema`` tell it themselves.
+    """
     level = tree
     for key in chosen:
         if not isinstance(level, Mapping):
@@ -203,6 +209,7 @@ def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callabl
             if (
                 sibling is not None
                 and sibling.siblings
+                and not _is_said(row if row.content == _AVERAGE else sibling)
                 and isinstance(level[other], Mapping)
                 and _holds_weights(level[other], is_tensor, {})
             ):
@@ -210,6 +217,11 @@ def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callabl
                     f"{quoted(row.key)} holds {row.content}, and {quoted(other)} holds {sibling.content} ({row.origin})"
                 )
         level = level.get(key)
+
+
+def _is_said(average: Envelope) -> bool:
+    """Return whether the key of an average has the word for it, as ``state_dict_ema`` has."""
+    return "ema" in average.key.split("_")
 
 
 def _row(key: object, siblings: Mapping[object, object]) -> Envelope | None:

@@ -101,9 +101,10 @@ AVERAGES: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("origin", AVERAGES.keys())
 def test_an_average_is_recognised_by_the_keys_beside_it(tmp_path: Path, origin: str) -> None:
-    """The error says which mapping is the average and who saves such a file, and so does the warning of each mapping.
+    """The error says which mapping is the average and who saves such a file.
 
-    A file is from a library only if it has a key that others do not write.
+    A file is from a library only if it has a key that others do not write. The warning of each mapping says the same
+    where no key has the word: who selects ``::model`` or ``::ema`` knows it.
     """
     tree, average, trained = AVERAGES[origin]
     path = write(tmp_path, saved(tree))
@@ -117,6 +118,9 @@ def test_an_average_is_recognised_by_the_keys_beside_it(tmp_path: Path, origin: 
         (trained, "the trained weights", f"'{average}' holds the average of the weights"),
     ):
         with open_checkpoint(f"{path}::{key}") as checkpoint:
+            if "ema" in average:
+                assert checkpoint.warnings == ()
+                continue
             (warning,) = checkpoint.warnings
             assert isinstance(warning, ReaderWarning)
             assert (warning.code.name, warning.severity) == ("average-beside", "note")

@@ -219,6 +219,7 @@ def test_a_closed_checkpoint_releases_its_file(tmp_path: Path) -> None:
 
 
 MODULE = """
+    import functools
     import sys
     import warnings
     import torch
@@ -314,6 +315,23 @@ MODULE = """
 
     def sized(size=3, kind="", options=None):
         return Sized(size)
+
+    @functools.lru_cache(maxsize=None)
+    def constants(size):
+        return {"eye": torch.eye(size)}
+
+    @functools.lru_cache(maxsize=4)
+    def norms(size):
+        return [constants(size)["eye"].norm()]
+
+    def keeps(size=2):
+        net = Net()
+        net.register_buffer("eye", constants(size)["eye"])
+        return net
+
+    def keeps_and_asks():
+        assert norms(3)[0].item() > 1
+        return keeps(3)
 """
 
 
@@ -373,6 +391,16 @@ def test_extra_state_that_needs_values_comes_from_a_second_build(
         assert [entry.path for entry in checkpoint.entries] == ["_extra_state"]
         assert checkpoint.read_bytes("fc.weight") == bits(torch.full((3, 2), 2.0))
     assert capsys.readouterr().out == ""
+    assert modules.exists()
+
+
+@pytest.mark.parametrize(("name", "size"), [("keeps", 2), ("keeps_and_asks", 3)])
+def test_a_build_on_the_meta_device_leaves_nothing_in_the_caches_of_the_code(
+    modules: Path, name: str, size: int
+) -> None:
+    """A function with a cache returns constants with values again, where the first build passed or failed."""
+    with open_checkpoint(f"py:livemodels.nets:{name}") as checkpoint:
+        assert checkpoint.read_bytes("eye") == bits(torch.eye(size))
     assert modules.exists()
 
 
