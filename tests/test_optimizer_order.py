@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit import load_optimizer_state, preflight
+from ckptkit import load_optimizer_state, open_optimizer, preflight
 from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.optimizer_state.naming import to_named
 from tests.helpers_optim import same_state
@@ -117,6 +117,31 @@ def test_names_read_otherwise(tmp_path: Path) -> None:
     by_position = torch.optim.AdamW(reverse(model))
     load_optimizer_state(by_position, model, optimizer.state_dict())
     assert all(map(torch.equal, moments(model, by_position), expected[::-1]))
+
+
+def test_a_buffer_of_the_shape_of_a_parameter_is_known_by_its_name(tmp_path: Path) -> None:
+    """Of two tensors of one shape, that one has state whose name has state wherever its shape tells; else neither."""
+    model = nn.ModuleList()
+    for size, width in ((8, 2), (12, 3), (6, 4), (4, 1)):  # the mask of the third layer has the shape of the fourth
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.ones(size))
+        layer.register_buffer("output_mask", torch.ones(width))
+        model.append(layer)
+    for first, is_told in ((0, True), (2, False)):
+        optimizer = torch.optim.SGD(list(model.parameters())[first:], lr=0.1, momentum=0.9)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+        with open_optimizer(tmp_path / "run.pt") as saved:
+            if is_told:
+                state = to_named(saved)
+                assert state.names == tuple(name for name, _ in model.named_parameters())
+                assert "'output_mask' taken for buffers" in state.evidence
+            else:  # two weights are frozen, so a name does not tell that a tensor has state
+                with pytest.raises(PlanError, match=r"'2\.output_mask' or '3\.weight'") as caught:
+                    to_named(saved)
+                assert "give the live model, whose buffers are known: --model" in str(caught.value.hint)
 
 
 def test_what_does_not_fit_by_position_is_read_by_the_only_order_that_does() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import prod
 
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.model import parameter_shape
@@ -17,7 +18,12 @@ Shape = tuple[int, ...]
 Groups = Sequence[Sequence[str]]  # the names of the parameters of each group, in order
 
 _MAX_SHOWN = 4
+_FEWEST_OTHERS = 2  # tensors of one name, before their state tells what the name is used for
 GIVE_NAMES = "give the names in the order of the groups: --names FILE, one a line; in Python also a list"
+_GIVE_LIVE_MODEL = (
+    "give the live model, whose buffers are known: --model py:mynet:build; or the names in the order of the groups: "
+    "--names FILE, one a line; in Python also a list"
+)
 _GIVE_MODEL_ORDER = 'give the names in the order of the saved groups, or names="model" for the order of the model'
 
 
@@ -29,6 +35,7 @@ class Parameters:
     - ``is_certain`` is False if buffers can be among them, as in a checkpoint.
     - ``source`` tells where they are from, in words for a message.
     - ``aliases`` has the other names of tied parameters, each with the first name.
+    - ``buffers`` has the last parts of names that were left out, because they are evidently names of buffers.
     """
 
     shapes: Mapping[str, Shape]
@@ -36,6 +43,7 @@ class Parameters:
     is_certain: bool = True
     source: str = "the model"
     aliases: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
 
     def shape(self, name: str) -> Shape | None:
         """Return the shape of the parameter under any of its names, or None if the model does not have it."""
@@ -62,10 +70,13 @@ def name_positions(found: FoundState, model: Parameters, groups: Groups | None =
     if live is not None and has_equal_sizes and not misfits:
         return saved.named(live), _by_position(saved, groups or (), model)
     readings = _readings(saved, model, groups, allows_none=has_equal_sizes)
+    if len(readings) > 1 and not model.is_certain:
+        model, readings = _without_buffers(saved, model, groups, readings)
     if len(readings) > 1:
         misfit = f"the optimizer has other shapes: {_describe_misfit(saved, misfits, model)}; " if misfits else ""
         is_model_clear = [reading.order_of for reading in readings].count(model.source) == 1
-        hint = _GIVE_MODEL_ORDER if is_model_clear else GIVE_NAMES
+        may_be_buffers = not model.is_certain and len({frozenset(reading.names) for reading in readings}) > 1
+        hint = _GIVE_MODEL_ORDER if is_model_clear else _GIVE_LIVE_MODEL if may_be_buffers else GIVE_NAMES
         raise PlanError(misfit + _ambiguous(saved, readings[0].names, readings[1].names), hint=hint)
     if readings:
         return saved.named(readings[0].names), _by_order(saved, model, readings[0])
@@ -141,6 +152,36 @@ def _readings(saved: _Saved, model: Parameters, groups: Groups | None, *, allows
     return list(readings.values())
 
 
+def _without_buffers(
+    saved: _Saved, model: Parameters, groups: Groups | None, readings: list[_Reading]
+) -> tuple[Parameters, list[_Reading]]:
+    """Return the tensors of a checkpoint without evident buffers, and the readings that they leave.
+
+    The readings differ in some names. Such a name belongs to a buffer if no other tensor with its last part has state,
+    but all others with the last part of the name in its place have. Returns the arguments where that tells nothing.
+    """
+    sides = [frozenset(reading.names) for reading in readings]
+    in_all = frozenset.intersection(*sides)
+    in_doubt = frozenset.union(*sides) - in_all
+    places: dict[str, list[bool]] = {}  # by the last part of the names: whether each of the other tensors has state
+    for name, shape in model.shapes.items():
+        if prod(shape) and name not in in_doubt:
+            places.setdefault(_last_part(name), []).append(name in in_all)
+    doubtful = {part: places.get(part, []) for part in map(_last_part, in_doubt)}
+    buffers = {part for part, others in doubtful.items() if len(others) >= _FEWEST_OTHERS and not any(others)}
+    are_clear = all(len(others) >= _FEWEST_OTHERS and len(set(others)) == 1 for others in doubtful.values())
+    if not buffers or not are_clear:
+        return model, readings
+    shapes = {name: shape for name, shape in model.shapes.items() if _last_part(name) not in buffers}
+    rest = replace(model, shapes=shapes, buffers=(*model.buffers, *sorted(buffers)))
+    fewer = _readings(saved, rest, groups, allows_none=True)
+    return (rest, fewer) if len(fewer) == 1 else (model, readings)
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _is_in_order(groups: Groups, model: Parameters) -> bool:
     """Return whether the parameters of each group are in the order of the model."""
     place = {name: number for number, name in enumerate(model.shapes)}
@@ -195,7 +236,8 @@ def _by_order(saved: _Saved, model: Parameters, reading: _Reading) -> str:
     in_groups = [saved.shapes[start:end] for start, end in pairwise(saved.starts)]
     if any(len(set(known)) < len(known) for known in in_groups) and any(saved.shapes):
         shapes += "; equal shapes in one group were taken in this order"
-    return f"by the order of {reading.order_of}: {used}, {split}; {shapes}"
+    taken = f"; {listed(model.buffers)} taken for buffers, as no other has state" if model.buffers else ""
+    return f"by the order of {reading.order_of}: {used}, {split}; {shapes}{taken}"
 
 
 def _known_shapes(saved: _Saved) -> str:
