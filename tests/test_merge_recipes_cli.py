@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def test_an_option_of_one_input_is_named_where_it_helps(
         assert (ran.code, f"--param '{option}'" in ran.err) == (2, True), ran.err
         found = merged(capsys, *words, "--param", option)
         torch.testing.assert_close(found["norm"], mean_of(models, A=1, B=1)["norm"], rtol=0, atol=1e-6)
+    more = {f"module.{key}": value for key, value in models["B"].items()} | {"cls.weight": torch.ones(2)}
+    for name in ("Q", "R"):
+        save_file(more, f"{name}.safetensors")
+    words = ["A.safetensors", "Q.safetensors", "R.safetensors", "--method", "average"]
+    options = ["--param", "Q.rename=module.*=*", "--param", "R.rename=module.*=*"]
+    ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt")
+    assert f"those of 'A' with {shlex.join(options)}" in ran.err
+    ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt", "--param", "Q.strip=module.")
+    assert f"hint: {shlex.join(options[:2])} in place of strip" in ran.err
+    found = merged(capsys, *words, *options, "--param", "on_missing=drop")
+    torch.testing.assert_close(found["norm"], mean_of(models, A=1, B=2)["norm"], rtol=0, atol=1e-6)
 
 
 RECIPE = """\
@@ -193,6 +205,7 @@ WRONG = {
     "overlay": (["--density", "0.5"], "--density has no meaning with --method overlay"),
     "other rules": (["--method", "linear", "--strip", "auto"], "linear: --param NAME.strip=PREFIX is for one"),
     "other shapes": (["--method", "linear", "--on-mismatch", "slice"], "linear: --param NAME.on_mismatch=ACTION is"),
+    "a key of one input": (["--method", "linear", "--param", "A.keep=x"], "hint: --only chooses keys of all inputs"),
     "own option": (["--method", "linear", "--param", "out_dtype=BF16"], "hint: --dtype sets it"),
     "recipe and method": (["--recipe", "merge.toml", "--method", "ties"], "--method has no meaning with --recipe"),
     "recipe and paths": (["--recipe", "merge.toml"], "the file names all inputs: leave 'A.safetensors' out"),

@@ -260,7 +260,7 @@ _OF_INPUTS: Final = {
     "strip": "--param NAME.strip=PREFIX is for one input",
     "on_mismatch": "--param NAME.on_mismatch=ACTION is for one input",
     "rules_file": "--param NAME.rules=FILE is for one input",
-    "rename": "a recipe has it for each [[input]]; rules of a file are --param NAME.rules=FILE",
+    "rename": "--param NAME.rename=OLD=NEW is for one input",
 }
 _IN_FILE: Final = dict.fromkeys(
     ("method", "base_input", "weight", "density", "parameters", "only", "dequantize", "dtype"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
+from ckptkit.comparison.hints import count_prefixes
 from ckptkit.core.dtypes import DTYPES, is_float
 from ckptkit.core.patterns import matches_any, parse_pattern, suggest_pattern
 from ckptkit.core.text import listed, plural, quoted
@@ -183,7 +185,8 @@ def _merged(
         raise recipe.places.error(
             f"{quoted(key)} is not in the base, and {chosen.method.name} needs a base",
             "on_missing",
-            hint='on_missing = "base" leaves it out, or a [[set]] takes it: take = "NAME"',
+            hint=f"{recipe.places.setting('on_missing', 'base')} leaves it out, or a [[set]] of a recipe takes it: "
+            'take = "NAME"',
         )
     present = replace(decision, has_base=uses_base and recipe.base not in lacking, why=f"{chosen.rule}, {only}")
     if not having:
@@ -203,7 +206,7 @@ def _by_dtype(
         raise recipe.places.error(
             f"{quoted(key)} is {found[first].info} in {quoted(first)} and {found[other].info} in {quoted(other)}",
             *input_path(recipe, other),
-            hint=f'one of them is damaged: [[set]] with keys = "{key}" and take = "NAME" chooses one',
+            hint=f'one of them is damaged: a [[set]] of a recipe with keys = "{key}" and take = "NAME" chooses one',
         )
     kind = kinds[names[0]]
     if kind == "float":
@@ -213,7 +216,7 @@ def _by_dtype(
             raise recipe.places.error(
                 f"{quoted(key)} is {found[names[0]].info}, and {decision.chosen.method.name} takes no complex numbers",
                 "method",
-                hint='[[set]] with method = "linear" for it, or take = "NAME"',
+                hint='a [[set]] of a recipe with method = "linear" for it, or take = "NAME"',
             )
         return decision
     return _not_merged(recipe, key, decision, found, reference if key in inputs[reference].tensors else names[0])
@@ -268,35 +271,38 @@ def _missing_error(
         else "--param on_missing=base, present or drop; or --only PATTERN, or other names by --param NAME.strip=PREFIX"
     )
     path: TomlPath = ("on_missing",)
-    wanted = inputs[reference].tensors
-    for name, each in inputs.items():
-        prefix = _prefix_between(wanted, each.tensors)
-        if prefix is not None and prefix[0]:
-            way = recipe.places.setting("strip", prefix[0], name)
-            path, hint = input_path(recipe, name), f"the keys of {quoted(name)} begin with it: {way}"
-            break
-        if prefix is not None:
-            path = input_path(recipe, name)
-            hint = f'the keys of {quoted(reference)} begin with it: rename = ["*={prefix[1]}*"] for {quoted(name)}'
-            break
+    ways = _other_names(recipe, inputs, reference)
+    if ways:
+        names = list(ways)
+        path = input_path(recipe, names[0])
+        written = list(dict.fromkeys(ways.values()))
+        if recipe.places.is_named:
+            written = [f"{way} for {listed([name for name in names if ways[name] == way])}" for way in written]
+        separator = ", " if recipe.places.is_named else " "
+        hint = f"most names are those of {quoted(reference)} with {separator.join(written)}"
     counted = f"{plural(len(missing), 'key')} {verb} only in some inputs"
     return recipe.places.error(f"{counted}: {', '.join(named)}{more}", *path, hint=hint)
 
 
-def _prefix_between(wanted: Mapping[str, object], found: Mapping[str, object]) -> tuple[str, str] | None:
-    """Return the prefix that all keys of ``found`` have more, or less, than those that are wanted."""
-    if not wanted or not found or next(iter(wanted)) in found:
-        return None
-    first, other = next(iter(wanted)), next(iter(found))
-    for key in found:
-        if key.endswith(f".{first}"):
-            prefix = key.removesuffix(first)
-            return (prefix, "") if all(f"{prefix}{one}" in found for one in wanted) else None
-    for key in wanted:
-        if key.endswith(f".{other}"):
-            prefix = key.removesuffix(other)
-            return ("", prefix) if all(f"{prefix}{one}" in wanted for one in found) else None
-    return None
+def _other_names(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput], reference: str) -> dict[str, str]:
+    """Return what removes or adds a prefix, for each input that then has mostly keys of the reference."""
+    ways: dict[str, str] = {}
+    wanted = {key: one.info.shape for key, one in inputs[reference].tensors.items()}
+    for name, each in inputs.items():
+        found = {key: one.info.shape for key, one in each.tensors.items()}
+        removed, added = count_prefixes(wanted, found)
+        (less, losing), (more, gaining) = (
+            max(one.items(), key=itemgetter(1), default=("", 0)) for one in (removed, added)
+        )
+        if 2 * max(losing, gaining) <= len(found) or max(losing, gaining) <= len(wanted.keys() & found):
+            continue
+        if gaining > losing:
+            ways[name] = recipe.places.renaming(f"*={more}*", name)
+        elif all(key.startswith(less) for key in found):
+            ways[name] = recipe.places.setting("strip", less, name)
+        else:
+            ways[name] = recipe.places.renaming(f"{less}*=*", name)
+    return ways
 
 
 def _tie(

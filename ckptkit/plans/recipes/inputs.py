@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _ADAPTER = ".lora"  # ends the role of an adapter
+_RULE = re.compile(r"--(?P<name>rename|strip) (?P<value>'[^']*'|\S+)")  # an option of ckpt remap, in a hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +259,16 @@ def _rules(recipe: MergeRecipe, each: RecipeInput, checkpoint: Checkpoint) -> Ru
 def _rules_error(recipe: MergeRecipe, each: RecipeInput, error: RuleError) -> RecipeError:
     """Return the error about the rules of an input; a recipe has no option that allows unused rules."""
     hint = (error.hint or "").partition("or allow unused rules")[0].rstrip("; ")
+    parts = [part for part in hint.split("; ") if not part.startswith("--keep ")]  # an input has no such key
+    hint = _RULE.sub(lambda match: _way(recipe, each, match), "; ".join(parts).replace("of --strip", "of strip"))
     return recipe.places.error(f"{quoted(each.name)}: {error.reason}", "input", each.number, hint=hint or None)
+
+
+def _way(recipe: MergeRecipe, each: RecipeInput, match: re.Match[str]) -> str:
+    """Return how an input says what an option of ``ckpt remap`` says."""
+    value = shlex.split(match["value"])[0]
+    places = recipe.places
+    return places.renaming(value, each.name) if match["name"] == "rename" else places.setting("strip", value, each.name)
 
 
 def _made(key: str, derivation: Derivation, tensors: Mapping[str, Ingredient]) -> Ingredient:

@@ -111,6 +111,12 @@ class Places:
         text = str(value).lower() if isinstance(value, bool) else str(value)
         return f"--param {shell_word(f'{of_input}.{name}={text}' if of_input else f'{name}={text}')}"
 
+    def renaming(self, rename: str, of_input: str) -> str:
+        """Return how the keys of an input are renamed by ``OLD=NEW``: as a line of the file, or as an option."""
+        if self.is_named:
+            return f"rename = {toml_value([rename])}"
+        return f"--param {shell_word(f'{of_input}.rename={rename}')}"
+
     def error(self, reason: str, *path: str | int, hint: str | None = None) -> RecipeError:
         """Return the error about a part of the recipe, which names its place."""
         place = self.of(*path)

@@ -16,6 +16,7 @@ __all__ = ["SETTINGS", "named_input", "recipe_from_options"]
 
 SETTINGS = ("compute", "on_missing", "non_float", "on_nonfinite", "seed")  # of a recipe, beside the parameters
 _OPTIONS = {"out_dtype": "--dtype", "dequantize": "--dequantize", "only": "--only", "base": "--base"}
+_FILTERS = ("keep", "drop")  # of ckpt remap
 
 
 def recipe_from_options(
@@ -31,8 +32,9 @@ def recipe_from_options(
 
     ``inputs`` are paths in order, or ``NAME=PATH``. ``base`` is the name of one of them, or a further path. ``weights``
     and ``parameters`` are ``NAME=VALUE``: of ``weights``, the name is that of an input. A parameter for each input can
-    also be ``INPUT.NAME=VALUE``; an input has its name or its path. A parameter can also be one of ``SETTINGS``, which
-    a recipe has at its top. ``others`` are fields of the top of a recipe, such as ``out_dtype``.
+    also be ``INPUT.NAME=VALUE``; an input has its name or its path. ``INPUT.rename=OLD=NEW`` can be repeated. A
+    parameter can also be one of ``SETTINGS``, which a recipe has at its top. ``others`` are fields of the top of a
+    recipe, such as ``out_dtype``.
 
     Raises ``RecipeError`` as ``parse_recipe`` does, and where a text has no ``=`` or names no input, or gives a value
     that an earlier one gives.
@@ -64,7 +66,13 @@ def recipe_from_options(
         if "weight" not in known:
             raise _no_parameter(method, "weight", known)
         _give(_of_input(by_name, name, "--weight"), "weight", value, "--weight", text)
+    renames: dict[str, list[str]] = {}
     for text in parameters:
+        renamed, _, rename = text.partition(".rename=")
+        if rename:
+            renames.setdefault(renamed, []).append(rename)
+            _of_input(by_name, renamed, "--param")["rename"] = renames[renamed]
+            continue
         name, value = _pair(text, "--param", "density=0.5")
         owner, _, inner = name.rpartition(".")
         if owner and name not in known:
@@ -83,6 +91,7 @@ def _no_parameter(method: str, name: str, known: Iterable[str], settings: Sequen
     parameters = list(known)
     hint = did_you_mean(name, (*parameters, *settings), f"it has {', '.join(parameters) or 'none'}")
     hint = f"{_OPTIONS[name]} sets it" if name in _OPTIONS else hint
+    hint = f"{_OPTIONS['only']} chooses keys of all inputs" if name in _FILTERS else hint
     return RecipeError(f"{method} has no parameter {quoted(name)}", hint=hint)
 
 

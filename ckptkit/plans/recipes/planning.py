@@ -243,7 +243,7 @@ class _Maker:
             raise self.recipe.places.error(
                 f"{quoted(key)} is {list(wanted)} in {quoted(owner)} and {list(given)} in {quoted(name)}{does_not}",
                 *input_path(self.recipe, name),
-                hint="; ".join(ways) or f'[[set]] with keys = "{key}" and take = "NAME" chooses one',
+                hint="; ".join(ways) or f'a [[set]] of a recipe with keys = "{key}" and take = "NAME" chooses one',
             )
         recipe = Recipe((0 if one.recipe is None else one.recipe,), (operation,))
         return replace(one, info=TensorInfo(key, one.info.dtype, wanted), recipe=recipe)
