@@ -218,6 +218,23 @@ def test_another_base_is_refused(key: str, folder: Path, tmp_path: Path) -> None
     assert names_in(tmp_path) == ["other.safetensors"]
 
 
+def test_a_patch_that_was_applied_already_says_so(folder: Path, tmp_path: Path) -> None:
+    """It names what was compared: only headers where these differ from those of the base, else also digests."""
+    seen = r"it looks like the result already: all that was compared \((.*)\) agrees with it"
+    with pytest.raises(PlanError, match=seen) as caught:
+        ckptkit.apply_delta(folder / "new.safetensors", folder / "patch.safetensors", tmp_path / "out.pt")
+    assert "(names, dtypes and shapes)" in caught.value.reason
+    base = {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1), "d": torch.zeros(1)}
+    new = {**base, "a": torch.zeros(3), "b": torch.zeros(2), "c": base["d"].clone()}
+    ckptkit.make_delta(base, new, tmp_path / "patch")
+    with pytest.raises(PlanError, match=r"'a' has other values; it .*\(names, dtypes, shapes and 3 tensors\)"):
+        ckptkit.apply_delta(new, tmp_path / "patch", tmp_path / "out.pt")
+    for other in ({**new, "b": torch.ones(2)}, {**base, "a": torch.full((3,), 2.0)}):
+        with pytest.raises(PlanError, match=r"has other values \(") as caught:
+            ckptkit.apply_delta(other, tmp_path / "patch", tmp_path / "out.pt")
+    assert names_in(tmp_path) == ["patch"]
+
+
 CHANGES: dict[str, Callable[[State], object]] = {
     "'equal' is missing": lambda base: base.pop("equal"),
     "'dropped' is missing": lambda base: base.pop("dropped"),
@@ -269,11 +286,23 @@ def test_a_truncated_or_newer_patch_and_another_file_are_refused(folder: Path, t
 
 
 def test_what_a_patch_cannot_hold_is_refused(tmp_path: Path) -> None:
-    """Entries beside tensors are named, and left out only when asked; tensors without plain bytes are refused."""
+    """Entries beside tensors are named, and left out only when asked, or beside a mapping that the path names.
+
+    Tensors without plain bytes are refused.
+    """
     with pytest.raises(PlanError, match="cannot hold 'epoch', 'optimizer', 'best_acc'"):
         ckptkit.make_delta(TEN, DDP, tmp_path / "p")
     made = ckptkit.make_delta(TEN, DDP, tmp_path / "p", only_tensors=True)
     assert (made.left_out, made.counts["renamed"]) == (("epoch", "optimizer", "best_acc"), 10)
+    torch.save(
+        {"model": {"w": torch.ones(2), "b": torch.ones(1), "inside": 3}, "inside": 4, "epoch": 1}, tmp_path / "run.pt"
+    )
+    base = {"module.w": torch.zeros(2)}
+    assert ckptkit.make_delta(TEN, f"{DDP}::model").left_out == made.left_out  # the path names all that is wanted
+    with pytest.raises(PlanError, match=r"cannot hold 'inside' \("):
+        ckptkit.make_delta(base, tmp_path / "run.pt::model")
+    with pytest.raises(PlanError, match="cannot hold 'inside', 'epoch'"):
+        ckptkit.make_delta(base, tmp_path / "run.pt")
     with pytest.raises(PlanError, match="'s' is a sparse tensor"):
         ckptkit.make_delta(TEN, {"s": torch.eye(2).to_sparse()})
     with pytest.raises(PlanError, match="has no tensor"):
@@ -380,7 +409,8 @@ def test_the_hints_of_refusals_work(folder: Path, tmp_path: Path, capsys: pytest
     assert (ran.code, "ckpt apply BASE PATCH -o OUT makes a checkpoint of it" in ran.err) == (2, True)
     assert run_ckpt(capsys, "apply", base, patch, "-o", out).code == 0
     ran = run_ckpt(capsys, "apply", TEN, patch, "-o", out, "--force")
-    assert "ckpt show PATCH prints the digest of its base, and ckpt digest PATH that of a checkpoint" in ran.err
+    hint = "ckpt show PATCH prints the digests of its base and its result, and ckpt digest PATH that of a checkpoint"
+    assert hint in ran.err
     digest = run_ckpt(capsys, "digest", base).out.splitlines()[-2].split()[0]
     assert digest in run_ckpt(capsys, "show", patch).out
     ran = run_ckpt(capsys, "delta", TEN, base, "-n")

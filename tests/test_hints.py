@@ -85,7 +85,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "deltas/planning.py: its base comes first": "followed by tests/test_deltas.py",
     "formats/codes.py: The file is a patch that ckpt delta wrote": _MESSAGE,
     "formats/codes.py: ckpt apply BASE PATCH -o OUT": "followed by tests/test_deltas.py",
-    "plans/deltas/base.py: ckpt show PATCH prints the digest": "followed by tests/test_deltas.py",
+    "plans/deltas/base.py: ckpt show PATCH prints the digests": "followed by tests/test_deltas.py",
     "plans/output.py: leave out --reflink": "followed by tests/test_uploads.py",
     "plans/quantized/as_numbers.py: dequantise it to F16": "followed by tests/test_dequantize.py",
     "plans/quantized/configured.py: or leave out --carry": "followed by tests/test_quantize_outputs.py",

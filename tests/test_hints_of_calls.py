@@ -497,6 +497,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "formats/torch/zip.py: save the state_dict()": "only readers that take no archive of code say it",
     "plans/adapters/extract.py: ": _PYTHON,
     "plans/adapters/tied.py: ": _PYTHON,
+    "plans/deltas/base.py: open_checkpoint(patch).metadata has the digests": _PYTHON,
 }  # fmt: skip
 
 

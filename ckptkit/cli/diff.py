@@ -144,8 +144,8 @@ def diff(
                 )  # fmt: skip
         is_all = expand or everything
         if reads:
-            for side, path in ((left, expected), (right, found)):
-                note_what_is_beside(side, path, "compared", quiet=quiet)
+            for side in (left, right):
+                note_what_is_beside(side, "compared", quiet=quiet)
         is_answered = answers_first(result, expand=expand, everything=everything)
         echo = partial(
             echo_result, report_format, result, colours=_COLOURS, expand=expand, everything=everything,

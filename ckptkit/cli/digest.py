@@ -79,7 +79,7 @@ def digest(
     with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         target = None if output is None else prepare_side_file(output, checkpoint.files, force=force)
         size = sum(info.nbytes for info in checkpoint.values() if has_stored_bytes(info))
-        note_what_is_beside(checkpoint, path, "hashed", quiet=quiet)
+        note_what_is_beside(checkpoint, "hashed", quiet=quiet)
         for note in () if quiet or not rules.stages else apply_rules(rules, checkpoint).notes:
             print_message(note)
         result: Digests | DigestCheck

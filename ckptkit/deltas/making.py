@@ -32,7 +32,7 @@ from ckptkit.formats.writing.state import Target, is_wrong_output, wrong_output
 from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.inputs import opened_inputs
-from ckptkit.plans.steps import dropped_entries, refuse_suspicious
+from ckptkit.plans.steps import entries_to_drop, refuse_suspicious
 from ckptkit.values.delta import Change, Compression, CountingSpool, Packed, Spool, pack_changes, require_compression
 from ckptkit.values.sinks import NullSink
 from ckptkit.values.workers import Workers
@@ -66,7 +66,7 @@ def make_delta(
         out: The path of the patch, a safetensors file. None only measures what the patch would be.
         compression: ``"zlib"``, which any Python can read, or ``"zstd"``, which needs the extra ``[fast]``.
         only_tensors: Leave out the entries of ``new`` that are not tensors, instead of an error. A patch cannot hold
-            them.
+            them. What is beside a mapping that the path names, such as ``run.pt::model``, is always left out.
         force: Replace an existing file.
         progress: Called with a number of bytes after each piece.
 
@@ -104,11 +104,11 @@ def _refuse_unfit(base: Checkpoint, new: Checkpoint, *, only_tensors: bool) -> l
     for checkpoint, role in ((base, BASE), (new, _NEW)):
         refuse_patch(checkpoint)
         refuse_suspicious(checkpoint, role)
-    files = {entry.path for entry in new.entries if entry.is_file}
-    entries = list(dict.fromkeys(drop.key for drop in dropped_entries(new, _NEW) if drop.key not in files))
-    if entries and not only_tensors:
+    entries = [entry for entry in entries_to_drop(new) if not entry.is_file]
+    wanted = [entry.path for entry in entries if not (entry.is_outside and new.is_selected)]
+    if wanted and not only_tensors:
         raise PlanError(
-            f"a patch holds tensors and metadata, and cannot hold {listed(entries, _MOST_NAMED)}",
+            f"a patch holds tensors and metadata, and cannot hold {listed(list(dict.fromkeys(wanted)), _MOST_NAMED)}",
             hint="--only-tensors leaves out what is not a tensor",
             path=new.path,
         )
@@ -119,7 +119,7 @@ def _refuse_unfit(base: Checkpoint, new: Checkpoint, *, only_tensors: bool) -> l
         raise PlanError(reason, hint="convert the checkpoint first", path=new.path)
     if not new:
         raise PlanError("has no tensor", path=new.path)
-    return entries
+    return list(dict.fromkeys(entry.path for entry in entries))
 
 
 class _Classified(NamedTuple):

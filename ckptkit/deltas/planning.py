@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.provenance import way_to_apply
@@ -13,7 +13,7 @@ from ckptkit.deltas.patch import Patch, packed_key
 from ckptkit.deltas.patch_file import is_patch, read_patch
 from ckptkit.errors import FormatError
 from ckptkit.inputs import CheckpointLike, opened
-from ckptkit.plans.deltas.base import BASE, BaseOfPatch, other_base
+from ckptkit.plans.deltas.base import BASE, BaseOfPatch, has_headers, other_base
 from ckptkit.plans.deltas.operation import Patched
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import dropped_entries, refuse_suspicious
@@ -98,15 +98,22 @@ def refuse_patch(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_other_headers(base: Checkpoint, patch: Patch) -> None:
-    for key, info in patch.base.infos.items():
+    reason = next(_other_headers(base, patch.base.infos), None)
+    if reason is not None:
+        compared = "names, dtypes and shapes" if has_headers(base, patch.result.infos) else ""
+        raise other_base(base, reason, patch.base_name, compared)
+
+
+def _other_headers(base: Checkpoint, wanted: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for key, info in wanted.items():
         found = base.get(key)
         if found is None:
-            raise other_base(base, f"{quoted(key)} is missing", patch.base_name)
-        if (found.dtype, found.shape) != (info.dtype, info.shape):
-            raise other_base(base, f"{quoted(key)} is {found}, and not {info}", patch.base_name)
+            yield f"{quoted(key)} is missing"
+        elif (found.dtype, found.shape) != (info.dtype, info.shape):
+            yield f"{quoted(key)} is {found}, and not {info}"
     for key, info in base.items():
-        if info.kind == "dense" and key not in patch.base.infos:
-            raise other_base(base, f"it has {quoted(key)} too", patch.base_name)
+        if info.kind == "dense" and key not in wanted:
+            yield f"it has {quoted(key)} too"
 
 
 def patched_steps(patch: Patch) -> Iterator[Step]:
@@ -127,7 +134,6 @@ def patched_steps(patch: Patch) -> Iterator[Step]:
             info.dtype,
             info.shape,
             patch.result.digests[key],
-            "" if kind == "whole" else patch.base.digests[in_base.key],
             patch.base_name,
         )
         recipe = Recipe(tuple(range(len(sources))), (operation,))

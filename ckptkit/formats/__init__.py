@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Checkpoint, as_selected
 from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path
 from ckptkit.core.files.places import clean_path, folder_at, is_url, kind_at, name_of, near_path, parent_of, split
@@ -96,7 +96,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
 
                     error.hint = f"for a model of the Hugging Face Hub write {suggest_hub_path(name)}"
             raise
-        opened = opened.with_warnings(*notes)
+        opened = as_selected(opened, key).with_warnings(*notes)
         return _note_positions(_warn_of_adapter(_warn_of_similar_keys(_leave_out_optimizers(opened, key))))
 
 

@@ -20,7 +20,7 @@ from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError
 from ckptkit.inputs import CheckpointLike, opened
-from ckptkit.plans.deltas.base import BASE, BaseOfPatch
+from ckptkit.plans.deltas.base import BASE, BaseOfPatch, ResultTensor
 from ckptkit.plans.plan.merged import MergedFacts
 from ckptkit.plans.plan.step import Source, Step
 from ckptkit.plans.produce import Producer, overflow_error
@@ -128,7 +128,12 @@ class PlanInputs:
                 ):
                     raise _difference(step, first, source, self.roles[source.role].path)
         if self.patched_base is not None:
-            self.patched_base.refuse_another(self.roles[BASE])
+            self.patched_base.refuse_another(self.roles[BASE], self._results)
+
+    def _results(self) -> dict[str, ResultTensor]:
+        from ckptkit.plans.deltas.operation import results_of
+
+        return results_of(self.steps.values())
 
     def check_unchanged(self) -> None:
         """Raise ``ChangedError`` where a file of an input changed since it was opened."""

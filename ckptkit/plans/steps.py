@@ -26,6 +26,7 @@ __all__ = [
     "describe_step",
     "dropped_entries",
     "dropped_sources",
+    "entries_to_drop",
     "equal_of",
     "make_step",
     "make_steps",
@@ -306,8 +307,13 @@ def dropped_sources(role: str, name: str, derivation: Derivation, reason: str, w
 
 def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
     """Return a ``Dropped`` for each entry of an input that is not a tensor."""
+    return [Dropped(role, entry.path, _entry_reason(entry), is_entry=True) for entry in entries_to_drop(checkpoint)]
+
+
+def entries_to_drop(checkpoint: Checkpoint) -> list[Entry]:
+    """Return the entries that are not tensors, but for those that say nothing more than the rest of the checkpoint."""
     return [
-        Dropped(role, entry.path, _entry_reason(entry), is_entry=True)
+        entry
         for entry in checkpoint.entries
         if entry.type != ABSENT and not (entry.path == "_metadata" and checkpoint.versions)
     ]

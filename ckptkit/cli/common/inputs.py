@@ -39,14 +39,14 @@ def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet:
         yield checkpoint
 
 
-def note_what_is_beside(checkpoint: Checkpoint, given: str, verb: str, *, quiet: bool) -> None:
+def note_what_is_beside(checkpoint: Checkpoint, verb: str, *, quiet: bool) -> None:
     """Say which mapping of a training checkpoint is read, and which entries beside it are not, unless ``quiet``.
 
-    ``verb`` says what is done with the mapping, such as ``hashed``. A user who has ``given`` the mapping knows it.
+    ``verb`` says what is done with the mapping, such as ``hashed``. A user who has named the mapping knows it.
     """
     envelope = checkpoint.envelope
     beside = [entry.path for entry in checkpoint.entries if entry.is_outside]
-    if quiet or not envelope or not beside or given.endswith(f"::{envelope}"):
+    if quiet or not envelope or not beside or checkpoint.is_selected:
         return
     read = f"only {printable(f'::{envelope}')} is {verb}, not what is beside it: {listed(beside)}"
     print_message(f"ckpt: {printable(checkpoint.path)}: note: {read}")

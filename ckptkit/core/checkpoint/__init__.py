@@ -50,6 +50,7 @@ __all__ = [
     "TorchLoading",
     "View",
     "affine_of",
+    "as_selected",
     "is_contiguous",
     "memory_order",
     "module_versions",
@@ -174,6 +175,7 @@ class Description:
     configuration: Configuration | None = None
     torch_loading: TorchLoading | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
+    is_selected: bool = False
 
     def __post_init__(self) -> None:
         """Copy every field that a caller could still change."""
@@ -269,6 +271,11 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     def envelope(self) -> str:
         """Return the dotted path of the selected mapping inside the file; empty for the whole file."""
         return self._description.envelope
+
+    @property
+    def is_selected(self) -> bool:
+        """Return whether the path named the envelope, as ``run.pt::model`` does; else it was found by its content."""
+        return self._description.is_selected
 
     @property
     def entries(self) -> Sequence[Entry]:
@@ -591,6 +598,13 @@ def affine_of(checkpoint: Checkpoint, key: str) -> Affine | None:
     """Return how torch quantised a tensor; None for any other tensor, and where the reader does not know."""
     access = checkpoint._access  # noqa: SLF001
     return None if access.affine is None else access.affine(checkpoint[key])
+
+
+def as_selected(checkpoint: Checkpoint, key: str) -> Checkpoint:
+    """Return the checkpoint that was opened with ``key`` after ``::``; ``is_selected`` if that is its envelope."""
+    if not key or key != checkpoint.envelope:
+        return checkpoint
+    return checkpoint._with(replace(checkpoint._description, is_selected=True))  # noqa: SLF001
 
 
 def replaced_tensors(

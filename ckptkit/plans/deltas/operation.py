@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
@@ -12,16 +12,15 @@ from ckptkit.core.checkpoint.reading import torch_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
-from ckptkit.digests import digests_by_key
 from ckptkit.digests.checked import CheckedPayload
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.plans.deltas.base import other_base
+from ckptkit.plans.deltas.base import ResultTensor, other_base
 from ckptkit.plans.plan.step import PATCH_OPERATION, Step
 from ckptkit.tensor_ops.operation import Ints, Operation, Rounded, Shape, Text, read_parameters
 from ckptkit.values.delta.payload import PatchedPayload
 from ckptkit.values.workers import Workers
 
-__all__ = ["KINDS", "Patched", "PatchedTensor", "patched_tensor"]
+__all__ = ["KINDS", "Patched", "PatchedTensor", "patched_tensor", "results_of"]
 
 KINDS: Final = ("equal", "changed", "whole")
 _BYTES: Final = "U8"
@@ -40,7 +39,6 @@ class Patched(Operation):
         dtype: The dtype of the result.
         shape: Its shape.
         digits: The SHA-256 of the result in hexadecimal, as ``digest`` hashes a tensor.
-        base_digits: That of the tensor of the base; empty for a ``whole`` one.
         base_name: What messages call the base that the patch was made from; it may be empty.
     """
 
@@ -48,7 +46,6 @@ class Patched(Operation):
     dtype: Text
     shape: Ints
     digits: Text
-    base_digits: Text = ""
     base_name: Text = ""
     name: ClassVar[str] = PATCH_OPERATION
 
@@ -110,19 +107,27 @@ class PatchedTensor(NamedTuple):
         return CheckedPayload(self.step.out, source, self.operation.digits, self.refusal, tuple(inputs), workers)
 
     def refusal(self) -> CkptkitError:
-        """Return the error for a result without its digest: the base is another one, or else the patch is damaged."""
+        """Return the error for a result without its digest: another base if it is copied, else a damaged patch.
+
+        What a changed tensor is made of in the base had its digest before the first tensor was made.
+        """
         for checkpoint in self.roles.values():
             checkpoint.check_unchanged(by_path=True)
         first = self.step.sources[0]
-        key, operation = first.key, self.operation
-        if operation.kind != "whole":
-            base = self.roles[first.role]
-            found = digests_by_key(base, [key])[key] if operation.kind == "changed" else ""
-            if found.partition(":")[2] != operation.base_digits:
-                return other_base(base, f"{quoted(key)} has other values", operation.base_name)
+        if self.operation.kind == "equal":
+            reason = f"{quoted(first.key)} has other values"
+            return other_base(self.roles[first.role], reason, self.operation.base_name)
         patch = self.roles[self.step.sources[-1].role]
         reason = f"{quoted(self.step.out.key)} does not have its digest: the patch is damaged"
         return FormatError(reason, hint=_AGAIN, path=patch.path)
+
+
+def results_of(steps: Iterable[Step]) -> dict[str, ResultTensor]:
+    """Return the tensors that patches make in these steps, by key."""
+    operations = ((step.out, step.recipe.operations[-1]) for step in steps if step.recipe is not None)
+    return {
+        out.key: ResultTensor(out.dtype, out.shape, one.digits) for out, one in operations if isinstance(one, Patched)
+    }
 
 
 def patched_tensor(step: Step, roles: Mapping[str, Checkpoint]) -> PatchedTensor:
