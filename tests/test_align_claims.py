@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from ckptkit import Alignment, execute, open_checkpoint, plan_remap, suggest_rules
 from ckptkit.align.layouts import gguf_arrangement
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.render.align import align_page
+from ckptkit.render.page import as_text
+from ckptkit.render.page.width import fitted
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_cli import run_ckpt
@@ -179,6 +182,30 @@ def test_each_hint_decides(expected: State, found: State, tmp_path: Path, capsys
     page = run_ckpt(capsys, "align", *paths).out
     assert all(hint in page for hint in before["hints"])
     assert re.search(r" fit equally: (parse_rules\(|rules=)", str(suggest_rules(expected, found)))
+
+
+def recurrent(*names: str) -> State:
+    """Return an LSTM cell, a layer behind it and a matrix, below these names."""
+    parts = torch.nn.LSTMCell(4, 6).state_dict(), torch.nn.Linear(6, 1).state_dict(), {"weight": torch.zeros(3, 5)}
+    return {f"{name}.{key}": one for name, part in zip(names, parts, strict=True) for key, one in part.items()}
+
+
+def test_one_of_two_recurrent_models() -> None:
+    """The tensors of an LSTM are one module, the hint keeps one model, and rows have the width of the terminal."""
+    expected, found = (
+        recurrent("lstm_cell", "out", "first"),
+        recurrent("model.decoder.rnn", "model.decoder.2", "model.x"),
+    )
+    twice = found | {key.replace("model", "model_8k"): value for key, value in found.items() if "decoder" in key}
+    result = suggest_rules(expected, twice)
+    assert result.hints[0].startswith("'model.*', 'model_8k.*' fit equally: --keep 'model.*'")
+    assert "model.decoder.rnn.* = lstm_cell.*" in [rule.names for one in result.ambiguous for rule in one.candidates]
+    lines = list(as_text(fitted(align_page(result), 60)))
+    assert sum(" = lstm_cell.*" in line for line in lines) == 2
+    assert max(map(len, lines)) <= 60
+    assert suggest_rules(expected, twice, parse_rules(keep="model.*")).complete
+    layer = {f"rnn.{key}": value for key, value in torch.nn.LSTM(4, 6).state_dict().items()}
+    assert suggest_rules({key: expected[key] for key in expected if "lstm" in key}, layer).complete
 
 
 def test_digests_decide_between_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,7 @@ def _alignment(
         used.update(*suggestion.keys.values())
     ambiguous = list(tied)
     for undecided in matching.undecided:
-        ambiguity = _ambiguity(undecided, filled, used, sides)
+        ambiguity = _ambiguity(undecided, filled, used, sides, matching.found)
         if ambiguity is not None:
             ambiguous.append(ambiguity)
     unequal = [pair for modules in matching.unequal for pair in _unequal_tensors(*modules) if pair[0].key not in filled]
@@ -235,7 +235,10 @@ def _unequal_tensors(expected: LayeredModule, found: LayeredModule) -> Iterator[
                 yield info, others[index]
 
 
-def _ambiguity(undecided: Undecided, filled: set[str], used: set[str], sides: QuantizedSides) -> Ambiguity | None:
+def _ambiguity(
+    undecided: Undecided, filled: set[str], used: set[str], sides: QuantizedSides, all_found: Iterable[LayeredModule]
+) -> Ambiguity | None:
+    """Return what is open of undecided modules, or None; ``all_found`` are all found modules."""
     expected, found = (
         tuple(info for info in _tensors(modules) if info.key not in done)
         for modules, done in ((undecided.expected, filled), (undecided.found, used))
@@ -246,7 +249,7 @@ def _ambiguity(undecided: Undecided, filled: set[str], used: set[str], sides: Qu
     pairs = [pair for pair in map(sides.without_wrong_links, candidates) if pair is not None] if sides else candidates
     if candidates and not pairs:
         return None
-    return Ambiguity(expected, found, undecided.why, tuple(suggestions_for(pairs, ())))
+    return Ambiguity(expected, found, undecided.why, tuple(suggestions_for(pairs, all_found)))
 
 
 def _tensors(modules: Iterable[LayeredModule]) -> Iterator[TensorInfo]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.align.model import Alignment, Ambiguity
 from ckptkit.align.writing.renames import is_plain_text
+from ckptkit.comparison.roles import split_leaf
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.core.text import listed, shell_word
 from ckptkit.errors import RuleError
@@ -34,7 +35,7 @@ class _Side:
     def of(cls, keys: Iterable[str], count: int) -> _Side:
         """Return the keys in branches; numbers divide only keys that are more than ``count``, those of the other side.
 
-        All branches have equally many keys.
+        All branches have equally many keys. The weight and the bias of one module are not branches.
         """
         split = {key: tuple(key.split(".", _MAX_SEGMENTS)) for key in keys}
         depth = _common(split.values())
@@ -43,7 +44,11 @@ class _Side:
             branches[segments[: depth + 1]].append(key)
         sizes = set(map(len, branches.values()))
         are_layers = all(name[-1].isdigit() for name in branches) and sizes != {count}
-        return cls({(): list(split)} if len(sizes) > 1 or len(branches) == 1 or are_layers else branches)
+        is_module = all(
+            (split_leaf(segments[-1]) or "?")[0] == "" == "".join(segments[depth + 1 :]) for segments in split.values()
+        )
+        is_one = len(sizes) > 1 or len(branches) == 1 or are_layers or is_module
+        return cls({(): list(split)} if is_one else branches)
 
     @property
     def is_fork(self) -> bool:
@@ -131,7 +136,7 @@ class _Attempts:
         self._left = min(max(_MAX_TENSORS // max(count, 1), 1), _MAX_TRIES)
 
     def first_that_decides(self, ways: Iterable[_Way]) -> _Way | None:
-        """Return the first way that fills more tensors, leaves fewer ambiguous, and loses none; None without one."""
+        """Return the first way that fills more tensors, with their shapes, leaves fewer ambiguous, and loses none."""
         return next(filter(self._decides, ways), None)
 
     def _decides(self, way: _Way) -> bool:
@@ -143,7 +148,8 @@ class _Attempts:
             after = self._try_rules(rules)
         except RuleError:
             return False
-        return _filled(after) > self._filled and _ambiguous(after) < _ambiguous(self._before)
+        are_fewer = _ambiguous(after) < _ambiguous(self._before)
+        return are_fewer and _filled(after) > self._filled and len(after.unequal) <= len(self._before.unequal)
 
 
 def _filled(result: Alignment) -> set[str]:

@@ -16,7 +16,7 @@ _SYNONYMS: Mapping[str, str] = MappingProxyType(
         "rmsnorm": "norm", "groupnorm": "norm", "gn": "norm", "norms": "norm", "embedding": "embed",
         "embeddings": "embed", "emb": "embed", "tokens": "tok", "token": "tok", "position": "pos", "positions": "pos",
         "positional": "pos", "projection": "proj", "ffn": "mlp", "ff": "mlp", "patches": "patch", "convolution": "conv",
-        "classification": "classifier", "downsampling": "downsample",
+        "classification": "classifier", "downsampling": "downsample", "lstm": "rnn", "gru": "rnn",
     }
 )  # fmt: skip
 
@@ -31,6 +31,8 @@ _LEAVES: Mapping[str, str] = MappingProxyType(
     }
 )  # fmt: skip
 _LEAF_AFTER_UNDERSCORE = re.compile(r"(.+)_(weights?|kernel|bias)")
+# Tensors of recurrent modules. The first layer of an LSTM has those of an LSTMCell.
+_RECURRENT_LEAF = re.compile(r"((?:weight|bias)_(?:ih|hh|hr))(_l[0-9]+(?:_reverse)?)?")
 
 
 def _spelled(**roles: str) -> dict[tuple[str, ...], str]:
@@ -117,7 +119,10 @@ def split_leaf(segment: str) -> tuple[str, str] | None:
     if segment in _LEAVES:
         return "", _LEAVES[segment]
     match = _LEAF_AFTER_UNDERSCORE.fullmatch(segment)
-    return (match[1], _LEAVES[match[2]]) if match else None
+    if match:
+        return match[1], _LEAVES[match[2]]
+    match = _RECURRENT_LEAF.fullmatch(segment)
+    return ("", match[1] if match[2] == "_l0" else segment) if match else None
 
 
 @lru_cache(maxsize=65536)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ckptkit.align import Alignment, Ambiguity, Suggestion
 from ckptkit.core.checkpoint import TensorInfo
@@ -12,6 +12,8 @@ from ckptkit.render.page import Block, Hint, Line, Page, Table, as_code, table_r
 from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["align_document", "align_page"]
+
+_MOST_POSSIBLE = 6  # rules that are possible for tensors that fit equally
 
 
 def align_document(result: Alignment) -> dict[str, object]:
@@ -75,7 +77,9 @@ def align_page(result: Alignment, *, expand: bool = False) -> Page:
     headers = ("rule", "operation", "tensors", "confidence", "because")
     rows = tuple(map(_rule_row, result.suggestions))
     page.append(Table(headers, rows, frozenset({"tensors", "confidence"}), gives_way=("operation", "confidence")))
-    page.append(Table(("ambiguous", "could be", "because"), tuple(map(_ambiguity_row, result.ambiguous))))
+    possible = tuple(row for ambiguity in result.ambiguous for row in _possible_rows(ambiguity, expand=expand))
+    names = ("possible rule", "operation", "tensors", "because")
+    page.append(Table(names, possible, frozenset({"tensors"}), gives_way=("operation", "tensors")))
     page += _unexplained(result, expand=expand)
     if result.note:
         page.append(Line((result.note,)))
@@ -83,18 +87,30 @@ def align_page(result: Alignment, *, expand: bool = False) -> Page:
 
 
 def _rule_row(rule: Suggestion) -> tuple[str, ...]:
-    operations = ", ".join(map(str, rule.operations))
-    return printable(rule.names), operations, f"{len(rule.keys):,}", f"{rule.confidence:.2f}", printable(rule.why)
+    return *_rule_cells(rule), f"{rule.confidence:.2f}", printable(rule.why)
 
 
-def _ambiguity_row(ambiguity: Ambiguity) -> tuple[str, ...]:
-    return _names(ambiguity.expected), _names(ambiguity.found), ambiguity.why
+def _rule_cells(rule: Suggestion) -> tuple[str, str, str]:
+    return printable(rule.names), ", ".join(map(str, rule.operations)), f"{len(rule.keys):,}"
+
+
+def _possible_rows(ambiguity: Ambiguity, *, expand: bool) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each rule that is possible; one for all of them where they are too many to be made."""
+    why = ambiguity.why
+    if not ambiguity.candidates:
+        yield f"{_names(ambiguity.found)} = {_names(ambiguity.expected)}", "", f"{len(ambiguity.expected):,}", why
+    shown = ambiguity.candidates if expand else ambiguity.candidates[:_MOST_POSSIBLE]
+    for candidate in shown:
+        yield *_rule_cells(candidate), why
+    left = len(ambiguity.candidates) - len(shown)
+    if left:
+        yield f"and {left} more = {_names(ambiguity.expected)}", "", "", why
 
 
 def _names(infos: Iterable[TensorInfo]) -> str:
     rows = table_rows([(info.key, ()) for info in infos], expand=False)
-    more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
-    return ", ".join(row[0] for row in rows[:4]) + more
+    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    return f"{rows[0][0]}{more}"
 
 
 def _unexplained(result: Alignment, *, expand: bool) -> Iterable[Block]:
