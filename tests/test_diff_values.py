@@ -458,6 +458,7 @@ def test_a_tie_of_one_side_is_judged_as_its_tensor() -> None:
         layer.weight = weight
     state = {"embedding.weight": weight.detach().clone()}
     assert ckptkit.diff(model, state, expect_frozen="*").unmet == ()
+    assert "tied to embedding.weight" in str(ckptkit.diff(model, state))
     state["embedding.weight"] += 1
     result = ckptkit.diff(model, state, expect_frozen="head.*", expect_changed="*")
     assert [(one.requirement, one.keys) for one in result.unmet] == [("expect_frozen", ("head.weight",))]

@@ -229,7 +229,7 @@ def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert same_state(back["optimizer"]["state"], content["optimizer"]["state"])
     ran = run_ckpt(capsys, "optim", "prune", run, "-o", out[2], "--reset", "head.*", "--markdown")
     assert ran.code == 0
-    assert "requested with --reset" in ran.out
+    assert "requested with --reset" in ran.out and "nothing was pruned" not in ran.err
     assert list(torch.load(out[2], weights_only=True)["optimizer"]["state"]) == [0, 1, 2, 3, 4, 5]
 
 

@@ -291,10 +291,18 @@ def prune_command(
     from ckptkit.optimizer_state.pruning import prune
 
     with contextlib.ExitStack() as stack:
-        checkpoint, state = _open_named_state(stack, path, name_source, quiet=options.quiet, drop_strays=True)
+        checkpoint, found = _open_state(stack, path, quiet=options.quiet)
         with default_error_path(path):
+            state = to_named(found, name_source.names(stack), drop_strays=True)
             state = prune(state, None if like is None else _open_model(stack, like), drop=drop, reset=reset)
-        _write(state, checkpoint, options, form, [])
+        is_whole = len(state.names) == len(state.changes) and len(state.state) == len(found.state)
+        _write(state, checkpoint, options, form, [_nothing_pruned(like)] if is_whole else [])
+
+
+def _nothing_pruned(like: str | None) -> str:
+    if like is None:
+        return "nothing was pruned: --like MODEL leaves out what does not fit a model, --drop and --reset what you name"
+    return f"nothing was pruned: every parameter and its state fit {printable(like)}"
 
 
 @optim.command()
@@ -336,7 +344,8 @@ def diff(
             report = optimizer_state_diff(states[0], states[1], values=values, progress=progress)
         echo_result(report_format, report)
         if not values and not quiet:
-            print_message("values were not compared: --values compares them")
+            said = "values were not compared: " if report.findings else ""  # where nothing was found, the page says it
+            print_message(f"{said}--values compares them")
     context.exit(exit_code(report))
 
 
@@ -347,11 +356,11 @@ def _open_state(stack: contextlib.ExitStack, path: str, *, quiet: bool) -> tuple
 
 
 def _open_named_state(
-    stack: contextlib.ExitStack, path: str, name_source: NameSource, *, quiet: bool, drop_strays: bool = False
+    stack: contextlib.ExitStack, path: str, name_source: NameSource, *, quiet: bool
 ) -> tuple[Checkpoint, OptimizerState]:
     checkpoint, found = _open_state(stack, path, quiet=quiet)
     with default_error_path(path):
-        return checkpoint, to_named(found, name_source.names(stack), drop_strays=drop_strays)
+        return checkpoint, to_named(found, name_source.names(stack))
 
 
 def _open_model(stack: contextlib.ExitStack, path: str) -> Module | Checkpoint:

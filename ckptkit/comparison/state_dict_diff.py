@@ -22,7 +22,15 @@ from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.ties import tied_keys
 from ckptkit.quantized.view import DequantizedWeight
 
-__all__ = ["KeyPair", "StateDictDiff", "extra_state_key", "find_unmet_in", "loaded_keys", "reasons_not_loaded"]
+__all__ = [
+    "KeyPair",
+    "StateDictDiff",
+    "extra_state_key",
+    "find_unmet_in",
+    "loaded_keys",
+    "missing_ties",
+    "reasons_not_loaded",
+]
 
 _EXTRA_STATE = "_extra_state"
 _EXTRA_STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
@@ -215,10 +223,23 @@ def loaded_keys(result: StateDictDiff, refused: AbstractSet[str] = frozenset()) 
     refused = {*refused, *(pair.key for pair in result.uncopyable)}
     scalars = (pair.key for pair in result.shape_mismatched if pair.is_old_scalar)
     loaded = {pair.key for pair in result.matched}.union(scalars, result.computed) - refused
+    return frozenset(loaded | _tied_to(result, loaded).keys())
+
+
+def missing_ties(result: StateDictDiff) -> dict[str, str]:
+    """Return each missing key that a load fills through a matched key, with that key: they are one tensor."""
+    through = _tied_to(result, {pair.key for pair in result.matched} - {pair.key for pair in result.uncopyable})
+    return {info.key: through[info.key] for info in result.missing if info.key in through}
+
+
+def _tied_to(result: StateDictDiff, loaded: AbstractSet[str]) -> dict[str, str]:
+    """Return each expected key that is one tensor with a key of ``loaded``, and not one itself, with that key."""
+    tied = {}
     for keys in tied_keys(result.expected.values()):
-        if loaded.intersection(keys):
-            loaded.update(keys)
-    return frozenset(loaded)
+        first = next((key for key in keys if key in loaded), None)
+        if first is not None:
+            tied |= {key: first for key in keys if key not in loaded}
+    return tied
 
 
 def find_unmet_in(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.comparison.hints import Hint as DiffHint
+from ckptkit.comparison.state_dict_diff import missing_ties
 from ckptkit.core.coverage import measure_coverage
 from ckptkit.core.text import listed, percent, plural, printable, shell_word
 from ckptkit.render.page import Hint, Line, Message, Page, Row, Table, Tone, name_beside, table_rows
@@ -289,6 +290,7 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     remarks = {name: f"  {key.remark}" for key in result.quantized for name in (key.key, *key.parts)}
     rows += [_row("≈", pair, remarks[pair.key]) for pair in _codes_for_numbers(result)]
     remarks_on_missing = {key: remark.strip() for key, remark in remarks.items()}
+    remarks_on_missing |= {key: f"tied to {name_beside(key, other)}" for key, other in missing_ties(result).items()}
     remarks_on_missing |= dict.fromkeys(result.left_out, "left out by the rules")
     remarks_on_missing |= dict.fromkeys(result.excused, "load_state_dict does not report it")
     blocked = set(result.blocked)

@@ -248,6 +248,8 @@ def test_tied_keys_are_merged_once_and_tied_again() -> None:
     assert (step.rule, step.tied_to) == ("tied to 'embed.weight'", "embed.weight")
     made = plan.materialize({"A": tied, "B": B})
     assert made["head.weight"].data_ptr() == made["embed.weight"].data_ptr()
+    both = {"A": tied, "B": {**B, "head.weight": B["embed.weight"]}}
+    assert ckptkit.plan_recipe(tomled(LINEAR), inputs=both).dropped == ()
     with pytest.raises(PlanError, match=r"'embed.weight' and 'head.weight' are tied in the base, and differ in 'B'"):
         plan.materialize({"A": tied, "B": {**B, "head.weight": torch.zeros(6, 4)}})
 

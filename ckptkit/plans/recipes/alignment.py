@@ -20,7 +20,7 @@ from ckptkit.plans.recipes.inputs import AlignedInput, Ingredient, input_path
 from ckptkit.plans.recipes.model import MergeRecipe, Parameters
 from ckptkit.plans.recipes.parameters import Chosen, KeySettings
 
-__all__ = ["Decision", "Decisions", "decide"]
+__all__ = ["Decision", "Decisions", "decide", "is_one"]
 
 Kind: TypeAlias = Literal["merged", "taken", "left out"]
 _MOST_NAMED = 5
@@ -332,12 +332,12 @@ def _tie(
         if leader not in by_key or by_key[leader].kind != "merged":
             continue
         pairs = [(each.tensors.get(key), each.tensors.get(leader)) for each in inputs.values()]
-        equals = tuple(other.sources[0] for other, own in pairs if other and own and not _is_one(other, own))
+        equals = tuple(other.sources[0] for other, own in pairs if other and own and not is_one(other, own))
         by_key[leader] = replace(by_key[leader], equals=(*by_key[leader].equals, *equals))
     return tied_to, notes
 
 
-def _is_one(first: Ingredient, second: Ingredient) -> bool:
+def is_one(first: Ingredient, second: Ingredient) -> bool:
     """Return whether two tensors of an input have the same memory; those that are made of others are not compared."""
     if first.recipe is not None or second.recipe is not None or first.sources == second.sources:
         return True

@@ -19,7 +19,7 @@ from ckptkit.plans.methods.operation import Merge
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.quantized.as_numbers import DequantizedInputs
-from ckptkit.plans.recipes.alignment import Decision, Decisions, decide
+from ckptkit.plans.recipes.alignment import Decision, Decisions, decide, is_one
 from ckptkit.plans.recipes.counts import with_counts
 from ckptkit.plans.recipes.inputs import (
     AlignedInput,
@@ -272,6 +272,9 @@ def _dropped(aligned: Mapping[str, AlignedInput], decisions: Decisions, steps: S
         yield from each.dropped
         known = {Source(drop.role, drop.key) for drop in each.dropped}
         for key, one in each.tensors.items():
+            leader = each.tensors.get(decisions.tied_to.get(key, ""))
+            if leader and not one.recipe and is_one(one, leader) and read.issuperset(leader.sources):
+                continue  # it was merged under the key that it is tied to
             decision = None if decisions.moved else decisions.by_key.get(key)
             reason = "" if decision is None else decision.why
             wanted = "" if decision is None or decision.kind == "left out" else key
