@@ -231,6 +231,9 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "option without value": (["diff", TEN, TEN, "--rtol"], 2, "", "hint: see ckpt diff --help"),
     "missing choice": (["completion"], 2, "", "Choose from: bash, zsh, fish"),
     "near path": (["show", "fixtures/lenet_10clas.pth"], 2, "", "hint: did you mean 'fixtures/lenet_10class.pth'?"),
+    "no suffix": (["show", "fixtures/encoder_tied"], 2, "", "hint: did you mean 'fixtures/encoder_tied.pt'?"),
+    "near folder": (["show", "Fixtures/lenet_ddp.pt"], 2, "", "hint: did you mean 'fixtures/lenet_ddp.pt'?"),
+    "one colon": (["show", "fixtures/lenet_ddp.pt:model"], 2, "", "did you mean 'fixtures/lenet_ddp.pt::model'?"),
     "one slash": (["show", "s3:/bucket/x"], 2, "", "hint: for a URL write two slashes: 's3://bucket/x'"),
     "hub": (
         ["show", "bert-base-uncased"],

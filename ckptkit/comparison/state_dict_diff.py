@@ -234,7 +234,7 @@ def missing_ties(result: StateDictDiff) -> dict[str, str]:
 
 def _tied_to(result: StateDictDiff, loaded: AbstractSet[str]) -> dict[str, str]:
     """Return each expected key that is one tensor with a key of ``loaded``, and not one itself, with that key."""
-    tied = {}
+    tied: dict[str, str] = {}
     for keys in tied_keys(result.expected.values()):
         first = next((key for key in keys if key in loaded), None)
         if first is not None:

@@ -82,8 +82,11 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
         except PathError as error:
             if error.hint is None and not _exists(path):
                 near = near_path(path)
+                whole, _, part = name.rpartition(":")
                 if match := _ONE_SLASH.match(path):
                     error.hint = f"for a URL write two slashes: {shell_word(f'{match[1]}/{path[len(match[1]) :]}')}"
+                elif whole and not is_url(name) and kind_at(whole):
+                    error.hint = f"did you mean {shell_word(f'{whole}::{part}')}?"
                 elif _IMPORTABLE.fullmatch(name):
                     error.hint = f"for a live model write {LIVE_PREFIX}{name}"
                 elif is_url(path) and "*" in path:

@@ -23,13 +23,17 @@ from typing import Any
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.live_prefix import LIVE_PREFIX, is_live_path
-from ckptkit.core.text import first_line, kind_of, nearest, quoted, shell_word
+from ckptkit.core.text import first_line, kind_of, listed, nearest, quoted, shell_word
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
 
 __all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
 
+_LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+_MOST_NAMES = 8  # of the arguments of a callable, in a hint
+# Errors of urllib, requests, httpx and huggingface_hub, which are not imported here.
+_OF_THE_NETWORK = frozenset({"URLError", "ConnectionError", "ConnectError", "LocalEntryNotFoundError", "gaierror"})
 _NO_OP = r"for .*: copying from a non-meta parameter in the checkpoint to a meta parameter in the current model"
 _DEEPEST_RESULT = 4  # a cache refers to its table, the table to entries, an entry to a result, a result to its items
 
@@ -73,7 +77,9 @@ def _split_arguments(target: str) -> tuple[str, dict[str, object] | None]:
         try:
             arguments[name] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
-            raise ModelError(f"the value of {quoted(name)} is not a Python literal", hint=form) from None
+            word = keyword.value.id if isinstance(keyword.value, ast.Name) else ""
+            hint = f"did you mean {name}={_LITERALS.get(word, repr(word))}?" if word else form
+            raise ModelError(f"the value of {quoted(name)} is not a Python literal", hint=hint) from None
     return path, arguments
 
 
@@ -144,24 +150,42 @@ def _hint_for_path(path: str, name: str) -> str:
 def _code_of_the_user(doing: str, function: object = None, target: str = "") -> Iterator[None]:
     """Raise ``ModelError`` for whatever the code in the block raises, except an interrupt by the user.
 
-    Where the block calls ``function`` without a required argument, the hint is ``target`` with all of them.
+    Where the block calls ``function`` with wrong arguments, the hint says which to give.
     """
     try:
         yield
     except (KeyboardInterrupt, CkptkitError):
         raise
     except BaseException as error:
-        needs_arguments = isinstance(error, TypeError) and re.search("missing .* required", first_line(error))
-        hint = _hint_for_arguments(function, target) if needs_arguments and callable(function) else None
+        hint = _hint_for_call(function, target, error) if callable(function) else None
         raise ModelError(f"{doing} failed: {first_line(error)}", hint=hint) from error
 
 
-def _hint_for_arguments(function: Callable[..., object], target: str) -> str | None:
-    """Return the target with each argument that ``function`` needs, or None if it needs no other."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
+def _hint_for_call(function: Callable[..., object], target: str, error: BaseException) -> str | None:
+    """Return which arguments of ``function`` to give instead, or None if the error is about something else."""
+    if any(one.__name__ in _OF_THE_NETWORK for one in type(error).__mro__):
+        return "the code asks the network: an argument such as pretrained=False or weights=None may leave that out"
+    reason = first_line(error) if isinstance(error, TypeError) else ""
+    called = function.func if isinstance(function, functools.partial) else function
+    with contextlib.suppress(TypeError, ValueError):  # code without a signature
+        if re.search("missing .* required", reason):
+            return _hint_for_missing(function, target)
+        if unknown := re.search("unexpected keyword argument '(.*?)'", reason):
+            parameters = inspect.signature(called).parameters.values()
+            names = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+            if names and unknown[1] not in names:
+                longer = [one for one in names if unknown[1] in one.split("_")]
+                near = longer[0] if len(longer) == 1 else nearest(unknown[1], names)
+                return f"did you mean {quoted(near)}?" if near else f"it takes {listed(names, _MOST_NAMES)}"
+    return None
+
+
+def _hint_for_missing(function: Callable[..., object], target: str) -> str | None:
+    """Return the target with each argument that ``function`` needs, or None if it needs no other.
+
+    Raises ``TypeError`` or ``ValueError`` where its arguments are not known.
+    """
+    parameters = inspect.signature(function).parameters.values()
     given = {name: repr(value) for name, value in getattr(function, "keywords", {}).items()}
     positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     missing = [

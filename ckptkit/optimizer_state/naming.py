@@ -120,7 +120,16 @@ def to_named(
         return replace(_named(found, names, groups), findings=findings)
     except PlanError as error:
         error.path = error.path or found.path or None
+        if names is not None and _weights_tell_names(found):
+            error.hint = "without a model or names, the weights in the file of the state name its parameters"
         raise
+
+
+def _weights_tell_names(found: FoundState) -> bool:
+    """Return whether the weights in the file of a state without names tell all names."""
+    with contextlib.suppress(PlanError):
+        return found.form == "indexed" and bool(_named(found, None, None).names)
+    return False
 
 
 def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) -> OptimizerState:

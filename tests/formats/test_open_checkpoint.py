@@ -313,6 +313,9 @@ MODULE = """
         def make(cls, size):
             return cls(size)
 
+    def downloads(pretrained=True):
+        raise ConnectionError("no network")
+
     def sized(size=3, kind="", options=None):
         return Sized(size)
 
@@ -464,6 +467,14 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
                 "install it there, or install ckptkit where the code runs"
             ),
         ),
+        ("livemodels.nets:sized(seize=4)", "did you mean 'size'?"),
+        ("livemodels.nets:sized(large=4)", "it takes 'size', 'kind', 'options'"),
+        (
+            "livemodels.nets:downloads",
+            "the code asks the network: an argument such as pretrained=False or weights=None may leave that out",
+        ),
+        ("livemodels.nets:sized(size=four)", "did you mean size='four'?"),
+        ("livemodels.nets:sized(size=null)", "did you mean size=None?"),
         ("livemodels.syntax:build", None),
         ("livemodels.nets:asks_inside", None),
         ("livemodels.nets:fails", None),

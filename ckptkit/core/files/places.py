@@ -220,9 +220,20 @@ def real_path(path: str) -> str:
 
 
 def near_path(path: str) -> str:
-    """Return the path in the same folder whose name is most like that of ``path``, or an empty string."""
+    """Return the existing path that is most like ``path``, or an empty string.
+
+    It has another name in the same folder, a suffix more, a folder of another name, or the home folder for ``~``.
+    """
     folder, name = split(path)
     with suppress(CkptkitError):
-        near = nearest(name, folder_at(folder).names(_MOST_NEAR).all, cutoff=0.8)
-        return join(folder, near) if near else ""
+        if path.startswith("~"):
+            at_home = os.path.expanduser(path)
+            return at_home if at_home != path and kind_at(at_home) else ""
+        if folder and not is_url(path) and not kind_at(folder):
+            near = join(near_folder, name) if (near_folder := near_path(folder)) else ""
+            return near if near and kind_at(near) else ""
+        names = folder_at(folder).names(_MOST_NEAR).all
+        longer = [one for one in names if name and one.startswith(f"{name}.")]
+        found = longer[0] if len(longer) == 1 else nearest(name, names, cutoff=0.8)
+        return join(folder, found) if found else ""
     return ""
