@@ -2,11 +2,21 @@
 // Names from files reach the page as text only: nothing here makes markup of a string.
 (() => {
   const ROWS_AT_ONCE = 50;
+  const BODIES_AT_ONCE = 10; // that are filled before the browser draws
   const BINS = 40;
   const FEWEST_BINS = 12; // so that one or two are not drawn as walls
   const UNITS = { B: 1, kB: 1e3, MB: 1e6, GB: 1e9, TB: 1e12, PB: 1e15, "%": 1 };
   const SVG = "http://www.w3.org/2000/svg";
-  const wordsOf = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
+  // Each word as a test of a text in lower case. A word of digits is this number only: 3 is not in layers.30.
+  const wordsOf = (text) =>
+    text
+      .toLowerCase()
+      .split(/\s+/)
+      .filter(Boolean)
+      .map((word) => {
+        const number = /^\d+$/.test(word) && new RegExp(`(^|\\D)${word}(?!\\d)`);
+        return number ? (found) => number.test(found) : (found) => found.includes(word);
+      });
   const byId = (id) => document.getElementById(id);
   const grouped = (count) => count.toLocaleString("en-US");
 
@@ -129,10 +139,12 @@
       this.controls = this.matches.parentNode;
       this.box = this.controls.querySelector("input");
       this.choices = [...this.controls.querySelectorAll("select")];
+      this.names = this.table.querySelector("[role=rowheader]")?.cellIndex ?? 0;
       this.controls.hidden = false;
       this.headers.forEach((header, column) => this.addButton(header, column));
       if (this.box) this.box.addEventListener("input", () => this.show());
       for (const choice of this.choices) choice.addEventListener("change", () => this.show());
+      addEventListener("beforeprint", () => this.placeAll());
       if (this.box && window.requestIdleCallback) requestIdleCallback(() => this.prepare());
     }
 
@@ -193,40 +205,62 @@
       if (column >= 0) this.ordered(column, false);
     }
 
+    // The names of the rows, and what else is in each row.
     texts() {
       if (!this.known) {
-        this.known = this.rows.map((row) => Array.from(row.cells, (cell) => cell.textContent).join("\n").toLowerCase());
+        const names = this.rows.map((row) => row.cells[this.names].textContent.toLowerCase());
+        const others = this.rows.map((row) =>
+          Array.from(row.cells, (cell, column) => (column === this.names ? "" : cell.textContent)).join("\n").toLowerCase(),
+        );
+        this.known = { names, others };
       }
       return this.known;
     }
 
+    // A word that is in no name is looked for in the other columns.
     wanted() {
       const words = this.box ? wordsOf(this.box.value) : [];
       const chosen = this.choices.filter((choice) => choice.selectedIndex > 0);
       if (!words.length && !chosen.length) return this.order;
-      const texts = words.length ? this.texts() : [];
+      const { names, others } = words.length ? this.texts() : {};
+      const tests = words.map((has) => [has, names.some(has) ? names : others]);
       return this.order.filter(
         (place) =>
-          words.every((word) => texts[place].includes(word)) &&
+          tests.every(([has, texts]) => has(texts[place])) &&
           chosen.every((choice) => this.cell(this.rows[place], Number(choice.dataset.column)) === choice.value),
       );
     }
 
     show() {
-      const places = this.wanted();
-      this.bodies.forEach((body, number) => {
-        const some = places.slice(number * ROWS_AT_ONCE, (number + 1) * ROWS_AT_ONCE).map((place) => this.rows[place]);
-        body.replaceChildren(...some);
-        body.hidden = !some.length;
-        body.style.containIntrinsicBlockSize = some.length < ROWS_AT_ONCE ? `auto ${some.length * 29}px` : "";
-      });
+      this.shown = this.wanted();
+      this.placed = 0;
+      for (const body of this.bodies) body.remove();
+      this.place(BODIES_AT_ONCE);
       this.table.parentNode.scrollTop = 0;
-      this.shown = places;
-      const isAll = places.length === this.rows.length;
+      const isAll = this.shown.length === this.rows.length;
       this.isUsed = this.isUsed || !isAll; // a table that is only sorted needs no count
-      const count = isAll ? "all" : `${grouped(places.length)} of`;
+      const count = isAll ? "all" : `${grouped(this.shown.length)} of`;
       this.matches.textContent = this.isUsed ? `${count} ${grouped(this.rows.length)} rows` : "";
       this.table.dispatchEvent(new Event("rows"));
+    }
+
+    // Bodies follow each other with pauses: Firefox and Safari need a second for ten thousand rows.
+    place(count) {
+      clearTimeout(this.later);
+      const bodies = this.bodies.slice(this.placed, Math.min(this.placed + count, Math.ceil(this.shown.length / ROWS_AT_ONCE)));
+      for (const body of bodies) {
+        const start = this.placed * ROWS_AT_ONCE;
+        const some = this.shown.slice(start, start + ROWS_AT_ONCE).map((place) => this.rows[place]);
+        body.replaceChildren(...some);
+        body.style.containIntrinsicBlockSize = some.length < ROWS_AT_ONCE ? `auto ${some.length * 29}px` : "";
+        this.placed++;
+      }
+      this.table.append(...bodies);
+      if (this.placed * ROWS_AT_ONCE < this.shown.length) this.later = setTimeout(() => this.place(BODIES_AT_ONCE));
+    }
+
+    placeAll() {
+      if (this.shown) this.place(this.bodies.length);
     }
   }
 
@@ -244,7 +278,7 @@
       const words = wordsOf(box.value);
       let count = 0;
       lines.forEach((line, place) => {
-        const isShown = words.every((word) => texts[place].includes(word)) && (!choice.value || choice.value === line.dataset.tone);
+        const isShown = words.every((has) => has(texts[place])) && (!choice.value || choice.value === line.dataset.tone);
         line.hidden = !isShown;
         count += isShown;
       });
@@ -287,7 +321,7 @@
       list.replaceChildren();
       for (const name of this.tensors.keys()) {
         if (list.children.length === 50) break;
-        if (words.every((word) => name.toLowerCase().includes(word))) {
+        if (words.every((has) => has(name.toLowerCase()))) {
           const option = document.createElement("option");
           option.value = name;
           list.append(option);
@@ -304,6 +338,10 @@
       if (this.row) this.row.removeAttribute("aria-selected");
       this.row = rows.find((row) => this.nameOf(row) === name);
       if (this.row) this.row.setAttribute("aria-selected", "true");
+      const sides = this.tensors.get(name).slice(1);
+      this.places = [...sides.keys()].filter((place) => sides[place]);
+      this.found = this.bins(this.places.map((place) => sides[place]));
+      this.describe();
       this.draw();
       this.list();
     }
@@ -325,6 +363,7 @@
       table.addEventListener("rows", first);
       const focus = (cell) => {
         if (!cell) return;
+        if (!cell.isConnected) this.table.placeAll();
         stopAt(cell);
         cell.focus();
       };
@@ -378,30 +417,28 @@
       return { low, top, shares, isCut, hasZeros: shares.some((side) => side.zeros) };
     }
 
-    draw() {
-      if (!this.chosen) return;
-      const sides = this.tensors.get(this.chosen).slice(1);
-      const present = sides.map((side, place) => [side, place]).filter(([side]) => side);
-      const found = this.bins(present.map(([side]) => side));
+    describe() {
       const caption = byId("histogram-caption");
-      this.drawing.replaceChildren();
       caption.replaceChildren();
-      if (!found) {
+      if (!this.found) {
         caption.textContent = `${this.chosen}: no numbers but zeros, NaN and Inf`;
         return;
       }
       if (this.sides.length > 1) {
-        present.forEach(([, place]) => {
+        for (const place of this.places) {
           element("span", "", caption).className = `key-${place}`;
           element("b", this.sides[place], caption);
           caption.append(" ");
-        });
+        }
       }
-      const cut = found.isCut ? `; the first bar has all below ${power(found.low + 1)}` : "";
+      const cut = this.found.isCut ? `; the first bar has all below ${power(this.found.low + 1)}` : "";
       caption.append("share of the numbers of ");
       element("code", this.chosen, caption);
       caption.append(` by magnitude, in powers of two${cut}`);
-      this.drawing.append(this.picture(found, present.map(([, place]) => place)));
+    }
+
+    draw() {
+      this.drawing.replaceChildren(...(this.found ? [this.picture(this.found, this.places)] : []));
     }
 
     picture({ low, top, shares, isCut, hasZeros }, places) {
@@ -421,6 +458,7 @@
         picture.append(made);
         return made;
       };
+      picture.setAttribute("viewBox", `0 0 ${width} ${height}`); // printed pages are narrower
       picture.setAttribute("width", width);
       picture.setAttribute("height", height);
       picture.setAttribute("role", "group");
@@ -467,7 +505,8 @@
       const table = byId("histogram-facts");
       table.replaceChildren();
       const head = table.createTHead().insertRow();
-      for (const name of ["", ...this.facts]) element("th", name, head).scope = "col";
+      head.insertCell();
+      for (const name of this.facts) element("th", name, head).scope = "col";
       const body = table.createTBody();
       this.tensors.get(this.chosen).slice(1).forEach((side, place) => {
         const row = body.insertRow();
