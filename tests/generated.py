@@ -125,7 +125,8 @@ _METHODS_PAGE = """\
 # Methods of merging
 
 These methods compute with the values of all inputs: `ckpt merge A B C -o OUT --method NAME`. `ckpt merge
---help-methods` prints the same list. [Merge models](howto/merge.md) says which method is for what. A
+--help-methods` prints the same list, and with a name one method.
+[Merge models](howto/merge.md) says which method is for what. A
 [recipe](recipes.md) can set other parameters for some keys.
 
 The inputs are `x_1`, `x_2` and so on, with the weights `w_i`. The base is `b`, and `d_i = x_i - b` is a task vector.

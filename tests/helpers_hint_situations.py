@@ -331,9 +331,9 @@ def _carry_of_nothing(folder: Path) -> list[str]:
     return ["convert", TEN, "-o", str(folder / "out.pt"), "--carry"]
 
 
-@situation("plans/output.py: --max-shard-size 5GB", "plans/output.py: use --format")
+@situation("plans/output.py: use --format")
 def _no_suffix(folder: Path) -> list[str]:
-    return ["convert", TEN, "-o", str(folder / "out")]
+    return ["convert", TEN, "-o", str(folder / "out.xyz")]
 
 
 @situation("plans/output.py: leave out --format")

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "help": (["--help"], 0, "show        List the tensors, other entries", ""),
     "short help": (["-h"], 0, "Exit codes: 0", ""),
     "version": (["-V"], 0, "ckpt 0.", ""),
+    "command of another name": (["slerp"], 2, "", "hint: ckpt merge A B -o OUT --method slerp"),
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),

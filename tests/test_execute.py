@@ -103,10 +103,22 @@ def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
         assert BYTES <= sum(seen) <= written.nbytes
 
 
+def test_a_name_without_a_suffix_is_a_directory(tmp_path: Path) -> None:
+    """It is that of shards of 5 GB, also where the name ends in a version. A typo is named."""
+    for name in ("model", "model-1.5", "model/"):
+        assert choose_output(name) == choose_output(name, max_shard_size="5GB")
+    written = convert(STATE, tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors").keys() == STATE.keys()
+    assert written.format == "safetensors"
+    with pytest.raises(OutputError) as caught:
+        choose_output("model.safetensor")
+    assert str(caught.value.hint).startswith("did you mean model.safetensors? ")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("out", {}, "the suffix does not name a format to write"),
+        ("-", {}, "the suffix does not name a format to write"),
         ("out.txt", {}, "the suffix does not name a format to write"),
         ("out.pt", {"format": "gguf"}, "unknown format 'gguf'"),
         ("out", {"max_shard_size": 0}, "a shard of at most 0 bytes cannot hold a tensor"),

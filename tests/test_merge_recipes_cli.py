@@ -273,6 +273,9 @@ def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     block = ran.out[start : ran.out.index("\ndare_linear\n")]
     assert "1 input or more and a base; TIES-Merging, arXiv 2306.01708" in block
     assert "density    a number from 0 to 1              required          share of the elements" in block
+    assert run_ckpt(capsys, "merge", "--help-methods", "ties").out == block.removeprefix("\n")
+    wrong = run_ckpt(capsys, "merge", "--help-methods", "tie")
+    assert (wrong.code, "did you mean ties?" in wrong.err) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "folder"])

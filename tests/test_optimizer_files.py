@@ -234,6 +234,11 @@ def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert "requested with --reset" in ran.out
     assert "nothing was pruned" not in ran.err
     assert list(torch.load(out[2], weights_only=True)["optimizer"]["state"]) == [0, 1, 2, 3, 4, 5]
+    ran = run_ckpt(capsys, "optim", "prune", run, "-o", out[2], "--reset", "head.*", "--drop", "fc.*", "--force")
+    assert "left out: 'fc.weight', 'fc.bias' (requested with --drop)" in ran.err
+    assert "without state, so training starts it anew: 'head.weight', 'head.bias' (requested with --reset)" in ran.err
+    ran = run_ckpt(capsys, "optim", "prune", run, "-o", out[2], "--reset", "head", "--force")
+    assert (ran.code, "did you mean 'head.*'?" in ran.err) == (2, True)
 
 
 def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

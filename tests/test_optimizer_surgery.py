@@ -316,6 +316,27 @@ def test_the_effects_of_loading_are_found(groups: Any, change: Any, codes: list[
     assert [finding.code for finding in report.findings] == [f"optim.{code}" for code in codes]
 
 
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), "the live state momentum_buffer"),
+        (lambda groups: torch.optim.SGD(groups, lr=0.1), "only the live ones momentum, dampening, nesterov"),
+        (torch.optim.NAdam, "only the live ones momentum_decay"),
+        (torch.optim.Adamax, "the live state step, exp_avg, exp_inf"),
+        (torch.optim.AdamW, ""),
+        (lambda groups: torch.optim.Adam(groups, amsgrad=True), ""),
+    ],
+    ids=["SGD", "SGD without momentum", "NAdam", "Adamax", "AdamW", "amsgrad"],
+)
+def test_the_state_of_another_class_is_an_error(other: Any, told: str) -> None:
+    """torch loads the state of another class without a word, so the comparison tells it by slots and options."""
+    saved = named(model := Net(), trained(model, torch.optim.Adam(model.parameters())))
+    live = named(model := Net(), trained(model, other(model.parameters())))
+    found = [finding.message for finding in optimizer_state_diff(saved, live).findings if finding.code == "optim.class"]
+    assert len(found) == bool(told)
+    assert told in "".join(found)
+
+
 def test_a_rate_that_a_scheduler_moved_is_no_finding_and_is_named() -> None:
     """Two states of one run with a schedule agree, but not in the rate, and the report does not say that it agrees."""
     model = Net()

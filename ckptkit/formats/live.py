@@ -27,6 +27,7 @@ from ckptkit.core.text import first_line, kind_of, listed, nearest, quoted, shel
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
+from ckptkit.lazy_patterns import lazy_pattern
 
 __all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
 
@@ -36,6 +37,7 @@ _MOST_NAMES = 8  # of the arguments of a callable, in a hint
 _OF_THE_NETWORK = frozenset({"URLError", "ConnectionError", "ConnectError", "LocalEntryNotFoundError", "gaierror"})
 _NO_OP = r"for .*: copying from a non-meta parameter in the checkpoint to a meta parameter in the current model"
 _DEEPEST_RESULT = 4  # a cache refers to its table, the table to entries, an entry to a result, a result to its items
+_NO_OPERATOR = lazy_pattern(r"operator (\w+)::\w+ does not exist")
 
 
 def import_target(target: str) -> Any:
@@ -103,6 +105,8 @@ def _import(target: str) -> Any:
                 if not hasattr(found, part):
                     near = nearest(part, [one for one in dir(found) if not one.startswith("_")])
                     hint = f"did you mean {quoted(near)}?" if near else None
+                    if "::" in target:
+                        hint = ":: selects a part of a file; for a part of a model, write a function that returns it"
                     raise ModelError(f"{quoted(module_name)} has no {quoted(name)}", hint=hint)
                 found = getattr(found, part)
     return found
@@ -120,6 +124,9 @@ def _hint_for_import(module_name: str, name: str, error: BaseException) -> str |
     """Return what to write for the path of a file, what is to be installed, or where a module was searched."""
     if module_name.endswith(".py") or "/" in module_name:
         return _hint_for_path(module_name, name)
+    if lacking_operator := _NO_OPERATOR.search(first_line(error)):
+        library = lacking_operator[1]
+        return f"{library} and torch are mostly of other builds: install two that belong together"
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     if not f"{module_name}.".startswith(f"{error.name}."):

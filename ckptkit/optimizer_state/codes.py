@@ -21,6 +21,7 @@ SLOT_MISSING = Code("optim.slot-missing", ("error",), "A parameter lacks a slot 
 TRAIN_MODE = Code("optim.train-mode", ("warning", "note"), "A schedule-free optimizer was saved in train mode.")
 
 # Two states.
+CLASS = Code("optim.class", ("error",), "The state was saved by another class of optimizer.")
 GROUPS = Code("optim.groups", ("error",), "The number or the sizes of the groups differ, so torch refuses to load.")
 PARAMETERS = Code("optim.parameters", ("error",), "Only one of the two states has a parameter.")
 MEMBERSHIP = Code("optim.membership", ("error",), "A parameter was saved in another group.")

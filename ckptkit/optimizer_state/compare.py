@@ -14,7 +14,7 @@ from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.patterns import drop_options
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import listed, plural, printable, quoted, short_number
-from ckptkit.core.torch_optim import OPTIONS, scheduled_options
+from ckptkit.core.torch_optim import OPTIONS, SCHEMAS, scheduled_options, schema_from_options
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.errors import PlanError
 from ckptkit.inputs import opened_optimizer
@@ -54,6 +54,7 @@ def optimizer_state_diff(
     - ``optim.groups``: torch refuses, because the number or the sizes of the groups differ.
     - ``optim.parameters``: only one side has a parameter.
     - ``optim.membership`` and ``optim.order``: torch loads by position, so a parameter would get the state of another.
+    - ``optim.class``: the state was saved by another class, so its options are not compared one by one.
     - ``optim.options``: loading changes an option. ``optim.options-lost``: loading deletes an option.
     - ``optim.shape``: the state has another shape, and the next step fails.
     - ``optim.coverage``: a parameter would start without state.
@@ -143,7 +144,14 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
             message = f"position {order.position} held {quoted(order.found)} and now holds {quoted(order.expected)}"
             hint = "torch loads by position, so each parameter would get the state of another"
             yield codes.ORDER.finding(order.expected, message, hint)
-    yield from _option_findings(live, differences)
+    if other := _other_class(saved, live):
+        hint = (
+            "torch loads it, and a later step fails or mixes both classes: build the class that was saved, or start "
+            "without this state"
+        )
+        yield codes.CLASS.finding("", other, hint)
+    else:
+        yield from _option_findings(live, differences)
     for shape in differences.shapes:
         yield codes.SHAPE.finding(
             shape.name,
@@ -157,6 +165,33 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
     if without and saved.state:
         message = f"{listed(without)} saved without state"
         yield codes.COVERAGE.finding(without[0], message, "the parameter was frozen or never stepped")
+
+
+def _other_class(saved: OptimizerState, live: OptimizerState) -> str:
+    """Return how the two states show that different classes keep them, or an empty string.
+
+    Slots tell it where no class of torch keeps those of both sides. Options tell it where each side has some that the
+    other lacks; users add options of their own, so the slots must differ too.
+    """
+    sides = (saved, live)
+    slots = [dict.fromkeys(str(slot) for one in state.state.values() for slot in one) for state in sides]
+    classes = [{name for name, schema in SCHEMAS.items() if all(map(schema.slot, names))} for names in slots]
+    if all(slots) and all(classes) and not classes[0] & classes[1]:
+        texts = [", ".join(map(printable, names)) for names in slots]
+        return f"another class of optimizer was saved: the saved state has {texts[0]}, and the live state {texts[1]}"
+    options = [dict.fromkeys(key for group in state.groups for key in group.options if _is_own(key)) for state in sides]
+    only = [[key for key in mine if key not in theirs] for mine, theirs in (options, options[::-1])]
+    if all(only) and (slots[0].keys() != slots[1].keys() or len({schema_from_options(one) for one in options}) > 1):
+        texts = [", ".join(map(printable, keys)) for keys in only]
+        return (
+            f"another class of optimizer was saved: only its groups have {texts[0]}, and only the live ones {texts[1]}"
+        )
+    return ""
+
+
+def _is_own(key: str) -> bool:
+    """Return whether an option can belong to one class only: not one that torch gave to all, or that scripts keep."""
+    return key not in OPTIONS
 
 
 def _but_scheduled(saved: OptimizerState, live: OptimizerState) -> str:

@@ -195,7 +195,8 @@ def _initial_lr_remarks(groups: Iterable[NamedGroup], saved: Mapping[str, Mappin
     for number, group in enumerate(groups):
         before = next((saved[name] for name in group.names if name in saved), {})
         is_equal = {key: equal_values(before[key], group.options[key]) for key in ("lr", "initial_lr") if key in before}
-        if is_equal == {"lr": False, "initial_lr": True}:
+        is_initial = equal_values(group.options.get("lr"), group.options.get("initial_lr"))
+        if is_equal == {"lr": False, "initial_lr": True} and not is_initial:
             yield (
                 f"group {number} has a new lr but the initial_lr of the file: a scheduler that is built after loading "
                 "starts from that initial_lr"

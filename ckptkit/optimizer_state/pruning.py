@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
+from ckptkit.core.patterns import Pattern, matches_any, parse_pattern, suggest_pattern
 from ckptkit.core.text import kind_of, plural, printable, shell_word
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.optimizer_state.groups import with_members
@@ -106,4 +106,7 @@ def _operation(name: str, state: OptimizerState, model: Parameters | None) -> tu
 def _refuse_unmatched(patterns: Sequence[Pattern], names: Sequence[str], option: str) -> None:
     for pattern in patterns:
         if not any(map(pattern.match, names)):
-            raise RuleError(f"{option} {shell_word(pattern.text)} matches none of {plural(len(names), 'parameter')}")
+            raise RuleError(
+                f"{option} {shell_word(pattern.text)} matches none of {plural(len(names), 'parameter')}",
+                hint=suggest_pattern(pattern, names, "the state"),
+            )

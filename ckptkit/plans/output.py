@@ -6,10 +6,11 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import Final
 
 from ckptkit.core.arguments import require_choice, require_flags, require_number, require_path, require_type
-from ckptkit.core.files.places import is_url, join
-from ckptkit.core.text import kind_of, printable, quoted
+from ckptkit.core.files.places import is_url
+from ckptkit.core.text import kind_of, nearest, printable, quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.writing.reflink import REFLINKS, Reflink
 from ckptkit.formats.writing.state import PathState
@@ -25,6 +26,8 @@ _SUFFIXES = {
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_ALIKE = 0.7  # the least likeness of a suffix to a right one
+_SHARD_SIZE: Final = 5 * 10**9  # of a directory without a given size, as in transformers
 _EXAMPLE = "write 2GB, 500MiB, or a number of bytes"
 
 
@@ -97,9 +100,10 @@ def choose_output(
 ) -> Output:
     """Return the output for ``path``: a directory of shards if ``max_shard_size`` is given, else one file.
 
-    ``format`` is ``safetensors``, ``torch`` or ``dcp``; without it the suffix of ``path`` decides. ``dcp`` writes a
-    directory that ``torch.distributed.checkpoint.load`` reads, on any number of ranks. ``max_shard_size`` is a number
-    of bytes, or a size such as ``"2GB"`` or ``"500MiB"``. ``reflink`` is as in ``Output``.
+    ``format`` is ``safetensors``, ``torch`` or ``dcp``; without it the suffix of ``path`` decides. A path without a
+    suffix is a directory of safetensors, with shards of at most 5 GB. ``dcp`` writes a directory that
+    ``torch.distributed.checkpoint.load`` reads, on any number of ranks. ``max_shard_size`` is a number of bytes, or a
+    size such as ``"2GB"`` or ``"500MiB"``. ``reflink`` is as in ``Output``.
 
     Raises ``OutputError`` where the format is unknown, where shards are requested for another format than safetensors,
     and where the size is not valid.
@@ -110,26 +114,28 @@ def choose_output(
     """
     require_type(format, str | None, "format", "a str")
     name = _checked_path(path)
-    chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
+    suffix = os.path.splitext(name)[1].lower()
+    chosen = format or _SUFFIXES.get(suffix)
+    if chosen is None and max_shard_size is None and name != "-" and (not suffix or suffix[1:].isdecimal()):
+        max_shard_size = _SHARD_SIZE
     if max_shard_size is not None:
         output = Output(name, format or "safetensors", _size(max_shard_size, name), force, reflink=reflink)
-        if os.path.splitext(name)[1].lower() in _SUFFIXES:
+        if suffix in _SUFFIXES:
             raise OutputError("shards need a directory", hint="give the output a name without a suffix", path=name)
         return output
-    if chosen == "dcp" and os.path.splitext(name)[1].lower() in _SUFFIXES:
+    if chosen == "dcp" and suffix in _SUFFIXES:
         raise OutputError(
             "a distributed checkpoint is a directory", hint="give the output a name without a suffix", path=name
         )
     if chosen is None:
-        hint, call = f"use --format {' or '.join(FORMATS)}", f"use format={' or '.join(map(repr, FORMATS))}"
-        if not os.path.splitext(name)[1]:
-            file = printable(join(name, "model.safetensors"))
-            ways = f"for a directory of safetensors, or name a file in a directory: {file}"
-            hint, call = f"{hint}, --max-shard-size 5GB {ways}", f"{call}, max_shard_size='5GB' {ways}"
+        near = nearest(suffix, _SUFFIXES, _ALIKE)
+        start = (
+            f"did you mean {printable(name.removesuffix(suffix) + near)}? " if near and name.endswith(suffix) else ""
+        )
         raise OutputError(
             "the suffix does not name a format to write",
-            hint=hint,
-            call=call,
+            hint=f"{start}use --format {' or '.join(FORMATS)}",
+            call=f"{start}use format={' or '.join(map(repr, FORMATS))}",
             path=name,
         )
     return Output(name, chosen, None, force, only_tensors, keep_unknown, reflink=reflink)

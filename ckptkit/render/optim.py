@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.findings import Report
-from ckptkit.core.text import human_bytes, plural, printable, short_number
+from ckptkit.core.text import human_bytes, listed, plural, printable, short_number
 from ckptkit.errors import CkptkitError
 from ckptkit.optimizer_state.compare import state_report
 from ckptkit.optimizer_state.model import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["state_document", "state_page", "written_state_document", "written_state_page"]
 
 _OPTIONS = ("lr", "weight_decay")
+_SHOWN = 4
 
 
 def state_page(state: OptimizerState, *, changes: bool = False, expand: bool = False) -> Page:
@@ -130,7 +131,22 @@ def written_state_page(written: WrittenState, *, changes: bool = False, expand: 
     """Return the origin of the names, the remarks, and what was written; with ``changes``, also the changes."""
     state = _state_in(written)
     line = Line(("wrote ", as_code(written.path), *_inside(written.envelope), f": {_totals(state)}"))
-    return [*(_changes(state, expand=expand) if changes else _remarks(state)), line]
+    shown = _changes(state, expand=expand) if changes else [*_remarks(state), *_left_out(state)]
+    return [*shown, line]
+
+
+def _left_out(state: OptimizerState) -> list[Line]:
+    """Return a line for the parameters that were left out, and one for those that start without state."""
+    lines = []
+    for operation, start in (("dropped", "left out"), ("reset", "without state, so training starts it anew")):
+        names: dict[str, list[str]] = {}
+        for change in state.changes:
+            if change.operation == operation:
+                names.setdefault(change.reason, []).append(change.name)
+        texts = [f"{listed(names[reason], _SHOWN)} ({reason})" for reason in names]
+        if texts:
+            lines.append(Line((f"{start}: ", Code(listed(texts, _SHOWN, show=str)))))
+    return lines
 
 
 def written_state_document(written: WrittenState) -> dict[str, object]:

@@ -344,6 +344,9 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "livemodels" / "__init__.py").write_text("")
     (tmp_path / "livemodels" / "nets.py").write_text(textwrap.dedent(MODULE))
     (tmp_path / "livemodels" / "broken.py").write_text("import no_such_module_at_all")
+    (tmp_path / "livemodels" / "operator.py").write_text(
+        "raise RuntimeError('operator torch_other::nms does not exist')"
+    )
     (tmp_path / "livemodels" / "older.py").write_text("import json.no_such_part")
     (tmp_path / "livemodels" / "fails").mkdir()
     (tmp_path / "livemodels" / "fails" / "__init__.py").write_text("from livemodels.fails import inside")
@@ -476,6 +479,14 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
         ("livemodels.nets:sized(size=four)", "did you mean size='four'?"),
         ("livemodels.nets:sized(size=null)", "did you mean size=None?"),
         ("livemodels.syntax:build", None),
+        (
+            "livemodels.nets:Sized::fc",
+            ":: selects a part of a file; for a part of a model, write a function that returns it",
+        ),
+        (
+            "livemodels.operator:build",
+            "torch_other and torch are mostly of other builds: install two that belong together",
+        ),
         ("livemodels.nets:asks_inside", None),
         ("livemodels.nets:fails", None),
     ],

@@ -119,7 +119,7 @@ def test_an_archive_of_files_is_unpacked_by_its_hint(tmp_path: Path, case: str) 
     assert [name for name in names if (tmp_path / "my net" / name).read_bytes() == b"x"] == names
 
 
-def test_torchscript_beside_other_weights_is_not_overlooked(tmp_path: Path) -> None:
+def test_torchscript_beside_other_weights_is_not_overlooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory of silero-vad has one model in safetensors and two in TorchScript."""
     (tmp_path / "a.safetensors").write_bytes(safetensors_file({}, b""))
     (tmp_path / "b.jit").write_bytes(zip_of([("m/data.pkl", b"}."), ("m/constants.pkl", b").")]))
@@ -128,6 +128,8 @@ def test_torchscript_beside_other_weights_is_not_overlooked(tmp_path: Path) -> N
     (tmp_path / "b.jit").unlink()
     (tmp_path / "c.safetensors").write_bytes(b"")
     assert str(refusal(str(tmp_path)).hint).endswith(f"ckpt show '{tmp_path}'/*.safetensors lists all of them")
+    monkeypatch.chdir(tmp_path)
+    assert str(refusal(".").hint).endswith("; ckpt show *.safetensors lists all of them")
 
 
 NOT_ONNX = {

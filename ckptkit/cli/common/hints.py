@@ -26,6 +26,18 @@ _OTHER_NAMES = {
     "hash": "digest", "checksum": "digest", "sha256": "digest", "verify": "check", "validate": "check",
     "rename": "remap",
 }  # fmt: skip
+_OTHER_COMMANDS = {  # by the group and what the user wrote
+    ("ckpt optim", "convert"): "ckpt optim remap PATH -o OUT --form FORM writes another form",
+    **{("ckpt", name): "ckpt merge A B -o OUT --method average" for name in ("average", "avg", "mean", "soup")},
+    **{("ckpt", name): f"ckpt merge A B -o OUT --method {name}" for name in ("ema", "slerp", "ties", "linear")},
+    **{("ckpt", name): "ckpt merge BASE TUNED -o OUT --method extract-lora" for name in ("extract", "extract-lora")},
+    **{("ckpt", name): "ckpt merge BASE ADAPTER -o OUT --method lora" for name in ("lora", "fold", "merge-lora")},
+    **{("ckpt", name): "ckpt convert PATH -o OUT --dtype DTYPE" for name in ("cast", "half", "dtype", "to")},
+    **{("ckpt", name): "ckpt convert PATH -o OUT --max-shard-size 5GB" for name in ("shard", "split")},
+    **{("ckpt", name): "ckpt remap PATH -o OUT --drop PATTERN" for name in ("drop", "delete", "remove", "rm")},
+    **{("ckpt", name): "ckpt remap PATH -o OUT --keep PATTERN" for name in ("keep", "filter", "select")},
+    ("ckpt", "strip"): "ckpt remap PATH -o OUT --strip auto",
+}  # fmt: skip
 _OTHER_OPTIONS = {
     "like": "model", "model": "like", "to": "format", "out": "output", "dest": "output", "overwrite": "force",
     **dict.fromkeys(("key", "keys", "include", "only", "select", "filter", "grep", "pattern"), "keep"),
@@ -94,6 +106,8 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         command = f"{context.command_path if context else 'ckpt'} show"
         if "show" in error.names and _is_path(error.name):
             return reason, f"{command} {shell_word(error.name)} shows what is in it; see {command} --help"
+        if other_way := _OTHER_COMMANDS.get((context.command_path if context else "ckpt", error.name)):
+            return reason, other_way
         wrong, right = error.name, error.names
         if _OTHER_NAMES.get(wrong) in right:
             wrong = _OTHER_NAMES[wrong]

@@ -58,6 +58,7 @@ class MergeOptions:
         return self.dtype or self.dequantize
 
 
+_ALL_METHODS = "all"
 _OTHER_METHODS = {**dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average"), "lerp": "linear"}
 
 
@@ -73,12 +74,16 @@ def _check_method(context: click.Context, _option: click.Parameter, name: str) -
     return name
 
 
-def _show_methods(context: click.Context, _option: click.Parameter, value: bool) -> None:
-    if value and not context.resilient_parsing:
+def _show_methods(context: click.Context, option: click.Parameter, name: str | None) -> None:
+    """Show the method that is named, or all of them."""
+    if name is not None and not context.resilient_parsing:
         from ckptkit.cli.common.printing import ReportFormat, echo_report
         from ckptkit.render.merging.methods import methods_page
 
-        echo_report(ReportFormat.TABLE, methods_page, dict)
+        if name in COPYING:
+            raise ArgumentError(f"{name} has no parameters of its own", hint="ckpt merge --help-all has its options")
+        chosen = () if name == _ALL_METHODS else (_check_method(context, option, name),)
+        echo_report(ReportFormat.TABLE, lambda: methods_page(chosen), dict)
         context.exit()
 
 
@@ -128,8 +133,9 @@ _no_recipe_option = click.option(
     "--no-recipe", is_flag=True, help="Write only the digests of the inputs into the output, and not the recipe."
 )
 _help_methods_option = click.option(
-    "--help-methods", is_flag=True, is_eager=True, expose_value=False, callback=_show_methods,
-    help="Show every method with its parameters and exit.",
+    "--help-methods", is_flag=False, flag_value=_ALL_METHODS, is_eager=True, expose_value=False, metavar="[METHOD]",
+    callback=_show_methods, shell_complete=complete_methods,
+    help="Show every method with its parameters, or one of them, and exit.",
 )  # fmt: skip
 
 

@@ -156,6 +156,7 @@ CODE_NAMES = frozenset(
         "not-weights",
         "numpy-arrays",
         "one-shard",
+        "optim.class",
         "optim.coverage",
         "optim.decay-untold",
         "optim.dropped",

@@ -291,7 +291,9 @@ def _all_of(weights: Sequence[str], path: str) -> str:
     """Return the pattern of a shell for these files of a folder: the shell expands it, or ckpt in a URL."""
     suffixes = {name.rpartition(".")[2] for name in weights}
     pattern = f"*.{suffixes.pop()}" if len(suffixes) == 1 else "*"
-    return shell_word(join(path, pattern)) if is_url(path) else f"{shell_word(path)}/{pattern}"
+    if is_url(path):
+        return shell_word(join(path, pattern))
+    return pattern if path.rstrip("/") == "." else f"{shell_word(path)}/{pattern}"
 
 
 def _only_variant(weights: Sequence[str]) -> str | None:

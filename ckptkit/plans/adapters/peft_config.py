@@ -10,6 +10,7 @@ from ckptkit.adapters.keys import PEFT_PREFIX
 from ckptkit.adapters.peft_names import TIED_NAMES, exact_pattern, modules_of, target_modules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.places import is_url, join, split
+from ckptkit.core.text import printable
 from ckptkit.errors import OutputError
 from ckptkit.formats.directories.adapters import CONFIG
 from ckptkit.formats.writing.atomic import output_errors
@@ -35,9 +36,10 @@ def adapter_config_target(output: Output) -> Iterator[Target]:
     """
     directory, name = split(output.path)
     if name != PEFT_WEIGHTS:
+        folder = output.path if output.is_directory else directory
         raise OutputError(
             f"PEFT looks for {PEFT_WEIGHTS}",
-            hint=f"give the output the name DIRECTORY/{PEFT_WEIGHTS}",
+            hint=f"give the output the name {printable(join(folder, PEFT_WEIGHTS) if folder else PEFT_WEIGHTS)}",
             path=output.path,
         )
     if is_url(directory):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from ckptkit.core.text import plural
 from ckptkit.plans.methods.model import Method, Parameter
@@ -15,9 +15,9 @@ __all__ = ["inputs_text", "methods_page", "parameter_rows", "summary_of"]
 _FOUND = ("drawn",)  # parameters that a plan finds
 
 
-def methods_page() -> Page:
-    """Return every method: what it computes, its paper, its inputs, and its parameters with ranges and defaults."""
-    return [block for method in METHODS.values() for block in _method(method)]
+def methods_page(names: Collection[str] = ()) -> Page:
+    """Return every method, or those in ``names``: what it computes, its paper, its inputs, and its parameters."""
+    return [block for name in names or METHODS for block in _method(METHODS[name])]
 
 
 def summary_of(method: type[Method]) -> str:
