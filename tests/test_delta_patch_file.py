@@ -187,6 +187,13 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a dtype that is a list": (setting("index", "looks", 0, 0, to=[]), "no valid 'looks'"),
     "a size that overflows": (setting("index", "looks", 0, 1, to=[2**62, 2**62]), "no valid 'looks'"),
     "too many dimensions": (setting("index", "looks", 0, 1, to=[1] * 2000), "no valid 'looks'"),
+    "shapes of too many sizes": (
+        lambda parts: parts["index"].update(
+            base={"keys": [str(number) for number in range(4000)], "looks": [0] * 4000, "digests": ""},
+            looks=[["F32", [1] * 1024]],
+        ),
+        "more than 4,000,000 sizes",
+    ),
     "not base 64": (setting("index", "base", "digests", to="?"), "no valid 'digests'"),
     "too few digests": (setting("index", "base", "digests", to=""), "no valid 'digests'"),
     "twice in a list": (setting("index", "changed", to=[0, 0, 2]), "says of a tensor twice"),

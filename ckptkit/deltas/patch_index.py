@@ -16,6 +16,9 @@ from ckptkit.errors import FormatError
 __all__ = ["Facts", "index_of", "patch_of"]
 
 _LONGEST_NAME: Final = 1000  # characters
+_MOST_SIZES: Final = (
+    4_000_000  # of all shapes together, each of which an output writes; 210,000 weights have a million at most
+)
 
 
 class Facts(NamedTuple):
@@ -88,6 +91,8 @@ def _tensors(part: Table, keys: Sequence[str], looks: Sequence[Look]) -> tuple[d
     places = part.numbers("looks", len(looks))
     if len(places) != len(keys):
         raise part.wrong("looks")
+    if sum(len(looks[place][1]) for place in places) > _MOST_SIZES:
+        raise FormatError(f"the shapes of the tensors in the patch have more than {_MOST_SIZES:,} sizes, the limit")
     infos = {key: TensorInfo(key, *looks[place]) for key, place in zip(keys, places, strict=True)}
     return infos, dict(zip(keys, part.digests("digests", len(keys)), strict=True))
 
