@@ -351,6 +351,18 @@ def test_no_recycled_id_makes_a_new_layer_look_like_the_old_one() -> None:
         assert [finding.key for finding in findings(model, optimizer, "missing")] == ["2.weight", "2.bias"]
 
 
+class Pair(tuple[nn.Module, ...]):
+    """A tuple that refuses ``len()`` and iteration, as the irreps of e3nn do."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
+
 class Unregistered(nn.Module):
     """Trainable parts in attributes that ``parameters()`` does not read."""
 
@@ -358,7 +370,7 @@ class Unregistered(nn.Module):
         super().__init__()
         self.first = nn.Linear(4, 4)
         self.blocks: Any = [nn.Linear(4, 4), nn.Tanh()]
-        self.by_name: Any = {"a": {"deep": (nn.Linear(4, 4, bias=False),)}}
+        self.by_name: Any = {"a": {"deep": Pair([nn.Linear(4, 4, bias=False)])}}
         self.scale = torch.ones(4, requires_grad=True)
         self.queue = deque([torch.ones(4, requires_grad=True)])
 

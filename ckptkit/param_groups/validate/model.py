@@ -183,6 +183,7 @@ _MAX_DEPTH = 4
 _MAX_OPERATIONS = 8  # as in nn.Parameter(x).to(device) * 0.02
 _MAX_ITEMS = 10_000  # a module can keep a whole data set in a list
 _PLAIN_TYPES = frozenset({bool, int, float, str, bytes, type(None)})
+_CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset, deque)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,11 +239,8 @@ class _Search:
         elif isinstance(value, self._tensor):
             if self._is_unregistered(value):
                 yield UnregisteredTensors(path, container, "", (("", value),))
-        elif isinstance(value, dict | list | tuple | set | frozenset | deque) and depth and value:
-            if id(value) in self._seen:
-                return
+        elif depth and id(value) not in self._seen and (items := _items(value)) is not None:
             self._seen.add(id(value))
-            items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in islice(items, _MAX_ITEMS):
                 if self._is_object(item):
                     outermost = container or type(value).__name__
@@ -281,6 +279,17 @@ class _Search:
         return bool(leaves) and all(
             isinstance(leaf, self._parameter) and id(leaf) not in self._parameters for leaf in leaves
         )
+
+
+def _items(value: Any) -> Iterator[tuple[object, object]] | None:
+    """Return the items of a container with their keys or places, and None for any other object.
+
+    No method of a class of the user is called: the irreps of e3nn are tuples that refuse ``len()``.
+    """
+    kind = next((kind for kind in _CONTAINERS if issubclass(type(value), kind)), None)
+    if kind is None:
+        return None
+    return iter(dict.items(value)) if kind is dict else enumerate(kind.__iter__(value))
 
 
 def unregistered_finding(part: UnregisteredTensors, held_ids: Collection[int]) -> Finding:
