@@ -256,6 +256,32 @@ def test_options_make_a_recipe() -> None:
 
 
 @pytest.mark.parametrize(
+    ("inputs", "base", "names"),
+    [
+        (["run 1.ckpt::model", "run 2.ckpt::model"], "", ["run 1", "run 2"]),
+        (["r/1/x.ckpt::model", "r/2/x.ckpt::model", "c.pt::ema"], "", ["1", "2", "ema"]),
+        (["a/model.safetensors", "b/model.safetensors"], "base/model.safetensors", ["model", "a", "b"]),
+        (["a/x/m.pt", "b/x/m.pt", "s3://m/m.pt"], "", ["a", "b", "m"]),
+        (["x.pt", "d/x.pt", "d=y.pt"], "", None),
+        (["x.pt", "./x.pt"], "", None),
+        (["hf:org/name", "hf:team/name"], "", ["org", "team"]),
+    ],
+)
+def test_inputs_of_one_name_have_the_names_of_their_files_or_folders(
+    inputs: list[str], base: str, names: list[str] | None
+) -> None:
+    """Each name sets a weight. Where no part of the paths tells them apart, the error asks for names."""
+    if names is None:
+        with pytest.raises(RecipeError, match="two inputs have the name") as caught:
+            recipe_from_options("linear", inputs)
+        assert "NAME=PATH gives another name" in str(caught.value.hint)
+        return
+    recipe = recipe_from_options("linear", inputs, base=base, weights=[f"{name}=2" for name in names[bool(base) :]])
+    assert [each.name for each in recipe.inputs] == names
+    assert [dict(each.parameters) for each in recipe.inputs[bool(base) :]] == [{"weight": 2}] * len(inputs)
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"weights": ["C=1"]}, "--weight: there is no input 'C'"),

@@ -69,8 +69,9 @@ def _words(parameter: Parameter | None) -> Sequence[str]:
 def _names(context: click.Context) -> list[str]:
     """Return the names of the inputs on the line, as a recipe gives them."""
     from ckptkit.plans.recipes.options import named_input
-    from ckptkit.plans.recipes.paths import input_name
+    from ckptkit.plans.recipes.paths import distinct_names
 
     given = given_words(context)
-    pairs = map(named_input, (*given.get("base", ()), *given.get("donors", ())))
-    return [name or input_name(path) for name, path in pairs]
+    pairs = list(map(named_input, (*given.get("base", ()), *given.get("donors", ()))))
+    named = [name for name, _ in pairs if name]
+    return [*named, *distinct_names([path for name, path in pairs if not name], named)]

@@ -10,7 +10,7 @@ from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.recipes.model import MergeRecipe, Places
 from ckptkit.plans.recipes.parse import INPUT_KEYS, TOP_KEYS, recipe_from_table
-from ckptkit.plans.recipes.paths import input_name
+from ckptkit.plans.recipes.paths import distinct_names, expand_path, input_name, looks_like_path
 
 __all__ = ["SETTINGS", "named_input", "recipe_from_options"]
 
@@ -55,7 +55,15 @@ def recipe_from_options(
         name, path = named_input(text)
         tables.append({"path": path} if name is None else {"name": name, "path": clean_path(path)})
     by_name = {str(table["path"]): table for table in tables}
-    by_name |= {str(table.get("name") or input_name(str(table["path"]))): table for table in tables}
+    unnamed = [table for table in tables if "name" not in table]
+    taken = [str(table["name"]) for table in tables if "name" in table]
+    if base and base not in (*taken, *by_name) and looks_like_path(base):
+        taken.append(input_name(base))
+    for each, own in zip(unnamed, distinct_names([str(each["path"]) for each in unnamed], taken), strict=True):
+        by_name[own] = each
+        if own != input_name(str(each["path"])) and expand_path(str(each["path"])) is None:
+            each["name"] = own
+    by_name |= {str(each["name"]): each for each in tables if "name" in each}
     table: dict[str, object] = {"method": method, "input": tables, **(others or {})}
     if base:
         table["base"] = base

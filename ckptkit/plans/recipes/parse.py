@@ -33,7 +33,7 @@ from ckptkit.plans.recipes.model import (
     Setting,
     Slice,
 )
-from ckptkit.plans.recipes.paths import expand_path, input_name, looks_like_path
+from ckptkit.plans.recipes.paths import distinct_names, expand_path, input_name, looks_like_path
 from ckptkit.plans.recipes.tables import RecipeTable
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES, MismatchName
 
@@ -212,8 +212,8 @@ def _inputs(table: RecipeTable, methods: Sequence[type[Method]]) -> Iterator[Rec
     chosen = chosen[-table.whole("last", len(paths) or 1, 1) :]
     if not chosen:
         raise table.error(f"no file fits {quoted(path)}", "path")
-    for each in chosen:
-        yield replace(found, name=input_name(each), path=each)
+    for own, each in zip(distinct_names(chosen), chosen, strict=True):
+        yield replace(found, name=own, path=each)
 
 
 def _on_mismatch(table: RecipeTable) -> MismatchName | Mapping[str, MismatchName]:

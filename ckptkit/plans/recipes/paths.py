@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 from ckptkit.core.files.places import is_url, kind_at, name_of
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["expand_path", "input_name", "looks_like_path"]
+__all__ = ["distinct_names", "expand_path", "input_name", "looks_like_path"]
 
 _WILDCARDS = lazy_pattern(r"[*?\[]")
 _DIGITS = lazy_pattern(r"([0-9]+)")
@@ -27,6 +29,35 @@ def input_name(path: str) -> str:
         return part
     name = name_of(path.rstrip("/")) or path
     return _SUFFIX.sub("", name) or name
+
+
+def distinct_names(paths: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """Return ``input_name`` of each path; the name of the file or of a folder above where that one is not distinct.
+
+    ``taken`` has names that other inputs have. Names of equal paths stay equal.
+
+    Example:
+        >>> distinct_names(["run1.ckpt::model", "run2.ckpt::model", "base.pt"]), distinct_names(["a/x.pt", "b/x.pt"])
+        (['run1', 'run2', 'base'], ['a', 'b'])
+    """
+    choices = [_names_from_the_end(path) for path in paths]
+    names = [choice.pop(0) for choice in choices]
+    while True:
+        counts = Counter([*names, *taken])
+        moving = [at for at, choice in enumerate(choices) if choice and counts[names[at]] > 1]
+        if not moving:
+            return names
+        for at in moving:
+            names[at] = choices[at].pop(0)
+
+
+def _names_from_the_end(path: str) -> list[str]:
+    """Return the names that an input can have by its path: of its part, its file, and each folder above."""
+    file, _, part = path.rpartition("::") if not is_url(path) else ("", "", path)
+    has_part = bool(file and part)
+    folders = (file if has_part else path).rstrip("/").split("/")[:-1]
+    above = [folder.removeprefix("hf:") for folder in reversed(folders) if folder.strip(".:")]
+    return [input_name(path), *([input_name(file)] if has_part else []), *above]
 
 
 def looks_like_path(text: str) -> bool:
