@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -147,6 +148,34 @@ def test_output_that_workers_cannot_write_is_refused(
     with ThreadPoolExecutor(1) as executor, pytest.raises(ckptkit.OutputError, match=reason):
         execute(half(source), source, choose_output(place, **options), executor=executor)
     assert names_in(tmp_path) == ["in.safetensors"]
+
+
+def test_functions_of_one_call_take_an_executor(source: str, tmp_path: Path) -> None:
+    """``convert``, ``merge``, ``merge_lora`` and ``apply_delta`` write the files of one process; inputs are paths."""
+    other, patch, adapter = (str(tmp_path / f"{name}.safetensors") for name in ("other", "patch", "adapter"))
+    save_file({**STATE, "l3": torch.zeros(100), "fc.weight": torch.ones(4, 4)}, other)
+    ckptkit.make_delta(source, other, patch)
+    save_file({"fc.lora_A.weight": torch.ones(2, 4), "fc.lora_B.weight": torch.ones(4, 2)}, adapter)
+    config = {"r": 2, "lora_alpha": 2}
+    calls: list[Callable[..., object]] = [
+        lambda out, **more: ckptkit.convert(source, out, **more),
+        lambda out, **more: ckptkit.merge(source, [other], out, **more),
+        lambda out, **more: ckptkit.merge_lora(other, adapter, out, config, **more),
+        lambda out, **more: ckptkit.apply_delta(source, patch, out, **more),
+    ]
+    for number, call in enumerate(calls):
+        for name, executor in (("one", None), ("two", Pickling())):
+            call(tmp_path / f"{name}{number}", max_shard_size=900, executor=executor)
+        assert content(tmp_path / f"one{number}") == content(tmp_path / f"two{number}")
+    in_memory: list[Callable[..., object]] = [
+        lambda out, **more: ckptkit.convert(STATE, out, **more),
+        lambda out, **more: ckptkit.merge(source, STATE, out, **more),
+        lambda out, **more: ckptkit.merge_lora(STATE, adapter, out, config, **more),
+        lambda out, **more: ckptkit.apply_delta(source, STATE, out, **more),
+    ]
+    for call, role in zip(in_memory, ("source", "donor", "base", "patch"), strict=True):
+        with pytest.raises(ckptkit.ArgumentError, match=f"the {role} is a dict"):
+            call(tmp_path / "out", max_shard_size=900, executor=Pickling())
 
 
 def test_sources_are_paths(source: str, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from ckptkit.core.config_files import default_error_path
 from ckptkit.core.progress import Progress
 from ckptkit.deltas.planning import BASE, PATCH, plan_of_patch
 from ckptkit.inputs import CheckpointLike, opened
-from ckptkit.plans.execute import execute
+from ckptkit.plans.execute import Prepared, execute_prepared, workers_of
 from ckptkit.plans.output import choose_output
 from ckptkit.plans.writing.written import Written
+from ckptkit.tasks.executor_type import Executor
 
 __all__ = ["apply_delta"]
 
@@ -27,6 +28,7 @@ def apply_delta(
     resume: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Written:
     """Write the checkpoint that a patch of ``make_delta`` makes of ``base``, as ``ckpt apply`` does.
 
@@ -44,8 +46,10 @@ def apply_delta(
         resume: As in ``execute``.
         verify: As in ``execute``.
         progress: As in ``execute``.
+        executor: As in ``execute``. Then ``base`` and ``patch`` must be paths.
 
     Raises:
+        ArgumentError: An argument has a wrong type, or an input is not a path and there is an ``executor``.
         PathError: A path cannot be read.
         FormatError: ``patch`` is not a patch, is damaged, or is of a later version.
         PlanError: ``base`` is not the checkpoint that the patch was made from, or the format cannot hold a tensor.
@@ -64,8 +68,11 @@ def apply_delta(
     """
     require_path(out, "out")
     output = choose_output(out, format=format, max_shard_size=max_shard_size, force=force)
+    elsewhere = workers_of(executor, {BASE: base, PATCH: patch})
     with opened(base, BASE) as checkpoint, opened(patch, PATCH) as packed:
         with default_error_path(packed.path):
             plan = plan_of_patch(checkpoint, packed)
         sources = {BASE: checkpoint, PATCH: packed}
-        return execute(plan, sources, output, verify=verify, resume=resume, progress=progress)
+        return execute_prepared(
+            Prepared(plan), sources, output, verify=verify, resume=resume, progress=progress, elsewhere=elsewhere
+        )

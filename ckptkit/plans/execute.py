@@ -17,7 +17,7 @@ from ckptkit.formats.writing.atomic import output_errors
 from ckptkit.formats.writing.state import Target
 from ckptkit.formats.writing.targets import prepare_directory, prepare_target
 from ckptkit.plans.carried import Carried, target_of
-from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs, paths_by_role
+from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs, sources_by_role
 from ckptkit.plans.metadata import loss_of_metadata, names_in_entries
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
@@ -25,12 +25,13 @@ from ckptkit.plans.writing.files import write_file
 from ckptkit.plans.writing.refusals import refuse_replacing_inputs, refuse_unwritable_tensors
 from ckptkit.plans.writing.written import Written
 from ckptkit.tasks.executor_type import Executor, require_executor
+from ckptkit.tasks.inputs import paths_of
 
 if TYPE_CHECKING:
     from ckptkit.plans.edit_torch import PlanEditor
     from ckptkit.plans.writing.shard_tasks import Elsewhere
 
-__all__ = ["Prepared", "check_output", "execute", "execute_prepared", "prepare_output"]
+__all__ = ["Prepared", "check_output", "execute", "execute_prepared", "prepare_output", "workers_of"]
 
 _NOUNS = {"safetensors": "a safetensors file", "torch": "a torch file", "dcp": "a distributed checkpoint"}
 
@@ -218,19 +219,13 @@ def execute(
     """
     require_type(plan, Plan | str | os.PathLike, "plan", "a Plan, or the path of a plan file")
     require_type(out, Output | str | os.PathLike, "out", "a path or an Output")
-    require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume)
-    require_progress(progress)
     require_executor(executor)
     output = out if isinstance(out, Output) else choose_output(out)
     if isinstance(plan, str | os.PathLike):
         from ckptkit.plans.saved import load_plan
 
         plan = load_plan(plan, sources)
-    elsewhere = None
-    if executor is not None:
-        from ckptkit.plans.writing.shard_tasks import Elsewhere
-
-        elsewhere = Elsewhere(executor, paths_by_role(plan.steps, sources))
+    elsewhere = None if executor is None else workers_of(executor, sources_by_role(plan.steps, sources))
     return execute_prepared(
         Prepared(plan),
         sources,
@@ -242,6 +237,19 @@ def execute(
         progress=progress,
         elsewhere=elsewhere,
     )
+
+
+def workers_of(executor: Executor | None, sources: Mapping[str, object]) -> Elsewhere | None:
+    """Return an executor with the paths by which its workers open the sources, by role; None without an executor.
+
+    Raises ``ArgumentError`` where ``executor`` is not an executor, and where a source is not a path.
+    """
+    require_executor(executor)
+    if executor is None:
+        return None
+    from ckptkit.plans.writing.shard_tasks import Elsewhere
+
+    return Elsewhere(executor, paths_of(sources))
 
 
 def execute_prepared(
@@ -260,6 +268,8 @@ def execute_prepared(
 
     With ``elsewhere``, the sources may be open: they must be of its paths.
     """
+    require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume)
+    require_progress(progress)
     plan = prepared.plan
     if elsewhere is not None:
         from ckptkit.plans.writing.shard_tasks import refuse_elsewhere

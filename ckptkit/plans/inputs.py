@@ -26,7 +26,6 @@ from ckptkit.plans.plan.step import Source, Step
 from ckptkit.plans.produce import Producer, overflow_error
 from ckptkit.plans.quantized import QuantizedInputs
 from ckptkit.plans.steps import check_steps, equal_of
-from ckptkit.tasks.inputs import paths_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ __all__ = [
     "materialize_steps",
     "opened_inputs",
     "opened_roles",
-    "paths_by_role",
+    "sources_by_role",
     "stream_tensors",
 ]
 
@@ -198,9 +197,9 @@ def _is_input(value: object) -> bool:
     return is_path or isinstance(value, Mapping) or callable(getattr(value, "state_dict", None))
 
 
-def paths_by_role(steps: Sequence[Step], sources: Sources) -> dict[str, str]:
-    """Return the paths of the inputs of these steps. Raises what ``paths_of`` raises, and ``PlanError`` for a role."""
-    return paths_of(_by_role(sources, _roles_read(steps)))
+def sources_by_role(steps: Sequence[Step], sources: Sources) -> dict[str, object]:
+    """Return the inputs of these steps by role. Raises ``PlanError`` for a role that is missing."""
+    return _by_role(sources, _roles_read(steps))
 
 
 def _roles_read(steps: Sequence[Step]) -> list[str]:

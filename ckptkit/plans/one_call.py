@@ -18,7 +18,7 @@ from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.adapters.adapter_formats import ADAPTER_FORMATS, AdapterFormat, adapter_path
 from ckptkit.plans.adapters.layers import AsLayer
 from ckptkit.plans.adapters.reading import LoraConfigLike
-from ckptkit.plans.execute import execute
+from ckptkit.plans.execute import Prepared, execute, execute_prepared, workers_of
 from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.metadata.edits import edit_metadata, refuse_without_metadata
 from ckptkit.plans.output import choose_output
@@ -27,6 +27,7 @@ from ckptkit.plans.quantized.as_codes import QuantizeLike
 from ckptkit.plans.writing.written import Written
 from ckptkit.quantized.view import DequantizeLike
 from ckptkit.rules.model import RulesLike
+from ckptkit.tasks.executor_type import Executor
 
 __all__ = ["convert", "convert_adapter", "extract_lora", "merge", "merge_lora"]
 
@@ -52,15 +53,17 @@ def convert(
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Written:
     """Write a checkpoint in another format, in shards or with another dtype, as ``ckpt convert`` does.
 
     ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype``, ``dequantize``, ``quantize``,
     ``skip_unread``, ``metadata`` and ``drop_metadata`` are as in ``plan_remap``. ``out``, ``format``,
     ``max_shard_size``, ``force``, ``only_tensors``, ``keep_unknown`` and ``reflink`` are as in ``choose_output``;
-    ``carry``, ``resume``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
+    ``carry``, ``resume``, ``verify``, ``allow_overflow``, ``progress`` and ``executor`` as in ``execute``.
 
     Raises:
+        ArgumentError: An argument has a wrong type, or an input is not a path and there is an ``executor``.
         PathError: The source cannot be read.
         FormatError: The source is not a valid checkpoint.
         PlanError: A tensor cannot be copied or cast, or the format cannot hold it.
@@ -82,6 +85,7 @@ def convert(
         keep_unknown=keep_unknown, reflink=reflink,
     )  # fmt: skip
     refuse_without_metadata(output, metadata, drop_metadata)
+    elsewhere = workers_of(executor, {"source": source})
     with _opened({"source": source}) as sources, default_error_path(_path(source)):
         plan = plan_remap(
             sources["source"],
@@ -93,9 +97,9 @@ def convert(
             drop_metadata=drop_metadata,
         )
         plan = replace(plan, command="convert")
-        return execute(
-            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
-            progress=progress,
+        return execute_prepared(
+            Prepared(plan), sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
+            progress=progress, elsewhere=elsewhere,
         )  # fmt: skip
 
 
@@ -127,6 +131,7 @@ def merge(
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Written:
     """Write ``base`` with the values of the donors where key and shape agree, as ``ckpt merge`` does.
 
@@ -136,6 +141,7 @@ def merge(
     base's elements that got values from a donor, and ``from_base`` names the keys that have the values of the base.
 
     Raises:
+        ArgumentError: An argument has a wrong type, or an input is not a path and there is an ``executor``.
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: A rule or a pattern is not valid, or matches nothing.
@@ -161,6 +167,7 @@ def merge(
     )  # fmt: skip
     refuse_without_metadata(output, metadata, drop_metadata)
     given = [donors] if isinstance(donors, str) or not isinstance(donors, Sequence) else donors
+    elsewhere = workers_of(executor, roles_of(base, given))
     with _opened(roles_of(base, given)) as sources:
         opened_base, *opened_donors = sources.values()
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
@@ -170,9 +177,9 @@ def merge(
                 quantize=quantize, skip_unread=skip_unread,
                 require=require, min_coverage=min_coverage, metadata=metadata, drop_metadata=drop_metadata,
             )  # fmt: skip
-        return execute(
-            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
-            progress=progress,
+        return execute_prepared(
+            Prepared(plan), sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
+            progress=progress, elsewhere=elsewhere,
         )  # fmt: skip
 
 
@@ -203,6 +210,7 @@ def merge_lora(
     verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Written:
     """Write ``base`` with one or several LoRA adapters folded into its weights, as ``ckpt merge --method lora`` does.
 
@@ -212,6 +220,7 @@ def merge_lora(
     the other arguments are as in ``convert``.
 
     Raises:
+        ArgumentError: An argument has a wrong type, or an input is not a path and there is an ``executor``.
         PathError: An input cannot be read.
         FormatError: An input is not a valid checkpoint.
         RuleError: A tensor of the adapter has no matching key in the base, or a rule is not valid.
@@ -239,6 +248,7 @@ def merge_lora(
     )  # fmt: skip
     refuse_without_metadata(output, metadata, drop_metadata)
     given = [adapter] if isinstance(adapter, str) or not isinstance(adapter, Sequence) else adapter
+    elsewhere = workers_of(executor, roles_of(base, given))
     with _opened(roles_of(base, given)) as sources:
         opened_base, *donors = sources.values()
         with default_error_path(_path(given[0]) if len(given) == 1 else None):
@@ -247,9 +257,9 @@ def merge_lora(
                 dequantize=dequantize, quantize=quantize, require=require, min_coverage=min_coverage,
             )  # fmt: skip
             plan = edit_metadata(plan, metadata, drop_metadata)
-        return execute(
-            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
-            progress=progress,
+        return execute_prepared(
+            Prepared(plan), sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, resume=resume,
+            progress=progress, elsewhere=elsewhere,
         )  # fmt: skip
 
 
