@@ -337,6 +337,17 @@ def test_the_state_of_another_class_is_an_error(other: Any, told: str) -> None:
     assert told in "".join(found)
 
 
+def test_each_way_of_a_parameter_between_groups_is_told() -> None:
+    """Two groups that change places are two findings, each with its own parameters."""
+    saved = named(model := Net(), trained(model, OPTIMIZERS["SGD"](two_groups(model))))
+    live = named(other := Net(), trained(other, OPTIMIZERS["SGD"](two_groups(other)[::-1])))
+    sizes = [len(group["params"]) for group in two_groups(model)]
+    told = [found.message for found in optimizer_state_diff(saved, live).findings if found.code == "optim.membership"]
+    ways = [text.partition(": ")[2] for text in told]
+    assert ways == ["saved in group 1, now in group 0", "saved in group 0, now in group 1"]
+    assert [text.count("'") // 2 for text in told] == sizes[::-1]
+
+
 def test_a_rate_that_a_scheduler_moved_is_no_finding_and_is_named() -> None:
     """Two states of one run with a schedule agree, but not in the rate, and the report does not say that it agrees."""
     model = Net()

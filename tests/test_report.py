@@ -134,6 +134,14 @@ def test_findings_that_say_the_same_share_a_line() -> None:
         "26 errors",
     ]
     assert (lines[4][:2], len(report.findings)) == ("  ", 26)
+    names = [f"{name}.{number}.w" for name in "abcdefgh" for number in range(2)]
+    findings = [Finding("x.y", "error", key, f"{quoted(key)} is bad", "mend it") for key in names]
+    more = ", ".join(f"'{name}.{{0,1}}.w' ×2" for name in "bcdef")
+    assert list(as_text(list(finding_lines(findings)))) == [
+        "error: 'a.{0,1}.w' ×2 is bad  [x.y]",
+        f"  the same of 14 more: {more} and 4 more",
+        "  mend it",
+    ]
 
 
 @pytest.mark.parametrize("message", ["{} is bad", "no value for {}", "{}", "{} and {}", "nothing said of it"])

@@ -19,7 +19,7 @@ from ckptkit.cli.common.options.engines import Engine, engine_options
 from ckptkit.cli.common.options.html_report import html_option, printed_in_any_case, write_html
 from ckptkit.cli.common.options.rules import rule_options
 from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, progress_bar
-from ckptkit.cli.common.wildcards import expand_urls
+from ckptkit.cli.common.wildcards import expand_wildcards
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.places import size_at
 from ckptkit.core.findings.codes import IGNORE_UNUSED
@@ -71,7 +71,7 @@ def check(
     ckpt check --fast downloads/*.safetensors
     ckpt check --like py:mynet:build --strip auto run.ckpt
     """  # noqa: D301 - \b is click's mark
-    paths = expand_urls(paths)
+    paths = expand_wildcards(paths)
     entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
         like = stack.enter_context(open_checkpoints(expected, quiet=quiet))[0] if expected is not None else None

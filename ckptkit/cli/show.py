@@ -12,7 +12,7 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, echo_result, print_message, progress_bar
-from ckptkit.cli.common.wildcards import expand_urls
+from ckptkit.cli.common.wildcards import expand_wildcards
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.provenance import DELTA, PROVENANCE, provenance_beside
 from ckptkit.core.checkpoint.stored import has_stored_bytes
@@ -57,7 +57,7 @@ def show(
     ckpt show run.ckpt --tree --keep 'encoder.*'
     ckpt show run.ckpt::optimizer --json
     """  # noqa: D301 - \b is click's mark
-    paths = expand_urls(paths)
+    paths = expand_wildcards(paths)
     if len(paths) > 1:
         if tree or digests:
             raise click.UsageError("--tree and --digests are for one PATH")

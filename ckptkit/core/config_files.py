@@ -162,9 +162,12 @@ def read_text_file(path: str, text_format: str = "text") -> str:
             raise
         try:
             check_size(file.size, text_format)
-            return file.read(0, file.size).decode()
+            content = file.read(0, file.size)
+            return content.decode()
         except UnicodeDecodeError as error:
-            raise RuleError(f"not UTF-8 text: {error}") from None
+            kind = "text" if text_format in ("text", "digests") else text_format.upper()
+            hint = f"a {kind} file is read here, and this may be a checkpoint" if b"\0" in content else None
+            raise RuleError(f"not UTF-8 text: {error}", hint=hint) from None
         finally:
             file.close()
 

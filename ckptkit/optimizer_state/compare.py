@@ -134,12 +134,12 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
         )
         yield codes.PARAMETERS.finding(differences.unexpected[0], message, hint)
     moved = [(name, group.expected, number) for group in differences.groups for name, number in group.moved]
-    if moved:
-        name, now, before = moved[0]
-        message = f"{listed([one for one, _, _ in moved])}: saved in group {before}, now in group {now}"
+    for now, before in dict.fromkeys((now, before) for _, now, before in moved):
+        names = [name for name, *way in moved if way == [now, before]]
+        message = f"{listed(names)}: saved in group {before}, now in group {now}"
         hint = "ckpt optim resplit SAVED -o OUT --as LIVE moves it with its options"
-        yield codes.MEMBERSHIP.finding(name, message, hint)
-    elif saved_sizes == live_sizes and not differences.missing and not differences.unexpected:
+        yield codes.MEMBERSHIP.finding(names[0], message, hint)
+    if not moved and saved_sizes == live_sizes and not differences.missing and not differences.unexpected:
         for order in differences.order:
             message = f"position {order.position} held {quoted(order.found)} and now holds {quoted(order.expected)}"
             hint = "torch loads by position, so each parameter would get the state of another"

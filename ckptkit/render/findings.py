@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import in_quotes, printable, quoted
@@ -14,6 +17,8 @@ __all__ = [
     "finding_facts", "finding_lines", "findings_document", "findings_head", "findings_page", "findings_table",
     "tone_of",
 ]  # fmt: skip
+
+_MOST_ALIKE = 5  # lines that say the same of other keys
 
 
 def findings_document(report: Report) -> dict[str, object]:
@@ -74,16 +79,37 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
 
     Findings whose keys differ in indices only share a line.
     """
-    joined = list(_joined(findings))
-    for number, (message, finding) in enumerate(joined, 1):
-        yield Line((f"{finding.severity}: ", Message(one_line(message)), f"  [{finding.code}]"), tone=finding.severity)
-        following = joined[number][1] if number < len(joined) else None
-        is_repeated = following is not None and (following.code, following.hint) == (finding.code, finding.hint)
-        if finding.hint and not is_repeated:
-            yield Line((Hint(one_line(finding.hint)),), indented=True)
+    alike = [list(run) for _, run in groupby(_joined(findings), key=attrgetter("number"))]
+    for number, run in enumerate(alike, 1):
+        first = run[0].finding
+        for one in run if len(run) <= _MOST_ALIKE else run[:1]:
+            yield Line(
+                (f"{first.severity}: ", Message(one_line(one.message)), f"  [{first.code}]"), tone=first.severity
+            )
+        if len(run) > _MOST_ALIKE:
+            named, left = run[1 : 1 + _MOST_ALIKE], run[1 + _MOST_ALIKE :]
+            names = [f"{one.name} ×{one.keys:,}" if one.keys > 1 else one.name for one in named]
+            more = f" and {sum(one.keys for one in left):,} more" if left else ""
+            yield Line(
+                (f"the same of {sum(one.keys for one in run[1:]):,} more: {', '.join(names)}{more}",), indented=True
+            )
+        following = alike[number][0].finding if number < len(alike) else None
+        is_repeated = following is not None and (following.code, following.hint) == (first.code, first.hint)
+        if first.hint and not is_repeated:
+            yield Line((Hint(one_line(first.hint)),), indented=True)
 
 
-def _joined(findings: Iterable[Finding]) -> Iterator[tuple[str, Finding]]:
+class _Joined(NamedTuple):
+    """One message about keys that differ in indices: those of a set of findings with the same number."""
+
+    message: str
+    name: str
+    keys: int
+    number: int
+    finding: Finding
+
+
+def _joined(findings: Iterable[Finding]) -> Iterator[_Joined]:
     """Yield a message, and a finding with its code and hint, for each set of findings that say the same of their keys.
 
     Keys are joined as the rows of a table are. A finding stays alone if its message does not have its key exactly once,
@@ -103,13 +129,13 @@ def _joined(findings: Iterable[Finding]) -> Iterator[tuple[str, Finding]]:
         if int(row[1][0]) == len(sets):
             sets.append((before, after, finding, is_alone))
         rows[row] = None
-    for joined, number in join_rows(rows):
-        before, after, finding, is_alone = sets[int(number)]
+    for joined, text in join_rows(rows):
+        number = int(text)
+        before, after, finding, is_alone = sets[number]
         name, times, count = joined.rpartition(" ×")
+        name = in_quotes(name if times else joined)
         if is_alone:
-            yield finding.message, finding
+            yield _Joined(finding.message, quoted(finding.key), 1, number, finding)
         else:
-            yield (
-                f"{before}{in_quotes(name)} ×{count}{after}" if times else f"{before}{in_quotes(joined)}{after}",
-                finding,
-            )
+            message = f"{before}{name} ×{count}{after}" if times else f"{before}{name}{after}"
+            yield _Joined(message, name, int(count.replace(",", "")) if times else 1, number, finding)

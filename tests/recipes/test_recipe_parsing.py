@@ -120,6 +120,10 @@ def test_the_files_of_a_path_with_wildcards_are_inputs_in_the_order_of_their_num
     content = {"method": "average", "input": [{"path": f"{tmp_path}/step_*.safetensors"}]}
     names = [each.name for each in parse_recipe(content).inputs]
     assert names == ["step_1", "step_2", "step_5", "step_10", "step_20", "step_100"]
+    content = {"method": "average", "input": [{"path": f"{tmp_path}/step_*.safetensors::ema", "last": 2}]}
+    assert [(each.name, each.path) for each in parse_recipe(content).inputs] == [
+        (name, f"{tmp_path}/{name}.safetensors::ema") for name in ("step_20", "step_100")
+    ]
 
 
 def with_input(line: str) -> str:

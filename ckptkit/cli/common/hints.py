@@ -28,6 +28,9 @@ _OTHER_NAMES = {
 }  # fmt: skip
 _OTHER_COMMANDS = {  # by the group and what the user wrote
     ("ckpt optim", "convert"): "ckpt optim remap PATH -o OUT --form FORM writes another form",
+    ("ckpt optim", "check"): "ckpt check PATH::optimizer",
+    ("ckpt optim", "stats"): "ckpt stats PATH::optimizer",
+    **{("ckpt groups", name): "ckpt groups table --model py:mynet:build SPEC" for name in ("show", "list", "ls")},
     **{("ckpt", name): "ckpt merge A B -o OUT --method average" for name in ("average", "avg", "mean", "soup")},
     **{("ckpt", name): f"ckpt merge A B -o OUT --method {name}" for name in ("ema", "slerp", "ties", "linear")},
     **{("ckpt", name): "ckpt merge BASE TUNED -o OUT --method extract-lora" for name in ("extract", "extract-lora")},

@@ -1,33 +1,39 @@
-"""Take ``*`` in the last part of a URL as the shell does in the path of a file."""
+"""Take ``*`` in the last part of a URL, and in a path that the shell left as it is, as the shell does."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 
+from ckptkit.core.files.live_prefix import is_live_path
 from ckptkit.core.files.places import folder_at, is_url, join, split
 from ckptkit.core.text import quoted
 from ckptkit.errors import PathError
 from ckptkit.formats import split_path
+from ckptkit.plans.recipes.paths import expand_path
 
-__all__ = ["expand_urls"]
+__all__ = ["expand_wildcards"]
 
 _MOST_NAMES = 100_000
 _MOST_MATCHES = 1_000
 
 
-def expand_urls(paths: Iterable[str]) -> tuple[str, ...]:
+def expand_wildcards(paths: Iterable[str]) -> tuple[str, ...]:
     """Return the paths, with each URL that has ``*`` in its last part replaced by those that match, sorted by name.
 
-    A hidden name needs a pattern that begins with a dot. Raises ``PathError`` where nothing matches, or too much.
+    A path of files is as it is where nothing matches; a shell leaves ``*.ckpt::part``, and what is in quotes. A hidden
+    name needs a pattern that begins with a dot. Raises ``PathError`` where no URL matches, or too many.
     """
     return tuple(one for path in paths for one in _expanded(path))
 
 
 def _expanded(path: str) -> Iterator[str]:
-    url, key = split_path(path) if is_url(path) else (path, "")
+    if not is_url(path):
+        yield from (path,) if is_live_path(path) else expand_path(path) or (path,)
+        return
+    url, key = split_path(path)
     folder, pattern = split(url)
-    if "*" not in pattern or not is_url(path):
+    if "*" not in pattern:
         yield path
         return
     names = folder_at(folder).names(_MOST_NAMES)

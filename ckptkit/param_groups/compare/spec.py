@@ -53,8 +53,7 @@ def compare_with_spec(
         group = expected.groups[difference.expected]
         for name, number in difference.moved:
             message = (
-                f"the live group of {quoted(name)} {expected.parameters[name].shape} is {_label(found, number)}, and "
-                f"the spec says {quoted(group.name)}"
+                f"the live group of {quoted(name)} is {_label(found, number)}, and the spec says {quoted(group.name)}"
             )
             yield codes.MOVED.finding(name, message, _BUILD_AGAIN)
         if difference.found is not None:

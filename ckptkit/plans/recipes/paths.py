@@ -69,11 +69,13 @@ def looks_like_path(text: str) -> bool:
 def expand_path(path: str) -> list[str] | None:
     """Return the files and folders that a path with wildcards fits, with numbers in their natural order.
 
-    None is the answer for a path without wildcards, and for one that exists as it is written.
+    What follows ``::`` in ``path`` follows each of them. None is the answer for a path without wildcards, and for one
+    that exists as it is written.
     """
-    if is_url(path) or not _WILDCARDS.search(path) or kind_at(path):
+    file, sign, part = path.partition("::")
+    if is_url(path) or not _WILDCARDS.search(file) or kind_at(path) or kind_at(file):
         return None
-    return sorted(glob.glob(path), key=_natural)
+    return [f"{found}{sign}{part}" for found in sorted(glob.glob(file), key=_natural)]
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
