@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ckptkit.loading.copying
-from ckptkit import LoadReport, load_into, open_checkpoint
+from ckptkit import LoadReport, load_into, open_checkpoint, parse_rules
 from ckptkit.errors import CkptkitError, LoadError, ModelError, PlanError
 from tests.helpers_outputs import raw, same_state, tensor_of
 
@@ -120,6 +120,21 @@ def test_the_entries_of_a_training_checkpoint_have_one_finding() -> None:
     (finding,) = report.findings
     assert (finding.code, finding.keys) == ("load.skipped", ("epoch", "lr"))
     assert finding.message == "2 entries that are not tensors were not loaded: 'epoch', 'lr'"
+
+
+def test_the_many_tensors_that_were_not_kept_have_one_finding() -> None:
+    """The user asked for others, so these are counted, with all keys in the finding; a few are named one by one."""
+    body = {f"body.{name}": torch.ones(1, 1) for name in "abcdefghi"}
+    weight = {"head.weight": torch.ones(1, 1)}
+    rules = parse_rules(keep=["head.*"], rename=["head.*=*"])
+    (finding,) = load_into(nn.Linear(1, 1, bias=False), weight | body, rules).findings
+    assert (finding.code, finding.keys) == ("load.skipped", tuple(body))
+    assert (
+        finding.message
+        == "9 tensors were not loaded: 'body.a', 'body.b', 'body.c', 'body.d' and 5 more (matches no --keep)"
+    )
+    few = load_into(nn.Linear(1, 1, bias=False), weight | dict(list(body.items())[1:]), rules)
+    assert len(few.findings) == 8
 
 
 @settings(deadline=None, max_examples=60)

@@ -37,7 +37,9 @@ _MOST_NAMES = 8  # of the arguments of a callable, in a hint
 _OF_THE_NETWORK = frozenset({"URLError", "ConnectionError", "ConnectError", "LocalEntryNotFoundError", "gaierror"})
 _NO_OP = r"for .*: copying from a non-meta parameter in the checkpoint to a meta parameter in the current model"
 _DEEPEST_RESULT = 4  # a cache refers to its table, the table to entries, an entry to a result, a result to its items
-_NO_OPERATOR = lazy_pattern(r"operator (\w+)::\w+ does not exist")
+_OF_ANOTHER_BUILD = lazy_pattern(
+    r"operator (\w+)::\w+ does not exist|Could not load this library: .*-packages/(\w+)/"  # of torch.ops
+)
 
 
 def import_target(target: str) -> Any:
@@ -70,7 +72,7 @@ def _split_arguments(target: str) -> tuple[str, dict[str, object] | None]:
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise ModelError(f"{quoted(opening + text)} is not a valid list of arguments", hint=form)
     if call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise ModelError(f"{quoted(opening + text)} has arguments without a name", hint=form)
+        raise ModelError(f"{quoted(opening + text)} has arguments without a name", hint=_with_names(path, call) or form)
     arguments: dict[str, object] = {}
     for keyword in call.keywords:
         name = str(keyword.arg)
@@ -83,6 +85,20 @@ def _split_arguments(target: str) -> tuple[str, dict[str, object] | None]:
             hint = f"did you mean {name}={_LITERALS.get(word, repr(word))}?" if word else form
             raise ModelError(f"the value of {quoted(name)} is not a Python literal", hint=hint) from None
     return path, arguments
+
+
+def _with_names(path: str, call: ast.Call) -> str | None:
+    """Return how to write a call with the names of its arguments, or None where the callable does not tell them."""
+    with contextlib.suppress(CkptkitError, TypeError, ValueError):
+        names = list(inspect.signature(_import(path)).parameters)
+        has_stars = any(isinstance(value, ast.Starred) for value in call.args) or None in [
+            one.arg for one in call.keywords
+        ]
+        if len(call.args) <= len(names) and not has_stars:
+            named = [f"{name}={ast.unparse(value)}" for name, value in zip(names, call.args, strict=False)]
+            given = ", ".join([*named, *map(ast.unparse, call.keywords)])
+            return f"did you mean {shell_word(f'{LIVE_PREFIX}{path}({given})')}?"
+    return None
 
 
 def _import(target: str) -> Any:
@@ -99,7 +115,7 @@ def _import(target: str) -> Any:
             raise
         except BaseException as error:
             hint = _hint_for_import(module_name, name, error)
-            raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=hint) from error
+            raise ModelError(f"importing {quoted(module_name)} failed: {_with_cause(error)}", hint=hint) from error
         for part in name.split("."):
             with _code_of_the_user(f"looking up {quoted(name)}"):
                 if not hasattr(found, part):
@@ -124,8 +140,8 @@ def _hint_for_import(module_name: str, name: str, error: BaseException) -> str |
     """Return what to write for the path of a file, what is to be installed, or where a module was searched."""
     if module_name.endswith(".py") or "/" in module_name:
         return _hint_for_path(module_name, name)
-    if lacking_operator := _NO_OPERATOR.search(first_line(error)):
-        library = lacking_operator[1]
+    if found := _OF_ANOTHER_BUILD.search(first_line(error)):
+        library = found[1] or found[2]
         return f"{library} and torch are mostly of other builds: install two that belong together"
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
@@ -165,7 +181,15 @@ def _code_of_the_user(doing: str, function: object = None, target: str = "") -> 
         raise
     except BaseException as error:
         hint = _hint_for_call(function, target, error) if callable(function) else None
-        raise ModelError(f"{doing} failed: {first_line(error)}", hint=hint) from error
+        raise ModelError(f"{doing} failed: {_with_cause(error)}", hint=hint) from error
+
+
+def _with_cause(error: BaseException) -> str:
+    """Return the first line of an error, and that of the error which it was raised from."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return first_line(error) if first is error else f"{first_line(error)}, because of {first_line(first)}"
 
 
 def _hint_for_call(function: Callable[..., object], target: str, error: BaseException) -> str | None:

@@ -347,6 +347,9 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "livemodels" / "operator.py").write_text(
         "raise RuntimeError('operator torch_other::nms does not exist')"
     )
+    (tmp_path / "livemodels" / "library.py").write_text(
+        "raise OSError('Could not load this library: /v/site-packages/torch_other/a.so') from OSError('no libc10')"
+    )
     (tmp_path / "livemodels" / "older.py").write_text("import json.no_such_part")
     (tmp_path / "livemodels" / "fails").mkdir()
     (tmp_path / "livemodels" / "fails" / "__init__.py").write_text("from livemodels.fails import inside")
@@ -487,6 +490,15 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
             "livemodels.operator:build",
             "torch_other and torch are mostly of other builds: install two that belong together",
         ),
+        (
+            "livemodels.library:build",
+            "torch_other and torch are mostly of other builds: install two that belong together",
+        ),
+        ("livemodels.nets:sized(4, kind='x')", """did you mean "py:livemodels.nets:sized(size=4, kind='x')"?"""),
+        (
+            "livemodels.nets:sized(**{'size': 4})",
+            "write py:package.module:callable(name=value), with Python literals as values",
+        ),
         ("livemodels.nets:asks_inside", None),
         ("livemodels.nets:fails", None),
     ],
@@ -543,6 +555,7 @@ def test_code_that_cannot_be_imported_is_imported_once(modules: Path) -> None:
         pytest.param("livemodels.nets:wrong", "'wrong' returned an int, not a model", id="it returns a number"),
         pytest.param("livemodels.nets:demanding", "calling 'demanding' failed: TypeError", id="it wants arguments"),
         pytest.param("livemodels.nets:sized(4)", "'(4)' has arguments without a name", id="a position"),
+        pytest.param("livemodels.library:x", "a.so, because of OSError: no libc10", id="an error because of another"),
         pytest.param("livemodels.nets:sized(**{'size': 4})", "has arguments without a name", id="a mapping"),
         pytest.param("livemodels.nets:sized(size=open('x'))", "'size' is not a Python literal", id="a call"),
         pytest.param("livemodels.nets:sized(size=size)", "'size' is not a Python literal", id="a name"),

@@ -123,8 +123,11 @@ def test_torchscript_beside_other_weights_is_not_overlooked(tmp_path: Path, monk
     """The directory of silero-vad has one model in safetensors and two in TorchScript."""
     (tmp_path / "a.safetensors").write_bytes(safetensors_file({}, b""))
     (tmp_path / "b.jit").write_bytes(zip_of([("m/data.pkl", b"}."), ("m/constants.pkl", b").")]))
+    (tmp_path / "__pycache__").mkdir()
     error = refusal(str(tmp_path))
     assert error.reason.endswith("2 files of weights and no index: a.safetensors, b.jit")
+    all_of_them = f"ckpt show '{tmp_path}'/*.jit '{tmp_path}'/*.safetensors lists all of them"
+    assert error.hint == f"give the path of one file; {all_of_them}"
     (tmp_path / "b.jit").unlink()
     (tmp_path / "c.safetensors").write_bytes(b"")
     assert str(refusal(str(tmp_path)).hint).endswith(f"ckpt show '{tmp_path}'/*.safetensors lists all of them")

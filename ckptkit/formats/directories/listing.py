@@ -81,6 +81,11 @@ class Listing:
         """Return the path of a file or folder of the directory."""
         return join(self.path, name)
 
+    @property
+    def shown_folders(self) -> list[str]:
+        """Return the folders that are not hidden."""
+        return _shown(self.folders)
+
     @cached_property
     def checkpoint_folders(self) -> CheckpointFolders:
         """The folders in which a checkpoint is, at most three levels down. Hidden folders are left out."""

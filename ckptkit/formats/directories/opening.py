@@ -263,7 +263,7 @@ def _only_weights_file(listing: Listing) -> str:
     if not weights:
         if (unsupported := unsupported_directory(names) or _megatron_error(folder, names)) is not None:
             raise unsupported
-        if inside := listing.folders:
+        if inside := listing.shown_folders or [*listing.folders]:
             raise _NoWeightsError(
                 "a directory without a checkpoint",
                 hint=f"give one of the directories inside: {listed(inside, 4, show=printable)}",
@@ -277,8 +277,9 @@ def _only_weights_file(listing: Listing) -> str:
     if len(weights) > 1 and (chosen := _only_variant(weights)) is not None:
         return chosen
     if len(weights) > 1:
-        folders = f" or one of the directories inside: {listed(listing.folders, 4, show=printable)}"
-        call = f"give the path of one file{folders if listing.folders else ''}"
+        shown = listing.shown_folders
+        folders = f" or one of the directories inside: {listed(shown, 4, show=printable)}" if shown else ""
+        call = f"give the path of one file{folders}"
         raise FormatError(
             f"a directory with {len(weights):,} files of weights and no index: {listed(weights, 4, show=printable)}",
             hint=f"{call}; ckpt show {_all_of(weights, folder.path)} lists all of them",
@@ -288,12 +289,12 @@ def _only_weights_file(listing: Listing) -> str:
 
 
 def _all_of(weights: Sequence[str], path: str) -> str:
-    """Return the pattern of a shell for these files of a folder: the shell expands it, or ckpt in a URL."""
-    suffixes = {name.rpartition(".")[2] for name in weights}
-    pattern = f"*.{suffixes.pop()}" if len(suffixes) == 1 else "*"
+    """Return a pattern for each suffix of these files of a folder; the shell expands it, or ckpt in a URL."""
+    patterns = sorted({f"*.{name.rpartition('.')[2]}" for name in weights})
     if is_url(path):
-        return shell_word(join(path, pattern))
-    return pattern if path.rstrip("/") == "." else f"{shell_word(path)}/{pattern}"
+        return " ".join(shell_word(join(path, pattern)) for pattern in patterns)
+    folder = "" if path.rstrip("/") == "." else f"{shell_word(path)}/"
+    return " ".join(f"{folder}{pattern}" for pattern in patterns)
 
 
 def _only_variant(weights: Sequence[str]) -> str | None:
