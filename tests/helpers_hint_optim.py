@@ -201,6 +201,47 @@ def _a_parameter_in_no_group(folder: Path) -> list[str]:
     return ["optim", "prune", saved, "-o", str(folder / "out.pt"), "--like", NET]
 
 
+@situation("optimizer_state/pruning.py: rename them first: ckpt optim remap", is_called=False)
+def _a_model_in_a_wrapper(folder: Path) -> list[str]:
+    saved = written(folder / "saved.pt", nn.Sequential(Net()))
+    return ["optim", "prune", saved, "-o", str(folder / "out.pt"), "--like", NET]
+
+
+@situation(
+    "optimizer_state/positions.py: give the model that was trained, or its weights: --model",
+    MODEL=NET,
+    FILE="{folder}/names.txt",
+)
+def _positions_alone(folder: Path) -> list[str]:
+    text(folder / "names.txt", "\n".join(name for name, _ in Net().named_parameters()))
+    saved = written(folder / "saved.pt", form="indexed")
+    return ["optim", "prune", saved, "-o", str(folder / "out.pt"), "--reset", "fc.*"]
+
+
+class Masked(nn.Module):
+    """A module with a buffer of the shape of its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("mask", torch.ones(4))
+
+
+@situation(
+    "optimizer_state/positions.py: give the live model, whose buffers are known: --model",
+    MODEL="py:tests.helpers_hint_optim:Masked",
+    FILE="{folder}/names.txt",
+)
+def _a_buffer_like_a_parameter(folder: Path) -> list[str]:
+    model = Masked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.weight.grad = torch.ones(4)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "run.ckpt")
+    text(folder / "names.txt", "weight\n")
+    return ["optim", "prune", str(folder / "run.ckpt"), "-o", str(folder / "out.pt"), "--reset", "weight"]
+
+
 @situation("plans/writing/refusals.py: write elsewhere, or --force to replace it")
 def _the_output_is_the_input(folder: Path) -> list[str]:
     saved = written(folder / "saved.pt")

@@ -231,9 +231,11 @@ def order_like(state: OptimizerState, model: ModelLike) -> OptimizerState:
     place |= {alias: place[first] for alias, first in parameters.aliases.items() if first in place}
     unknown = [name for name in require_named(state).names if name not in place]
     if unknown:
+        sources = {change.name: change.sources for change in state.changes}  # the names before the rules
+        saved = list(dict.fromkeys(source for name in unknown for source in sources.get(name, (name,))))
         raise PlanError(
             f"{parameters.source} has no {listed(unknown)}",
-            hint=f"rename it with rules, or drop it: ckpt optim prune PATH -o OUT {drop_options(unknown)}",
+            hint=f"rename it with rules, or drop it: ckpt optim prune PATH -o OUT {drop_options(saved)}",
         )
     groups = tuple(replace(group, names=tuple(sorted(group.names, key=place.__getitem__))) for group in state.groups)
     return replace(state, groups=groups)

@@ -20,7 +20,7 @@ from ckptkit.inputs import CheckpointLike
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, is_less, keeps_less, parameter_shape
-from ckptkit.optimizer_state.positions import GIVE_NAMES, Groups, Parameters, Shape, name_positions
+from ckptkit.optimizer_state.positions import GIVE_MODEL, GIVE_NAMES, Groups, Parameters, Shape, name_positions
 from ckptkit.param_groups.properties import parameter_table
 
 __all__ = [
@@ -41,7 +41,6 @@ _MAX_SHOWN = 4
 _OTHER_READINGS = (
     'to read otherwise, give names="model" for the order of the model, or the names in the order of the file'
 )
-_GIVE_MODEL = "give the model, its checkpoint, or a list of names in the order of the groups"
 
 
 def parameters_of(model: Parameters | ModelLike) -> Parameters:
@@ -149,7 +148,7 @@ def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) ->
         params = [param for group in found.groups for param in group.params]
         return as_named(found, _given_names(params, given), "by the list of names")
     if model is None:
-        raise PlanError("the state numbers its parameters and does not contain their names", hint=_GIVE_MODEL)
+        raise PlanError("the state numbers its parameters and does not contain their names", hint=GIVE_MODEL)
     inferred, evidence = name_positions(found, model, groups)
     return as_named(found, inferred, evidence)
 
@@ -210,12 +209,12 @@ def _own_names(found: FoundState) -> dict[object, str] | None:
 
 def _given_names(params: Sequence[object], names: Sequence[object]) -> dict[object, str]:
     if len(names) != len(params):
-        raise PlanError(f"{plural(len(names), 'name')} for {plural(len(params), 'parameter')}", hint=_GIVE_MODEL)
+        raise PlanError(f"{plural(len(names), 'name')} for {plural(len(params), 'parameter')}", hint=GIVE_MODEL)
     if not all(isinstance(name, str) and name for name in names):
-        raise PlanError("a name is not a string, or is empty", hint=_GIVE_MODEL)
+        raise PlanError("a name is not a string, or is empty", hint=GIVE_MODEL)
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise PlanError(f"{listed(repeated, _MAX_SHOWN)} is given twice", hint=_GIVE_MODEL)
+        raise PlanError(f"{listed(repeated, _MAX_SHOWN)} is given twice", hint=GIVE_MODEL)
     return dict(zip(params, map(str, names), strict=True))
 
 

@@ -12,18 +12,17 @@ from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.model import parameter_shape
 
-__all__ = ["GIVE_NAMES", "Groups", "Parameters", "Shape", "name_positions"]
+__all__ = ["GIVE_MODEL", "GIVE_NAMES", "Groups", "Parameters", "Shape", "name_positions"]
 
 Shape = tuple[int, ...]
 Groups = Sequence[Sequence[str]]  # the names of the parameters of each group, in order
 
 _MAX_SHOWN = 4
 _FEWEST_OTHERS = 2  # tensors of one name, before their state tells what the name is used for
-GIVE_NAMES = "give the names in the order of the groups: --names FILE, one a line; in Python also a list"
-_GIVE_LIVE_MODEL = (
-    "give the live model, whose buffers are known: --model py:mynet:build; or the names in the order of the groups: "
-    "--names FILE, one a line; in Python also a list"
-)
+_NAMES = "the names in the order of the groups: --names FILE, one a line; in Python also a list"
+GIVE_NAMES = f"give {_NAMES}"
+GIVE_MODEL = f"give the model that was trained, or its weights: --model MODEL; or {_NAMES}"
+_GIVE_LIVE_MODEL = f"give the live model, whose buffers are known: --model MODEL; or {_NAMES}"
 _GIVE_MODEL_ORDER = 'give the names in the order of the saved groups, or names="model" for the order of the model'
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from ckptkit.comparison.hints import count_prefixes
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern, suggest_pattern
 from ckptkit.core.text import kind_of, plural, printable, shell_word
 from ckptkit.errors import PlanError, RuleError
@@ -54,7 +55,7 @@ def prune(
         changes.append(Change(name, (name,), operation, reason))
     keeps_state = {change.name: change.operation == "copy" for change in changes if change.operation != "dropped"}
     if not keeps_state:
-        raise PlanError(f"no parameter would be left of {len(state.names):,}")
+        raise PlanError(f"no parameter would be left of {len(state.names):,}", hint=_rename_hint(state, model))
     members = [[name for name in group.names if name in keeps_state] for group in state.groups]
     groups, remarks = with_members(state.groups, members)
     if model is not None and model.is_certain:
@@ -65,6 +66,21 @@ def prune(
         groups=groups,
         changes=tuple(changes),
         remarks=tuple(dict.fromkeys((*state.remarks, *remarks))),
+    )
+
+
+def _rename_hint(state: OptimizerState, model: Parameters | None) -> str | None:
+    """Return the rename that gives parameters the names of the model, where one prefix makes the difference."""
+    if model is None:
+        return None
+    saved = {name: parameter_shape(state.state.get(name, {})) or () for name in state.names}
+    removed, added = count_prefixes(model.shapes, saved)
+    renames = {f"{prefix}*=*": count for prefix, count in removed.items()}
+    renames |= {f"*={prefix}*": count for prefix, count in added.items()}
+    if not renames:
+        return None
+    return (
+        f"rename them first: ckpt optim remap PATH -o OUT --rename {shell_word(max(renames, key=renames.__getitem__))}"
     )
 
 
