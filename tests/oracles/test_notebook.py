@@ -6,6 +6,7 @@ The pages that the browser gets have the classes and attributes by which Jupyter
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ STYLE = """
 body { font: 13px/1.5 system-ui, sans-serif; margin: 8px; }
 .jp-RenderedHTMLCommon table { border-collapse: collapse; border: none; font-size: 12px; table-layout: fixed; }
 .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { padding: 0.5em; vertical-align: middle; max-width: none; }
+.jp-RenderedHTMLCommon:not(.jp-RenderedMarkdown) :is(td, th, tr) { text-align: right; white-space: normal; }
 .jp-RenderedHTMLCommon svg { max-width: 100%; height: auto; }
 body.dark { background: #111; color: #e4e4e4; }
 """
@@ -168,6 +170,8 @@ def test_results_in_a_notebook(host: str, width: int, outputs: list[str], browse
         ".map(cell => cell.getBoundingClientRect().width))"
     )
     assert narrowest > 40
+    names = page.locator("tbody td:first-child:not(.right)")
+    assert set(names.evaluate_all("cells => cells.map(cell => getComputedStyle(cell).textAlign)")) == {"left"}
     fill = page.evaluate("getComputedStyle(document.querySelector('.ck-coverage .ck-s0')).fill")
     assert (sum(map(int, fill.removeprefix("rgb(").rstrip(")").split(","))) > 420) == dark
     assert page.locator("b").count() == 0  # of a name of a tensor
@@ -175,3 +179,23 @@ def test_results_in_a_notebook(host: str, width: int, outputs: list[str], browse
         page.screenshot(path=f"{pictures_folder}/{host.replace(', ', '-')}-{width}.png", full_page=True)
     context.close()
     assert trouble == []
+
+
+def test_a_notebook_that_is_not_trusted_shows_its_tables(outputs: list[str], browser: Any, tmp_path: Path) -> None:
+    """Without the style and the tags of the pictures, none of their words is seen, and a sentence says where they are.
+
+    JupyterLab keeps such words, and an attribute ``hidden`` that has a value.
+    """
+    kept = [re.sub(r"</?(svg|g|path|rect|circle|text|title|desc)\b[^>]*>", "", output) for output in outputs]
+    kept = [re.sub(r"<style>.*?</style>", "", output, flags=re.DOTALL) for output in kept]
+    path = tmp_path / "notebook.html"
+    path.write_text(page_of(kept, "", dark=False), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    shown = page.locator(".jp-OutputArea-output")
+    for at, kinds in enumerate(CELLS.values()):
+        text = shown.nth(at).inner_text()
+        assert ("Pictures are shown where the notebook is trusted." in text) == bool(kinds)
+        assert not shown.nth(at).locator("figure:visible").count()
+    assert shown.nth(1).locator("td:visible").count() > 20
+    page.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import groupby, starmap, takewhile
 from typing import Final, Protocol
 
 from ckptkit.core.text import plural
@@ -14,16 +14,25 @@ __all__ = ["as_html"]
 
 _MOST_ROWS: Final = 500  # a browser takes long for a table of all tensors of a large model
 _MOST_LINES: Final = 2000  # of a listing
-# The colours of text are those of the notebook. A long table has its own place to scroll.
+_LONG: Final = 40  # characters of a cell that is broken into lines
+# The colours of text are those of the notebook. A long table has its own place to scroll. The selectors of cells are
+# long, since JupyterLab aligns all cells to the right.
 _STYLE: Final = (
-    ".ckptkit{line-height:1.45}.ckptkit th,.ckptkit td{text-align:left;white-space:pre-wrap;max-width:50em}"
-    ".ckptkit td{overflow-wrap:break-word}.ckptkit th,.ckptkit td.right{white-space:pre}"
-    ".ckptkit .right{text-align:right}"
+    ".ckptkit{line-height:1.45}"
+    ".ckptkit .rows table th,.ckptkit .rows table td{text-align:left;white-space:pre}"
+    ".ckptkit .rows table td.long{white-space:pre-wrap;overflow-wrap:anywhere;min-width:20em;max-width:50em}"
+    ".ckptkit .rows table .right{text-align:right}"
     ".ckptkit p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.5em 0}"
     ".ckptkit .rows{max-height:26em;overflow:auto;margin:.5em 0}.ckptkit table{margin:0}"
-    ".ckptkit .pictures{display:flex;flex-wrap:wrap;gap:1em 2em;margin:1em 0}"
+    ".ckptkit .pictures{display:flex!important;flex-wrap:wrap;gap:1em 2em;margin:1em 0}"
     ".ckptkit figure{flex:0 1 32em;max-width:36em;min-width:0;margin:0}"
     ".ckptkit figcaption{font-weight:600;margin:0 0 .5em}"
+    ".ckptkit .without-pictures{display:none}"
+)
+# JupyterLab takes the style and the pictures out of a notebook that it does not trust, and leaves all their words.
+_PICTURES: Final = (
+    '<p class="without-pictures">Pictures are shown where the notebook is trusted.</p>'
+    '<div class="pictures" hidden="hidden">{}</div>'
 )
 
 
@@ -47,7 +56,7 @@ def as_html(page: Page, pictures: Sequence[_Picture] = (), picture_style: str = 
     figures = "".join(
         f"<figure><figcaption>{html.escape(picture.title)}</figcaption>{picture.svg}</figure>" for picture in pictures
     )
-    shown = f'<div class="pictures">{figures}</div>' if figures else ""
+    shown = _PICTURES.format(figures) if figures else ""
     # A page of lines alone ends with its verdict, and pictures follow it.
     blocks = [*_blocks(first), shown, *_blocks(page[len(first) :])]
     return f'<div class="ckptkit"><style>{_STYLE}{picture_style}</style>{"".join(blocks)}</div>'
@@ -92,8 +101,12 @@ def _table(table: Table) -> str:
     marks = [' class="right"' if header in table.right else "" for header in table.headers]
     head = "".join(f"<th{mark}>{html.escape(name)}</th>" for name, mark in zip(table.headers, marks, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{mark}>{html.escape(cell)}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>"
-        for row in table.rows[:_MOST_ROWS]
+        f"<tr>{''.join(starmap(_cell, zip(row, marks, strict=True)))}</tr>" for row in table.rows[:_MOST_ROWS]
     )
     rows = f'<div class="rows"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return rows + _more(len(table.rows) - _MOST_ROWS, "row")
+
+
+def _cell(text: str, mark: str) -> str:
+    mark = mark or (' class="long"' if len(text) > _LONG else "")
+    return f"<td{mark}>{html.escape(text)}</td>"
