@@ -369,6 +369,8 @@ def test_other_tensors_of_a_module_are_filled() -> None:
     result = aligned(expected, found)
     assert set(result.same) == {"fc.bias", "layers.0.w.weight", "layers.2.w.weight"}
     assert {info.key for info, _ in result.unequal} == {"fc.weight", "layers.1.w.weight"}
+    others = result.toml().partition("# other shapes in found:\n")[2].splitlines()
+    assert others == ["#   fc.weight  F32 [4, 9]", "#   layers.1.w.weight  F32 [8, 7]"]
     assert (result.missing, result.unexpected) == ((), ())
 
 

@@ -110,6 +110,7 @@ def test_a_name_without_a_suffix_is_a_directory(tmp_path: Path) -> None:
     written = convert(STATE, tmp_path / "model")
     assert load_file(tmp_path / "model" / "model.safetensors").keys() == STATE.keys()
     assert written.format == "safetensors"
+    assert choose_output("best.pth.tar").format == "torch"
     with pytest.raises(OutputError) as caught:
         choose_output("model.safetensor")
     assert str(caught.value.hint).startswith("did you mean model.safetensors? ")

@@ -123,7 +123,7 @@ class Alignment(Result):
             title.append(f"{plural(len(self.different), 'tensor')} of these with other values.")
         undecided = [(one.why, one.candidates, one.expected, one.found) for one in self.ambiguous]
         left_out = [
-            ("other shapes in found:", [wanted for wanted, _ in self.unequal]),
+            ("other shapes in found:", [replace(found, key=wanted.key) for wanted, found in self.unequal]),
             ("not filled:", self.missing),
             ("not used:", self.unexpected),
         ]

@@ -20,7 +20,7 @@ from ckptkit.errors import PlanError
 from ckptkit.inputs import opened_optimizer
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState
-from ckptkit.optimizer_state.groups import describe_value, equal_values
+from ckptkit.optimizer_state.groups import describe_values, equal_values
 from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, parameter_shape
 from ckptkit.optimizer_state.naming import NamesLike, to_named
 from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, OptionDifference, compare_groups
@@ -229,7 +229,7 @@ def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Ite
         if option.is_absent and not _is_restored(option):
             lost.setdefault(option.key, []).extend(option.names)
         elif not option.is_absent:
-            values = describe_value(option.expected), describe_value(option.found)
+            values = describe_values(option.expected, option.found)
             changed.setdefault((option.key, *values), []).extend(option.names)
     position = {name: number for number, name in enumerate(live.names)}
     for (key, now, before), names in changed.items():

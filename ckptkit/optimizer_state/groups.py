@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ckptkit.core.arguments import require_choice
 from ckptkit.core.patterns import drop_options
-from ckptkit.core.text import kind_of, listed, plural, printable, quoted
+from ckptkit.core.text import kind_of, listed, option_texts, plural, printable, quoted
 from ckptkit.core.torch_optim import options_of_kind, scheduled_options
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.model import (
@@ -29,7 +29,7 @@ from ckptkit.param_groups.lock import LockLike, ParamGroupsLock, as_lock
 from ckptkit.param_groups.plan import ParamGroupsPlan
 from ckptkit.param_groups.spec.fields import is_tensor
 
-__all__ = ["GroupsLike", "Hyper", "describe_value", "equal_values", "order_like", "resplit", "with_members"]
+__all__ = ["GroupsLike", "Hyper", "describe_values", "equal_values", "order_like", "resplit", "with_members"]
 
 Hyper = Literal["live", "saved", "error"]
 # These options name a group and do not change how it trains. A new group has a name of its own, or none.
@@ -146,9 +146,9 @@ class _OptionMerger:
         value = self._only_value(key, f"the parameters of group {number}", saved)
         is_refused = self.hyper == "error" and key in group.options and not self._is_scheduled(key, group, members)
         if is_refused and not equal_values(value, group.options[key]):
+            before, after = describe_values(value, group.options[key])
             raise PlanError(
-                f"{quoted(key)} of group {number} was {describe_value(value)} in the file and would be "
-                f"{describe_value(group.options[key])}",
+                f"{quoted(key)} of group {number} was {before} in the file and would be {after}",
                 hint="--hyper live takes the new value, --hyper saved takes the value of the file",
             )
         return value
@@ -160,9 +160,10 @@ class _OptionMerger:
         (first, value), *others = values.items()
         for name, other in others:
             if not equal_values(value, other):
+                texts = describe_values(value, other)
                 raise PlanError(
-                    f"{owners} had different values of {quoted(key)}: {describe_value(value)} ({printable(first)}), "
-                    f"{describe_value(other)} ({printable(name)})",
+                    f"{owners} had different values of {quoted(key)}: {texts[0]} ({printable(first)}), "
+                    f"{texts[1]} ({printable(name)})",
                     hint=f"give the new group its own {key}, and use --hyper live",
                 )
         return value
@@ -186,9 +187,10 @@ def _is_same_float32(first: float, second: float) -> bool:
         return False
 
 
-def describe_value(value: SlotValue) -> str:
-    """Return an option as text for a message; for a tensor, the number in it."""
-    return str(number_of(value)) if isinstance(value, LazyTensor) or is_tensor(value) else printable(str(value))
+def describe_values(first: SlotValue, second: SlotValue) -> tuple[str, str]:
+    """Return two options that differ as texts for a message; for a tensor, the number in it."""
+    plain = [number_of(one) if isinstance(one, LazyTensor) or is_tensor(one) else one for one in (first, second)]
+    return option_texts(plain[0], plain[1])
 
 
 def _initial_lr_remarks(groups: Iterable[NamedGroup], saved: Mapping[str, Mapping[str, SlotValue]]) -> Iterator[str]:

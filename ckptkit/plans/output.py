@@ -114,7 +114,7 @@ def choose_output(
     """
     require_type(format, str | None, "format", "a str")
     name = _checked_path(path)
-    suffix = os.path.splitext(name)[1].lower()
+    suffix = _suffix(name)
     chosen = format or _SUFFIXES.get(suffix)
     if chosen is None and max_shard_size is None and name != "-" and (not suffix or suffix[1:].isdecimal()):
         max_shard_size = _SHARD_SIZE
@@ -139,6 +139,13 @@ def choose_output(
             path=name,
         )
     return Output(name, chosen, None, force, only_tensors, keep_unknown, reflink=reflink)
+
+
+def _suffix(name: str) -> str:
+    """Return the suffix that tells the format, in lower case: of ``best.pth.tar``, a usual name, it is ``.pth``."""
+    start, suffix = os.path.splitext(name.lower())
+    inner = os.path.splitext(start)[1]
+    return inner if suffix == ".tar" and _SUFFIXES.get(inner) == "torch" else suffix
 
 
 def _checked_path(path: object) -> str:

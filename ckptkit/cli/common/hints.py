@@ -49,6 +49,7 @@ _OTHER_OPTIONS = {
     **dict.fromkeys(("fp16", "bf16", "half", "bfloat16", "float16", "precision"), "dtype"),
     **dict.fromkeys(("limit", "head"), "top"), **dict.fromkeys(("full", "long", "all-keys"), "expand"),
 }  # fmt: skip
+_OF_REPORTS = ("--json", "--format", "--markdown", "--wide", "--html", "--quiet", "-q", "-v", "--verbose")
 _WITH_HTML = "diff, check, stats, preflight and groups table have it, and in Python every result has to_html()"
 _MODEL_FIRST = "the model comes first, without an option: ckpt diff py:mynet:build PATH"
 _OTHER_WAYS = {  # for an option of a command that has none like it
@@ -118,6 +119,11 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
         right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
         command = context.command_path if context else ""
+        if context and isinstance(context.command, click.Group) and error.option_name in _OF_REPORTS:
+            return (
+                reason,
+                f"options stand after the command: {command} COMMAND PATH {error.option_name}; see {command} --help",
+            )
         if other_way := _OTHER_WAYS.get((command.partition(" ")[2], wrong)):
             return reason, f"{other_way}; see {command} --help"
         wrong = other if (other := _OTHER_OPTIONS.get(wrong)) in right else wrong
@@ -127,6 +133,9 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         return reason, f"for example {example}; see {context.command_path} --help"
     elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
         one = f"{context.command_path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
+        return reason, f"{one}; see {context.command_path} --help"
+    elif context and context.command.name == "diff" and reason.startswith("Got unexpected extra argument"):
+        one = f"{context.command_path} compares two: compare each pair with a command of its own"
         return reason, f"{one}; see {context.command_path} --help"
     elif context and context.command.name == "apply" and reason.startswith("Got unexpected extra argument"):
         one = f"{context.command_path} takes one PATCH: apply the next patch to the output of the first"

@@ -56,6 +56,7 @@ _TEMPLATE_TOKEN = re.compile(
 _SPECIAL = re.compile(r"[*{}]|^re:")  # not literal in a pattern
 _DIGIT_SET = re.compile(r"\[((?:[0-9](?:-[0-9])?)+)\]")
 _OUTSIDE_BRACES = re.compile(r",\s*(?![^{]*\})")
+_ARROW = re.compile(r"\s*(?:[-=]?>|[:,])\s*|\s+")  # what people write between an old and a new name
 _MOST_COMPARED = 10_000  # names that are compared with a pattern that matches none
 _SHORTEST_INSIDE = 3  # characters that are searched inside of names
 _MOST_NUMBERS = 1000  # of a range that the regex of a pattern spells
@@ -308,8 +309,11 @@ def parse_rename(text: str) -> Template:
     of another form, and as ``parse_pattern`` and ``parse_template`` do.
     """
     regex = text.startswith("re:")
-    if "=" not in text or (not regex and text.count("=") > 1):
-        raise RuleError(f"{quoted(text)} is not of the form OLD=NEW", hint="for example 'module.*=*'")
+    if "=" not in text or (not regex and text.count("=") > 1) or text.rpartition("=")[2].startswith(">"):
+        parts = [part.strip() for part in _ARROW.split(text)]
+        right = shell_word("=".join(parts)) if len(parts) == 2 and all(parts) and "=" not in "".join(parts) else ""
+        hint = f"write {right}" if right else "for example 'module.*=*'"
+        raise RuleError(f"{quoted(text)} is not of the form OLD=NEW", hint=hint)
     old, _, new = text.rpartition("=")
     return parse_template(new, parse_pattern(old))
 
