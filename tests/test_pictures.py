@@ -129,6 +129,10 @@ GRIDS: Mapping[str, tuple[list[str], list[tuple[list[str], list[str]]]]] = {
         [f"layer{s}.{n}.{name}" for s in (1, 2) for n in range(s + 1) for name in ("conv.weight", "bn.weight")],
         [(["layer1: 0 1", "layer2: 0 1 2"], ["conv.weight", "bn.weight"])],
     ),
+    "small networks in a layer": (
+        [f"conv.{n}.{name}.layers.{m}.weight" for n in (0, 1) for name in ("core", "gate", "out") for m in (0, 3)],
+        [(["conv: 0 1"], [f"{name}.layers.{m}.weight" for name in ("core", "gate", "out") for m in (0, 3)])],
+    ),
     "stages of blocks": (
         [f"stages.{s}.blocks.{n}.{name}" for s in (0, 1) for n in (0, 1) for name in ("dw.weight", "pw.weight")],
         [(["stages.0.blocks: 0 1", "stages.1.blocks: 0 1"], ["dw.weight", "pw.weight"])],

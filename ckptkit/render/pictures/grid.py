@@ -130,11 +130,18 @@ def _stacks(keys: Sequence[str]) -> tuple[dict[str, _Stack], list[str]]:
 
 
 def _nested(templates: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """Return the beginnings of stages that have layers of their own; the experts of a layer are not its layers."""
-    seconds: dict[tuple[str, ...], Counter[bool]] = defaultdict(Counter)
+    """Return the beginnings of stages that have layers of their own, most of them below one name.
+
+    The experts of a layer are not its layers, and neither are the parts of several small networks in it.
+    """
+    seconds: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for texts in templates:
-        seconds[texts[:1]][len(texts) > 2] += 1
-    return {first for first, counts in seconds.items() if counts[True] > counts[False]}
+        seconds[texts[:1]][texts[1] if len(texts) > 2 else ""] += 1
+    return {
+        first
+        for first, counts in seconds.items()
+        if 2 * counts[""] < counts.total() < 2 * max((count for name, count in counts.items() if name), default=0)
+    }
 
 
 def _fits(group: Sequence[tuple[str, _Stack]], stack: _Stack) -> bool:
