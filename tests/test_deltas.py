@@ -56,13 +56,15 @@ def changed() -> State:
     made = {**state(1), "new": torch.ones(3), "renamed": before()["old_name"], "cast": before()["cast"].half()}
     grown = before()["grown"]
     made |= {"grown": torch.cat([grown, torch.ones(2, 4)]), "shrunk": before()["shrunk"][:3].clone()}
+    made |= {"no_columns": torch.zeros(3, 0), "no_rows": torch.ones(2, 3), "emptied": torch.zeros(0, 4)}
     return dict(reversed(made.items()))
 
 
 def before() -> State:
     random = torch.Generator().manual_seed(7)
     more = {name: torch.randn(6, 4, generator=random) for name in ("old_name", "cast", "grown", "shrunk", "dropped")}
-    return {**state(0), **more}
+    empty = {"no_columns": torch.zeros(2, 0), "no_rows": torch.zeros(0, 3), "emptied": torch.ones(6, 4)}
+    return {**state(0), **more, **empty}
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +305,7 @@ def test_what_a_patch_cannot_hold_is_refused(tmp_path: Path) -> None:
         ckptkit.make_delta(base, tmp_path / "run.pt::model")
     with pytest.raises(PlanError, match="cannot hold 'inside', 'epoch'"):
         ckptkit.make_delta(base, tmp_path / "run.pt")
-    with pytest.raises(PlanError, match="'s' is a sparse tensor"):
+    with pytest.raises(PlanError, match="'s' cannot be copied: it is a sparse tensor"):
         ckptkit.make_delta(TEN, {"s": torch.eye(2).to_sparse()})
     with pytest.raises(PlanError, match="has no tensor"):
         ckptkit.make_delta(TEN, {})

@@ -12,6 +12,7 @@ from ckptkit.core.arguments import require_flags, require_path, require_progress
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.payload import self_writing
 from ckptkit.core.checkpoint.provenance import own_version
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.places import is_url, name_of, parent_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
@@ -32,7 +33,7 @@ from ckptkit.formats.writing.state import Target, is_wrong_output, wrong_output
 from ckptkit.formats.writing.targets import prepare_side_file
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.inputs import opened_inputs
-from ckptkit.plans.steps import entries_to_drop, refuse_suspicious
+from ckptkit.plans.steps import entries_to_drop, refuse_suspicious, refuse_unread
 from ckptkit.values.delta import Change, Compression, CountingSpool, Packed, Spool, pack_changes, require_compression
 from ckptkit.values.sinks import NullSink
 from ckptkit.values.workers import Workers
@@ -112,11 +113,8 @@ def _refuse_unfit(base: Checkpoint, new: Checkpoint, *, only_tensors: bool) -> l
             hint="--only-tensors leaves out what is not a tensor",
             path=new.path,
         )
-    unread = [info for info in new.values() if info.kind != "dense"]
-    if unread:
-        more = f", and so are {len(unread) - 1:,} more" if unread[1:] else ""
-        reason = f"{quoted(unread[0].key)} is a {unread[0].kind} tensor{more}: a patch holds dense tensors"
-        raise PlanError(reason, hint="convert the checkpoint first", path=new.path)
+    with default_error_path(new.path):
+        refuse_unread(new, new)
     if not new:
         raise PlanError("has no tensor", path=new.path)
     return list(dict.fromkeys(entry.path for entry in entries))
@@ -274,6 +272,8 @@ def _spool(target: Target | None) -> Spool:
 
 def _have_same_rows(old: TensorInfo, info: TensorInfo) -> bool:
     """Return whether the elements of two tensors are at the same places, also where one has more rows."""
+    if not old.nbytes and not info.nbytes:
+        return False  # they have no bytes, and other shapes
     return old.dtype == info.dtype and old.shape[1:] == info.shape[1:] and len(old.shape) == len(info.shape)
 
 
