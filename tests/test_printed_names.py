@@ -333,8 +333,8 @@ def test_names_in_a_traceback_are_escaped(
 
 # None of them runs, loads or names anything.
 _ATTRIBUTES = {
-    "class", "d", "fill", "fill-opacity", "font-family", "font-size", "font-weight", "height", "role", "rx", "stroke",
-    "stroke-opacity", "stroke-width", "text-anchor", "viewbox", "width", "x", "xmlns", "y",
+    "class", "d", "fill", "fill-opacity", "font-family", "font-size", "font-weight", "height", "hidden", "role", "rx",
+    "stroke", "stroke-opacity", "stroke-width", "text-anchor", "viewbox", "width", "x", "xmlns", "y",
 }  # fmt: skip
 _PICTURES = {"figure", "figcaption", "svg", "title", "desc", "g", "path", "rect", "text"}
 
