@@ -484,6 +484,8 @@ def _refuse_unused(
                 way = "correct it" if earlier.drops else "put it before that"
             else:
                 way = _old_name(stage.rules, unused_rule, kept) if unused_rule else ""
+                if unused_rule and any(pattern.match(name) for name in names):
+                    way = "leave it out, because the patterns of keep leave out all that it matches"
                 way = way or (suggest_pattern(pattern, names, "the checkpoint") if names else "correct it")
             way += "" if way.endswith("?") else ";"
             raise RuleError(

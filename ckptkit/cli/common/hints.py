@@ -56,6 +56,7 @@ _OTHER_WAYS = {  # for an option of a command that has none like it
     **{("merge", name): "--method average computes the mean" for name in ("average", "avg", "mean", "soup")},
     **{(name, "add-prefix"): "--rename '*=PREFIX.*' adds a prefix" for name in ("remap", "merge", "diff")},
     **{("diff", name): _MODEL_FIRST for name in ("model", "like")},
+    **{("delta", name): "ckpt remap PATH -o OUT first, with this option" for name in RULE_OPTIONS},
     ("preflight", "on-mismatch"): "tensors of another shape stay at init; --fresh PATTERN says that they are meant to",
     ("groups validate", "optimizer"): "validate_param_groups(model, optimizer, spec=SPEC) checks a live optimizer",
     **{(f"groups {name}", "lr"): "--set lr=X sets it for a --preset" for name in ("table", "validate", "emit")},
@@ -131,6 +132,8 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
             return reason, f"{_WITH_HTML}; see {context.command_path if context else 'ckpt'} --help"
     elif isinstance(error, click.MissingParameter) and context and (example := _example(context, error.param)):
         return reason, f"for example {example}; see {context.command_path} --help"
+    elif context and reason.startswith("Got unexpected extra argument") and "*" in reason and _renames(context.command):
+        return reason, f"a rename is one word: --rename 'OLD=NEW'; see {context.command_path} --help"
     elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
         one = f"{context.command_path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
         return reason, f"{one}; see {context.command_path} --help"
@@ -161,6 +164,10 @@ def _example(context: click.Context, param: click.Parameter | None) -> str | Non
     examples = [line for line in lines if line.startswith(f"{context.command_path} ") and not line.endswith("\\")]
     words = param.opts if isinstance(param, click.Option) else []
     return next((line for line in examples if not words or set(words) & set(line.split())), None)
+
+
+def _renames(command: click.Command) -> bool:
+    return any("--rename" in param.opts for param in command.params)
 
 
 def _takes_one_path(command: click.Command) -> bool:
