@@ -107,9 +107,13 @@ def test_the_page_can_be_markdown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_with_two_optimizers_needs_a_choice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A warning says that the file has several optimizer states."""
+    """A warning says that the file has several optimizer states; a part with weights has none, but the file has."""
     model = Net(classes=4)
     state = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+    both = {"model": model.state_dict(), "ema": model.state_dict()}
+    torch.save(both | {"optimizer": state}, tmp_path / "run.pt")
+    ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", f"{tmp_path / 'run.pt'}::model")
+    assert (ran.code, "[optim.unnamed]" in ran.out) == (0, True)  # the state was read
     torch.save({"model": model.state_dict(), "optim_g": state, "optim_d": state}, tmp_path / "two.pt")
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "two.pt")
     assert "warning: the optimizer state of the run was not measured" in ran.err

@@ -311,3 +311,13 @@ def test_the_words_of_rules_have_their_place(name: str, tmp_path: Path) -> None:
 def test_arguments_of_torch_are_answered(argument: str, hint: str) -> None:
     with pytest.raises(ckptkit.ArgumentError, match=rf"load_into\(\) has no argument {argument} \(.*{hint}"):
         ckptkit.load_into(torch.nn.Linear(2, 2), {}, **{argument: True})  # type: ignore[arg-type]
+
+
+def test_what_another_function_takes_is_answered() -> None:
+    """A method of merging is of a recipe, options of groups are of a spec, and a class is not yet a model."""
+    with pytest.raises(ckptkit.ArgumentError, match=r"merge\(\) has no argument method \(.*plan_recipe"):
+        ckptkit.merge({}, {}, "out.pt", method="linear")  # type: ignore[call-arg]
+    with pytest.raises(ckptkit.ArgumentError, match=r"no argument lr \(.*param_group_preset\('no-decay', lr=1e-3\)"):
+        ckptkit.build_param_groups(torch.nn.Linear(2, 2), lr=0.1)  # type: ignore[call-arg]
+    with pytest.raises(ckptkit.ModelError, match=r"model is the class Linear \(give an instance of it: Linear\(\)"):
+        ckptkit.load_into(torch.nn.Linear, {})  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.text import kind_of, printable
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, ModelError
-from ckptkit.formats import open_optimizer
+from ckptkit.formats import open_optimizer, split_path
 from ckptkit.formats.live import build_module
 from ckptkit.formats.writing.state import Target
 from ckptkit.rules.model import Rules
@@ -174,9 +174,12 @@ def _load(live: Module, init: Checkpoint, rules: Rules) -> None:
 
 
 def _optimizer_in(path: str, stack: contextlib.ExitStack, *, quiet: bool) -> Checkpoint | None:
-    """Return the optimizer state in a run, or None with a warning: a run can also resume from weights alone."""
+    """Return the optimizer state in a run, or None with a warning: a run can also resume from weights alone.
+
+    What ``::`` selects in ``path`` are the weights: the state is beside them.
+    """
     try:
-        return stack.enter_context(open_optimizer(path))
+        return stack.enter_context(open_optimizer(split_path(path)[0]))
     except CkptkitError as error:
         if not quiet:
             print_message(

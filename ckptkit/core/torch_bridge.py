@@ -30,7 +30,7 @@ from ckptkit.core.checkpoint import (
     storage_range,
 )
 from ckptkit.core.dtypes import DTYPES, unpack_float4
-from ckptkit.core.text import first_line, printable, quoted
+from ckptkit.core.text import first_line, kind_of, printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 
@@ -373,8 +373,9 @@ def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
             _refuse_other_arrays(given, role)
         return described
     if not callable(getattr(given, "state_dict", None)) or not _is_module(given):
+        made = f"give an instance of it: {given.__name__}(); or " if isinstance(given, type) else "give "
         raise ModelError(
-            f"{role} is a {type(given).__name__}", hint="give a path, a Module, a Checkpoint or a dict of tensors"
+            f"{role} is {kind_of(given)}", hint=f"{made}a path, a Module, a Checkpoint or a dict of tensors"
         )
     return _describe_module(given, role)
 

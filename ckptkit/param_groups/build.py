@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import has_no_argument, require_flags
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Module
@@ -17,7 +17,10 @@ from ckptkit.param_groups.properties import live_parameter_table
 
 __all__ = ["build_param_groups", "build_planned_groups"]
 
+_IN_THE_SPEC = "options of groups are in the spec, such as param_group_preset('no-decay', lr=1e-3)"
 
+
+@has_no_argument(lr=_IN_THE_SPEC, weight_decay=_IN_THE_SPEC)
 def build_param_groups(
     model: Module, spec: SpecLike, *, optimizer: str | None = None, bare: bool = False
 ) -> list[dict[str, Any]]:

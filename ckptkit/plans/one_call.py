@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.arguments import require_choice, require_path, takes_rules
+from ckptkit.core.arguments import has_no_argument, require_choice, require_path, takes_rules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.core.progress import Progress
@@ -103,6 +103,9 @@ def convert(
         )  # fmt: skip
 
 
+@has_no_argument(
+    method="it copies where keys and shapes agree: plan_recipe(recipe) merges by a method, and execute writes that",
+)
 @takes_rules
 def merge(
     base: CheckpointLike,

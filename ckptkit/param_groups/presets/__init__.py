@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.text import quoted
+from ckptkit.core.text import did_you_mean, quoted
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, GroupsError
 from ckptkit.inputs import CheckpointLike, opened_model
@@ -98,7 +98,8 @@ def param_group_phases(name: str, model: CheckpointLike, **settings: Any) -> tup
 def _read(name: str) -> str:
     known = param_group_preset_names()
     if name not in known:
-        raise GroupsError(f"there is no preset {quoted(name)}", hint=f"the presets are {', '.join(known)}")
+        hint = did_you_mean(name, known, f"the presets are {', '.join(known)}")
+        raise GroupsError(f"there is no preset {quoted(name)}", hint=hint)
     return (files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 
 

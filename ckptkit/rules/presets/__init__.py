@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from ckptkit.core.text import quoted
+from ckptkit.core.text import did_you_mean, quoted
 from ckptkit.errors import RuleError
 
 __all__ = ["preset_names", "preset_text"]
@@ -27,5 +27,6 @@ def preset_text(name: str) -> str:
     """Return the text of the rule file of a preset; raise ``RuleError``, listing all presets, for an unknown name."""
     known = preset_names()
     if name not in known:
-        raise RuleError(f"there is no preset {quoted(name)}", hint=f"presets: {', '.join(known)}")
+        hint = did_you_mean(name, known, f"presets: {', '.join(known)}")
+        raise RuleError(f"there is no preset {quoted(name)}", hint=hint)
     return (files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
