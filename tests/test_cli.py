@@ -275,6 +275,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "near path": (["show", "fixtures/lenet_10clas.pth"], 2, "", "hint: did you mean 'fixtures/lenet_10class.pth'?"),
     "no suffix": (["show", "fixtures/encoder_tied"], 2, "", "hint: did you mean 'fixtures/encoder_tied.pt'?"),
     "near folder": (["show", "Fixtures/lenet_ddp.pt"], 2, "", "hint: did you mean 'fixtures/lenet_ddp.pt'?"),
+    "a source and a colon": (["show", "fixtures/lenet.py:build"], 2, "", "did you mean 'py:fixtures.lenet:build'?"),
     "one colon": (["show", "fixtures/lenet_ddp.pt:model"], 2, "", "did you mean 'fixtures/lenet_ddp.pt::model'?"),
     "one slash": (["show", "s3:/bucket/x"], 2, "", "hint: for a URL write two slashes: 's3://bucket/x'"),
     "hub": (

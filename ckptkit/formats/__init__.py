@@ -85,6 +85,10 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
                 whole, _, part = name.rpartition(":")
                 if match := _ONE_SLASH.match(path):
                     error.hint = f"for a URL write two slashes: {shell_word(f'{match[1]}/{path[len(match[1]) :]}')}"
+                elif whole.endswith(".py") and not is_url(name):
+                    from ckptkit.formats.live import hint_for_source
+
+                    error.hint = hint_for_source(whole, part)
                 elif whole and not is_url(name) and kind_at(whole):
                     error.hint = f"did you mean {shell_word(f'{whole}::{part}')}?"
                 elif _IMPORTABLE.fullmatch(name):

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -29,7 +30,7 @@ from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
+__all__ = ["build_model", "build_module", "build_shapes", "hint_for_source", "import_target", "open_live"]
 
 _LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 _MOST_NAMES = 8  # of the arguments of a callable, in a hint
@@ -103,11 +104,11 @@ def _with_names(path: str, call: ast.Call) -> str | None:
 
 def _import(target: str) -> Any:
     module_name, _, name = target.partition(":")
-    if not module_name or not name:
-        raise ModelError(f"{quoted(target)} does not name a callable", hint=_hint_for_colon(target))
     with contextlib.suppress(OSError):  # the current directory may have been removed
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
+    if not module_name or not name:
+        raise ModelError(f"{quoted(target)} does not name a callable", hint=_hint_for_colon(target))
     with contextlib.redirect_stdout(sys.stderr):
         try:
             found: Any = importlib.import_module(module_name)
@@ -129,17 +130,24 @@ def _import(target: str) -> Any:
 
 
 def _hint_for_colon(target: str) -> str:
-    """Return the target with its colon where the last name looks like a class, or else the form of a target."""
+    """Return the target with its colon where the last name cannot be a module, or else the form of a target."""
     module_name, _, name = target.rpartition(".")
-    if module_name and name[:1].isupper() and ":" not in target:
+    is_callable = name[:1].isupper() or (_is_module(module_name) and not _is_module(target))
+    if module_name and is_callable and ":" not in target:
         return f"did you mean {shell_word(f'{LIVE_PREFIX}{module_name}:{name}')}?"
     return "write py:package.module:callable"
+
+
+def _is_module(name: str) -> bool:
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):  # the packages above are imported
+        return importlib.util.find_spec(name) is not None
+    return False
 
 
 def _hint_for_import(module_name: str, name: str, error: BaseException) -> str | None:
     """Return what to write for the path of a file, what is to be installed, or where a module was searched."""
     if module_name.endswith(".py") or "/" in module_name:
-        return _hint_for_path(module_name, name)
+        return hint_for_source(module_name, name)
     if found := _OF_ANOTHER_BUILD.search(first_line(error)):
         library = found[1] or found[2]
         return f"{library} and torch are mostly of other builds: install two that belong together"
@@ -158,7 +166,7 @@ def _hint_for_import(module_name: str, name: str, error: BaseException) -> str |
     return "searched in the current directory and on sys.path"
 
 
-def _hint_for_path(path: str, name: str) -> str:
+def hint_for_source(path: str, name: str) -> str:
     """Return how to write the module of the file ``path``, which may lack its suffix."""
     plain = os.path.normpath(path.removesuffix(".py"))
     # The code of a live model is on this machine, never in a store.
