@@ -263,6 +263,7 @@ def test_options_make_a_recipe() -> None:
     ("inputs", "base", "names"),
     [
         (["run 1.ckpt::model", "run 2.ckpt::model"], "", ["run 1", "run 2"]),
+        (["1.pth.tar", "2.pth.tar"], "", ["1", "2"]),
         (["r/1/x.ckpt::model", "r/2/x.ckpt::model", "c.pt::ema"], "", ["1", "2", "ema"]),
         (["a/model.safetensors", "b/model.safetensors"], "base/model.safetensors", ["model", "a", "b"]),
         (["a/x/m.pt", "b/x/m.pt", "s3://m/m.pt"], "", ["a", "b", "m"]),

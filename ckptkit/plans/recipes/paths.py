@@ -14,7 +14,7 @@ __all__ = ["distinct_names", "expand_path", "input_name", "looks_like_path"]
 
 _WILDCARDS = lazy_pattern(r"[*?\[]")
 _DIGITS = lazy_pattern(r"([0-9]+)")
-_SUFFIX = lazy_pattern(r"(\.safetensors\.index\.json|\.bin\.index\.json|\.[A-Za-z][A-Za-z0-9]{0,11})$")
+_SUFFIX = lazy_pattern(r"(\.safetensors\.index\.json|\.bin\.index\.json|\.pth?\.tar|\.[A-Za-z][A-Za-z0-9]{0,11})$")
 
 
 def input_name(path: str) -> str:
