@@ -55,7 +55,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),
-    "no report": (["show", TEN, "--html", "x"], 2, "", "hint: diff, check, stats, preflight and groups table have it"),
+    "no report": (["show", TEN, "--html", "x"], 2, "", "hint: ckpt check, ckpt stats, ckpt diff and 2 more"),
     "patches in a row": (
         ["apply", TEN, "1.patch", "2.patch", "-o", "x"],
         2,
@@ -115,6 +115,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "no command, a model": ([MODEL], 2, "", f"hint: ckpt show '{MODEL}' shows what is in it; see ckpt show --help"),
     "other name of an option": (["stats", TEN, "--grep", "fc*"], 2, "", "hint: did you mean --keep? see ckpt stats"),
     "option of other commands": (["optim", "show", TEN, "--like", MODEL], 2, "", "hint: did you mean --model? see"),
+    "rules of remap": (["convert", TEN, "-o", "x.pt", "--rules", "r.toml"], 2, "", "hint: ckpt remap, ckpt check"),
+    "values of diff": (["stats", TEN, "--values"], 2, "", "hint: ckpt diff and ckpt optim diff have it; see"),
+    "option of no command": (["diff", TEN, TEN, "--exit-zero"], 2, "", "hint: see ckpt diff --help"),
+    "method as an option": (["merge", TEN, TEN, "-o", "x.pt", "--ema", "0.9"], 2, "", "hint: --method ema; see ckpt"),
+    "parameter as an option": (["merge", TEN, TEN, "-o", "x", "--alpha", "1"], 2, "", "hint: --param alpha=VALUE; see"),
+    "command of another group": (["optim", "merge", TEN], 2, "", "hint: ckpt optim has diff, prune, remap, resplit"),
     "model of diff": (
         ["diff", "--model", MODEL, TEN],
         2,

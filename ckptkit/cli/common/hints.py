@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 
 import click
 
-from ckptkit.core.text import nearest, quoted, shell_word
+from ckptkit.core.text import listed, nearest, quoted, shell_word
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
 from ckptkit.lazy_patterns import lazy_pattern
 
@@ -49,14 +49,15 @@ _OTHER_OPTIONS = {
     **dict.fromkeys(("fp16", "bf16", "half", "bfloat16", "float16", "precision"), "dtype"),
     **dict.fromkeys(("limit", "head"), "top"), **dict.fromkeys(("full", "long", "all-keys"), "expand"),
 }  # fmt: skip
-_OF_REPORTS = ("--json", "--format", "--markdown", "--wide", "--html", "--quiet", "-q", "-v", "--verbose")
-_WITH_HTML = "diff, check, stats, preflight and groups table have it, and in Python every result has to_html()"
+_IN_PYTHON = {"--html": ", and in Python every result has to_html()"}
 _MODEL_FIRST = "the model comes first, without an option: ckpt diff py:mynet:build PATH"
 _OTHER_WAYS = {  # for an option of a command that has none like it
     **{("merge", name): "--method average computes the mean" for name in ("average", "avg", "mean", "soup")},
     **{(name, "add-prefix"): "--rename '*=PREFIX.*' adds a prefix" for name in ("remap", "merge", "diff")},
     **{("diff", name): _MODEL_FIRST for name in ("model", "like")},
     **{("delta", name): "ckpt remap PATH -o OUT first, with this option" for name in RULE_OPTIONS},
+    **{("merge", name): "the inputs need no option: ckpt merge A B -o OUT" for name in ("input", "inputs", "models")},
+    ("check", "values"): "all values are read, unless --no-values or --fast is given",
     ("preflight", "on-mismatch"): "tensors of another shape stay at init; --fresh PATTERN says that they are meant to",
     ("groups validate", "optimizer"): "validate_param_groups(model, optimizer, spec=SPEC) checks a live optimizer",
     **{(f"groups {name}", "lr"): "--set lr=X sets it for a --preset" for name in ("table", "validate", "emit")},
@@ -116,20 +117,14 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         wrong, right = error.name, error.names
         if _OTHER_NAMES.get(wrong) in right:
             wrong = _OTHER_NAMES[wrong]
+        elif context and context.parent and not _nearest(wrong, right):
+            return reason, f"{context.command_path} has {', '.join(right)}; see {context.command_path} --help"
     elif isinstance(error, click.NoSuchOption):
-        reason, wrong = f"No such option {quoted(error.option_name)}.", error.option_name.lstrip("-")
-        right = [name.removeprefix("--") for param in context.command.params for name in param.opts] if context else []
-        command = context.command_path if context else ""
-        if context and isinstance(context.command, click.Group) and error.option_name in _OF_REPORTS:
-            return (
-                reason,
-                f"options stand after the command: {command} COMMAND PATH {error.option_name}; see {command} --help",
-            )
-        if other_way := _OTHER_WAYS.get((command.partition(" ")[2], wrong)):
-            return reason, f"{other_way}; see {command} --help"
-        wrong = other if (other := _OTHER_OPTIONS.get(wrong)) in right else wrong
-        if wrong == "html":
-            return reason, f"{_WITH_HTML}; see {context.command_path if context else 'ckpt'} --help"
+        command = context.command_path if context else "ckpt"
+        return (
+            f"No such option {quoted(error.option_name)}.",
+            f"{_for_option(error.option_name, context)}see {command} --help",
+        )
     elif isinstance(error, click.MissingParameter) and context and (example := _example(context, error.param)):
         return reason, f"for example {example}; see {context.command_path} --help"
     elif context and reason.startswith("Got unexpected extra argument") and "*" in reason and _renames(context.command):
@@ -146,8 +141,50 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
     elif found := _NOT_ONE_OF.search(reason):
         wrong, right = found["value"], _QUOTED.findall(found["choices"])
     near = _nearest(wrong, right)
-    start = f"did you mean {'--' * isinstance(error, click.NoSuchOption)}{near}? " if near else ""
+    start = f"did you mean {near}? " if near else ""
     return reason, f"{start}see {context.command_path if context else 'ckpt'} --help"
+
+
+def _for_option(option: str, context: click.Context | None) -> str:
+    """Return what to write for an option that the command does not have, with what follows it, or an empty string."""
+    if context is None:
+        return ""
+    wrong = option.lstrip("-")
+    elsewhere = list(_commands_with(option, context.find_root()))
+    if isinstance(context.command, click.Group) and elsewhere:
+        return f"options stand after the command: {context.command_path} COMMAND PATH {option}; "
+    name = context.command_path.partition(" ")[2]
+    if way := _OTHER_WAYS.get((name, wrong)) or (_of_methods(wrong) if name == "merge" else ""):
+        return f"{way}; "
+    right = [name.removeprefix("--") for param in context.command.params for name in param.opts]
+    other = _OTHER_OPTIONS.get(wrong)
+    if elsewhere and other not in right:
+        names = " and ".join(elsewhere) if len(elsewhere) < 3 else listed(elsewhere, 3, show=str)
+        return f"{names} {'has' if len(elsewhere) == 1 else 'have'} it{_IN_PYTHON.get(option, '')}; "
+    near = other if other in right else _nearest(wrong, right)
+    return f"did you mean --{near}? " if near else ""
+
+
+def _commands_with(option: str, context: click.Context) -> Iterator[str]:
+    """Yield each command with this option, first ``ckpt remap``, whose rules are those of most other commands."""
+    group = context.command
+    names = group.list_commands(context) if isinstance(group, click.Group) else []
+    for name in sorted(names, key=lambda name: name != "remap"):
+        command = group.get_command(context, name) if isinstance(group, click.Group) else None
+        inner = click.Context(command, context, name) if command is not None else None
+        if isinstance(command, click.Group) and inner is not None:
+            yield from _commands_with(option, inner)
+        elif command is not None and inner is not None and any(option in one.opts for one in command.params):
+            yield inner.command_path
+
+
+def _of_methods(wrong: str) -> str:
+    """Return how ``ckpt merge`` takes the name of a method or of its parameter, or an empty string."""
+    from ckptkit.plans.methods.table import METHODS
+
+    if wrong in METHODS:
+        return f"--method {wrong}"
+    return f"--param {wrong}=VALUE" if any(wrong in method.parameters() for method in METHODS.values()) else ""
 
 
 def _is_path(word: str) -> bool:
