@@ -12,7 +12,6 @@ from ckptkit.core.arguments import require_flags, require_path, require_progress
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint.payload import self_writing
 from ckptkit.core.checkpoint.provenance import own_version
-from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.places import is_url, name_of, parent_of
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.progress import Progress
@@ -113,8 +112,14 @@ def _refuse_unfit(base: Checkpoint, new: Checkpoint, *, only_tensors: bool) -> l
             hint="--only-tensors leaves out what is not a tensor",
             path=new.path,
         )
-    with default_error_path(new.path):
+    try:
         refuse_unread(new, new)
+    except PlanError as error:
+        error.path, error.call = (
+            new.path,
+            "convert(new, out, skip_unread=True) leaves them out, dequantize=True reads codes",
+        )
+        raise
     if not new:
         raise PlanError("has no tensor", path=new.path)
     return list(dict.fromkeys(entry.path for entry in entries))
@@ -259,6 +264,9 @@ class _Making:
             keys = [info.key for info in infos]
             if frozenset(keys) not in together:
                 yield f"{listed(keys, _MOST_NAMED)} overlap in memory, and will be apart in what the patch makes"
+        unread = [info.key for info in self.base.values() if not _is_read(info)]
+        if unread:
+            yield f"no patch compares what has no plain bytes in the base: {listed(unread, _MOST_NAMED)}"
         if not set(self.base) & set(self.new) and not found.renamed:
             yield "no tensor has the same name on both sides; ckpt align BASE NEW finds the rules that rename one side"
 
