@@ -305,12 +305,17 @@ def test_the_words_of_rules_have_their_place(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "hint"),
-    [("strict", r'on_missing="error" and on_unexpected="error"'), ("map_location", "whatever its")],
+    ("name", "argument", "hint"),
+    [
+        ("load_into", "strict", r'on_missing="error" and on_unexpected="error"'),
+        ("load_into", "map_location", "whatever its"),
+        ("load_into", "device", "move the model"),
+        ("diff", "strict", "loads_strict"),
+    ],
 )
-def test_arguments_of_torch_are_answered(argument: str, hint: str) -> None:
-    with pytest.raises(ckptkit.ArgumentError, match=rf"load_into\(\) has no argument {argument} \(.*{hint}"):
-        ckptkit.load_into(torch.nn.Linear(2, 2), {}, **{argument: True})  # type: ignore[arg-type]
+def test_arguments_of_torch_and_of_commands_are_answered(name: str, argument: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(ckptkit.ArgumentError, match=rf"{name}\(\) has no argument {argument} \(.*{hint}"):
+        public_functions()[name](**_good(name, tmp_path), **{argument: True})
 
 
 def test_what_another_function_takes_is_answered() -> None:

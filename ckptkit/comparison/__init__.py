@@ -22,7 +22,7 @@ from ckptkit.comparison.state_dict_diff import (
     reasons_not_loaded,
 )
 from ckptkit.comparison.values import ValueDiff, compare_named
-from ckptkit.core.arguments import require_flags, require_number, require_progress, takes_rules
+from ckptkit.core.arguments import has_no_argument, require_flags, require_number, require_progress, takes_rules
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage.requirements import parse_requirements
 from ckptkit.core.progress import Progress
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["KeyPair", "StateDictDiff", "diff", "diff_checkpoints", "find_unmet_in", "loaded_keys"]
 
 
+@has_no_argument(strict="the result says .loads_strict for strict=True of torch, and .loads for strict=False")
 @takes_rules
 def diff(
     expected: CheckpointLike,

@@ -163,7 +163,8 @@ def _hint_for_import(module_name: str, name: str, error: BaseException) -> str |
     if near:
         right = f"{LIVE_PREFIX}{parent}.{near}{module_name.removeprefix(error.name)}:{name}"
         return f"did you mean {shell_word(right)}?"
-    return "searched in the current directory and on sys.path"
+    searched = "searched in the current directory and on sys.path"
+    return searched if parent else f"{searched}: go where {quoted(error.name)} is, or set PYTHONPATH"
 
 
 def hint_for_source(path: str, name: str) -> str:

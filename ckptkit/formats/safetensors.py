@@ -49,7 +49,10 @@ def open_safetensors(file: ByteSource) -> Checkpoint:
     if size < 0:
         raise FormatError(f"too short: {file.size} bytes, and a safetensors file begins with 8 bytes of length")
     if size > LARGEST_HEADER:
-        raise FormatError(f"the header has a length of {size:,} bytes, more than the limit of {LARGEST_HEADER:,}")
+        raise FormatError(
+            f"the header has a length of {size:,} bytes, more than the limit of {LARGEST_HEADER:,}",
+            hint="the file is damaged, or not safetensors: download or copy it again",
+        )
     if size > file.size - 8:
         raise FormatError(
             f"the header has a length of {size:,} bytes and the file has {file.size:,}: truncated?",

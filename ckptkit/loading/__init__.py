@@ -45,6 +45,7 @@ __all__ = ["load_into"]
 
 @has_no_argument(
     strict='strict=True of torch is on_missing="error" and on_unexpected="error", and the default reports such keys',
+    device="each tensor is copied into the memory of the model, so move the model to the device",
     map_location="each tensor is copied into the memory of the model, whatever its device",
 )
 @takes_rules

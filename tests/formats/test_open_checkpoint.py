@@ -453,6 +453,10 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
     ("target", "hint"),
     [
         ("livemodels.none:build", "searched in the current directory and on sys.path"),
+        (
+            "no_such_module:build",
+            "searched in the current directory and on sys.path: go where 'no_such_module' is, or set PYTHONPATH",
+        ),
         ("livemodels.net:build", "did you mean 'py:livemodels.nets:build'?"),
         ("livemodels.nets.Sized", "did you mean 'py:livemodels.nets:Sized'?"),
         ("livemodels.nets.build", "did you mean 'py:livemodels.nets:build'?"),

@@ -39,6 +39,7 @@ _OTHER_COMMANDS = {  # by the group and what the user wrote
     **{("ckpt", name): "ckpt convert PATH -o OUT --max-shard-size 5GB" for name in ("shard", "split")},
     **{("ckpt", name): "ckpt remap PATH -o OUT --drop PATTERN" for name in ("drop", "delete", "remove", "rm")},
     **{("ckpt", name): "ckpt remap PATH -o OUT --keep PATTERN" for name in ("keep", "filter", "select")},
+    **{("ckpt git", name): f"git {name} shows tensors after ckpt git install" for name in ("diff", "log", "show")},
     ("ckpt", "strip"): "ckpt remap PATH -o OUT --strip auto",
 }  # fmt: skip
 _OTHER_OPTIONS = {

@@ -31,6 +31,8 @@ from ckptkit.formats.writing.traces import note_new_output, note_removed, note_t
 
 __all__ = ["AtomicFile", "atomic_directory", "output_errors"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = "free some space or write elsewhere"
 _NO_LINKS = (
     errno.EPERM,
     errno.EOPNOTSUPP,
@@ -155,13 +157,13 @@ class AtomicFile(OutputFile):
     def _output_error(self, error: OSError) -> OutputError:
         if error.errno == errno.EFBIG:
             return self._too_large()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             disk = os.statvfs(os.path.dirname(self.target))
             free = disk.f_bavail * disk.f_frsize
             reason = f"not enough disk space: {human_bytes(self.size)} needed, {human_bytes(free)} free"
             if disk.f_files and not disk.f_favail:
                 reason = "the disk cannot hold more files"
-            return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
+            return OutputError(reason, hint=_NO_SPACE, path=self.target)
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
 
     def _too_large(self) -> OutputError:
@@ -293,7 +295,8 @@ def output_errors(path: str) -> Iterator[None]:
 
 
 def _plain_error(error: OSError, path: str) -> OutputError:
-    return OutputError((error.strerror or str(error)).lower(), path=path)
+    hint = _NO_SPACE if error.errno in _FULL else None
+    return OutputError((error.strerror or str(error)).lower(), hint=hint, path=path)
 
 
 def _is_unchanged(target: Target, replaced: frozenset[str]) -> bool:
