@@ -200,6 +200,15 @@ def test_heatmap_tells_each_kind_of_change() -> None:
     assert values.summary == f"{len(before)} tensors: {len(before)} identical."
 
 
+def test_numbers_stand_beside_cells_only_where_they_end_before_the_next_cell() -> None:
+    leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "coords")
+    for columns, count in ((2, 6), (6, 0)):
+        before = {f"{module}.{leaf}": torch.ones(4) for module in ("up", "down", "head") for leaf in leaves[:columns]}
+        after = {key: value * 1.0123 for key, value in before.items()}
+        root = root_of(pictures(ckptkit.diff(before, after, values=True))["changes"])
+        assert [element.text for element in root.iter(f"{SVG}text")].count("0.012") == count
+
+
 def test_a_cell_of_experts_has_the_largest_change_and_what_is_missing() -> None:
     """A cell of many tensors has the colour of the largest change, and a mark where one is missing."""
     before = llama(2, experts=6)

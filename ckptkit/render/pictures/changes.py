@@ -39,6 +39,7 @@ _MODULE_ROW: Final = 17
 _NAMED_ROWS: Final = 48
 _THIN_ROW: Final = 5  # without a name
 _WIDEST: Final = 22  # of a cell
+_BESIDE_CELL: Final = 18  # where the number of a cell begins
 _BETWEEN: Final = 8  # bands
 _MOST_TIPS: Final = 3000  # more cells make a page slow
 _SAME: Final = "ck-same"
@@ -234,12 +235,22 @@ def _draw_modules(cells: _Cells, grid: Grid, top: float) -> None:
     top += 17
     for at, (name, label) in enumerate(zip(grid.rows, short(grid.rows, _NAMES - 8, SMALL), strict=True)):
         drawing.text(_NAMES - 8, top + at * _MODULE_ROW + 10.5, label, anchor="end", size=SMALL, tip=printable(name))
+    sizes = {place: size for place, keys in grid.cells.items() if (size := cells.states[keys[0]].size) is not None}
+    numbers = _fitting_numbers(sizes, width - _BESIDE_CELL - 3)
     for (row, column), keys in grid.cells.items():
         x, y = _NAMES + column * width, top + row * _MODULE_ROW
         cells.add(Box(x, y, 13, 13), keys)
-        size = cells.states[keys[0]].size
-        if size is not None:
-            drawing.text(x + 18, y + 10.5, short_number(size, 2), size=SMALL, faint=True)
+        if number := numbers.get((row, column)):
+            drawing.text(x + _BESIDE_CELL, y + 10.5, number, size=SMALL, faint=True)
+
+
+def _fitting_numbers(sizes: Mapping[tuple[int, int], float], width: float) -> Mapping[tuple[int, int], str]:
+    """Return the number beside each cell, with as many of two digits as all have room for; none without room."""
+    for digits in (2, 1):
+        numbers = {place: short_number(size, digits) for place, size in sizes.items()}
+        if all(text_width(number, SMALL) <= width for number in numbers.values()):
+            return numbers
+    return {}
 
 
 def _draw_one_by_one(cells: _Cells, grid: Grid, top: float) -> None:
