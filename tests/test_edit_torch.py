@@ -498,6 +498,9 @@ def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert "verified" not in done.err
     assert "left out" not in done.err
     assert list(loaded(tmp_path / "out.pt")) == ["model", "epoch", "args"]
+    one, two = (saved(tmp_path / f"{at}.pt", {"model": {"w": torch.ones(2)}, "epoch": at}) for at in (1, 2))
+    merged = run_ckpt(capsys, "merge", one, two, "-o", tmp_path / "merged.pt").err
+    assert "copied unchanged: epoch\nleft out of donor, stored outside of the weights: epoch\n" in merged
     for name, *more in (("bare.pt", "--only-tensors"), ("bare.safetensors",)):
         bare = run_ckpt(capsys, *base, tmp_path / name, *more)
         assert "left out, stored outside of the weights: epoch, args" in bare.err

@@ -171,8 +171,10 @@ def _coverage(plan: Plan, *, expand: bool) -> Iterator[str]:
 
 def _remarks(plan: Plan, written: Written) -> Iterator[str]:
     entries = list(dict.fromkeys(drop.key for drop in plan.dropped if drop.is_entry))
-    if entries:
-        yield f"left out, stored outside of the weights: {_first_names(entries, 8)}"
+    if entries:  # those of another input may have the same names, and are kept
+        roles = dict.fromkeys(printable(drop.role) for drop in plan.dropped if drop.is_entry) if plan.kept else ()
+        of = f" of {' and '.join(roles)}" if roles else ""
+        yield f"left out{of}, stored outside of the weights: {_first_names(entries, 8)}"
     if written.kept_shards:
         yield f"kept {plural(written.kept_shards, 'shard')} that an earlier run had finished"
     if written.shared:

@@ -188,6 +188,15 @@ def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
     assert error.hint == "without the :: part, --keep 'a.b.*' selects keys by their names"
 
 
+def test_a_module_that_is_taken_for_a_mapping_gets_the_mapping_that_has_it(tmp_path: Path) -> None:
+    weights = {"net.fc.w": STATE["w"]}
+    path = write(tmp_path, saved({"model": weights, "ema": {"module.net.fc.w": STATE["w"]}, "epoch": 1}))
+    assert refusal(f"{path}::net.fc").hint == "with '::model' alone, --keep 'net.fc.*' selects keys by their names"
+    assert refusal(f"{path}::fc").hint == "the keys at that level: model, ema, epoch"
+    path = write(tmp_path, saved({"model": weights, "ema": weights}), "two.pt")
+    assert refusal(f"{path}::net").hint == "the keys at that level: model, ema"
+
+
 @pytest.mark.parametrize("call", ["pread", "preadv"])
 def test_a_disk_that_fails_is_a_refusal_that_names_the_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

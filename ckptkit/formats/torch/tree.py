@@ -42,6 +42,7 @@ _LONGEST_KEY = 80  # as a part of a name
 _MOST_WARNINGS = 8
 _MOST_OPTIMIZERS = 8  # named in an error
 _MOST_COMPARED = 10_000  # keys that are compared with an unknown one
+_MOST_NAMED = 12  # keys in a hint
 _MOST_ITEMS = 64  # of an entry that is shown with all its values
 _LONGEST_TEXT = 2000  # that is shown
 _SCALARS_PER_PLACE = 10  # that are looked at in the time of one place
@@ -222,12 +223,23 @@ def _descend(tree: object, wanted: str) -> tuple[object, KeyPath]:
         first, dot, rest = left.partition(".")
         near = nearest(first, keys)
         meant = shell_word(f"::{dotted_key((*path, keys[near]))}{dot}{rest}") if near else ""
-        hint = f"the keys at that level: {', '.join(map(printable, list(keys)[:12])) or 'none'}"
-        if any(key.startswith(f"{left}.") for key in keys):
-            where = f"with {shell_word(f'::{dotted_key(path)}')} alone" if path else "without the :: part"
+        hint = f"the keys at that level: {', '.join(map(printable, list(keys)[:_MOST_NAMED])) or 'none'}"
+        if (holder := _holder(value, path, left)) is not None:
+            where = f"with {shell_word(f'::{dotted_key(holder)}')} alone" if holder else "without the :: part"
             hint = f"{where}, --keep {shell_word(left + '.*')} selects keys by their names"
         raise FormatError(f"holds nothing at {quoted(wanted)}", hint=f"did you mean {meant}? {hint}" if near else hint)
     return matches[0]
+
+
+def _holder(value: object, path: KeyPath, start: str) -> KeyPath | None:
+    """Return the path of the mapping with keys that begin with a text and a dot: ``value``, or one mapping inside."""
+    inside = [(path, value), *(((*path, key), child) for key, child in islice(children(value).items(), _MOST_NAMED))]
+    found = [
+        place
+        for place, mapping in inside
+        if any(key_name(key).startswith(f"{start}.") for key in islice(children(mapping), _MOST_COMPARED))
+    ]
+    return found[0] if found and (found[0] == path or len(found) == 1) else None
 
 
 def _steps(value: object, name: str) -> Iterator[tuple[object, object, str]]:
