@@ -208,6 +208,22 @@ def test_one_of_two_recurrent_models() -> None:
     assert suggest_rules({key: expected[key] for key in expected if "lstm" in key}, layer).complete
 
 
+def test_tensors_that_are_missing_under_another_name_are_found_by_their_bytes(tmp_path: Path) -> None:
+    """The hint names the digests where both sides have open tensors of one shape, and they decide."""
+    sides: list[State] = [{}, {}]
+    for at in range(3):
+        conv, norm = torch.rand(4 + at, 2, 3), torch.rand(4)
+        sides[0] |= {f"conv{at}.weight": conv, f"conv{at}_BN.weight": norm}
+        sides[1] |= {f"features.{at}.conv.weight": conv, f"features.{at}.norm.weight": norm}
+    paths = [tmp_path / "expected.pt", tmp_path / "found.pt"]
+    for path, side in zip(paths, sides, strict=True):
+        torch.save(side, path)
+    result = suggest_rules(*paths)
+    assert (len(result.missing), len(result.unexpected)) == (3, 3)
+    assert result.hints == ("--digests decides where both have tensors of the same values",)
+    assert suggest_rules(*paths, digests=True).complete
+
+
 def test_digests_decide_between_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The hint that names ``--digests`` is right where the values are equal, and absent where nothing can be read."""
     found = {key: torch.randn_like(value) for key, value in tower("student.net", "teacher.net").items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ckptkit.align.model import Alignment, Ambiguity
 from ckptkit.align.writing.renames import is_plain_text
 from ckptkit.comparison.roles import split_leaf
+from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.core.text import listed, shell_word
 from ckptkit.errors import RuleError
@@ -72,29 +73,31 @@ def _common(keys: Iterable[_Segments]) -> int:
 
 
 def with_hints(result: Alignment, try_rules: Callable[[Rules], Alignment], *, may_read: bool) -> Alignment:
-    """Return the alignment with hints for its ambiguous tensors.
+    """Return the alignment with hints for its ambiguous tensors, and for those that are missing under another name.
 
     ``try_rules`` returns the alignment after other rules for the found keys. ``may_read`` says whether both sides have
     bytes that were not compared.
     """
-    if not result.ambiguous:
-        return result
     attempts = _Attempts(result, try_rules)
     hints: list[str] = []
     for group in _alike(result.ambiguous):
         hint = _hint(group, attempts) if len(hints) < _MAX_HINTS else ""
         hints += [hint] if hint else []
-    if may_read and any(_may_be_equal(one) for one in result.ambiguous):
+    if may_read and (any(map(_may_be_equal, result.ambiguous)) or _kinds(result.missing) & _kinds(result.unexpected)):
         hints.append("--digests decides where both have tensors of the same values")
     return replace(result, hints=tuple(dict.fromkeys(hints)))
 
 
 def _may_be_equal(ambiguity: Ambiguity) -> bool:
     """Return whether both sides have tensors of one dtype and shape, or as many elements of one dtype in all."""
-    kinds = [{(info.dtype, info.shape) for info in infos} for infos in (ambiguity.expected, ambiguity.found)]
     dtypes = {info.dtype for infos in (ambiguity.expected, ambiguity.found) for info in infos}
     counts = {sum(info.elements for info in infos) for infos in (ambiguity.expected, ambiguity.found)}
-    return not kinds[0].isdisjoint(kinds[1]) or (len(dtypes) == len(counts) == 1)
+    are_alike = bool(_kinds(ambiguity.expected) & _kinds(ambiguity.found))
+    return are_alike or (len(dtypes) == len(counts) == 1)
+
+
+def _kinds(infos: Iterable[TensorInfo]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(info.dtype, info.shape) for info in infos}
 
 
 @dataclass(frozen=True, slots=True)
