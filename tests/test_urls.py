@@ -228,7 +228,7 @@ def test_show_and_check_take_a_star_in_a_url(twin: Twin, capsys: pytest.CaptureF
     assert "take * in the last part of a URL" in err
     err = run_ckpt(capsys, "show", f"{twin.url}/fixtures").err
     assert "one of the directories inside: encoder_sharded" in err
-    assert f"ckpt show '{twin.url}/fixtures/*'" in err
+    assert f" '{twin.url}/fixtures/*.pth' '{twin.url}/fixtures/*.safetensors' lists all of them\n" in err
 
 
 def test_the_line_of_a_store() -> None:
