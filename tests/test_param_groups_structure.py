@@ -504,7 +504,11 @@ def test_a_module_that_is_registered_twice_is_noted_once() -> None:
     note = only(model, sgd(model.named_parameters()), "shared-module")
     assert (note.severity, note.key) == ("note", "decoder")
     assert "'decoder' is the same module as 'encoder', so its 4 parameters" in note.message
+    assert note.message.endswith(" train once")
     assert len(findings(model, list(model.named_parameters(remove_duplicate=False)), "duplicate")) == 4
+    model.decoder = model.encoder = nn.Linear(4, 4, bias=False)
+    one = only(model, sgd(model.named_parameters()), "shared-module")
+    assert one.message.endswith("so its 1 parameter ('encoder.weight') trains once")
 
 
 def test_an_optimizer_that_steps_on_the_meta_device() -> None:

@@ -91,11 +91,11 @@ def _value_findings(result: StateValues) -> Iterator[Finding]:
         if values.worst is not None and (change := values.worst.rel_l2) is not None:
             hint = f"the largest change is that of {quoted(values.worst_name)}, {_relative(change)}"
         if values.changed:
-            message = f"loading changes {printable(slot)} of {listed(values.changed)}"
+            message = f"loading changes {printable(slot)} of {listed(values.changed, _SHOWN)}"
             yield codes.VALUES.finding(next(iter(values.changed)), message, hint, keys=values.changed)
         for names, side in ((values.saved, "saved"), (values.live, "live")):
             if names:
-                message = f"only the {side} state has {printable(slot)} of {listed(names)}"
+                message = f"only the {side} state has {printable(slot)} of {listed(names, _SHOWN)}"
                 yield codes.VALUES.finding(names[0], message, keys=names)
         for name, reason in values.skipped.items():
             message = f"{printable(slot)} of {quoted(name)} was not compared: {reason}"

@@ -99,9 +99,10 @@ def _check_shared_modules(live_model: LiveModel, tied: Sequence[LiveParameter]) 
         if inside and first.rpartition(".")[0] not in shared_names:
             parameters = f"{plural(len(inside), 'parameter')} ({_joined([live.name for live in inside])})"
             verb = "is" if len(others) == 1 else "are"
+            train = "trains" if len(inside) == 1 else "train"
             yield codes.SHARED_MODULE.finding(
                 others[0],
-                f"{_joined(others)} {verb} the same module as {quoted(first)}, so its {parameters} train once",
+                f"{_joined(others)} {verb} the same module as {quoted(first)}, so its {parameters} {train} once",
                 "copy.deepcopy() one of the modules if they must not share parameters",
                 keys=others,
             )
