@@ -302,6 +302,28 @@ def test_other_types_of_paths_are_refused(opener: Any, path: Any) -> None:
         opener(path)
 
 
+@pytest.mark.parametrize(
+    ("average", "trained", "is_named"),
+    [("state_dict", "current_model_state", True), ("ema", "model", True), ("generator", "discriminator", False)],
+)
+def test_an_average_beside_the_trained_weights_leaves_the_names(
+    average: str, trained: str, is_named: bool, tmp_path: Path
+) -> None:
+    """The optimizer trained the one mapping; of two models in one file, neither tells the names."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    weights = {average: model.state_dict(), trained: model.state_dict()}
+    torch.save({**weights, "optimizer": optimizer.state_dict()}, tmp_path / "run.ckpt")
+    with open_optimizer(tmp_path / "run.ckpt") as checkpoint:
+        if is_named:
+            assert to_named(checkpoint).names == ("weight", "bias")
+        else:
+            with pytest.raises(PlanError, match="numbers its parameters"):
+                to_named(checkpoint)
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "old."])
 def test_the_weights_in_the_file_name_a_state_by_position(tmp_path: Path, prefix: str) -> None:
     """They do so for a path, an open state and rules; also for another head, whose state is skipped, in other groups.

@@ -41,6 +41,8 @@ def test_a_run_with_the_same_optimizer_class_is_ready(tmp_path: Path, capsys: py
         "resume: 10 of 10 tensors of the model are in the run; its optimizer has 10 parameters, 10 with state"
         in ran.out
     )
+    part = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", f"{run}::model", "--optimizer", "AdamW")
+    assert (part.code, part.out.partition("resume: ")[2]) == (0, ran.out.partition("resume: ")[2])
     other = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", run, "--optimizer", "Adagrad")
     assert other.code == 1
     assert other.out.splitlines()[-1].startswith("not ready: ")

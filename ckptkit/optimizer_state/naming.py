@@ -22,6 +22,7 @@ from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, is_less, keeps_less, parameter_shape
 from ckptkit.optimizer_state.positions import GIVE_MODEL, GIVE_NAMES, Groups, Parameters, Shape, name_positions
 from ckptkit.param_groups.properties import parameter_table
+from ckptkit.wrappers.envelopes import SeveralWeightsError
 
 __all__ = [
     "ModelLike",
@@ -154,15 +155,28 @@ def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) ->
 
 
 def _parameters_beside(found: FoundState) -> Parameters | None:
-    """Return the parameters among the weights in the file of a state, or None if the file has no weights."""
+    """Return the parameters among the weights in the file of a state, or None if the file has no weights.
+
+    Of the trained weights and averages of them, the trained weights count.
+    """
     if not found.checkpoint.envelope:
         return None
+    path = split_path(found.path)[0]
     try:
-        with open_checkpoint(split_path(found.path)[0]) as weights:
+        with _trained_weights(path) as weights:
             is_other = weights.envelope != found.checkpoint.envelope and len(weights) > 0
             return parameters_of(weights) if is_other else None
     except CkptkitError:
         return None
+
+
+def _trained_weights(path: str) -> Checkpoint:
+    try:
+        return open_checkpoint(path)
+    except SeveralWeightsError as error:
+        if error.trained is None:
+            raise
+        return open_checkpoint(f"{path}::{error.trained}")
 
 
 def to_named_for(found: FoundState, model: ModelLike, groups: Groups, *, drop_strays: bool = False) -> OptimizerState:

@@ -17,6 +17,7 @@ __all__ = [
     "WEIGHTS",
     "Envelope",
     "Selection",
+    "SeveralWeightsError",
     "Weights",
     "describe_averages",
     "find_optimizers",
@@ -56,6 +57,7 @@ class Envelope(NamedTuple):
 
 
 _AVERAGE: Final = "the average of the weights"
+_TRAINED: Final = "the trained weights"
 
 
 def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelope, Envelope]:
@@ -63,7 +65,7 @@ def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelo
     keys = frozenset({average, trained, *others})
     return (
         Envelope(average, _AVERAGE, origin, keys - {average}),
-        Envelope(trained, "the trained weights", origin, keys - {trained}),
+        Envelope(trained, _TRAINED, origin, keys - {trained}),
     )
 
 
@@ -83,7 +85,7 @@ ENVELOPES = (
     Envelope("model", "the weights", "detectron2, fairseq, ultralytics"),
     Envelope("model_state_dict", "the weights", "the recipes of torch"),
     Envelope("model_state", "the weights", "pycls"),
-    Envelope("current_model_state", "the trained weights", "WeightAveraging of Lightning"),
+    Envelope("current_model_state", _TRAINED, "WeightAveraging of Lightning"),
     Envelope("module", "the weights", "DeepSpeed"),
     Envelope("classy_state_dict", "the weights", "ClassyVision, VISSL"),
     Envelope("base_model", "the weights", "ClassyVision, VISSL"),
@@ -185,12 +187,22 @@ def _choose_envelope(
     return (key, *_choose_envelope(value, is_tensor, f"{at}{key}."))
 
 
-def _several_error(candidates: Sequence[str], tree: Mapping[object, object], at: str = "") -> FormatError:
+class SeveralWeightsError(FormatError):
+    """A file holds several mappings of weights. ``trained`` leads to the one of which all others are averages."""
+
+    trained: str | None = None
+
+
+def _several_error(candidates: Sequence[str], tree: Mapping[object, object], at: str = "") -> SeveralWeightsError:
     listed = ", ".join(shell_word(f"::{at}{key}") for key in candidates)
     described = ", ".join(_describe_key(key, tree) for key in candidates)
-    return FormatError(
+    error = SeveralWeightsError(
         f"holds {len(candidates)} mappings of weights: {described}", hint=f"select one by adding {listed} to the path"
     )
+    for row in filter(None, (_row(key, tree) for key in candidates)):
+        if row.content == _TRAINED and {*candidates} - {row.key} <= row.siblings:
+            error.trained = f"{at}{row.key}"
+    return error
 
 
 def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
