@@ -75,7 +75,7 @@ def _an_output_that_exists(folder: Path) -> Call:
 
 
 def _an_output_without_a_format(folder: Path) -> Call:
-    return lambda **more: convert(TEN, folder / "out", **more)
+    return lambda **more: convert(TEN, folder / "out.weights", **more)
 
 
 def _code_that_is_not_known(folder: Path) -> Call:
