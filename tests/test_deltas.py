@@ -310,6 +310,9 @@ def test_what_a_patch_cannot_hold_is_refused(tmp_path: Path) -> None:
         PlanError, match=r"'s' cannot be copied: it is a sparse tensor \(convert\(new, out, skip_unread=T"
     ):
         ckptkit.make_delta(TEN, sparse)
+    torch.save({0: torch.ones(1), "x": {"y": torch.ones(2)}, "z": torch.ones(3)}, tmp_path / "nested.pt")
+    names = "'0', 'x.y' will be plain names in what the patch makes: new has them nested, or not as text"
+    assert names in ckptkit.make_delta(TEN, tmp_path / "nested.pt").notes
     assert ckptkit.make_delta(sparse, {"w": torch.ones(1)}).notes == (
         "no patch compares what has no plain bytes in the base: 's'",
     )

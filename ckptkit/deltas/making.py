@@ -264,6 +264,11 @@ class _Making:
             keys = [info.key for info in infos]
             if frozenset(keys) not in together:
                 yield f"{listed(keys, _MOST_NAMED)} overlap in memory, and will be apart in what the patch makes"
+        nested = self.new.nested
+        odd = [key for key, path in nested.paths.items() if path != (key,)] if nested is not None else []
+        if odd:
+            names = listed(odd, _MOST_NAMED)
+            yield f"{names} will be plain names in what the patch makes: new has them nested, or not as text"
         unread = [info.key for info in self.base.values() if not _is_read(info)]
         if unread:
             yield f"no patch compares what has no plain bytes in the base: {listed(unread, _MOST_NAMED)}"
