@@ -11,10 +11,12 @@ from ckptkit.core.checkpoint.provenance import DELTA
 from ckptkit.core.text import quoted
 from ckptkit.deltas.patch import Patch, Side, contents_of
 from ckptkit.deltas.patch_table import Look, Table
+from ckptkit.digests.hashing import hash_function, header_of
 from ckptkit.errors import FormatError
 
 __all__ = ["Facts", "index_of", "patch_of"]
 
+_hash: Final = hash_function("sha256")
 _LONGEST_NAME: Final = 1000  # characters
 _MOST_SIZES: Final = (
     4_000_000  # of all shapes together, each of which an output writes; 210,000 weights have a million at most
@@ -154,3 +156,6 @@ def _check(patch: Patch) -> None:
     for name, side in (("base", base), ("result", result)):
         if contents_of(side.digests) != side.contents:
             raise FormatError(f"the patch has another digest of the {name} than follows from its tensors")
+        for key, info in side.infos.items():  # nothing is read of a tensor without bytes, so nothing else compares it
+            if not info.nbytes and side.digests[key] != _hash(header_of(info.dtype, info.shape)).hexdigest():
+                raise FormatError(f"the patch has the digest of another tensor for {quoted(key)} of the {name}")
