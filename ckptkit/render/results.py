@@ -8,6 +8,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.result import Result
 from ckptkit.errors import hint_for_python, message_for_python
 from ckptkit.render.page import Block, Hint, Line, Listing, Message, Page, as_code, as_text
@@ -108,6 +109,7 @@ def pictures_of(result: Result, **options: object) -> tuple[Picture, ...]:
     return pictures
 
 
+@pause_gc()
 def report_of(
     result: Result,
     *,
@@ -156,6 +158,7 @@ def text_of(result: Result) -> str:
     return "\n".join(as_text(_page_in_python(result)))
 
 
+@pause_gc()
 def html_of(result: Result) -> str:
     """Return the page and the pictures of a result for a notebook; it names functions and arguments of Python."""
     from ckptkit.render.page.html import as_html

@@ -134,6 +134,12 @@ class _Cells:
 
     def add(self, box: Box, keys: Sequence[str]) -> None:
         """Add the cell of one tensor, or of several: in the colour of the largest change, below what else there is."""
+        if len(keys) == 1:  # nearly all of many thousands
+            state = self.states[keys[0]]
+            look = state.look if state.size is None else self.scale.look(state.size)
+            tip = _tip(keys, [state]) if self.with_tips else ""
+            self.boxes.setdefault(look, []).append((box, tip))
+            return
         states = [self.states[key] for key in keys]
         largest = max((state.size for state in states if state.size is not None), default=None)
         looks = {state.look for state in states}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, TypeVar
 
 from ckptkit.align.modules import KeyTemplate, group_into_modules
@@ -55,13 +56,13 @@ class Grid:
         return any(band.name for band in self.bands)
 
 
-@dataclass(slots=True)
+@dataclass
 class _Stack:
-    """The layers below one name: for each row, the keys of each layer."""
+    """The layers below one name: for each row, the keys of each layer. It is whole before anybody asks for them."""
 
     rows: dict[str, dict[int, list[str]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
 
-    @property
+    @cached_property
     def layers(self) -> list[int]:
         return sorted({layer for layers in self.rows.values() for layer in layers})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from ckptkit.core.text import printable
@@ -45,6 +46,7 @@ def short(names: Sequence[str], width: float, size: float = FONT) -> list[str]:
     return shortened(list(map(printable, names)), max(int(width / (size * _CHAR)), 4))
 
 
+@lru_cache(maxsize=4096)  # thousands of cells share their sides
 def place(value: float) -> str:
     """Return a coordinate with at most one digit behind the point."""
     text = str(round(value, 1)).removesuffix(".0")
