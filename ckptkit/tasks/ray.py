@@ -96,8 +96,8 @@ class RayExecutor(Executor):
     ) -> Future[_Result]:
         """Return the future of a task of Ray. It can be cancelled until Ray gets the task.
 
-        Ray gets at most ``workers`` tasks at a time, or twice as many as the cluster has CPUs, so that a cluster that
-        can grow does. Raises ``RuntimeError`` after ``shutdown``.
+        Ray gets at most ``workers`` tasks at a time. Without it, Ray gets twice as many as the cluster has CPUs, so
+        that a cluster that can grow does. Raises ``RuntimeError`` after ``shutdown``.
         """
         call = self._ray.cloudpickle.dumps((fn, args, kwargs))
         future: Future[_Result] = Future()
