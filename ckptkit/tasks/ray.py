@@ -29,6 +29,7 @@ _Result = TypeVar("_Result")
 _ANSWER_WITHIN: Final = 5.0  # seconds, of a machine that is asked for a connection
 _CONNECT_WITHIN: Final = 30  # seconds; Ray itself asks for minutes
 _ASK_EVERY: Final = 1.0  # second
+_MOST_SIGNALS: Final = 4096  # that are noted while Ray starts
 _AT_RAY_PER_CPU: Final = 2  # tasks: one runs, and one waits, which tells Ray that more CPUs would help
 # Ray prints on stdout that a worker died, which it then repeats; its modules read this when they are imported.
 _QUIET: Final = {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": ".*"}
@@ -296,20 +297,35 @@ def _no_cluster(address: str, reason: str) -> WorkerError:
 
 def _start(ray: Any, workers: int | None) -> None:
     """Start Ray on this machine. Its processes end with the thread that starts them, so it is that of the caller."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if is_main else None
-    try:
-        ray.init("local", num_cpus=workers, include_dashboard=False, **_QUIET_OPTIONS)
-    except Exception as error:
-        raise WorkerError(f"Ray does not start on this machine: {_first_line(error)}") from error
-    except SystemExit:  # of Ray's handler, which exits with another status
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-            signal.raise_signal(signal.SIGTERM)
-        raise
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    with _kept_handler(signal.SIGTERM):
+        try:
+            ray.init("local", num_cpus=workers, include_dashboard=False, **_QUIET_OPTIONS)
+        except Exception as error:
+            raise WorkerError(f"Ray does not start on this machine: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Give a signal that comes in the block to the handler of before, at the end of the block.
+
+    Ray sets a handler that exits with another status, and Python loses an exit where it runs a callback just then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        other = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(other)
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+            writer.close()
+            if number in reader.recv(_MOST_SIGNALS):
+                signal.raise_signal(number)
 
 
 def _connect(ray: Any, address: str) -> None:
