@@ -118,6 +118,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "rules of remap": (["convert", TEN, "-o", "x.pt", "--rules", "r.toml"], 2, "", "hint: ckpt remap, ckpt check"),
     "values of diff": (["stats", TEN, "--values"], 2, "", "hint: ckpt diff and ckpt optim diff have it; see"),
     "option of no command": (["diff", TEN, TEN, "--exit-zero"], 2, "", "hint: see ckpt diff --help"),
+    "mean as a command": (["soup"], 2, "", "hint: ckpt merge A B -o OUT --method average"),
     "method as an option": (["merge", TEN, TEN, "-o", "x.pt", "--ema", "0.9"], 2, "", "hint: --method ema; see ckpt"),
     "parameter as an option": (["merge", TEN, TEN, "-o", "x", "--alpha", "1"], 2, "", "hint: --param alpha=VALUE; see"),
     "command of another group": (["optim", "merge", TEN], 2, "", "hint: ckpt optim has diff, prune, remap, resplit"),
@@ -128,7 +129,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "hint: the model comes first, without an option: ckpt diff",
     ),
     "prefix to add": (["remap", TEN, "-o", "x.pt", "--add-prefix", "a"], 2, "", "hint: --rename '*=PREFIX.*' adds"),
-    "merge of snapshots": (["merge", TEN, TEN, "-o", "x.pt", "--avg"], 2, "", "hint: --method average computes the me"),
+    "merge of snapshots": (["merge", TEN, TEN, "-o", "x.pt", "--avg"], 2, "", "hint: --method average; see ckpt merge"),
     "merge without a method": (
         ["merge", TEN, TUNED, "-o", "x.pt", "-n"],
         0,

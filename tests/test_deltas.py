@@ -311,10 +311,10 @@ def test_what_a_patch_cannot_hold_is_refused(tmp_path: Path) -> None:
     ):
         ckptkit.make_delta(TEN, sparse)
     torch.save({0: torch.ones(1), "x": {"y": torch.ones(2)}, "z": torch.ones(3)}, tmp_path / "nested.pt")
-    names = "'0', 'x.y' will be plain names in what the patch makes: new has them nested, or not as text"
+    names = "'0', 'x.y' will be plain names in what the patch makes: in new they are nested, or not text"
     assert names in ckptkit.make_delta(TEN, tmp_path / "nested.pt").notes
     assert ckptkit.make_delta(sparse, {"w": torch.ones(1)}).notes == (
-        "no patch compares what has no plain bytes in the base: 's'",
+        "a patch does not compare tensors of the base without plain bytes: 's'",
     )
     with pytest.raises(PlanError, match="has no tensor"):
         ckptkit.make_delta(TEN, {})

@@ -137,7 +137,7 @@ def test_a_buffer_of_the_shape_of_a_parameter_is_known_by_its_name(tmp_path: Pat
             if is_told:
                 state = to_named(saved)
                 assert state.names == tuple(name for name, _ in model.named_parameters())
-                assert "'output_mask' taken for buffers" in state.evidence
+                assert "'output_mask' taken as names of buffers, because no other" in state.evidence
             else:  # two weights are frozen, so a name does not tell that a tensor has state
                 with pytest.raises(PlanError, match=r"'2\.output_mask' or '3\.weight'") as caught:
                     to_named(saved)

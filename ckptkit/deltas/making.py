@@ -115,10 +115,8 @@ def _refuse_unfit(base: Checkpoint, new: Checkpoint, *, only_tensors: bool) -> l
     try:
         refuse_unread(new, new)
     except PlanError as error:
-        error.path, error.call = (
-            new.path,
-            "convert(new, out, skip_unread=True) leaves them out, dequantize=True reads codes",
-        )
+        error.path = new.path
+        error.call = "convert(new, out, skip_unread=True) leaves them out, and dequantize=True reads codes as numbers"
         raise
     if not new:
         raise PlanError("has no tensor", path=new.path)
@@ -268,10 +266,10 @@ class _Making:
         odd = [key for key, path in nested.paths.items() if path != (key,)] if nested is not None else []
         if odd:
             names = listed(odd, _MOST_NAMED)
-            yield f"{names} will be plain names in what the patch makes: new has them nested, or not as text"
+            yield f"{names} will be plain names in what the patch makes: in new they are nested, or not text"
         unread = [info.key for info in self.base.values() if not _is_read(info)]
         if unread:
-            yield f"no patch compares what has no plain bytes in the base: {listed(unread, _MOST_NAMED)}"
+            yield f"a patch does not compare tensors of the base without plain bytes: {listed(unread, _MOST_NAMED)}"
         if not set(self.base) & set(self.new) and not found.renamed:
             yield "no tensor has the same name on both sides; ckpt align BASE NEW finds the rules that rename one side"
 

@@ -18,9 +18,7 @@ __all__ = ["Facts", "index_of", "patch_of"]
 
 _hash: Final = hash_function("sha256")
 _LONGEST_NAME: Final = 1000  # characters
-_MOST_SIZES: Final = (
-    4_000_000  # of all shapes together, each of which an output writes; 210,000 weights have a million at most
-)
+_MOST_SIZES: Final = 4_000_000  # in the shapes of all tensors, which an output writes; 210,000 weights have a million
 
 
 class Facts(NamedTuple):

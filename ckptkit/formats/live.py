@@ -150,7 +150,7 @@ def _hint_for_import(module_name: str, name: str, error: BaseException) -> str |
         return hint_for_source(module_name, name)
     if found := _OF_ANOTHER_BUILD.search(first_line(error)):
         library = found[1] or found[2]
-        return f"{library} and torch are mostly of other builds: install two that belong together"
+        return f"{library} was probably built for another torch: install versions of both that belong together"
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     if not f"{module_name}.".startswith(f"{error.name}."):
@@ -204,7 +204,7 @@ def _with_cause(error: BaseException) -> str:
 def _hint_for_call(function: Callable[..., object], target: str, error: BaseException) -> str | None:
     """Return which arguments of ``function`` to give instead, or None if the error is about something else."""
     if any(one.__name__ in _OF_THE_NETWORK for one in type(error).__mro__):
-        return "the code asks the network: an argument such as pretrained=False or weights=None may leave that out"
+        return "the code needs the network: an argument such as pretrained=False or weights=None may avoid it"
     reason = first_line(error) if isinstance(error, TypeError) else ""
     called = function.func if isinstance(function, functools.partial) else function
     with contextlib.suppress(TypeError, ValueError):  # code without a signature
@@ -287,8 +287,8 @@ def build_shapes(target: str) -> Any:
 def _build_after_meta(target: str) -> Any:
     """Return what ``build_model`` returns, where the model may have been built on the meta device before.
 
-    Code can keep results in a ``functools`` cache, as e3nn keeps its constants. Where such results of the first build
-    are in the way of the second, the caches that hold them are emptied, and the model is built once more.
+    Code can keep results in a ``functools`` cache, as e3nn keeps its constants. A second build may then fail, or have
+    tensors of the first. In this case the caches that hold such tensors are emptied, and the model is built once more.
     """
     try:
         built = build_model(target)

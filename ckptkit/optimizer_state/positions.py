@@ -34,7 +34,7 @@ class Parameters:
     - ``is_certain`` is False if buffers can be among them, as in a checkpoint.
     - ``source`` tells where they are from, in words for a message.
     - ``aliases`` has the other names of tied parameters, each with the first name.
-    - ``buffers`` has the last parts of names that were left out, because they are evidently names of buffers.
+    - ``buffers`` has the last parts of names that were left out as names of buffers.
     """
 
     shapes: Mapping[str, Shape]
@@ -156,8 +156,8 @@ def _without_buffers(
 ) -> tuple[Parameters, list[_Reading]]:
     """Return the tensors of a checkpoint without evident buffers, and the readings that they leave.
 
-    The readings differ in some names. Such a name belongs to a buffer if no other tensor with its last part has state,
-    but all others with the last part of the name in its place have. Returns the arguments where that tells nothing.
+    The readings differ in some names. Such a name is that of a buffer if no other tensor with its last part has state.
+    All others with the last part of the name in its place must have state. Else returns the arguments.
     """
     sides = [frozenset(reading.names) for reading in readings]
     in_all = frozenset.intersection(*sides)
@@ -235,7 +235,11 @@ def _by_order(saved: _Saved, model: Parameters, reading: _Reading) -> str:
     in_groups = [saved.shapes[start:end] for start, end in pairwise(saved.starts)]
     if any(len(set(known)) < len(known) for known in in_groups) and any(saved.shapes):
         shapes += "; equal shapes in one group were taken in this order"
-    taken = f"; {listed(model.buffers)} taken for buffers, as no other has state" if model.buffers else ""
+    taken = (
+        f"; {listed(model.buffers)} taken as names of buffers, because no other tensor with such a name has state"
+        if model.buffers
+        else ""
+    )
     return f"by the order of {reading.order_of}: {used}, {split}; {shapes}{taken}"
 
 

@@ -18,7 +18,7 @@ __all__ = [
     "tone_of",
 ]  # fmt: skip
 
-_MOST_ALIKE = 5  # lines that say the same of other keys
+_MOST_ALIKE = 5  # lines that say the same of other keys; more are one line and a list of as many names
 
 
 def findings_document(report: Report) -> dict[str, object]:
@@ -110,7 +110,7 @@ class _Joined(NamedTuple):
 
 
 def _joined(findings: Iterable[Finding]) -> Iterator[_Joined]:
-    """Yield a message, and a finding with its code and hint, for each set of findings that say the same of their keys.
+    """Yield the messages of findings that say the same of their keys: one for all keys that differ in indices.
 
     Keys are joined as the rows of a table are. A finding stays alone if its message does not have its key exactly once,
     or if its hint has the key.

@@ -12,7 +12,7 @@ from ckptkit.core.text import listed, nearest, quoted, shell_word
 from ckptkit.errors import COMMAND, OPTION, RULE_OPTIONS
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["NoSuchCommandError", "hint_for_command", "usage_trouble"]
+__all__ = ["OTHER_METHODS", "NoSuchCommandError", "hint_for_command", "usage_trouble"]
 
 _BETWEEN = lazy_pattern(r"(; or |, or |; |(?<=\?) (?=or ))")
 _NOT_ONE_OF = lazy_pattern(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
@@ -26,13 +26,18 @@ _OTHER_NAMES = {
     "hash": "digest", "checksum": "digest", "sha256": "digest", "verify": "check", "validate": "check",
     "rename": "remap",
 }  # fmt: skip
+OTHER_METHODS = {  # of ckpt merge
+    **dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average"), "lerp": "linear",
+}  # fmt: skip
 _OTHER_COMMANDS = {  # by the group and what the user wrote
     ("ckpt optim", "convert"): "ckpt optim remap PATH -o OUT --form FORM writes another form",
     ("ckpt optim", "check"): "ckpt check PATH::optimizer",
     ("ckpt optim", "stats"): "ckpt stats PATH::optimizer",
     **{("ckpt groups", name): "ckpt groups table --model py:mynet:build SPEC" for name in ("show", "list", "ls")},
-    **{("ckpt", name): "ckpt merge A B -o OUT --method average" for name in ("average", "avg", "mean", "soup")},
-    **{("ckpt", name): f"ckpt merge A B -o OUT --method {name}" for name in ("ema", "slerp", "ties", "linear")},
+    **{
+        ("ckpt", name): f"ckpt merge A B -o OUT --method {OTHER_METHODS.get(name, name)}"
+        for name in ("average", "ema", "slerp", "ties", "linear", *OTHER_METHODS)
+    },
     **{("ckpt", name): "ckpt merge BASE TUNED -o OUT --method extract-lora" for name in ("extract", "extract-lora")},
     **{("ckpt", name): "ckpt merge BASE ADAPTER -o OUT --method lora" for name in ("lora", "fold", "merge-lora")},
     **{("ckpt", name): "ckpt convert PATH -o OUT --dtype DTYPE" for name in ("cast", "half", "dtype", "to")},
@@ -53,7 +58,6 @@ _OTHER_OPTIONS = {
 _IN_PYTHON = {"--html": ", and in Python every result has to_html()"}
 _MODEL_FIRST = "the model comes first, without an option: ckpt diff py:mynet:build PATH"
 _OTHER_WAYS = {  # for an option of a command that has none like it
-    **{("merge", name): "--method average computes the mean" for name in ("average", "avg", "mean", "soup")},
     **{(name, "add-prefix"): "--rename '*=PREFIX.*' adds a prefix" for name in ("remap", "merge", "diff")},
     **{("diff", name): _MODEL_FIRST for name in ("model", "like")},
     **{("delta", name): "ckpt remap PATH -o OUT first, with this option" for name in RULE_OPTIONS},
@@ -183,8 +187,9 @@ def _of_methods(wrong: str) -> str:
     """Return how ``ckpt merge`` takes the name of a method or of its parameter, or an empty string."""
     from ckptkit.plans.methods.table import METHODS
 
-    if wrong in METHODS:
-        return f"--method {wrong}"
+    method = OTHER_METHODS.get(wrong, wrong)
+    if method in METHODS:
+        return f"--method {method}"
     return f"--param {wrong}=VALUE" if any(wrong in method.parameters() for method in METHODS.values()) else ""
 
 

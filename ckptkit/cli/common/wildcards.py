@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from ckptkit.core.files.live_prefix import is_live_path
 from ckptkit.core.files.places import folder_at, is_url, join, split
+from ckptkit.core.files.wildcards import expand_path
 from ckptkit.core.text import quoted
 from ckptkit.errors import PathError
 from ckptkit.formats import split_path
-from ckptkit.plans.recipes.paths import expand_path
 
 __all__ = ["expand_wildcards"]
 

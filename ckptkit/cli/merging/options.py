@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from ckptkit.cli.common.completing import complete_keys
+from ckptkit.cli.common.hints import OTHER_METHODS
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.merging.completing import (
     COPYING,
@@ -59,7 +60,6 @@ class MergeOptions:
 
 
 _ALL_METHODS = "all"
-_OTHER_METHODS = {**dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average"), "lerp": "linear"}
 
 
 def _check_method(context: click.Context, _option: click.Parameter, name: str) -> str:
@@ -68,7 +68,7 @@ def _check_method(context: click.Context, _option: click.Parameter, name: str) -
     from ckptkit.plans.methods.table import METHODS
 
     if name not in METHODS:
-        near = _OTHER_METHODS.get(name) or nearest(name, [*COPYING, *METHODS])
+        near = OTHER_METHODS.get(name) or nearest(name, [*COPYING, *METHODS])
         start = f"did you mean {near}? " if near else ""
         raise ArgumentError(f"there is no method {quoted(name)}", hint=f"{start}see ckpt merge --help-methods")
     return name

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.files.places import clean_path, kind_at
+from ckptkit.core.files.wildcards import expand_path
 from ckptkit.core.text import did_you_mean, listed, quoted, shell_word
 from ckptkit.errors import ArgumentError, RecipeError
 from ckptkit.plans.methods.table import method_named
 from ckptkit.plans.recipes.model import MergeRecipe, Places
 from ckptkit.plans.recipes.parse import INPUT_KEYS, TOP_KEYS, recipe_from_table
-from ckptkit.plans.recipes.paths import distinct_names, expand_path, input_name, looks_like_path
+from ckptkit.plans.recipes.paths import distinct_names, input_name, looks_like_path
 
 __all__ = ["SETTINGS", "named_input", "recipe_from_options"]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from ckptkit.core.arguments import refuse
 from ckptkit.core.config_files import default_error_path, format_of, parse_table, read_text_file
 from ckptkit.core.files.places import clean_path
+from ckptkit.core.files.wildcards import expand_path
 from ckptkit.core.text import did_you_mean, listed, quoted
 from ckptkit.core.toml_lines import toml_lines
 from ckptkit.errors import ArgumentError, PlanError, RecipeError
@@ -33,7 +34,7 @@ from ckptkit.plans.recipes.model import (
     Setting,
     Slice,
 )
-from ckptkit.plans.recipes.paths import distinct_names, expand_path, input_name, looks_like_path
+from ckptkit.plans.recipes.paths import distinct_names, input_name, looks_like_path
 from ckptkit.plans.recipes.tables import RecipeTable
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES, MismatchName
 

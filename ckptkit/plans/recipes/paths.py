@@ -1,19 +1,15 @@
-"""The names that inputs have by their paths, and the files of a path with wildcards."""
+"""The names that inputs have by their paths."""
 
 from __future__ import annotations
 
-import glob
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 
 from ckptkit.core.files.places import is_url, kind_at, name_of
 from ckptkit.lazy_patterns import lazy_pattern
 
-__all__ = ["distinct_names", "expand_path", "input_name", "looks_like_path"]
+__all__ = ["distinct_names", "input_name", "looks_like_path"]
 
-_WILDCARDS = lazy_pattern(r"[*?\[]")
-_DIGITS = lazy_pattern(r"([0-9]+)")
 _SUFFIX = lazy_pattern(r"(\.safetensors\.index\.json|\.bin\.index\.json|\.pth?\.tar|\.[A-Za-z][A-Za-z0-9]{0,11})$")
 
 
@@ -64,20 +60,3 @@ def looks_like_path(text: str) -> bool:
     """Return whether a text is a path rather than a name: it exists, is a URL, or has a separator or a suffix."""
     is_written = is_url(text) or text.startswith(("hf:", ".", "~")) or "/" in text or "::" in text
     return is_written or _SUFFIX.search(text) is not None or bool(kind_at(text))
-
-
-def expand_path(path: str) -> list[str] | None:
-    """Return the files and folders that a path with wildcards fits, with numbers in their natural order.
-
-    What follows ``::`` in ``path`` follows each of them. None is the answer for a path without wildcards, and for one
-    that exists as it is written.
-    """
-    file, sign, part = path.partition("::")
-    if is_url(path) or not _WILDCARDS.search(file) or kind_at(path) or kind_at(file):
-        return None
-    return [f"{found}{sign}{part}" for found in sorted(glob.glob(file), key=_natural)]
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    """Return a key for sorting by which ``step_9`` is before ``step_10``."""
-    return [(int(part), part) if part.isdecimal() else (0, part) for part in re.split(_DIGITS.pattern, path)]
