@@ -141,16 +141,19 @@ def test_a_weight_without_its_donor_is_refused(
     assert message in ran.err
 
 
-def test_equal_names_need_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two files with one name are told apart by their paths."""
+def test_equal_names_need_the_folder_or_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two files with one name are told apart by their folders, as other inputs of a merge, or by their paths."""
     base, _, hero = files(tmp_path)
     other = tmp_path / "b" / "hero.safetensors"
     other.parent.mkdir()
     save_file(kohya_state(), other)
     command: list[str | Path] = ["merge", base, hero, other, "-o", tmp_path / "out.safetensors", "--method", "lora"]
-    assert "2 donors have the name 'hero'" in run_ckpt(capsys, *command, "--weight", "hero=1").err
-    ran = run_ckpt(capsys, *command, "--weight", f"{other}=0", "--dry-run", "--json")
-    assert ran.code == 0, ran.err
+    assert (
+        f"no donor has the name 'hero'; known: {tmp_path.name}, b"
+        in run_ckpt(capsys, *command, "--weight", "hero=1").err
+    )
+    runs = [run_ckpt(capsys, *command, "--weight", f"{name}=0", "--dry-run", "--json") for name in (other, "b")]
+    assert [(ran.code, ran.out) for ran in runs] == [(0, runs[0].out)] * 2
     command[3] = hero
     assert f"{hero} is given 2 times: give it once" in run_ckpt(capsys, *command, "--weight", f"{hero}=1").err
 

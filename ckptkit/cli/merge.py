@@ -152,7 +152,7 @@ def _copies_one_input(plan: Plan) -> Iterator[str]:
 def _lora(paths: Sequence[str], options: OutputOptions, rules: Rules, given: MergeOptions) -> None:
     from ckptkit.plans.adapters.fold import plan_lora
 
-    weights = donor_weights(given.weight, paths[1:])
+    weights = donor_weights(given.weight, paths[0], paths[1:])
 
     def planned(first: Checkpoint, others: list[Checkpoint]) -> Plan:
         return plan_lora(

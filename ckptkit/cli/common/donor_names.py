@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import click
 
-from ckptkit.core.files.places import kind_at, name_of
 from ckptkit.core.text import nearest, plural, quoted
-from ckptkit.formats import split_path
+from ckptkit.plans.recipes.paths import distinct_names
 
 __all__ = ["donor_weights"]
 
 
-def donor_weights(given: Sequence[str], donors: Sequence[str]) -> list[float]:
-    """Return the weight of each donor by ``NAME=X``; 1 without one.
+def donor_weights(given: Sequence[str], base: str, donors: Sequence[str]) -> list[float]:
+    """Return the weight of each donor by ``NAME=X``; 1 without one. ``base`` and ``donors`` are paths.
 
-    The name of a donor is its path, the name of its directory, or the name of its file without the suffix. Raises
-    ``UsageError`` for a name that no donor or more than one has, for one that is given twice, and for a text that is
-    not a finite number.
+    A donor has its path as a name, and the name that a merge with a method gives it. Raises ``UsageError`` for a name
+    that no donor or more than one has, for one that is given twice, and for a text that is not a finite number.
     """
+    names = distinct_names([base, *donors])[1:]
     weights = [1.0] * len(donors)
     seen: dict[int, str] = {}
     for text in given:
         name, sign, value = text.rpartition("=")
         if not sign or not name:
-            raise click.UsageError(f"--weight {text}: give NAME=X, as in {_name(donors[0]) if donors else 'NAME'}=0.5")
-        position = _position(name, donors)
+            raise click.UsageError(f"--weight {text}: give NAME=X, as in {names[0] if names else 'NAME'}=0.5")
+        position = _position(name, donors, names)
         if position in seen:
             raise click.UsageError(f"--weight {text}: the weight of {donors[position]} is given twice")
         seen[position] = text
@@ -36,14 +34,9 @@ def donor_weights(given: Sequence[str], donors: Sequence[str]) -> list[float]:
     return weights
 
 
-def _name(path: str) -> str:
-    base = name_of(path.rstrip("/"))
-    return base if kind_at(split_path(path)[0]) == "folder" else os.path.splitext(base)[0]
-
-
-def _position(name: str, donors: Sequence[str]) -> int:
+def _position(name: str, donors: Sequence[str], names: Sequence[str]) -> int:
     by_path = [number for number, path in enumerate(donors) if path == name]
-    found = by_path or [number for number, path in enumerate(donors) if _name(path) == name]
+    found = by_path or [number for number, own in enumerate(names) if own == name]
     if len(found) == 1:
         return found[0]
     if len(by_path) > 1:
@@ -55,7 +48,6 @@ def _position(name: str, donors: Sequence[str]) -> int:
         raise click.UsageError(
             f"--weight: {plural(len(found), 'donor')} have the name {quoted(name)}: give one of {paths}"
         )
-    names = [_name(path) for path in donors]
     near = nearest(name, names)
     hint = f"did you mean {near}?" if near else f"known: {', '.join(names)}"
     raise click.UsageError(f"--weight: no donor has the name {quoted(name)}; {hint}")
