@@ -51,7 +51,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     ),
     "three to compare": (["diff", TEN, TEN, TEN], 2, "", "hint: ckpt diff compares two: compare each pair with a comm"),
     "arrow in a rename": (["remap", TEN, "-o", "x.pt", "--rename", "a.* => b.*"], 2, "", "hint: write 'a.*=b.*'"),
-    "command of another name": (["slerp"], 2, "", "hint: ckpt merge A B -o OUT --method slerp"),
+    "command of another name": (["slerp"], 2, "", "hint: ckpt merge A B -o OUT --method slerp --param t=0.5"),
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "two paths for one": (["digest", TEN, TEN], 2, "", "takes one PATH: run it for each; ckpt diff compares two"),

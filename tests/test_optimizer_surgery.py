@@ -337,6 +337,17 @@ def test_the_state_of_another_class_is_an_error(other: Any, told: str) -> None:
     assert told in "".join(found)
 
 
+def test_options_that_scripts_add_do_not_tell_another_class() -> None:
+    """A new optimizer has no slots yet, and a script that changed keeps options of other names in its groups."""
+    model = Net()
+    saved = named(model, torch.optim.AdamW([{"params": [*model.parameters()], "their_own": 1}]))
+    for kind, is_other in ((torch.optim.AdamW, False), (torch.optim.SGD, True)):
+        live = named(model, kind([{"params": [*model.parameters()], "of_today": 1}]))
+        report = optimizer_state_diff(saved, live)
+        codes = {finding.code for finding in report.findings}
+        assert ("optim.class" in codes, "optim.options-lost" in codes) == (is_other, not is_other)
+
+
 def test_each_way_of_a_parameter_between_groups_is_told() -> None:
     """Two groups that change places are two findings, each with its own parameters."""
     saved = named(model := Net(), trained(model, OPTIMIZERS["SGD"](two_groups(model))))

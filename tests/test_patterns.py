@@ -116,6 +116,7 @@ def test_a_rename_says_the_new_name(rename: str, old: str, new: str | None) -> N
     ("rename", "reason"),
     [
         pytest.param("module.*", "OLD=NEW", id="no ="),
+        pytest.param("re:module", "OLD=NEW \\(for example", id="regex, no ="),
         pytest.param("a=b=c", "OLD=NEW", id="two ="),
         pytest.param("=a", "is empty", id="nothing on the left"),
         pytest.param("*=a", "1 '\\*' on the left and 0 on the right", id="a star is lost"),

@@ -91,14 +91,15 @@ def _split_arguments(target: str) -> tuple[str, dict[str, object] | None]:
 def _with_names(path: str, call: ast.Call) -> str | None:
     """Return how to write a call with the names of its arguments, or None where the callable does not tell them."""
     with contextlib.suppress(CkptkitError, TypeError, ValueError):
-        names = list(inspect.signature(_import(path)).parameters)
-        has_stars = any(isinstance(value, ast.Starred) for value in call.args) or None in [
-            one.arg for one in call.keywords
-        ]
-        if len(call.args) <= len(names) and not has_stars:
+        parameters = inspect.signature(_import(path)).parameters.values()
+        names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        given = [one.arg for one in call.keywords]
+        has_stars = any(isinstance(value, ast.Starred) for value in call.args) or None in given
+        is_twice = not set(names[: len(call.args)]).isdisjoint(given)
+        if len(call.args) <= len(names) and not has_stars and not is_twice:
             named = [f"{name}={ast.unparse(value)}" for name, value in zip(names, call.args, strict=False)]
-            given = ", ".join([*named, *map(ast.unparse, call.keywords)])
-            return f"did you mean {shell_word(f'{LIVE_PREFIX}{path}({given})')}?"
+            written = ", ".join([*named, *map(ast.unparse, call.keywords)])
+            return f"did you mean {shell_word(f'{LIVE_PREFIX}{path}({written})')}?"
     return None
 
 
@@ -139,9 +140,13 @@ def _hint_for_colon(target: str) -> str:
 
 
 def _is_module(name: str) -> bool:
-    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):  # the packages above are imported
-        return importlib.util.find_spec(name) is not None
-    return False
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            return importlib.util.find_spec(name) is not None  # the packages above are imported
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001 - a script that is imported can call sys.exit()
+            return False
 
 
 def _hint_for_import(module_name: str, name: str, error: BaseException) -> str | None:
@@ -195,10 +200,12 @@ def _code_of_the_user(doing: str, function: object = None, target: str = "") -> 
 
 def _with_cause(error: BaseException) -> str:
     """Return the first line of an error, and that of the error which it was raised from."""
-    first = error
-    while first.__cause__ is not None:
+    first, seen = error, {id(error)}
+    while first.__cause__ is not None and id(first.__cause__) not in seen:  # an error can be raised from itself
         first = first.__cause__
-    return first_line(error) if first is error else f"{first_line(error)}, because of {first_line(first)}"
+        seen.add(id(first))
+    is_said = first is error or str(first) in str(error)
+    return first_line(error) if is_said else f"{first_line(error)}, because of {first_line(first)}"
 
 
 def _hint_for_call(function: Callable[..., object], target: str, error: BaseException) -> str | None:
@@ -213,7 +220,7 @@ def _hint_for_call(function: Callable[..., object], target: str, error: BaseExce
         if unknown := re.search("unexpected keyword argument '(.*?)'", reason):
             parameters = inspect.signature(called).parameters.values()
             names = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-            if names and unknown[1] not in names:
+            if names and unknown[1] not in names and unknown[1] in getattr(function, "keywords", {}):
                 longer = [one for one in names if unknown[1] in one.split("_")]
                 near = longer[0] if len(longer) == 1 else nearest(unknown[1], names)
                 return f"did you mean {quoted(near)}?" if near else f"it takes {listed(names, _MOST_NAMES)}"

@@ -14,7 +14,7 @@ from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.patterns import drop_options
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import listed, plural, printable, quoted, short_number
-from ckptkit.core.torch_optim import OPTIONS, SCHEMAS, scheduled_options, schema_from_options
+from ckptkit.core.torch_optim import OPTIONS, SCHEMAS, scheduled_options, torch_options
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.errors import PlanError
 from ckptkit.inputs import opened_optimizer
@@ -133,9 +133,11 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
             f"{drop_options(differences.unexpected)}"
         )
         yield codes.PARAMETERS.finding(differences.unexpected[0], message, hint)
-    moved = [(name, group.expected, number) for group in differences.groups for name, number in group.moved]
-    for now, before in dict.fromkeys((now, before) for _, now, before in moved):
-        names = [name for name, *way in moved if way == [now, before]]
+    moved: dict[tuple[int, int], list[str]] = {}  # by the group now and the one before
+    for group in differences.groups:
+        for name, number in group.moved:
+            moved.setdefault((group.expected, number), []).append(name)
+    for (now, before), names in moved.items():
         message = f"{listed(names)}: saved in group {before}, now in group {now}"
         hint = "ckpt optim resplit SAVED -o OUT --as LIVE moves it with its options"
         yield codes.MEMBERSHIP.finding(names[0], message, hint)
@@ -171,7 +173,7 @@ def _other_class(saved: OptimizerState, live: OptimizerState) -> str:
     """Return how the two states show that different classes keep them, or an empty string.
 
     Slots tell it where no class of torch keeps those of both sides. Options tell it where each side has some that the
-    other lacks; users add options of their own, so the slots must differ too.
+    other lacks; users add options of their own, so classes of torch must have some, or the slots must differ too.
     """
     sides = (saved, live)
     slots = [dict.fromkeys(str(slot) for one in state.state.values() for slot in one) for state in sides]
@@ -181,7 +183,8 @@ def _other_class(saved: OptimizerState, live: OptimizerState) -> str:
         return f"another class of optimizer was saved: the saved state has {texts[0]}, and the live state {texts[1]}"
     options = [dict.fromkeys(key for group in state.groups for key in group.options if _is_own(key)) for state in sides]
     only = [[key for key in mine if key not in theirs] for mine, theirs in (options, options[::-1])]
-    if all(only) and (slots[0].keys() != slots[1].keys() or len({schema_from_options(one) for one in options}) > 1):
+    have_other_slots = all(slots) and slots[0].keys() != slots[1].keys()
+    if all(only) and (have_other_slots or not any(map({*torch_options()}.isdisjoint, only))):
         texts = [", ".join(map(printable, keys)) for keys in only]
         return (
             f"another class of optimizer was saved: only its groups have {texts[0]}, and only the live ones {texts[1]}"

@@ -312,6 +312,13 @@ MODULE = """
     def asks_inside():
         return demanding()
 
+    def inside(size):
+        return torch.nn.Linear(2, size, large=1)
+
+    def raises_itself():
+        error = ValueError("no data set at hand")
+        raise error from error
+
     class Sized(torch.nn.Module):
         def __init__(self, size=3):
             super().__init__()
@@ -513,6 +520,13 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
             "write py:package.module:callable(name=value), with Python literals as values",
         ),
         ("livemodels.nets:asks_inside", None),
+        ("livemodels.nets:inside(size=3)", None),
+        ("livemodels.nets:raises_itself", None),
+        ("livemodels.exits.build", "did you mean 'py:livemodels.exits:build'?"),
+        (
+            "livemodels.nets:sized(4, size=4)",
+            "write py:package.module:callable(name=value), with Python literals as values",
+        ),
         ("livemodels.nets:fails", None),
     ],
 )

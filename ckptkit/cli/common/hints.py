@@ -36,8 +36,10 @@ _OTHER_COMMANDS = {  # by the group and what the user wrote
     **{("ckpt groups", name): "ckpt groups table --model py:mynet:build SPEC" for name in ("show", "list", "ls")},
     **{
         ("ckpt", name): f"ckpt merge A B -o OUT --method {OTHER_METHODS.get(name, name)}"
-        for name in ("average", "ema", "slerp", "ties", "linear", *OTHER_METHODS)
+        for name in ("average", "ema", "linear", *OTHER_METHODS)
     },
+    ("ckpt", "slerp"): "ckpt merge A B -o OUT --method slerp --param t=0.5",
+    ("ckpt", "ties"): "ckpt merge A B -o OUT --method ties --base BASE",
     **{("ckpt", name): "ckpt merge BASE TUNED -o OUT --method extract-lora" for name in ("extract", "extract-lora")},
     **{("ckpt", name): "ckpt merge BASE ADAPTER -o OUT --method lora" for name in ("lora", "fold", "merge-lora")},
     **{("ckpt", name): "ckpt convert PATH -o OUT --dtype DTYPE" for name in ("cast", "half", "dtype", "to")},

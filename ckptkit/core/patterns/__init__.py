@@ -311,7 +311,8 @@ def parse_rename(text: str) -> Template:
     regex = text.startswith("re:")
     if "=" not in text or (not regex and text.count("=") > 1) or text.rpartition("=")[2].startswith(">"):
         parts = [part.strip() for part in _ARROW.split(text)]
-        right = shell_word("=".join(parts)) if len(parts) == 2 and all(parts) and "=" not in "".join(parts) else ""
+        is_pair = len(parts) == 2 and all(parts) and "=" not in "".join(parts) and not regex
+        right = shell_word("=".join(parts)) if is_pair else ""
         hint = f"write {right}" if right else "for example 'module.*=*'"
         raise RuleError(f"{quoted(text)} is not of the form OLD=NEW", hint=hint)
     old, _, new = text.rpartition("=")

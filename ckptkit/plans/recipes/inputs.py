@@ -258,7 +258,7 @@ def _rules(recipe: MergeRecipe, each: RecipeInput, checkpoint: Checkpoint) -> Ru
 
 def _rules_error(recipe: MergeRecipe, each: RecipeInput, error: RuleError) -> RecipeError:
     """Return the error about the rules of an input; a recipe has no option that allows unused rules."""
-    hint = (error.hint or "").partition("or allow unused rules")[0].rstrip("; ")
+    hint = (error.hint or "").partition("or pass --allow-unused")[0].rstrip("; ")
     parts = [part for part in hint.split("; ") if not part.startswith("--keep ")]  # an input has no such key
     hint = _RULE.sub(lambda match: _way(recipe, each, match), "; ".join(parts).replace("of --strip", "of strip"))
     return recipe.places.error(f"{quoted(each.name)}: {error.reason}", "input", each.number, hint=hint or None)
