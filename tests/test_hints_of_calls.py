@@ -492,7 +492,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "checks/reading/__init__.py: torch.load(XX, map_location": "needs a file that was saved on another device",
     "checks/single_tensors.py: torch.set_flush_denormal(True)": "changes how numbers are computed, not the file",
     "core/config_files.py: an object with to_dict()": "names what is accepted",
-    "formats/live.py: save the state_dict() of the model with torch.save": "ends the use of a model that is built anew",
+    "formats/live/__init__.py: save the state_dict() of the model with torch.save": "ends the use of a model",
     "formats/torch/checkpoint.py: state_dict": "needs the classes of the object in the file",
     "formats/torch/zip.py: save the state_dict()": "only readers that take no archive of code say it",
     "plans/adapters/extract.py: ": _PYTHON,

@@ -189,7 +189,7 @@ def _optimizer_in(path: str, stack: contextlib.ExitStack, *, quiet: bool) -> Che
 
 
 def _import_loss(target: str) -> Callable[[Module], Tensor]:
-    from ckptkit.formats.live import import_target
+    from ckptkit.formats.live.targets import import_target
 
     if not target.startswith(LIVE_PREFIX):
         raise ModelError("not a callable", hint="write py:package.module:callable", path=target)

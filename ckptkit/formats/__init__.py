@@ -86,7 +86,7 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
                 if match := _ONE_SLASH.match(path):
                     error.hint = f"for a URL write two slashes: {shell_word(f'{match[1]}/{path[len(match[1]) :]}')}"
                 elif whole.endswith(".py") and not is_url(name):
-                    from ckptkit.formats.live import hint_for_source
+                    from ckptkit.formats.live.hints import hint_for_source
 
                     error.hint = hint_for_source(whole, part)
                 elif whole and not is_url(name) and kind_at(whole):
