@@ -144,6 +144,22 @@ def test_a_buffer_of_the_shape_of_a_parameter_is_known_by_its_name(tmp_path: Pat
                 assert "give the live model, whose buffers are known: --model" in str(caught.value.hint)
 
 
+def test_frozen_parameters_are_not_taken_for_buffers(tmp_path: Path) -> None:
+    """Where the last layer trains its bias, and all others their weight, the shapes of the last do not tell."""
+    model = nn.ModuleList([nn.Module() for _ in range(3)])
+    for layer, (width, size) in zip(model, ((3, 2), (4, 6), (5, 5)), strict=True):
+        layer.weight, layer.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(size))
+    named = dict(model.named_parameters())
+    trains = [named[name] for name in ("0.weight", "1.weight", "2.bias")]
+    optimizer = torch.optim.SGD(trains, lr=0.1, momentum=0.9)
+    for parameter in trains:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    with open_optimizer(tmp_path / "run.pt") as saved, pytest.raises(PlanError, match=r"'2\.weight' or '2\.bias'"):
+        to_named(saved)
+
+
 def test_what_does_not_fit_by_position_is_read_by_the_only_order_that_does() -> None:
     """Shapes that differ between positions show that the order changed."""
     model = Square(layers=1, classes=2)

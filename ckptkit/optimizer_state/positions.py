@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 
+from ckptkit.comparison.roles import split_leaf
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import FoundState
@@ -157,7 +158,8 @@ def _without_buffers(
     """Return the tensors of a checkpoint without evident buffers, and the readings that they leave.
 
     The readings differ in some names. Such a name is that of a buffer if no other tensor with its last part has state.
-    All others with the last part of the name in its place must have state. Else returns the arguments.
+    All others with the last part of the name in its place must have state. Else returns the arguments. Names of
+    parameters, such as ``bias``, are never those of buffers.
     """
     sides = [frozenset(reading.names) for reading in readings]
     in_all = frozenset.intersection(*sides)
@@ -169,12 +171,18 @@ def _without_buffers(
     doubtful = {part: places.get(part, []) for part in map(_last_part, in_doubt)}
     buffers = {part for part, others in doubtful.items() if len(others) >= _FEWEST_OTHERS and not any(others)}
     are_clear = all(len(others) >= _FEWEST_OTHERS and len(set(others)) == 1 for others in doubtful.values())
-    if not buffers or not are_clear:
+    if not buffers or not are_clear or any(map(_is_of_parameters, buffers)):
         return model, readings
     shapes = {name: shape for name, shape in model.shapes.items() if _last_part(name) not in buffers}
     rest = replace(model, shapes=shapes, buffers=(*model.buffers, *sorted(buffers)))
     fewer = _readings(saved, rest, groups, allows_none=True)
     return (rest, fewer) if len(fewer) == 1 else (model, readings)
+
+
+def _is_of_parameters(part: str) -> bool:
+    """Return whether the last part of a name is one of parameters, such as ``bias``: those without state are frozen."""
+    leaf = split_leaf(part)
+    return leaf is not None and leaf[1].startswith(("weight", "bias"))
 
 
 def _last_part(name: str) -> str:
