@@ -229,7 +229,7 @@ def test_an_lr_is_loaded_as_the_number_that_the_optimizer_has() -> None:
     live = torch.optim.AdamW(model.named_parameters(), lr=torch.tensor(0.1), betas=(0.5, 0.75), foreach=False)
     load_optimizer_state(live, model, saved, hyper="error")
     live.param_groups[0]["lr"].fill_(0.5)
-    with pytest.raises(PlanError, match=r"'lr' of group 0 was 0\.10000\d* in the file and would be 0\.5"):
+    with pytest.raises(PlanError, match=r"'lr' of group 0 was 0\.1 in the file and would be 0\.5"):
         load_optimizer_state(live, model, saved, hyper="error")
 
 

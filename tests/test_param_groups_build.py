@@ -327,7 +327,7 @@ def test_an_uninitialised_parameter_is_refused_until_the_first_forward_pass() ->
 
 
 def test_not_a_module_is_refused() -> None:
-    with pytest.raises(GroupsError, match=r"the model is a OrderedDict, not a torch\.nn\.Module"):
+    with pytest.raises(GroupsError, match=r"the model is an OrderedDict, not a torch\.nn\.Module"):
         build_param_groups(Net().state_dict(), [REST])  # type: ignore[arg-type]
 
 

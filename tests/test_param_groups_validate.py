@@ -470,7 +470,7 @@ def test_other_types_of_groups_are_refused(given: Any) -> None:
 
 
 def test_other_types_of_models_are_refused() -> None:
-    with pytest.raises(GroupsError, match=r"the model is a OrderedDict"):
+    with pytest.raises(GroupsError, match=r"the model is an OrderedDict"):
         validate_param_groups(Net().state_dict(), [])  # type: ignore[arg-type]
 
 

@@ -13,10 +13,11 @@ from numbers import Real
 from types import UnionType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from ckptkit.core.text import kind_of, printable
+from ckptkit.core.text import kind_of
 from ckptkit.errors import RULE_OPTIONS, ArgumentError
 
 __all__ = [
+    "argument_text",
     "has_no_argument",
     "one_of",
     "refuse",
@@ -58,7 +59,7 @@ def takes_rules(function: Callable[_Parameters, _Result]) -> Callable[_Parameter
 
 def refuse(value: object, name: str, takes: str) -> NoReturn:
     """Raise ``ArgumentError``: the argument ``name`` got ``value``, and takes what the words ``takes`` say."""
-    raise ArgumentError(f"{name} is {_shown(value)}", hint=f"{name} must be {takes}")
+    raise ArgumentError(f"{name} is {argument_text(value)}", hint=f"{name} must be {takes}")
 
 
 def require_type(value: object, kinds: type | UnionType, name: str, takes: str) -> None:
@@ -116,9 +117,8 @@ def require_strings(value: object, name: str, takes: str) -> tuple[str, ...]:
     return items
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, type):
-        return f"the class {printable(value.__name__)}"
+def argument_text(value: object) -> str:
+    """Return a description of an argument for an error message: ``None``, ``2.5``, ``the class Net``, ``a list``."""
     if value is None or (isinstance(value, int | float) and -1e15 < value < 1e15):
         return repr(value)
     # A dtype of torch or numpy: "a dtype" would not say which.

@@ -179,7 +179,7 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 def kind_of(value: object) -> str:
     """Return a description of ``value`` for an error message: ``the string 'x'``, ``the class Net``, ``a list``."""
     if isinstance(value, type):
-        return f"the class {value.__name__}"
+        return f"the class {printable(value.__name__)}"
     if isinstance(value, str):
         return f"the string {quoted(value)}"
     if value is None or isinstance(value, bool):

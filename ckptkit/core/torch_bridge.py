@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
+from ckptkit.core.arguments import argument_text
 from ckptkit.core.checkpoint import (
     UNINITIALISED,
     Access,
@@ -30,7 +31,7 @@ from ckptkit.core.checkpoint import (
     storage_range,
 )
 from ckptkit.core.dtypes import DTYPES, unpack_float4
-from ckptkit.core.text import first_line, kind_of, printable, quoted
+from ckptkit.core.text import first_line, printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 
@@ -375,7 +376,7 @@ def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     if not callable(getattr(given, "state_dict", None)) or not _is_module(given):
         made = f"give an instance of it: {given.__name__}(); or " if isinstance(given, type) else "give "
         raise ModelError(
-            f"{role} is {kind_of(given)}", hint=f"{made}a path, a Module, a Checkpoint or a dict of tensors"
+            f"{role} is {argument_text(given)}", hint=f"{made}a path, a Module, a Checkpoint or a dict of tensors"
         )
     return _describe_module(given, role)
 

@@ -132,10 +132,11 @@ def _joined(findings: Iterable[Finding]) -> Iterator[_Joined]:
     for joined, text in join_rows(rows):
         number = int(text)
         before, after, finding, is_alone = sets[number]
-        name, times, count = joined.rpartition(" ×")
+        name, _, count = joined.rpartition(" ×")
+        times = count.isdecimal()  # a key may have the sign too, but does not end as a count does
         name = in_quotes(name if times else joined)
         if is_alone:
             yield _Joined(finding.message, quoted(finding.key), 1, number, finding)
         else:
             message = f"{before}{name} ×{count}{after}" if times else f"{before}{name}{after}"
-            yield _Joined(message, name, int(count.replace(",", "")) if times else 1, number, finding)
+            yield _Joined(message, name, int(count) if times else 1, number, finding)
