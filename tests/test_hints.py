@@ -137,7 +137,6 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/recipes/model.py: --param": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/inputs.py: --keep": "leaves a hint of ckpt remap out",
     "plans/recipes/inputs.py: or pass --allow-unused": "leaves a hint of ckpt remap out",
-    "plans/recipes/inputs.py: of --strip": "writes a hint of ckpt remap for a recipe",
     "plans/recipes/alignment.py: --param on_missing=base": "followed by tests/test_merge_recipes_cli.py",
     "plans/adapters/reading.py: the base comes first, and then": "followed by tests/test_cli.py",
     "plans/inputs.py: --param non_float=max": "followed by tests/test_merge_recipes_cli.py",

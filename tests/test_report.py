@@ -139,7 +139,7 @@ def test_findings_that_say_the_same_share_a_line() -> None:
     more = ", ".join(f"'{name}.{{0,1}}.w' ×2" for name in "bcdef")
     assert list(as_text(list(finding_lines(findings)))) == [
         "error: 'a.{0,1}.w' ×2 is bad  [x.y]",
-        f"  the same of 14 more: {more} and 4 more",
+        f"  the same for 14 more: {more} and 4 more",
         "  mend it",
     ]
 

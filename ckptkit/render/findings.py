@@ -77,7 +77,8 @@ def findings_table(findings: Iterable[Finding]) -> Table:
 def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
     """Yield one line per finding, and its hint as an indented line below it and its neighbours of the same code.
 
-    Findings whose keys differ in indices only share a line.
+    Findings whose keys differ in indices only share a line. Where many lines would say the same of other keys, the
+    first stands for them, and an indented line lists the keys.
     """
     alike = [list(run) for _, run in groupby(_joined(findings), key=attrgetter("number"))]
     for number, run in enumerate(alike, 1):
@@ -91,7 +92,7 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
             names = [f"{one.name} ×{one.keys:,}" if one.keys > 1 else one.name for one in named]
             more = f" and {sum(one.keys for one in left):,} more" if left else ""
             yield Line(
-                (f"the same of {sum(one.keys for one in run[1:]):,} more: {', '.join(names)}{more}",), indented=True
+                (f"the same for {sum(one.keys for one in run[1:]):,} more: {', '.join(names)}{more}",), indented=True
             )
         following = alike[number][0].finding if number < len(alike) else None
         is_repeated = following is not None and (following.code, following.hint) == (first.code, first.hint)

@@ -15,7 +15,7 @@ from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.core.toml_lines import TomlPath
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.errors import PathError, RecipeError, RuleError
+from ckptkit.errors import OPTION, PathError, RecipeError, RuleError
 from ckptkit.formats.directories.model_files import MODEL_CONFIG
 from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.formats.directories.tied_head import TiedHead, tied_head
@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 _ADAPTER = ".lora"  # ends the role of an adapter
-_RULE = re.compile(r"--(?P<name>rename|strip) (?P<value>'[^']*'|\S+)")  # an option of ckpt remap, in a hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +259,16 @@ def _rules_error(recipe: MergeRecipe, each: RecipeInput, error: RuleError) -> Re
     """Return the error about the rules of an input; a recipe has no option that allows unused rules."""
     hint = (error.hint or "").partition("or pass --allow-unused")[0].rstrip("; ")
     parts = [part for part in hint.split("; ") if not part.startswith("--keep ")]  # an input has no such key
-    hint = _RULE.sub(lambda match: _way(recipe, each, match), "; ".join(parts).replace("of --strip", "of strip"))
+    hint = OPTION.sub(lambda match: _way(recipe, each, match), "; ".join(parts))
     return recipe.places.error(f"{quoted(each.name)}: {error.reason}", "input", each.number, hint=hint or None)
 
 
 def _way(recipe: MergeRecipe, each: RecipeInput, match: re.Match[str]) -> str:
-    """Return how an input says what an option of ``ckpt remap`` says."""
+    """Return how an input says what an option of ``ckpt remap`` says; other options stay."""
+    if match["name"] not in ("rename", "strip"):
+        return match[0]
+    if match["value"] is None:
+        return match["name"]
     value = shlex.split(match["value"])[0]
     places = recipe.places
     return places.renaming(value, each.name) if match["name"] == "rename" else places.setting("strip", value, each.name)
