@@ -134,6 +134,8 @@ def test_findings_that_say_the_same_share_a_line() -> None:
         "26 errors",
     ]
     assert (lines[4][:2], len(report.findings)) == ("  ", 26)
+    odd = [Finding("x.y", "note", key, f"{quoted(key)} is odd") for key in ("5", "w ×2.weight")]
+    assert list(as_text(list(finding_lines(odd)))) == [f"note: {quoted(one.key)} is odd  [x.y]" for one in odd]
     names = [f"{name}.{number}.w" for name in "abcdefgh" for number in range(2)]
     findings = [Finding("x.y", "error", key, f"{quoted(key)} is bad", "mend it") for key in names]
     more = ", ".join(f"'{name}.{{0,1}}.w' ×2" for name in "bcdef")

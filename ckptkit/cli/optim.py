@@ -301,7 +301,10 @@ def prune_command(
 
 def _nothing_pruned(like: str | None) -> str:
     if like is None:
-        return "nothing was pruned: --like MODEL leaves out what does not fit a model, --drop and --reset what you name"
+        return (
+            "nothing was pruned: --like MODEL leaves out what does not fit a model, --drop PATTERN what matches, and "
+            "--reset PATTERN only drops the state"
+        )
     return f"nothing was pruned: every parameter and its state fit {printable(like)}"
 
 

@@ -121,7 +121,7 @@ def to_named(
     except PlanError as error:
         error.path = error.path or found.path or None
         if names is not None and _weights_tell_names(found):
-            error.hint = "without a model or names, the weights in the file of the state name its parameters"
+            error.hint = "leave out the model and the names: the weights in the same file tell the names"
         raise
 
 

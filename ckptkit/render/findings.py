@@ -133,11 +133,11 @@ def _joined(findings: Iterable[Finding]) -> Iterator[_Joined]:
     for joined, text in join_rows(rows):
         number = int(text)
         before, after, finding, is_alone = sets[number]
-        name, _, count = joined.rpartition(" ×")
-        times = count.isdecimal()  # a key may have the sign too, but does not end as a count does
-        name = in_quotes(name if times else joined)
+        start, sign, count = joined.rpartition(" ×")
+        is_joined = bool(sign) and count.isdecimal()  # a key may have the sign too, but does not end as a count does
+        name = in_quotes(start if is_joined else joined)
         if is_alone:
             yield _Joined(finding.message, quoted(finding.key), 1, number, finding)
         else:
-            message = f"{before}{name} ×{count}{after}" if times else f"{before}{name}{after}"
-            yield _Joined(message, name, int(count) if times else 1, number, finding)
+            message = f"{before}{name} ×{count}{after}" if is_joined else f"{before}{name}{after}"
+            yield _Joined(message, name, int(count) if is_joined else 1, number, finding)
