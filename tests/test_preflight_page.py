@@ -116,6 +116,13 @@ def test_a_run_with_two_optimizers_needs_a_choice(capsys: pytest.CaptureFixture[
     torch.save(both | {"optimizer": state}, tmp_path / "run.pt")
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", f"{tmp_path / 'run.pt'}::model")
     assert (ran.code, "[optim.unnamed]" in ran.out) == (0, True)  # the state was read
+    torch.save({"a": {"model": model.state_dict(), "optimizer": state}, "b": both}, tmp_path / "run.pt")
+    for part, is_read in (("a.model", True), ("b.model", False)):
+        ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", f"{tmp_path / 'run.pt'}::{part}")
+        assert ("'::a.optimizer' is not beside '::b.model'" in ran.err, "optim.unnamed" in ran.out) == (
+            not is_read,
+            is_read,
+        )
     torch.save({"model": model.state_dict(), "optim_g": state, "optim_d": state}, tmp_path / "two.pt")
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "two.pt")
     assert "warning: the optimizer state of the run was not measured" in ran.err

@@ -28,9 +28,9 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
 from ckptkit.core.files.live_prefix import LIVE_PREFIX
 from ckptkit.core.findings.ignoring import parse_ignore
-from ckptkit.core.text import kind_of, printable
+from ckptkit.core.text import kind_of, printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.errors import CkptkitError, ModelError
+from ckptkit.errors import CkptkitError, FormatError, ModelError
 from ckptkit.formats import open_optimizer, split_path
 from ckptkit.formats.live import build_module
 from ckptkit.formats.writing.state import Target
@@ -176,16 +176,26 @@ def _load(live: Module, init: Checkpoint, rules: Rules) -> None:
 def _optimizer_in(path: str, stack: contextlib.ExitStack, *, quiet: bool) -> Checkpoint | None:
     """Return the optimizer state in a run, or None with a warning: a run can also resume from weights alone.
 
-    What ``::`` selects in ``path`` are the weights: the state is beside them.
+    What ``::`` selects in ``path`` are the weights: the state is beside them, and not that of another model in the run.
     """
+    file, key = split_path(path)
     try:
-        return stack.enter_context(open_optimizer(split_path(path)[0]))
+        found = stack.enter_context(open_optimizer(file))
+        if not (_is_beside(key, found.envelope) or _is_beside(found.envelope, key)):
+            raise FormatError(f"{quoted(f'::{found.envelope}')} is not beside {quoted(f'::{key}')}")
     except CkptkitError as error:
         if not quiet:
             print_message(
                 f"ckpt: {printable(path)}: warning: the optimizer state of the run was not measured: {error.reason}"
             )
         return None
+    return found
+
+
+def _is_beside(key: str, other: str) -> bool:
+    """Return whether the mapping that holds ``key`` holds ``other`` too, or is that."""
+    holder = key.rpartition(".")[0]
+    return not holder or f"{other}.".startswith(f"{holder}.")
 
 
 def _import_loss(target: str) -> Callable[[Module], Tensor]:

@@ -309,6 +309,9 @@ MODULE = """
     def demanding(size):
         return Net()
 
+    class WithState:
+        named_parameters = state_dict = dict
+
     def asks_inside():
         return demanding()
 
@@ -578,6 +581,7 @@ def test_code_that_cannot_be_imported_is_imported_once(modules: Path) -> None:
         pytest.param("livemodels.nets:Net.none", "'livemodels.nets' has no 'Net.none'", id="no such attribute"),
         pytest.param("livemodels.nets:number", "'number' is an int, not a callable or a model", id="a number"),
         pytest.param("livemodels.nets:fails", "calling 'fails' failed: ValueError: no data set at hand", id="it fails"),
+        pytest.param("livemodels.nets:WithState", "is a WithState", id="it returns an object with other methods"),
         pytest.param("livemodels.nets:leaves", "calling 'leaves' failed: SystemExit: 3", id="it exits"),
         pytest.param("livemodels.nets:wrong", "'wrong' returned an int, not a model", id="it returns a number"),
         pytest.param("livemodels.nets:demanding", "calling 'demanding' failed: TypeError", id="it wants arguments"),

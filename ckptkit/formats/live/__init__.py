@@ -75,13 +75,19 @@ def _build_after_meta(target: str) -> Any:
     """
     try:
         built = build_model(target)
-        tensors = [*built.parameters(), *built.buffers()] if hasattr(built, "named_parameters") else []
-        if not any(tensor.is_meta for tensor in tensors) or not forget_meta_tensors():
+        if not _is_on_meta(built) or not forget_meta_tensors():
             return built
     except ModelError:
         if not forget_meta_tensors():
             raise
     return build_model(target)
+
+
+def _is_on_meta(built: Any) -> bool:
+    """Return whether a tensor of a model has no values; other objects, and methods of the user that fail, say no."""
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):
+        return any(tensor.is_meta for tensor in (*built.parameters(), *built.buffers()))
+    return False
 
 
 def build_module(path: str, *, with_values: bool = False) -> Module:

@@ -28,7 +28,9 @@ def _holds_meta_tensors(cache: object) -> bool:
     level: list[object] = [cache]
     for _ in range(_DEEPEST_RESULT):
         held = gc.get_referents(*level)
-        if any(isinstance(one, torch.Tensor) and one.is_meta for one in held):
+        if any(issubclass(type(one), torch.Tensor) and one.is_meta for one in held):
             return True
-        level = [one for one in held if isinstance(one, dict | tuple | list) or type(one).__name__ == "_lru_list_elem"]
+        level = [
+            one for one in held if issubclass(type(one), dict | tuple | list) or type(one).__name__ == "_lru_list_elem"
+        ]
     return False
