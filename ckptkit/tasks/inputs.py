@@ -11,8 +11,8 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files.hub_prefix import is_hub_path
 from ckptkit.core.files.places import is_url, version_at
 from ckptkit.core.text import kind_of, printable
-from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, PathError
-from ckptkit.formats import open_checkpoint
+from ckptkit.errors import ArgumentError, ChangedError, CkptkitError, FormatError, PathError
+from ckptkit.formats import open_checkpoint, split_path
 
 __all__ = ["SentInput", "opened_again", "paths_of", "send_input"]
 
@@ -74,9 +74,13 @@ def opened_again(sent: SentInput) -> Iterator[Checkpoint]:
         except PathError as error:  # the caller could open it
             error.hint, error.call = _SAME_PATH, None
             raise
+        except FormatError as error:  # one file that grew or was cut is not a valid file any more
+            if (_version(split_path(sent.path)[0]),) != sent.versions and len(sent.versions) == 1:
+                raise _changed(sent) from error
+            raise
         with opened as checkpoint:
             if tuple(_version(file) for file in checkpoint.files) != sent.versions:
-                raise ChangedError("the file changed since the work began", hint="run it again", path=sent.path)
+                raise _changed(sent)
             yield checkpoint
     except CkptkitError as error:
         here = sent.path.removesuffix(sent.given)
@@ -85,6 +89,10 @@ def opened_again(sent: SentInput) -> Iterator[Checkpoint]:
             if path.startswith(sent.given) or sent.given.startswith(path):  # the input, a file of it, or its file
                 error.path = path
         raise
+
+
+def _changed(sent: SentInput) -> ChangedError:
+    return ChangedError("the file changed since the work began", hint="run it again", path=sent.path)
 
 
 def _version(path: str) -> tuple[object, ...]:
