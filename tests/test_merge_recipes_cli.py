@@ -134,6 +134,8 @@ def test_an_option_of_one_input_is_named_where_it_helps(
     assert f"hint: {shlex.join(options[:2])} in place of strip" in ran.err
     ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt", "--param", "Q.rename=modul.*=*")
     assert ran.err.endswith("hint: did you mean 'module.*'?\n")
+    ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt", "--param", "Q.rename=module.*=x.*")
+    assert ("Q.strip" not in ran.err, "Q.rename" not in ran.err, options[3] in ran.err) == (True, True, True)
     found = merged(capsys, *words, *options, "--param", "on_missing=drop")
     torch.testing.assert_close(found["norm"], mean_of(models, A=1, B=2)["norm"], rtol=0, atol=1e-6)
 

@@ -285,10 +285,16 @@ def _missing_error(
 
 
 def _other_names(recipe: MergeRecipe, inputs: Mapping[str, AlignedInput], reference: str) -> dict[str, str]:
-    """Return what removes or adds a prefix, for each input that then has mostly keys of the reference."""
+    """Return what removes or adds a prefix, for each input that then has mostly keys of the reference.
+
+    An input with rules of its own is left out: its keys have other names when another rule looks at them.
+    """
     ways: dict[str, str] = {}
     wanted = {key: one.info.shape for key, one in inputs[reference].tensors.items()}
     for name, each in inputs.items():
+        own = recipe.input(name)
+        if own.strip or own.rename or own.rules:
+            continue
         found = {key: one.info.shape for key, one in each.tensors.items()}
         removed, added = count_prefixes(wanted, found)
         (less, losing), (more, gaining) = (
