@@ -120,6 +120,8 @@ def test_a_name_without_a_suffix_is_a_directory(tmp_path: Path) -> None:
     ("name", "options", "reason"),
     [
         ("-", {}, "the suffix does not name a format to write"),
+        ("run::model", {}, "the suffix does not name a format to write"),
+        ("py:mynet:build", {}, "the suffix does not name a format to write"),
         ("out.txt", {}, "the suffix does not name a format to write"),
         ("out.pt", {"format": "gguf"}, "unknown format 'gguf'"),
         ("out", {"max_shard_size": 0}, "a shard of at most 0 bytes cannot hold a tensor"),

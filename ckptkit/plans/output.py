@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ckptkit.core.arguments import require_choice, require_flags, require_number, require_path, require_type
+from ckptkit.core.files.live_prefix import is_live_path
 from ckptkit.core.files.places import is_url
 from ckptkit.core.text import kind_of, nearest, printable, quoted
 from ckptkit.errors import OutputError
@@ -116,7 +117,8 @@ def choose_output(
     name = _checked_path(path)
     suffix = _suffix(name)
     chosen = format or _SUFFIXES.get(suffix)
-    if chosen is None and max_shard_size is None and name != "-" and (not suffix or suffix[1:].isdecimal()):
+    is_other = name == "-" or "::" in name or is_live_path(name)  # of an input
+    if chosen is None and max_shard_size is None and not is_other and (not suffix or suffix[1:].isdecimal()):
         max_shard_size = _SHARD_SIZE
     if max_shard_size is not None:
         output = Output(name, format or "safetensors", _size(max_shard_size, name), force, reflink=reflink)
