@@ -16,6 +16,7 @@ __all__ = ["OTHER_METHODS", "NoSuchCommandError", "hint_for_command", "usage_tro
 
 _BETWEEN = lazy_pattern(r"(; or |, or |; |(?<=\?) (?=or ))")
 _NOT_ONE_OF = lazy_pattern(r"(['\"])(?P<value>[^'\"]*)\1 is not one of (?P<choices>.*)")
+_EXTRA = lazy_pattern(r"Got unexpected extra arguments? \((?P<words>.*)\)")
 _QUOTED = lazy_pattern(r"'([^']*)'")
 _ALIKE = 0.74  # the least likeness of a word to a right one: --strict is not --strip
 _ALIKE_AT_START = 0.6  # where one of both words begins with all of the other
@@ -25,6 +26,7 @@ _OTHER_NAMES = {
     "compare": "diff", "info": "show", "inspect": "show", "ls": "show", "list": "show", "summary": "show",
     "hash": "digest", "checksum": "digest", "sha256": "digest", "verify": "check", "validate": "check",
     "rename": "remap",
+    "ignore": "skip",  # of --on-mismatch
 }  # fmt: skip
 OTHER_METHODS = {  # of ckpt merge
     **dict.fromkeys(("mean", "avg", "soup", "model_soup", "uniform"), "average"), "lerp": "linear",
@@ -51,10 +53,12 @@ _OTHER_COMMANDS = {  # by the group and what the user wrote
 }  # fmt: skip
 _OTHER_OPTIONS = {
     "like": "model", "model": "like", "to": "format", "out": "output", "dest": "output", "overwrite": "force",
-    **dict.fromkeys(("key", "keys", "include", "only", "select", "filter", "grep", "pattern"), "keep"),
+    **dict.fromkeys(("key", "keys", "include", "only", "select", "filter", "grep", "pattern", "tensor"), "keep"),
     **dict.fromkeys(("exclude", "skip", "remove", "delete"), "drop"),
     **dict.fromkeys(("prefix", "strip-prefix", "remove-prefix"), "strip"),
     **dict.fromkeys(("fp16", "bf16", "half", "bfloat16", "float16", "precision"), "dtype"),
+    **dict.fromkeys(("workers", "num-workers", "num-proc", "processes", "threads"), "jobs"),
+    **dict.fromkeys(("tolerance", "tol"), "rtol"),
     **dict.fromkeys(("limit", "head"), "top"), **dict.fromkeys(("full", "long", "all-keys"), "expand"),
 }  # fmt: skip
 _IN_PYTHON = {"--html": ", and in Python every result has to_html()"}
@@ -65,6 +69,7 @@ _OTHER_WAYS = {  # for an option of a command that has none like it
     **{("delta", name): "ckpt remap PATH -o OUT first, with this option" for name in RULE_OPTIONS},
     **{("merge", name): "the inputs need no option: ckpt merge A B -o OUT" for name in ("input", "inputs", "models")},
     ("check", "values"): "all values are read, unless --no-values or --fast is given",
+    ("groups explain", "key"): "the parameter needs no option: ckpt groups explain SPEC NAME --model MODEL",
     ("preflight", "on-mismatch"): "tensors of another shape stay at init; --fresh PATTERN says that they are meant to",
     ("groups validate", "optimizer"): "validate_param_groups(model, optimizer, spec=SPEC) checks a live optimizer",
     **{(f"groups {name}", "lr"): "--set lr=X sets it for a --preset" for name in ("table", "validate", "emit")},
@@ -122,9 +127,7 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         if other_way := _OTHER_COMMANDS.get((context.command_path if context else "ckpt", error.name)):
             return reason, other_way
         wrong, right = error.name, error.names
-        if _OTHER_NAMES.get(wrong) in right:
-            wrong = _OTHER_NAMES[wrong]
-        elif context and context.parent and not _nearest(wrong, right):
+        if context and context.parent and not _nearest(wrong, right):
             return reason, f"{context.command_path} has {', '.join(right)}; see {context.command_path} --help"
     elif isinstance(error, click.NoSuchOption):
         command = context.command_path if context else "ckpt"
@@ -134,17 +137,8 @@ def usage_trouble(error: click.UsageError) -> tuple[str, str]:
         )
     elif isinstance(error, click.MissingParameter) and context and (example := _example(context, error.param)):
         return reason, f"for example {example}; see {context.command_path} --help"
-    elif context and reason.startswith("Got unexpected extra argument") and "*" in reason and _renames(context.command):
-        return reason, f"a rename is one word: --rename 'OLD=NEW'; see {context.command_path} --help"
-    elif context and reason.startswith("Got unexpected extra argument") and _takes_one_path(context.command):
-        one = f"{context.command_path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
-        return reason, f"{one}; see {context.command_path} --help"
-    elif context and context.command.name == "diff" and reason.startswith("Got unexpected extra argument"):
-        one = f"{context.command_path} compares two: compare each pair with a command of its own"
-        return reason, f"{one}; see {context.command_path} --help"
-    elif context and context.command.name == "apply" and reason.startswith("Got unexpected extra argument"):
-        one = f"{context.command_path} takes one PATCH: apply the next patch to the output of the first"
-        return reason, f"{one}; see {context.command_path} --help"
+    elif context and (extra := _EXTRA.match(reason)) and (way := _for_extra(extra["words"].split(), context)):
+        return reason, f"{way}; see {context.command_path} --help"
     elif found := _NOT_ONE_OF.search(reason):
         wrong, right = found["value"], _QUOTED.findall(found["choices"])
     near = _nearest(wrong, right)
@@ -163,13 +157,58 @@ def _for_option(option: str, context: click.Context | None) -> str:
     name = context.command_path.partition(" ")[2]
     if way := _OTHER_WAYS.get((name, wrong)) or (_of_methods(wrong) if name == "merge" else ""):
         return f"{way}; "
+    arguments = {name: param for param in context.command.params for name in param.opts if name[:1] != "-"}
+    if wrong in arguments:
+        return _without_option(arguments[wrong], context)
     right = [name.removeprefix("--") for param in context.command.params for name in param.opts]
     other = _OTHER_OPTIONS.get(wrong)
     if elsewhere and other not in right:
         names = " and ".join(elsewhere) if len(elsewhere) < 3 else listed(elsewhere, 3, show=str)
         return f"{names} {'has' if len(elsewhere) == 1 else 'have'} it{_IN_PYTHON.get(option, '')}; "
     near = other if other in right else _nearest(wrong, right)
+    if near in arguments:
+        return _without_option(arguments[near], context)
     return f"did you mean --{near}? " if near else ""
+
+
+def _without_option(argument: click.Parameter, context: click.Context) -> str:
+    """Return that an argument needs no option, and the words of the command among which it stands."""
+    words = [context.command_path]
+    for param in context.command.params:
+        if isinstance(param, click.Argument):
+            words += param.get_usage_pieces(context)
+        elif "-o" in param.opts or param.required:
+            option = f"{param.opts[0]} {param.metavar or 'OUT'}"
+            words.append(option if param.required else f"[{option}]")
+    return f"{argument.human_readable_name.strip('[].')} is given without an option: {' '.join(words)}; "
+
+
+def _for_extra(words: Sequence[str], context: click.Context) -> str:
+    """Return where the words that a command line has too many belong, or an empty string."""
+    command, path = context.command, context.command_path
+    given = [param for param in command.params if context.params.get(param.name or "") and _repeats(param)]
+    values = [context.params[param.name or ""][-1] for param in given]
+    if len(given) == 1 and isinstance(values[0], str) and not any(map(_is_path, words)):
+        option = given[0].opts[0]
+        if option != "--rename" or all("=" in word for word in (values[0], *words)):
+            repeated = " ".join(f"{option} {shell_word(word)}" for word in (values[0], *words))
+            return f"{option} takes one value: repeat it, as in {repeated}"
+    options = [param.opts[0] for param in given or command.params]
+    if "*" in " ".join(words) and "--rename" in options:
+        return "a rename is one word: --rename 'OLD=NEW'"
+    if "*" in " ".join(words) and given:
+        return f"{' and '.join(options)} take one value: repeat the option for each"
+    if _takes_one_path(command):
+        return f"{path} takes one PATH: run it for each; ckpt diff compares two checkpoints"
+    if command.name == "diff":
+        return f"{path} compares two: compare each pair with a command of its own"
+    if command.name == "apply":
+        return f"{path} takes one PATCH: apply the next patch to the output of the first"
+    return ""
+
+
+def _repeats(param: click.Parameter) -> bool:
+    return isinstance(param, click.Option) and param.multiple
 
 
 def _commands_with(option: str, context: click.Context) -> Iterator[str]:
@@ -211,10 +250,6 @@ def _example(context: click.Context, param: click.Parameter | None) -> str | Non
     return next((line for line in examples if not words or set(words) & set(line.split())), None)
 
 
-def _renames(command: click.Command) -> bool:
-    return any("--rename" in param.opts for param in command.params)
-
-
 def _takes_one_path(command: click.Command) -> bool:
     arguments = [param for param in command.params if isinstance(param, click.Argument)]
     return len(arguments) == 1 and arguments[0].nargs == 1
@@ -222,6 +257,8 @@ def _takes_one_path(command: click.Command) -> bool:
 
 def _nearest(wrong: str, right: Sequence[str]) -> str | None:
     """Return the right word that a wrong one stands for, or None: a wrong suggestion is worse than none."""
+    if _OTHER_NAMES.get(wrong) in right:
+        return _OTHER_NAMES[wrong]
     whole = [one for one in right if wrong and wrong in one.split("-")]
     near = whole[0] if len(whole) == 1 else nearest(wrong, right, _ALIKE)
     close = near or nearest(wrong, right, _ALIKE_AT_START)
