@@ -419,7 +419,7 @@ def test_show_lists_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFi
         (["merge", TEN, TEN, "-o", "o.pt", "--on-mismatch", "ignore"], "skip? see ckpt merge --help"),
         (["show", f"{DDP}::optimizer.stat"], "'::optimizer.state'? the keys at that level: state, param_groups"),
         (["show", TEN, "--keep", "fc1.wieght"], "'fc1.weight'?"),
-        (["remap", TEN, "-o", "o.pt", "--rename", "fcc3.*=x.*"], "'fc3.*'? or pass --allow-unused"),
+        (["remap", TEN, "-o", "o.pt", "--rename", "fcc3.*=x.*"], "'fc3.*=x.*'? or pass --allow-unused"),
     ],
 )
 def test_the_nearest_right_word_is_named(arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,8 @@ def test_a_rename_says_the_new_name(rename: str, old: str, new: str | None) -> N
         pytest.param("re:module", "OLD=NEW \\(for example", id="regex, no ="),
         pytest.param("a=b=c", "OLD=NEW", id="two ="),
         pytest.param("=a", "is empty", id="nothing on the left"),
+        pytest.param("h.*=a", "did you mean 'h.\\*=a.\\*'", id="a star is forgotten"),
+        pytest.param(r"h.(.*)=a.\1", r"begins with re: 're:h\.\(\.\*\)=a\.\\1'", id="regex without re:"),
         pytest.param("*=a", "1 '\\*' on the left and 0 on the right", id="a star is lost"),
         pytest.param("a=*", "0 '\\*' on the left and 1 on the right", id="a star from nowhere"),
         pytest.param("*.*=*", "2 '\\*' on the left and 1 on the right", id="one of two stars is lost"),
@@ -267,6 +269,8 @@ def test_a_regex_with_an_unusual_set_causes_no_warning() -> None:
         ("model.layers.*.mpl.*", "did you mean 'model.layers.*.mlp.*'?"),
         ("model.layer.*.mlp.*", "did you mean 'model.layers.*.mlp.*'?"),
         ("model.layers.*.attention.*", "the nearest name is 'model.layers.0.reparam_conv.w'"),
+        (r"h\.\d+\.w", r"did you mean 're:h\.\d+\.w'?"),
+        (r"model\.layers\.\d+", r"did you mean 're:model\.layers\.\d+\..*'?"),
         ("h.*,head.*", "these are 2 patterns, and each needs its own option: 'h.*', 'head.*'"),
     ],
 )
@@ -274,6 +278,25 @@ def test_a_hint_has_the_pattern_that_was_meant(pattern: str, hint: str) -> None:
     names = [f"h.{number}.w" for number in range(12)]
     names += ["head.w", "model.layers.0.mlp.w", "model.layers.0.reparam_conv.w"]
     assert suggest_pattern(parse_pattern(pattern), names) == hint
+
+
+@pytest.mark.parametrize(
+    ("rename", "meant", "renamed"),
+    [
+        ("head=top", "head.*=top.*", ("head.w", "top.w")),
+        ("haed.*=top.*", "head.*=top.*", ("head.w", "top.w")),
+        ("head.w=w", "*.head.w=*.w", ("model.head.w", "model.w")),
+        (r"h.(\d+)=x.\1.fc", r"re:h.(\d+)(\..*)=x.\1.fc\2", ("h.3.w", "x.3.fc.w")),
+        (r"h.(\d+).w=x.\1", r"re:h.(\d+).w=x.\1", ("h.3.w", "x.3")),
+        (r"re:h.(\d+)=x.\1", r"re:h.(\d+)(\..*)=x.\1\2", ("h.3.w", "x.3.w")),
+    ],
+)
+def test_a_hint_has_the_whole_rename_that_was_meant(rename: str, meant: str, renamed: tuple[str, str]) -> None:
+    """The rename in a hint gives a key the new name that was meant, with the rest of the key."""
+    wrong = parse_rename(rename)
+    hint = suggest_pattern(wrong.pattern, [renamed[0]], new=wrong.text)
+    pasted = hint.removeprefix("did you mean '").removesuffix("'?")
+    assert (pasted, parse_rename(pasted).apply(renamed[0])) == (meant, renamed[1])
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 2, 3], [2, 3], [0, 1, 2, 5, 7, 8, 9]])

@@ -486,7 +486,8 @@ def _refuse_unused(
                 way = _old_name(stage.rules, unused_rule, kept) if unused_rule else ""
                 if unused_rule and any(pattern.match(name) for name in names):
                     way = "leave it out, because the patterns of keep leave out all that it matches"
-                way = way or (suggest_pattern(pattern, names, "the checkpoint") if names else "correct it")
+                new = unused_rule.new_name if unused_rule else None
+                way = way or (suggest_pattern(pattern, names, "the checkpoint", new=new) if names else "correct it")
             way += "" if way.endswith("?") else ";"
             raise RuleError(
                 message,

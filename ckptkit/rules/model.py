@@ -61,6 +61,12 @@ class Rule:
         return not any(self.templates)
 
     @property
+    def new_name(self) -> str | None:
+        """The right side of a rule with one pattern and one new name, or None."""
+        names = self.templates[0] if len(self.sources) == len(self.templates) == 1 else ()
+        return names[0].text if len(names) == 1 else None
+
+    @property
     def gathered(self) -> tuple[str, ...]:
         """The captures that no new name uses: the tensors that differ in them go into one operation."""
         used = {value for names in self.templates for name in names for kind, value, _ in name.parts if kind == "group"}

@@ -57,6 +57,9 @@ _SPECIAL = re.compile(r"[*{}]|^re:")  # not literal in a pattern
 _DIGIT_SET = re.compile(r"\[((?:[0-9](?:-[0-9])?)+)\]")
 _OUTSIDE_BRACES = re.compile(r",\s*(?![^{]*\})")
 _ARROW = re.compile(r"\s*(?:[-=]?>|[:,])\s*|\s+")  # what people write between an old and a new name
+_REGEX_SIGNS = frozenset("\\()[]|+?^$")
+_GROUP_IN_NAME = re.compile(r"\\[1-9g]")
+_REST = r"(\..*)"  # what follows a name that a rename keeps
 _MOST_COMPARED = 10_000  # names that are compared with a pattern that matches none
 _SHORTEST_INSIDE = 3  # characters that are searched inside of names
 _MOST_NUMBERS = 1000  # of a range that the regex of a pattern spells
@@ -277,9 +280,18 @@ def parse_template(text: str, pattern: Pattern) -> Template:
     if stars != pattern.stars:
         raise RuleError(
             f"{quoted(f'{pattern.text}={text}')} has {pattern.stars} '*' on the left and {stars} on the right",
-            hint="each '*' is copied in order; to move or leave out a segment, name it {like_this}",
+            hint=_hint_of_stars(text, pattern),
         )
     return Template(text, pattern, tuple(parts))
+
+
+def _hint_of_stars(text: str, pattern: Pattern) -> str:
+    """Return the way out for a template that has other stars than its pattern: a regex, or what was meant."""
+    if _GROUP_IN_NAME.search(text):
+        return f"a regex begins with re: {shell_word(f're:{pattern.text}={text}')}"
+    is_short = pattern.stars == 1 and pattern.text.endswith(".*") and text and "*" not in text
+    start = f"did you mean {shell_word(f'{pattern.text}={text}.*')}? " if is_short else ""
+    return f"{start}each '*' is copied in order; to move or leave out a segment, name it {{like_this}}"
 
 
 def _shift(token: re.Match[str], text: str, pattern: Pattern) -> int | None:
@@ -324,11 +336,12 @@ def suggest_pattern(
     names: Collection[str],
     owner: str = "the model",
     accepts: Callable[[Collection[str]], bool] = lambda _matched: True,
+    new: str | None = None,
 ) -> str:
     """Return a hint for a pattern that matches none of ``names``: a similar pattern that does, or some of the names.
 
     ``owner`` is what has the names. It must be such that the request ``accepts`` all
-    names that it matches.
+    names that it matches. For a rename, ``new`` is its right side, and the hint is a whole rename.
     """
     parts = [] if pattern.is_regex else _OUTSIDE_BRACES.split(pattern.text)
     if len(parts) > 1 and all(parts):
@@ -337,30 +350,54 @@ def suggest_pattern(
             found = [[name for name in names if one.match(name)] for one in patterns]
             if all(found) and accepts([name for matched in found for name in matched]):
                 return f"these are {len(parts)} patterns, and each needs its own option: {listed(parts, 3)}"
-    for text in _variants(pattern, names):
+    for text in _variants(pattern, names, _REST if new else r"\..*"):
         try:
             variant = parse_pattern(text)
+            shown = text if new is None else _as_rename(variant, pattern, new)
         except RuleError:
             continue
         with contextlib.suppress(RuleError):  # a regex that takes too long
             matched = [name for name in names if variant.match(name)]
             if matched and accepts(matched):
-                return f"did you mean {quoted(text)}?"
+                return f"did you mean {shell_word(shown)}?"
     if close := nearest(pattern.text, islice(names, _MOST_COMPARED), cutoff=0.5):
         return f"the nearest name is {quoted(close)}"
     return f"{owner} has {listed(names, 3)}"
 
 
-def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
-    """Yield similar patterns: for the children of a module, for a part of a name, with typos corrected."""
+def _as_rename(variant: Pattern, pattern: Pattern, new: str) -> str:
+    """Return the rename to ``new`` for a variant of its pattern; what the variant adds, the new name gets, too.
+
+    Raises ``RuleError`` where the new name does not fit the variant.
+    """
+    before, found, after = variant.text.partition(pattern.text)
+    if variant.is_regex:
+        has_rest = variant.text.endswith(_REST)
+        if pattern.is_regex and not has_rest:
+            return variant.text  # only the user knows what of the key the new name needs
+        before, after = "", f"\\{variant.regex.groups}" if has_rest else ""
+    text = f"{variant.text}={before}{new}{after}" if found else f"{variant.text}={new}"
+    parse_rename(text)
+    return text
+
+
+def _variants(pattern: Pattern, names: Collection[str], rest: str) -> Iterator[str]:
+    """Yield similar patterns: for the children of a module, for a part of a name, with typos corrected, as a regex.
+
+    ``rest`` is the regex of what follows the name of a module.
+    """
     text = pattern.text
     if pattern.is_regex:
         body = f"(?:{text[3:]})"
+        if rest == _REST and "|" not in text:
+            yield f"{text}{rest}"
         yield from (f"re:{body}.*", f"re:.*{body}", f"re:.*{body}.*")
         return
     ranges = _DIGIT_SET.sub(_as_numbers, text)
     if ranges != text:
         yield ranges
+    if _REGEX_SIGNS & set(text) and "|" not in text:
+        yield from (f"re:{text}", f"re:{text}{rest}")
     yield from (f"{text.rstrip('.')}.*", f"{text}*", f"*.{text}", f"*.{text}.*")
     prefix, _, inner = text.partition(".")
     if inner[:1] not in ("", "*", "{") and not {"*", "{"} & set(prefix):
