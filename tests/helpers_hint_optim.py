@@ -242,6 +242,39 @@ def _a_buffer_like_a_parameter(folder: Path) -> list[str]:
     return ["optim", "prune", str(folder / "run.ckpt"), "-o", str(folder / "out.pt"), "--reset", "weight"]
 
 
+class Pair(nn.Module):
+    """A module with two vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))
+
+
+@situation(
+    "optimizer_state/given_names.py: if other weights were trained, add --model MODEL",
+    MODEL="py:tests.helpers_hint_optim:Pair",
+)
+def _names_beside_other_weights(folder: Path) -> list[str]:
+    model = Pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.first.grad, model.second.grad = torch.ones(3), torch.ones(5)
+    optimizer.step()
+    weights = {"first": model.second.detach(), "second": model.first.detach()}
+    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, folder / "run.ckpt")
+    names = text(folder / "names.txt", "first\nsecond\n")
+    return [
+        "optim",
+        "prune",
+        str(folder / "run.ckpt"),
+        "-o",
+        str(folder / "out.pt"),
+        "--reset",
+        "first",
+        "--names",
+        names,
+    ]
+
+
 @situation("plans/writing/refusals.py: write elsewhere, or --force to replace it")
 def _the_output_is_the_input(folder: Path) -> list[str]:
     saved = written(folder / "saved.pt")

@@ -261,6 +261,64 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert torch.equal(state["state"]["head.bias"]["momentum_buffer"], moved)
 
 
+def test_names_in_the_wrong_order_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command refuses a list that the weights of the file, or --model, contradict; a list that can be right is
+    not refused, and the line of the names tells what was compared.
+    """
+    _, content = run_file(tmp_path / "run.ckpt", "SGD")
+    names = [name for name, _ in Net().named_parameters()]
+    run, right, wrong, other, spec = (
+        tmp_path / name for name in ("run.ckpt", "names", "reversed", "other", "spec.toml")
+    )
+    right.write_text("\n".join(names))
+    wrong.write_text("\n".join(names[::-1]))
+    other.write_text("\n".join(names).replace("head", "heads"))
+    spec.write_text(SPEC)
+    out = ("-o", tmp_path / "out.ckpt", "--force")
+    resplit = ("resplit", run, *out, "--groups", spec)
+    prune, remap = ("prune", run, *out, "--like", run), ("remap", run, *out, "--rename", "head.*=h.*")
+    refusal = "the list of names does not fit: the state of name 1, 'head.bias', has shape [12, 4], but the weight in "
+    for arguments in (resplit, prune, remap, ("show", run), ("diff", run, run)):
+        ran = run_ckpt(capsys, "optim", *arguments, "--names", wrong)
+        assert ran.code == (1 if arguments[0] == "show" else 2)
+        assert refusal in ran.out + ran.err
+        ran = run_ckpt(capsys, "optim", *arguments, "--names", right)
+        assert (ran.code, "8 of 8 shapes known, and all fit the weights in the file" in ran.out + ran.err) == (0, True)
+    ran = run_ckpt(capsys, "optim", *resplit, "--names", other)
+    assert (ran.code, "the weights in the file have no 'heads.weight', 'heads.bias'" in ran.err) == (0, True)
+    weights = content["model"]
+    cases = {
+        "module.": "all fit the weights in the file",
+        "net.": "all fit the weights in the file",
+        "x": "not compared with shapes, because the weights in the file have none of these names",
+    }
+    for prefix, said in cases.items():
+        torch.save({**content, "model": {prefix + key: value for key, value in weights.items()}}, run)
+        ran = run_ckpt(capsys, "optim", *resplit, "--names", right)
+        assert (ran.code, said in ran.err) == (0, True), ran.err
+        refused = run_ckpt(capsys, "optim", "diff", run, run, "--names", wrong)
+        assert (refused.code, refusal in refused.err) == ((0, False) if prefix == "x" else (2, True))
+    # Edited weights: the file no longer has the shapes of the state, or has them transposed.
+    for edited in (
+        {"head.weight": torch.ones(7, 5)},
+        {key: value.T for key, value in weights.items() if value.ndim > 1},
+    ):
+        torch.save({**content, "model": {**weights, **edited}}, run)
+        ran = run_ckpt(capsys, "optim", *resplit, "--names", right)
+        assert (ran.code, "of another shape in the weights of the file" in ran.err) == (0, True), ran.err
+    torch.save(content["optimizer"], run)
+    ran = run_ckpt(capsys, "optim", *resplit, "--names", right)
+    assert (ran.code, "by the list of names; not compared with the shapes of weights" in ran.err) == (0, True)
+    with_model = (
+        (right, 0, "all fit the model"),
+        (wrong, 2, "'head.bias' has shape [12, 4]"),
+        (other, 2, "the list of names has 'heads.weight', 'heads.bias', which the model does not have"),
+    )
+    for given, code, said in with_model:
+        ran = run_ckpt(capsys, "optim", *resplit, "--names", given, "--model", "py:tests.helpers_optim:Net")
+        assert (ran.code, said in ran.err) == (code, True), ran.err
+
+
 @pytest.mark.parametrize(
     "option", [("--model", "no.pt"), ("--model", "py:no_such_module:build"), ("--names", "no.txt")], ids=range(3)
 )

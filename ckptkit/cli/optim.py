@@ -34,8 +34,9 @@ from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, read_state
+from ckptkit.optimizer_state.given_names import read_names_file
 from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
-from ckptkit.optimizer_state.naming import NamesLike, name_by_position, structure_findings, to_named
+from ckptkit.optimizer_state.naming import name_by_position, structure_findings, to_named
 from ckptkit.rules.model import Rules
 
 if TYPE_CHECKING:
@@ -67,13 +68,12 @@ class NameSource:
         """Whether the user gave neither --model nor --names."""
         return self.model is None and self.names_file is None
 
-    def names(self, stack: contextlib.ExitStack) -> NamesLike | None:
-        """Return the names, or a model or checkpoint that has them, or None if the user gave neither."""
-        if self.names_file is not None:
-            from ckptkit.optimizer_state.names_file import read_names_file
-
-            return read_names_file(self.names_file)
-        return None if self.model is None else _open_model(stack, self.model)
+    def named(self, found: FoundState, stack: contextlib.ExitStack, *, drop_strays: bool = False) -> OptimizerState:
+        """Return the state by name; a list of names must fit the model, if the user gave both."""
+        model = None if self.model is None else _open_model(stack, self.model)
+        if self.names_file is None:
+            return to_named(found, model, drop_strays=drop_strays)
+        return to_named(found, read_names_file(self.names_file), model=model, drop_strays=drop_strays)
 
 
 _model_option = click.option(
@@ -81,7 +81,7 @@ _model_option = click.option(
 )
 _names_option = click.option(
     "--names", "names_file", type=PATH_TYPE, metavar="FILE",
-    help="A file with the names of all parameters, one per line, in the order of the groups.",
+    help="A file with the names of all parameters, one per line, in the order of the groups. They must fit --model.",
 )  # fmt: skip
 _form_option = click.option(
     "--form", type=click.Choice(FORMS),
@@ -95,8 +95,6 @@ def _name_options(command: CommandFunction) -> CommandFunction:
 
     @functools.wraps(command)
     def with_name_source(*args: object, model: str | None, names_file: str | None, **others: object) -> object:
-        if model and names_file:
-            raise click.UsageError("--model and --names exclude each other")
         return command(*args, name_source=NameSource(model, names_file), **others)
 
     return add_options(with_name_source, _model_option, _names_option)
@@ -136,7 +134,7 @@ def show(
     with contextlib.ExitStack() as stack:
         _, found = _open_state(stack, path, quiet=quiet)
         try:
-            state = to_named(found, name_source.names(stack))
+            state = name_source.named(found, stack)
         except RuleError:  # a file of names that is not valid
             raise
         except CkptkitError as error:
@@ -293,7 +291,7 @@ def prune_command(
     with contextlib.ExitStack() as stack:
         checkpoint, found = _open_state(stack, path, quiet=options.quiet)
         with default_error_path(path):
-            state = to_named(found, name_source.names(stack), drop_strays=True)
+            state = name_source.named(found, stack, drop_strays=True)
             state = prune(state, None if like is None else _open_model(stack, like), drop=drop, reset=reset)
         is_whole = len(state.names) == len(state.changes) and len(state.state) == len(found.state)
         _write(state, checkpoint, options, form, [_nothing_pruned(like)] if is_whole else [])
@@ -363,7 +361,7 @@ def _open_named_state(
 ) -> tuple[Checkpoint, OptimizerState]:
     checkpoint, found = _open_state(stack, path, quiet=quiet)
     with default_error_path(path):
-        return checkpoint, to_named(found, name_source.names(stack))
+        return checkpoint, name_source.named(found, stack)
 
 
 def _open_model(stack: contextlib.ExitStack, path: str) -> Module | Checkpoint:

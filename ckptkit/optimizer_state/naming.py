@@ -19,6 +19,7 @@ from ckptkit.formats import open_checkpoint, split_path
 from ckptkit.inputs import CheckpointLike
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
+from ckptkit.optimizer_state.given_names import compare_with_weights
 from ckptkit.optimizer_state.model import OptimizerState, is_less, keeps_less, parameter_shape
 from ckptkit.optimizer_state.positions import GIVE_MODEL, GIVE_NAMES, Groups, Parameters, Shape, name_positions
 from ckptkit.param_groups.properties import parameter_table
@@ -75,6 +76,7 @@ def to_named(
     state: FoundState | Checkpoint | Mapping[str, object],
     names: NamesLike | None = None,
     *,
+    model: ModelLike | None = None,
     groups: Groups | None = None,
     drop_strays: bool = False,
 ) -> OptimizerState:
@@ -85,6 +87,9 @@ def to_named(
     a model: a Module, a Checkpoint or a mapping of tensors. The order and the shapes of the model must then allow
     exactly one assignment. If the state has names of its own, they are compared with such a model. Without ``names``,
     the weights in the file of the state are that model, if the file has weights.
+
+    A list of names must fit the shapes of ``model``, or else of the weights in the file of the state. These weights can
+    be of another model, so they refuse a list only if they have all shapes of the state, under other names.
 
     ``groups`` has the names in each group of the optimizer that will load the state, if there is one. A state without
     names is then read by position, as ``load_state_dict`` reads it, if the sizes of the groups and all shapes agree.
@@ -117,7 +122,7 @@ def to_named(
             call = "drop_strays=True drops it" if finding.code == codes.STATE_STRAY.name else None
             raise FormatError(finding.message, hint=finding.hint or None, call=call, path=found.path or None)
     try:
-        return replace(_named(found, names, groups), findings=findings)
+        return replace(_named(found, names, groups, model), findings=findings)
     except PlanError as error:
         error.path = error.path or found.path or None
         if names is not None and _weights_tell_names(found):
@@ -128,30 +133,48 @@ def to_named(
 def _weights_tell_names(found: FoundState) -> bool:
     """Return whether the weights in the file of a state without names tell all names."""
     with contextlib.suppress(PlanError):
-        return found.form == "indexed" and bool(_named(found, None, None).names)
+        return found.form == "indexed" and bool(_named(found).names)
     return False
 
 
-def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) -> OptimizerState:
+def _named(
+    found: FoundState,
+    names: NamesLike | None = None,
+    groups: Groups | None = None,
+    compared: ModelLike | None = None,
+) -> OptimizerState:
     if isinstance(names, str | bytes):
         raise PlanError(f"the names are one string, {quoted(str(names))}", hint="give a list of strings, or a model")
-    given = names if isinstance(names, Sequence) else None
+    if isinstance(names, Sequence):
+        params = [param for group in found.groups for param in group.params]
+        given = _given_names(params, names)
+        return as_named(found, given, f"by the list of names; {_compare_given(found, given, compared)}")
+    if compared is not None:
+        raise PlanError("model is for a list of names", hint="give the model as names")
     own = _own_names(found)
-    if names is None:
-        model = None if own is not None else _parameters_beside(found)
-    else:
-        model = None if isinstance(names, Sequence) else parameters_of(names)
-    if own is not None and given is None:
+    beside = _parameters_beside(found) if names is None and own is None else None
+    model = beside if names is None else parameters_of(names)
+    if own is not None:
         if model is not None:
             _compare_with_model(found, own, model)
         return as_named(found, own)
-    if given is not None:
-        params = [param for group in found.groups for param in group.params]
-        return as_named(found, _given_names(params, given), "by the list of names")
     if model is None:
         raise PlanError("the state numbers its parameters and does not contain their names", hint=GIVE_MODEL)
     inferred, evidence = name_positions(found, model, groups)
     return as_named(found, inferred, evidence)
+
+
+def _compare_given(found: FoundState, names: Mapping[object, str], model: ModelLike | None) -> str:
+    """Return words that tell what the given names were compared with; raise ``PlanError`` if they do not fit."""
+    if model is not None:
+        parameters = parameters_of(model)
+        _compare_with_model(found, names, parameters, are_given=True)
+        known = sum(parameter_shape(found.state.get(param, {})) is not None for param in names)
+        return f"{known:,} of {plural(len(names), 'shape')} known, and all fit {parameters.source}"
+    weights = _parameters_beside(found)
+    if weights is None:
+        return "not compared with the shapes of weights"
+    return compare_with_weights(found, names, weights)
 
 
 def _parameters_beside(found: FoundState) -> Parameters | None:
@@ -232,14 +255,21 @@ def _given_names(params: Sequence[object], names: Sequence[object]) -> dict[obje
     return dict(zip(params, map(str, names), strict=True))
 
 
-def _compare_with_model(found: FoundState, names: Mapping[object, str], model: Parameters) -> None:
+def _compare_with_model(
+    found: FoundState, names: Mapping[object, str], model: Parameters, *, are_given: bool = False
+) -> None:
+    """Raise ``PlanError`` if the model lacks a name, or has another shape; ``are_given`` names are from the user."""
+    in_order = f"give the names that {model.source} has, in the order of the groups"
     shapes = {param: model.shapes.get(model.aliases.get(own, own), ()) for param, own in names.items()}
     allows_less = keeps_less(shapes, found.state)
     unknown = [own for own in names.values() if model.aliases.get(own, own) not in model.shapes]
     if unknown:
         raise PlanError(
-            f"the state has {listed(unknown, _MAX_SHOWN)}, which the model does not have",
-            hint="rename them first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop them: ckpt optim prune "
+            f"the {'list of names' if are_given else 'state'} has {listed(unknown, _MAX_SHOWN)}, which the model does "
+            "not have",
+            hint=in_order
+            if are_given
+            else "rename them first: ckpt optim remap PATH -o OUT --rename OLD=NEW; or drop them: ckpt optim prune "
             f"PATH -o OUT {drop_options(unknown)}",
         )
     for param, own in names.items():
@@ -249,7 +279,9 @@ def _compare_with_model(found: FoundState, names: Mapping[object, str], model: P
             raise PlanError(
                 f"the state of {quoted(name)} has shape {list(shape)}, but the parameter has shape "
                 f"{list(model.shapes[name])}",
-                hint="torch overwrites param_names when it loads a file, so the names can be in another order",
+                hint=in_order
+                if are_given
+                else "torch overwrites param_names when it loads a file, so the names can be in another order",
             )
 
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.result.summary import NO_CHECKPOINT
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import options_of_kind
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state.forms import FoundState, read_state
+from ckptkit.optimizer_state.given_names import read_names_file
 from ckptkit.optimizer_state.model import NamedGroup, OptimizerState
-from ckptkit.optimizer_state.names_file import read_names_file
 from ckptkit.optimizer_state.naming import NamesLike, to_named, to_named_for
 from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.parameters import LiveModel
@@ -60,6 +61,9 @@ def named_state(
     strays = [str(key) for key in found.state if key not in params]
     if isinstance(names, str | os.PathLike):
         names = model if names == "model" else read_names_file(os.fspath(names))
+    if isinstance(names, Sequence) and not has_rules:
+        # The names are those of the live model, whose shapes decide later: the weights in the file can be older.
+        found = replace(found, checkpoint=NO_CHECKPOINT)
     if names is not None:
         return to_named(found, names, drop_strays=drop_strays), strays
     # The rules rename names that the live model does not have, so the model cannot name the state.
