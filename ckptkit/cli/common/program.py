@@ -34,6 +34,7 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
         context.exit()
 
 
+_TRACES = "ckptkit.formats.writing.traces"
 _LONG_HINT = 120  # characters, above which each way out has its own line
 _SUMMARIES = {
     "show": "List the tensors, other entries and warnings of a checkpoint.",
@@ -105,6 +106,8 @@ def _raise_stopped(number: int, _frame: FrameType | None) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the program and return the exit code; every expected failure is one line on stderr."""
     _replace_closed_streams()
+    if traces := sys.modules.get(_TRACES):
+        traces.forget()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name must not crash a terminal without Unicode
             stream.reconfigure(errors="backslashreplace")
@@ -194,7 +197,7 @@ def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
 
 
 def _report_interrupt() -> int:
-    traces = sys.modules.get("ckptkit.formats.writing.traces")  # nothing is written before it is imported
+    traces = sys.modules.get(_TRACES)  # nothing is written before it is imported
     is_clean = traces is None or traces.has_left_nothing()
     _report_trouble("interrupted: nothing was written" if is_clean else "interrupted", _left_behind(), None)
     return 128 + signal.SIGINT
@@ -208,7 +211,7 @@ def _report_stopped(number: int) -> int:
 
 def _left_behind() -> str | None:
     """Return what is to be said of shards that are kept, or of an output in a store that is not the old or new one."""
-    traces = sys.modules.get("ckptkit.formats.writing.traces")
+    traces = sys.modules.get(_TRACES)
     if traces is None:
         return None
     kept = traces.kept()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 __all__ = [
+    "forget",
     "has_left_nothing",
     "kept",
     "left_between",
@@ -21,6 +22,12 @@ _temporaries: set[str] = set()
 _outputs: list[str] = []  # only the first
 _replacing: dict[str, Callable[[], str]] = {}
 _kept: list[str] = []
+
+
+def forget() -> None:
+    """Forget everything: a command tells of what it has left itself, and one process may run several."""
+    for notes in (_temporaries, _outputs, _replacing, _kept):
+        notes.clear()
 
 
 def note_temporary(path: str) -> None:
