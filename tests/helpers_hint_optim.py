@@ -228,7 +228,7 @@ class Masked(nn.Module):
 
 
 @situation(
-    "optimizer_state/positions.py: give the live model, whose buffers are known: --model",
+    "optimizer_state/positions.py: give the live model, frozen as in training: --model",
     MODEL="py:tests.helpers_hint_optim:Masked",
     FILE="{folder}/names.txt",
 )

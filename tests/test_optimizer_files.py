@@ -320,18 +320,19 @@ def test_names_in_the_wrong_order_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    "option", [("--model", "no.pt"), ("--model", "py:no_such_module:build"), ("--names", "no.txt")], ids=range(3)
+    "option",
+    [("--model", "no.pt"), ("--model", "net:build"), ("--model", "py:no_such_module:build"), ("--names", "no.txt")],
+    ids=range(4),
 )
-def test_a_state_is_shown_without_names_if_their_source_cannot_be_opened(
+def test_a_source_of_names_that_cannot_be_opened_is_an_error(
     option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reason is the finding ``optim.no-names``, which names the source, and the exit code is 1."""
+    """No state is shown, the error names the source, and the exit code is 2, as for every command."""
     model = nn.Linear(4, 4)
     torch.save(trained(model, OPTIMIZERS["SGD"](model.parameters())).state_dict(), tmp_path / "optimizer.pt")
-    ran = run_ckpt(capsys, "optim", "show", tmp_path / "optimizer.pt", *option, "--json")
-    (finding,) = json.loads(ran.out)["findings"]
-    assert (ran.code, finding["code"], finding["severity"]) == (1, "optim.no-names", "error")
-    assert finding["message"].startswith(f"{option[1]}: ")
+    ran = run_ckpt(capsys, "optim", "show", tmp_path / "optimizer.pt", *option)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith(f"ckpt: {option[1]}: ")
 
 
 @pytest.mark.parametrize("text", ['["0.weight", ', "[" * 100_000, '["0.weight", 1]', '["0.weight"] 1'], ids=range(4))

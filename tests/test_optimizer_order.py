@@ -141,7 +141,18 @@ def test_a_buffer_of_the_shape_of_a_parameter_is_known_by_its_name(tmp_path: Pat
             else:  # two weights are frozen, so a name does not tell that a tensor has state
                 with pytest.raises(PlanError, match=r"'2\.output_mask' or '3\.weight'") as caught:
                     to_named(saved)
-                assert "give the live model, whose buffers are known: --model" in str(caught.value.hint)
+                assert "give the live model, frozen as in training: --model" in str(caught.value.hint)
+
+
+def test_a_model_must_be_frozen_as_in_training() -> None:
+    """Where the model trains more parameters than the run did, the hint asks to freeze it, and that settles it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    saved = trained(model, [{"params": list(model[1].parameters())}]).state_dict()
+    with pytest.raises(PlanError) as caught:
+        to_named(saved, model)
+    assert str(caught.value.hint).startswith("freeze the parameters of the model that did not train; or give the names")
+    model[0].requires_grad_(requires_grad=False)
+    assert to_named(saved, model).names == ("1.weight", "1.bias")
 
 
 def test_frozen_parameters_are_not_taken_for_buffers(tmp_path: Path) -> None:

@@ -138,10 +138,10 @@ def show(
         except RuleError:  # a file of names that is not valid
             raise
         except CkptkitError as error:
+            if error.path and error.path in (name_source.model, name_source.names_file):
+                raise  # their source cannot be read
             severity: Severity = "note" if name_source.is_empty else "error"
-            is_source = error.path in (name_source.model, name_source.names_file)
-            reason = f"{printable(error.path)}: {error.reason}" if error.path and is_source else error.reason
-            no_names = codes.NO_NAMES.finding("", reason, error.hint or "", severity=severity)
+            no_names = codes.NO_NAMES.finding("", error.reason, error.hint or "", severity=severity)
             state = replace(name_by_position(found), findings=tuple(structure_findings(found)) or (no_names,))
         report = state_report(state)  # raises where a step count cannot be read
         echo_result(report_format, state, expand=expand)

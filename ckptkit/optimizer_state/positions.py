@@ -23,7 +23,8 @@ _FEWEST_OTHERS = 2  # tensors of one name, before their state tells what the nam
 _NAMES = "the names in the order of the groups: --names FILE, one a line; in Python also a list"
 GIVE_NAMES = f"give {_NAMES}"
 GIVE_MODEL = f"give the model that was trained, or its weights: --model MODEL; or {_NAMES}"
-_GIVE_LIVE_MODEL = f"give the live model, whose buffers are known: --model MODEL; or {_NAMES}"
+_GIVE_LIVE_MODEL = f"give the live model, frozen as in training: --model MODEL; or {_NAMES}"
+_FREEZE = f"freeze the parameters of the model that did not train; or {GIVE_NAMES}"
 _GIVE_MODEL_ORDER = 'give the names in the order of the saved groups, or names="model" for the order of the model'
 
 
@@ -75,8 +76,9 @@ def name_positions(found: FoundState, model: Parameters, groups: Groups | None =
     if len(readings) > 1:
         misfit = f"the optimizer has other shapes: {_describe_misfit(saved, misfits, model)}; " if misfits else ""
         is_model_clear = [reading.order_of for reading in readings].count(model.source) == 1
-        may_be_buffers = not model.is_certain and len({frozenset(reading.names) for reading in readings}) > 1
-        hint = _GIVE_MODEL_ORDER if is_model_clear else _GIVE_LIVE_MODEL if may_be_buffers else GIVE_NAMES
+        are_others = len({frozenset(reading.names) for reading in readings}) > 1  # frozen parameters, or buffers
+        of_others = _FREEZE if model.is_certain else _GIVE_LIVE_MODEL
+        hint = _GIVE_MODEL_ORDER if is_model_clear else of_others if are_others else GIVE_NAMES
         raise PlanError(misfit + _ambiguous(saved, readings[0].names, readings[1].names), hint=hint)
     if readings:
         return saved.named(readings[0].names), _by_order(saved, model, readings[0])
