@@ -75,6 +75,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
         "hint: --weight 'lenet_tuned=0.5'",
     ),
+    "weights in a row": (
+        ["merge", TEN, TUNED, "-o", "o.pt", "--method", "linear", "--weight", "0.3", "0.7"],
+        2,
+        "",
+        "hint: --weight 'lenet_10class=0.3' --weight 'lenet_tuned=0.7'",
+    ),
     "missing option": (["convert", TEN, "x.pt"], 2, "", "hint: for example ckpt convert pytorch_model.bin -o model.s"),
     "missing model": (["groups", "table", MODEL], 2, "", "hint: for example ckpt groups table --model py:mynet:build"),
     "command of weights": (["optim", "convert", TEN], 2, "", "hint: ckpt optim remap PATH -o OUT --form FORM writes"),

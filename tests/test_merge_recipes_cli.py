@@ -133,7 +133,7 @@ def test_an_option_of_one_input_is_named_where_it_helps(
     ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt", "--param", "Q.strip=module.")
     assert f"hint: {shlex.join(options[:2])} in place of strip" in ran.err
     ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt", "--param", "Q.rename=modul.*=*")
-    assert ran.err.endswith("hint: did you mean 'module.*'?\n")
+    assert ran.err.endswith("hint: did you mean 'module.*=*'?\n")
     ran = run_ckpt(capsys, "merge", *words, "-o", "Q.pt", "--param", "Q.rename=module.*=x.*")
     assert ("Q.strip" not in ran.err, "Q.rename" not in ran.err, options[3] in ran.err) == (True, True, True)
     found = merged(capsys, *words, *options, "--param", "on_missing=drop")
@@ -394,14 +394,27 @@ def test_what_is_not_merged_has_one_line_for_each_input(
     assert "head.weight" in run_ckpt(capsys, "merge", *words, "-o", "o.safetensors", "-n", "--expand").out
 
 
+def test_weights_in_a_row_are_named_after_the_inputs(
+    models: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options in the hint give each input the weight at its place."""
+    words = ["A.safetensors", "B.safetensors", "--method", "linear"]
+    ran = run_ckpt(capsys, "merge", *words, "-o", "out.safetensors", "--weight", "0.25", "0.75")
+    options = shlex.split(ran.err.partition("hint: ")[2])
+    assert options == ["--weight", "A=0.25", "--weight", "B=0.75"]
+    expected = mean_of(models, A=0.25, B=0.75)
+    torch.testing.assert_close(merged(capsys, *words, *options)["norm"], expected["norm"])
+
+
 @pytest.mark.parametrize(
     ("more", "hint"),
     [
         ({"extra": torch.ones(1)}, "--param on_missing=base, present or drop; or --only PATTERN"),
         ({"steps": torch.tensor([7, 8])}, "--param non_float=base, first or max chooses one"),
         ({"steps": torch.tensor([8])}, "--param non_float=max, base or first"),
+        ({"head.weight": torch.full((3, 6), torch.nan)}, "--param on_nonfinite=allow, or in a recipe"),
     ],
-    ids=["missing", "no float", "no float, other values"],
+    ids=["missing", "no float", "no float, other values", "not finite"],
 )
 def test_hints_name_options_where_there_is_no_recipe(
     more: dict[str, torch.Tensor], hint: str, models: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -411,3 +424,8 @@ def test_hints_name_options_where_there_is_no_recipe(
     ran = run_ckpt(capsys, "merge", "A.safetensors", "B.safetensors", "--method", "average", "-o", "out.safetensors")
     assert (ran.code, ran.out) == (2, "")
     assert f"hint: {hint}" in ran.err
+    if "on_nonfinite" in hint:
+        words = ("A.safetensors", "B.safetensors", "--method", "average")
+        assert merged(capsys, *words, "--param", "on_nonfinite=allow")["head.weight"].isnan().all()
+        made = merged(capsys, *words, "--param", "on_nonfinite=base")["head.weight"]
+        assert torch.equal(made, models["A"]["head.weight"])

@@ -154,7 +154,8 @@ WRONG = {
     "unknown method": ("method = 'lineer'" + TWO, 1, "there is no method 'lineer'", "did you mean 'linear'?"),
     "too few inputs": ("\nmethod = 'linear'", 2, "linear merges at least 1 input, and there are 0", None),
     "too many inputs": (
-        "method = 'slerp'\nt = 0.5" + TWO + "[[input]]\nname = 'C'", 1, "slerp merges 2 inputs, and there are 3", None,
+        "method = 'slerp'\nt = 0.5" + TWO + "[[input]]\nname = 'C'", 1, "slerp merges 2 inputs, and there are 3",
+        "multislerp and karcher merge more",
     ),
     "one input beside the base": (
         "method = 'nearswap'\nt = 1\nbase = 'A'" + TWO + "[[input]]\nname = 'C'", 1,

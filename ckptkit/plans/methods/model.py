@@ -209,6 +209,7 @@ class Method(ABC):
         uses_base: Whether the base has a role of its own: else a base is an input like the others.
         fewest: The least number of inputs, besides the base.
         most: The largest number of inputs, besides the base; None if there is no limit.
+        for_more: The methods to choose for more inputs than ``most``, as a sentence for a hint.
         takes_complex: Whether the method multiplies and adds only, with factors for whole tensors.
     """
 
@@ -218,6 +219,7 @@ class Method(ABC):
     uses_base: ClassVar[UsesBase] = "never"
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
+    for_more: ClassVar[str | None] = None
     takes_complex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -274,7 +276,8 @@ class Method(ABC):
             least, most = plural(cls.fewest, "input"), cls.most
             takes = least if most == cls.fewest else f"at least {least}" if most is None else f"{cls.fewest} to {most}"
             beside = " besides the base" if has_base else ""
-            raise ArgumentError(f"{cls.name} takes {takes}{beside}, not {inputs}")
+            hint = cls.for_more if inputs > cls.fewest else None
+            raise ArgumentError(f"{cls.name} takes {takes}{beside}, not {inputs}", hint=hint)
 
     def given(self) -> dict[str, object]:
         """Return the parameters by name as JSON values, also those that a plan has set; ``of`` takes them."""

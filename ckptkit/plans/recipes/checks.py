@@ -127,7 +127,8 @@ def _check_methods(recipe: MergeRecipe) -> None:
         if count < method.fewest or (most is not None and count > most):
             wanted = _words(method.fewest, method.most)
             beside = " beside the base" if method.uses_base != "never" and recipe.base else ""
-            raise recipe.places.error(f"{name} merges {wanted}{beside}, and there {_are(count)}", *path)
+            hint = method.for_more if count > method.fewest else None
+            raise recipe.places.error(f"{name} merges {wanted}{beside}, and there {_are(count)}", *path, hint=hint)
 
 
 def _words(least: int, most: int | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckptkit.core.files.places import clean_path, kind_at
@@ -68,8 +70,7 @@ def recipe_from_options(
     table: dict[str, object] = {"method": method, "input": tables, **(others or {})}
     if base:
         table["base"] = base
-    last = tables[-1] if tables else {}
-    example = shell_word(f"{last.get('name') or input_name(str(last.get('path', 'B')))}=0.5")
+    example = _weight_options(tables, weights)
     for text in weights:
         name, value = _pair(text, "--weight", example)
         if "weight" not in known:
@@ -117,6 +118,23 @@ def _pair(text: str, option: str, example: str) -> tuple[str, object]:
     if not sign or not name or not value:
         raise RecipeError(f"{option} {quoted(text)} is not of the form NAME=VALUE", hint=f"{option} {example}")
     return name, _value(value)
+
+
+def _weight_options(tables: Sequence[Mapping[str, object]], weights: Sequence[str]) -> str:
+    """Return the values of --weight, for a hint. A number among the inputs is a weight without a name."""
+    paths = [str(table["path"]) for table in tables]
+    names = [str(table.get("name") or input_name(path)) for table, path in zip(tables, paths, strict=True)]
+    merged = [name for name, path in zip(names, paths, strict=True) if not _is_number(path)]
+    values = [text for text in (*weights, *paths) if _is_number(text)]
+    if len(values) != len(merged):
+        merged, values = merged[-1:] or ["B"], ["0.5"]
+    return " --weight ".join(shell_word(f"{name}={value}") for name, value in zip(merged, values, strict=True))
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
 
 
 def _give(table: dict[str, object], name: str, value: object, option: str, text: str) -> None:

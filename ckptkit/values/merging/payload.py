@@ -282,9 +282,11 @@ class MergedPayload(BlockPayload[_Piece]):
         place = f"element {list(index)}" if index else "value"
         path = one.payload.file.path if isinstance(one.payload, Extent) else None
         key = "" if one.info.key == self.out.key else f" ({quoted(one.info.key)})"
+        base = "" if number == 0 else "; base takes the value of the first input"
         return PlanError(
             f"{quoted(self.out.key)} cannot be merged: its {place} in {quoted(one.name)}{key} is {value}",
-            hint='give this input the weight 0 there, or on_nonfinite = "base" or "allow"',
+            hint=f'--param on_nonfinite=allow, or in a recipe on_nonfinite = "allow", computes with it{base}',
+            call=f'on_nonfinite = "allow" in the recipe computes with it{base}',
             path=path,
         )
 

@@ -35,6 +35,7 @@ class Slerp(Method):
     paper: ClassVar[Paper | None] = Paper("Animating Rotation with Quaternion Curves")
     fewest: ClassVar[int] = 2
     most: ClassVar[int | None] = 2
+    for_more: ClassVar[str | None] = "multislerp and karcher merge more, by the weight of each input"
 
     def notes(self) -> tuple[str, ...]:
         """Say where the result lies beyond one of the inputs."""
