@@ -139,6 +139,7 @@ NOT_FOLLOWED: dict[str, str] = {
     "plans/recipes/inputs.py: or pass --allow-unused": "leaves a hint of ckpt remap out",
     "plans/recipes/alignment.py: --param on_missing=base": "followed by tests/test_merge_recipes_cli.py",
     "plans/adapters/reading.py: the base comes first, and then": "followed by tests/test_cli.py",
+    "plans/recipes/options.py:  --weight": "followed by tests/test_merge_recipes_cli.py",
     "values/merging/payload.py: --param on_nonfinite=allow": "followed by tests/test_merge_recipes_cli.py",
     "plans/inputs.py: --param non_float=max": "followed by tests/test_merge_recipes_cli.py",
     "plans/recipes/alignment.py: --param non_float=base": "followed by tests/test_merge_recipes_cli.py",
