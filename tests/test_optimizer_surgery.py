@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -227,9 +228,18 @@ def test_different_values_are_not_merged() -> None:
     state = named(model, trained(model, OPTIMIZERS["SGD"](groups)))
     hypers: tuple[Any, ...] = ("live", "saved")
     for hyper in hypers:
-        with pytest.raises(PlanError, match=r"different values of 'lr': 0.5 \(head.weight\), 0.1 \(qkv.weight\)"):
+        with pytest.raises(
+            PlanError, match=r"different values of 'lr': 0.5 \(head.weight\), 0.1 \(qkv.weight\)"
+        ) as refused:
             resplit(state, [NamedGroup(state.names, {})], hyper)
+        assert "its own lr, as a key of the group in its spec" in str(refused.value.hint)
+        assert ("--hyper live" in str(refused.value.hint)) == (hyper == "saved")
     assert resplit(state, [NamedGroup(state.names, {"lr": 1.0})]).groups[0].options["lr"] == 1.0
+    initial = tuple(NamedGroup(group.names, {**group.options, "initial_lr": 0.5}) for group in state.groups)
+    scheduled = replace(state, groups=initial)
+    for own, count in (({}, 1), ({"initial_lr": 0.5}, 0)):  # a group that chose its initial_lr needs no remark
+        made = resplit(scheduled, [NamedGroup(state.names, {"lr": 1.0, **own})])
+        assert (len(made.remarks), made.groups[0].options["initial_lr"]) == (count, 0.5)
     with pytest.raises(PlanError, match=r"'lr' of group 0 was 0.5 in the file and would be 1"):
         resplit(state, [NamedGroup(group.names, {**group.options, "lr": 1.0}) for group in state.groups], "error")
     assert resplit(state, state, "error").groups == state.groups

@@ -78,7 +78,8 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
         Change(name, (name,) if name in saved else (), "copy" if name in saved else "new") for name in names
     )
     kept = {name: state.state[name] for name in names if name in state.state}
-    remarks = (*state.remarks, *_initial_lr_remarks(merged, saved))
+    has_own = ["initial_lr" in group.options and hyper == "live" for group in new_groups]
+    remarks = (*state.remarks, *_initial_lr_remarks(merged, saved, has_own))
     return replace(state, state=kept, groups=merged, changes=changes, remarks=tuple(dict.fromkeys(remarks)))
 
 
@@ -164,7 +165,8 @@ class _OptionMerger:
                 raise PlanError(
                     f"{owners} had different values of {quoted(key)}: {texts[0]} ({printable(first)}), "
                     f"{texts[1]} ({printable(name)})",
-                    hint=f"give the new group its own {key}, and use --hyper live",
+                    hint=f"give the new group its own {key}, as a key of the group in its spec"
+                    + ("" if self.hyper == "live" else ", and use --hyper live"),
                 )
         return value
 
@@ -193,8 +195,13 @@ def describe_values(first: SlotValue, second: SlotValue) -> tuple[str, str]:
     return option_texts(plain[0], plain[1])
 
 
-def _initial_lr_remarks(groups: Iterable[NamedGroup], saved: Mapping[str, Mapping[str, SlotValue]]) -> Iterator[str]:
+def _initial_lr_remarks(
+    groups: Iterable[NamedGroup], saved: Mapping[str, Mapping[str, SlotValue]], has_own: Sequence[bool]
+) -> Iterator[str]:
+    """Yield a remark on each group that trains at another lr than the file; ``has_own`` groups chose an initial_lr."""
     for number, group in enumerate(groups):
+        if has_own[number]:
+            continue
         before = next((saved[name] for name in group.names if name in saved), {})
         is_equal = {key: equal_values(before[key], group.options[key]) for key in ("lr", "initial_lr") if key in before}
         is_initial = equal_values(group.options.get("lr"), group.options.get("initial_lr"))
