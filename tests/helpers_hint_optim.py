@@ -178,6 +178,15 @@ def _names_of_another_model(folder: Path) -> list[str]:
     return ["optim", "prune", saved, "-o", str(folder / "out.pt"), "--reset", "*.bias", "--model", NET]
 
 
+@situation("comparison/hints.py: ckpt optim diff XX XX compares two states", ends=True)
+def _weights_beside_an_optimizer(folder: Path) -> list[str]:
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS["SGD"](model.parameters()))
+    for name in ("run", "other"):
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{name}.ckpt")
+    return ["diff", f"{folder / 'run.ckpt'}::optimizer", str(folder / "other.ckpt")]
+
+
 @situation("optimizer_state/positions.py: --names FILE", FILE="{folder}/names.txt")
 def _no_names(folder: Path) -> list[str]:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -225,6 +225,8 @@ def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
         (0.25, ["qkv.bias", "norm.bias", "fc.bias", "head.bias"], 0.9),
         (1.0, ["qkv.weight", "norm.weight", "fc.weight", "head.weight"], 0.9),
     ]
+    ran = run_ckpt(capsys, "diff", f"{run}::optimizer", out[0])
+    assert f"only EXPECTED is the state of an optimizer; ckpt optim diff {run}::optimizer {out[0]} compares" in ran.out
     ran = run_ckpt(capsys, "optim", "resplit", out[0], "-o", out[1], "--as", run, "--form", "indexed")
     assert ran.code == 0, ran.err
     back = torch.load(out[1], weights_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ckptkit.comparison.library import library_hint
@@ -18,6 +18,7 @@ from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import shell_word
 from ckptkit.errors import hint_for_python
+from ckptkit.wrappers.entries import FLAT_GROUPS, FLAT_STATE, SLOTS
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
 __all__ = ["Differences", "Hint", "count_prefixes", "find_hints", "joined_hint"]
@@ -77,6 +78,7 @@ class Hint:
 def find_hints(result: Differences) -> tuple[Hint, ...]:
     """Return how to apply a patch or fold an adapter; else renames that make the most keys match; else ``align``.
 
+    Where only one side is the state of an optimizer, the hint is the command that compares two of them.
     Renames are left out if the rules rename keys. The last hints are about quantised weights.
     """
     open_shapes = _open_shapes(result)
@@ -84,6 +86,7 @@ def find_hints(result: Differences) -> tuple[Hint, ...]:
         *(
             _patch_hints(result)
             or _fold_hints(result)
+            or _optimizer_hints(result)
             or _hints(result, _candidate_renames(result, *open_shapes))
             or _align_hints(result, *open_shapes)
         ),
@@ -124,6 +127,31 @@ def _fold_hints(result: Differences) -> list[Hint]:
         return []
     command = fold_command(result.expected_checkpoint, result.found_checkpoint)
     return [Hint(f"the tensors are an adapter; {command} adds it to its base", "")]
+
+
+def _optimizer_hints(result: Differences) -> list[Hint]:
+    if not result.missing or not result.unexpected or result.matched:
+        return []
+    sides = (
+        ("EXPECTED", result.expected_checkpoint, _is_optimizer(result.expected)),
+        ("FOUND", result.found_checkpoint, _is_optimizer(result.found)),
+    )
+    names = [name for name, _, is_optimizer in sides if is_optimizer]
+    if len(names) != 1:
+        return []
+    # The file of the weights can have the state of an optimizer too.
+    saved, live = (
+        (side if is_optimizer else replace(side, envelope="")).argument or name for name, side, is_optimizer in sides
+    )
+    message = f"only {names[0]} is the state of an optimizer; ckpt optim diff {saved} {live} compares two states"
+    return [Hint(message, "")]
+
+
+def _is_optimizer(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether all keys are those of the state of an optimizer, as of a nested or a flattened file."""
+    return all(key.startswith((FLAT_STATE, FLAT_GROUPS)) for key in tensors) and any(
+        key.rpartition(".")[2] in SLOTS for key in tensors
+    )
 
 
 def _align_hints(result: Differences, missing: Shapes, unexpected: Shapes) -> list[Hint]:
