@@ -15,7 +15,7 @@ from ckptkit.comparison.renamed import count_common_shapes, count_replaced_prefi
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.checkpoint.provenance import way_to_apply
 from ckptkit.core.patterns import literal, parse_rename
-from ckptkit.core.result.summary import CheckpointSummary
+from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import shell_word
 from ckptkit.errors import hint_for_python
 from ckptkit.wrappers.entries import FLAT_GROUPS, FLAT_STATE, SLOTS
@@ -141,7 +141,8 @@ def _optimizer_hints(result: Differences) -> list[Hint]:
         return []
     # The file of the weights can have the state of an optimizer too.
     saved, live = (
-        (side if is_optimizer else replace(side, envelope="")).argument or name for name, side, is_optimizer in sides
+        (side if is_optimizer else replace(side, envelope="") if side.is_stored else NO_CHECKPOINT).argument or name
+        for name, side, is_optimizer in sides
     )
     message = f"only {names[0]} is the state of an optimizer; ckpt optim diff {saved} {live} compares two states"
     return [Hint(message, "")]
