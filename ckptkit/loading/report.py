@@ -25,13 +25,12 @@ from ckptkit.plans.policies import (
     MissingAction,
     Policy,
 )
-from ckptkit.rules.apply import NOT_KEPT
+from ckptkit.rules.apply import MOST_NOT_KEPT, NOT_KEPT
 from ckptkit.rules.positions import NamedByPosition
 
 __all__ = ["Asked", "Found", "LoadReport", "report_load"]
 
 _MOST_ENTRIES = 4
-_MOST_NOT_KEPT = 8  # tensors with a line each that no --keep matches, as in the report of a merge
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,11 +159,11 @@ def _dropped_findings(plan: Plan, asked: Asked) -> Iterator[Finding]:
         message = f"{len(entries):,} entries that are not tensors were not loaded: {listed(entries, _MOST_ENTRIES)}"
         yield codes.SKIPPED.finding(entries[0], message, keys=entries)
     not_kept = [drop.key for drop in plan.dropped if drop.reason == NOT_KEPT]
-    if len(not_kept) > _MOST_NOT_KEPT:
+    if len(not_kept) > MOST_NOT_KEPT:
         message = f"{len(not_kept):,} tensors were not loaded: {listed(not_kept, _MOST_ENTRIES)} ({NOT_KEPT})"
         yield codes.SKIPPED.finding(not_kept[0], message, keys=not_kept)
     for drop in plan.dropped:
-        is_one_of_many = drop.reason == NOT_KEPT and len(not_kept) > _MOST_NOT_KEPT
+        is_one_of_many = drop.reason == NOT_KEPT and len(not_kept) > MOST_NOT_KEPT
         if is_one_of_many or (len(entries) > 1 and drop.is_entry and not drop.wanted):
             continue
         message = f"{quoted(drop.key)} was not loaded: {drop.reason}"

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.arguments import argument_text
+from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import named_of, shape_or_none
 from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import GroupsError
@@ -133,7 +134,7 @@ def read_live_model(model: Module) -> LiveModel:
 
     if not isinstance(model, Module):
         raise GroupsError(
-            f"the model is {kind_of(model)}, not a torch.nn.Module",
+            f"the model is {argument_text(model)}, not a torch.nn.Module",
             hint="give the live module that will train: parameters are compared by identity",
         )
     check_methods(model)

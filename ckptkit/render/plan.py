@@ -17,7 +17,7 @@ from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.merging.steps import merged_step, origins
 from ckptkit.render.page import Block, Code, Hint, Line, Message, Page, Table, as_code, name_beside, table_rows
 from ckptkit.render.summary import MOST_NAMES, names_in_short, value_cell
-from ckptkit.rules.apply import NOT_KEPT
+from ckptkit.rules.apply import MOST_NOT_KEPT, NOT_KEPT
 
 if TYPE_CHECKING:
     from ckptkit.plans.writing.written import Written
@@ -26,7 +26,6 @@ __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
 _NO_PLAN = Plan(())  # of an output that was described by hand
 _MOST_OF_A_FOLD = 4  # tensors that an adapter does not change, which are most of a model
-_MOST_NOT_KEPT = 8  # tensors in a table that no --keep matches
 _ABOUT_MERGE = "the recipe and the inputs"
 
 
@@ -282,7 +281,7 @@ def _left_out(plan: Plan, dropped: Iterable[Dropped], *, expand: bool) -> Table:
     dropped = list(dropped)
     is_counted = not expand and bool(origins(plan.steps))
     not_kept = [drop.key for drop in dropped if drop.reason == NOT_KEPT]
-    has_many = not expand and len(not_kept) > _MOST_NOT_KEPT
+    has_many = not expand and len(not_kept) > MOST_NOT_KEPT
     listed: list[tuple[str, tuple[str, ...]]] = []
     counted: dict[tuple[str, str], list[str]] = {}
     for drop in dropped:

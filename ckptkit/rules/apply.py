@@ -19,9 +19,10 @@ from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rul
 if TYPE_CHECKING:
     from ckptkit.wrappers.explain import Wrapping
 
-__all__ = ["NOT_KEPT", "apply_rules", "renamed_keys"]
+__all__ = ["MOST_NOT_KEPT", "NOT_KEPT", "apply_rules", "renamed_keys"]
 
 NOT_KEPT = "matches no --keep"  # why a key is left out
+MOST_NOT_KEPT = 8  # tensors that a report names one by one for this reason: the user asked for others
 
 _MAX_SOURCES = 100_000  # of one operation: stages that split and join in turns double the number each time
 # Stages that copy every key double the number of names, and stages that repeat a capture double their length.

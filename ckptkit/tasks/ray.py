@@ -38,7 +38,6 @@ _MORE_MEMORY: Final = "give each worker more memory, or use fewer workers at a t
 _REFUSED: Final = "InvalidAuthToken"
 _AUTHENTICATE: Final = "set RAY_AUTH_MODE=token, with the token of the cluster in ~/.ray/auth_token or RAY_AUTH_TOKEN"
 _DONE: Final = "done"
-_FAILED: Final = "failed"
 
 
 class RayExecutor(Executor):
@@ -173,15 +172,18 @@ class RayExecutor(Executor):
 
 def _take_result(future: Future[Any], done: Future[Any]) -> None:
     """Give a future the result of Ray's own one."""
+    value: Any = None
+    error: BaseException | None
     try:
         answer, value = done.result()
-    except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-        answer, value = _FAILED, _as_raised(error)
+        error = None if answer == _DONE else _other_code(*value)
+    except BaseException as raised:  # noqa: BLE001 - it is raised where the result is asked for
+        error = _as_raised(raised)
     with contextlib.suppress(InvalidStateError):  # the executor is shut down
-        if answer == _DONE:
+        if error is None:
             future.set_result(value)
         else:
-            future.set_exception(value if answer == _FAILED else _other_code(*value))
+            future.set_exception(error)
 
 
 def _task_function() -> Callable[..., tuple[str, Any]]:
