@@ -211,6 +211,16 @@ def is_vector_for_scalar(model: nn.Module, key: str, value: object) -> bool:
     return is_scalar and isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) != 1
 
 
+@pytest.mark.skipif(not FLOAT4, reason="this torch has no float4")
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_packed_numbers_are_not_repeated_into_a_buffer(norm: type[nn.Module]) -> None:
+    """torch copies no float4 into float32, also where code of the module loads it, which a rehearsal accepts."""
+    model = norm(2, track_running_stats=True)
+    state = {**model.state_dict(), "running_mean": packed(torch.Size([2]))}
+    assert not accepts(model, state, strict=False)
+    assert not diff(model, state).loads
+
+
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_the_verdict_is_that_of_load_state_dict(case: tuple[nn.Module, dict[str, Any]]) -> None:
